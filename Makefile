@@ -1,0 +1,83 @@
+# Every command runs in .venv, which is made from pyproject.toml and made again when that file changes.
+
+PYTHON ?= python3
+
+# torch is installed first, by exact version. Left to find torch as a dependency, pip takes the newest one, on Linux
+# often an accelerator build of several gigabytes; installed first, it is the build you chose. Anything pip accepts
+# will do (a version, a wheel, options); run `make clean` before you change it. For example, a CPU wheel you have:
+#   make test TORCH='torch==2.13.0 --find-links path/to/wheels'
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format types docs serve-docs wheel doctests unit bench clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.examples ## grow a small tree; write demo/tree.png and demo/tree.html
+	$(BIN)/python examples/demo.py --out demo
+
+test: lint types docs wheel doctests unit ## every check, from lint to unit
+
+lint: $(VENV)/.test ## style, with ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test ## mend the style where ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.test ## annotations, with mypy
+	$(BIN)/mypy
+
+# Not --quiet: that hides the warnings from --strict as well.
+docs: $(VENV)/.test ## build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+serve-docs: $(VENV)/.test ## show the documentation in a browser while you write it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# The wheel is built from the source archive, unpacked into a folder of its own, compared with the checkout file by
+# file, and imported from there. Its dependencies come from .venv, so their list is not checked here but by
+# tests/test_project.py, which reads the imports.
+wheel: $(VENV)/.test ## build the package and import it from its wheel
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target build/wheel dist/*.whl
+	diff -r -x __pycache__ treediff build/wheel/treediff
+	cd / && PYTHONPATH="$(CURDIR)/build/wheel" "$(CURDIR)/$(BIN)/python" -P -W error -c \
+		'import sys, treediff; file = treediff.__file__; print("imported", treediff.__version__, "from the wheel") \
+		if file.startswith(sys.argv[1]) else sys.exit("not from the wheel: " + file)' "$(CURDIR)/build/wheel/"
+
+doctests: $(VENV)/.test ## run the examples in the docstrings
+	$(BIN)/python -m pytest --quiet --doctest-modules treediff
+
+unit: $(VENV)/.test ## run the tests
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.examples ## time a training step against the size of the tree
+	$(BIN)/python benchmarks/treevae_step.py
+
+clean: ## remove everything the commands above made
+	rm -rf $(VENV) build demo dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find treediff tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.base: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; $(PYTHON) is " \
+		+ sys.version.split()[0] + ". Name another one: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.examples: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --editable '.[test,docs]'
+	touch $@

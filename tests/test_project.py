@@ -1,0 +1,158 @@
+"""What must hold for the project as a whole, whatever the models do."""
+
+import ast
+import datetime
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import treediff
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "treediff"
+PUBLIC_NAMES = sorted(name for name in treediff.__all__ if not name.startswith("__"))
+
+# Imports the package with each warning an error, and tells what that did to the process.
+IMPORT_REPORT = """
+import json, random, sys
+import numpy, torch  # what these two do is not under test
+
+def state():
+    generators = random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist()
+    return generators, torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+
+modules, before = set(sys.modules), state()
+import treediff
+print(json.dumps({"modules": sorted(set(sys.modules) - modules), "state kept": state() == before}))
+"""
+
+
+def test_versions_agree() -> None:
+    """A development version has an open changelog section; a release has a dated one, cited with its date."""
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    citation = yaml.safe_load(text)
+    assert len(re.findall(r"^version:", text, re.MULTILINE)) == 1
+    assert citation["version"] == treediff.__version__
+
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d{2}-\d{2}))?$", changelog, re.MULTILINE)
+    headings = re.findall(r"^## .*$", changelog, re.MULTILINE)
+    assert len(sections) == len(headings), (
+        f"expected headings like '## [1.2.3] - 2026-01-31', found {headings}"
+    )
+    base, dev, _ = treediff.__version__.partition(".dev")
+    if dev:
+        assert sections[0] == ("Unreleased", "")
+        assert base not in dict(sections), f"{base} is released already, so {treediff.__version__} is too low"
+        assert "date-released" not in citation
+    else:
+        assert sections[0][0] == treediff.__version__
+        assert datetime.date.fromisoformat(sections[0][1]) == citation["date-released"]
+
+
+def test_citation_has_what_the_format_requires() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["title"] == "treediff"
+    assert citation["message"] and citation["authors"]
+    assert all(reference["title"] and reference["authors"] for reference in citation["references"])
+
+
+@pytest.fixture(scope="module")
+def import_run() -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-c", IMPORT_REPORT]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_import_warns_of_nothing(import_run: subprocess.CompletedProcess[str]) -> None:
+    assert (import_run.returncode, import_run.stderr) == (0, "")
+
+
+def test_import_needs_no_extra(import_run: subprocess.CompletedProcess[str]) -> None:
+    modules = {name.partition(".")[0] for name in json.loads(import_run.stdout)["modules"]}
+    assert "treediff" in modules
+    assert modules & {"matplotlib", "PIL", "scipy", "sklearn", "tqdm"} == set()
+
+
+def test_import_keeps_the_global_state(import_run: subprocess.CompletedProcess[str]) -> None:
+    assert json.loads(import_run.stdout)["state kept"]
+
+
+def test_modules_import_only_declared_dependencies() -> None:
+    """At the top of a module; what an extra brings is imported in the function that needs it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
+    allowed = declared | {"treediff"} | sys.stdlib_module_names
+    undeclared = set()
+    for file in PACKAGE.rglob("*.py"):
+        for statement in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Import):
+                names = [alias.name for alias in statement.names]
+            elif isinstance(statement, ast.ImportFrom) and statement.level == 0:
+                names = [statement.module or ""]
+            else:
+                continue
+            undeclared |= {
+                (str(file.relative_to(ROOT)), name) for name in names if name.partition(".")[0] not in allowed
+            }
+    assert undeclared == set()
+
+
+def test_package_says_that_it_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_tests_see_the_checkout() -> None:
+    assert Path(treediff.__file__).parent == PACKAGE
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_public_name_exists_and_is_documented(name: str) -> None:
+    documentation = getattr(treediff, name).__doc__
+    assert documentation, f"treediff.{name} has no docstring"
+    assert not documentation.startswith(f"{name}("), (
+        f"treediff.{name} has only the docstring that @dataclass made"
+    )
+    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert re.search(rf"^::: treediff(\.\w+)*\.{name}$", reference, re.MULTILINE), (
+        f"docs/api.md lacks a line '::: treediff.{name}'"
+    )
+
+
+def test_all_is_complete_and_free_of_doubles() -> None:
+    assert len(set(treediff.__all__)) == len(treediff.__all__)
+    public = {
+        name
+        for name, value in vars(treediff).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("treediff")
+    }
+    assert public <= set(treediff.__all__)
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_names_in_a_module_all_exist(file: Path) -> None:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    module = importlib.import_module(".".join(part for part in parts if part != "__init__"))
+    missing = [name for name in getattr(module, "__all__", []) if not hasattr(module, name)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_docstring_examples_stand_under_their_heading(file: Path) -> None:
+    """The documentation shows `>>>` lines as code only in a section named "Examples:"."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    loose = [
+        getattr(node, "name", "the module")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, documented)
+        and ">>> " in (text := ast.get_docstring(node) or "")
+        and "Examples:" not in text.partition(">>> ")[0].splitlines()
+    ]
+    assert loose == []

@@ -1,0 +1,165 @@
+"""Drawing from the prior of a TreeVAE: one path per image, or one root and every leaf below it.
+
+All noise comes from `treediff.noise`, keyed by image and node. So a picture depends on the seed, its index and its path
+only: `sample` into a leaf and the column of that leaf in `sample_leaves` are the same picture.
+
+Letters: `B` images, `S` steps from the root to the deepest leaf, `N` nodes, `K` leaves, `D` latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from treediff.layers.bank import NodeBank
+from treediff.layers.grouped import Groups
+from treediff.noise import counter_normal, counter_uniform, seed_from
+from treediff.probability import reparameterize
+from treediff.visits import TreePlan, descend
+
+if TYPE_CHECKING:
+    from treediff.treevae import TreeVAE
+
+__all__ = ["LeafSamples", "TreeSample", "sample", "sample_leaves"]
+
+# Draws are numbered by node id, twice: once for the latent, once for the decision taken there.
+_DECISIONS = 1 << 32
+
+
+@dataclass(frozen=True)
+class TreeSample:
+    """Images drawn from the tree, one path each.
+
+    Args:
+        images: `(B, *inputs)`, the mean of the likelihood.
+        leaf: `(B,)` node id of the leaf that each image was decoded by.
+        path: `(B, S + 1)` node ids from the root on; -1 past the leaf.
+        z: `(B, S + 1, D, ...)` the latents along the path; 0 past the leaf.
+    """
+
+    images: Tensor
+    leaf: Tensor
+    path: Tensor
+    z: Tensor
+
+
+@dataclass(frozen=True)
+class LeafSamples:
+    """One image per leaf from each root.
+
+    Args:
+        images: `(B, K, *inputs)` in the order of the topology's leaves.
+        log_probs: `(B, K)` log-probability of each leaf under the prior routers, in nats.
+    """
+
+    images: Tensor
+    log_probs: Tensor
+
+
+@torch.no_grad()
+def sample(
+    model: TreeVAE,
+    n: int,
+    *,
+    node: int | None = None,
+    temperature: float = 1.0,
+    first_index: int = 0,
+    generator: torch.Generator | None = None,
+) -> TreeSample:
+    """Draw `n` images through `node` (the root by default); see `TreeVAE.sample`."""
+    tree = model.topology
+    forced = tree.path(tree.root if node is None else node)
+    if n < 0 or temperature < 0:
+        raise ValueError(f"n and temperature must be at least 0, found n={n} and temperature={temperature}")
+    seed, device, dtype = seed_from(generator), model.device, model.dtype
+    plan = model.plan(None, device)
+    ids = torch.tensor(plan.nodes, device=device)
+    index = torch.arange(first_index, first_index + n, device=device)
+    position = torch.zeros(n, dtype=torch.int64, device=device)
+    z = temperature * counter_normal(seed, index, model.latent, draw=tree.root, dtype=dtype)
+    path = [ids[position]]
+    latents = [z]
+    for depth in range(len(plan.levels) - 1):
+        if depth + 1 < len(forced):
+            child = torch.full_like(position, plan.nodes.index(forced[depth + 1]))
+        else:
+            child = _next_position(model, plan, position, z, seed, index)
+        moving = child >= 0
+        if not bool(moving.any()):
+            break
+        rank = child[moving] - plan.levels[depth + 1].start
+        prior = _by_node(model.transitions, z[moving], rank, plan.ids(plan.levels[depth + 1]))
+        noise = temperature * counter_normal(seed, index[moving], model.latent, draw=ids[child[moving]], dtype=dtype)
+        z = z.masked_scatter(_like(moving, z), reparameterize(*prior.chunk(2, 1), noise))
+        position = torch.where(moving, child, position)
+        path.append(torch.where(moving, ids[child], -1))
+        latents.append(torch.where(_like(moving, z), z, 0))
+    output = _by_node(model.decoders, z, plan.leaf_rank[position], plan.ids(plan.leaves))
+    images = model.likelihood.mean(output)
+    return TreeSample(images, ids[position], torch.stack(path, 1), torch.stack(latents, 1))
+
+
+def _next_position(
+    model: TreeVAE, plan: TreePlan, position: Tensor, z: Tensor, seed: int, index: Tensor
+) -> Tensor:
+    """Where each image goes by the prior routers; -1 for those that are at a leaf."""
+    left, right = plan.turns[:, position]
+    deciding = plan.routed_rank[position] >= 0
+    rank = plan.routed_rank[position[deciding]]
+    logits = _by_node(model.prior_routers, z[deciding], rank, plan.ids(plan.routed))
+    ids = torch.tensor(plan.nodes, device=position.device)[position[deciding]]
+    chance = counter_uniform(seed, index[deciding], draw=ids + _DECISIONS, dtype=z.dtype)
+    goes_left = torch.ones_like(deciding).masked_scatter(deciding, chance < torch.sigmoid(logits))
+    return torch.where(goes_left, left, right)
+
+
+def _by_node(bank: NodeBank, x: Tensor, rank: Tensor, nodes: list[int]) -> Tensor:
+    """Run each row through the network of its node, whatever the order of the rows."""
+    order = rank.argsort(stable=True)
+    y = bank(x[order], Groups(rank[order], len(nodes)), nodes)
+    return y[order.argsort()]
+
+
+def _like(mask: Tensor, x: Tensor) -> Tensor:
+    return mask.view(-1, *[1] * (x.ndim - 1)).expand_as(x)
+
+
+@torch.no_grad()
+def sample_leaves(
+    model: TreeVAE,
+    n: int,
+    *,
+    temperature: float = 1.0,
+    first_index: int = 0,
+    generator: torch.Generator | None = None,
+) -> LeafSamples:
+    """Draw `n` roots and follow each to every leaf; see `TreeVAE.sample_leaves`."""
+    seed, device, dtype = seed_from(generator), model.device, model.dtype
+    plan = model.plan(None, device)
+    ids = torch.tensor(plan.nodes, device=device)
+    index = torch.arange(first_index, first_index + n, device=device)
+    levels = [temperature * counter_normal(seed, index, model.latent, draw=plan.nodes[0], dtype=dtype)]
+
+    def route(depth: int, image: Tensor, groups: Groups, nodes: list[int]) -> Tensor:
+        """The latents of a level exist once its parents' do, so they are drawn on the way down."""
+        level = plan.levels[depth]
+        rows = plan.everyone([p for p in level if plan.nodes[p] in nodes], level.start, n)
+        return model.prior_routers(levels[depth][rows], groups, nodes)
+
+    for depth, level in enumerate(plan.levels[1:]):
+        moves = plan.everyone_moves(plan.levels[depth], level, n)
+        parents = levels[-1][moves.remainder(len(levels[-1]))]
+        node = torch.arange(level.start, level.stop, device=device).repeat_interleave(n)
+        prior = model.transitions(parents, Groups(node - level.start, len(level)), plan.ids(level))
+        noise = counter_normal(seed, index.repeat(len(level)), model.latent, draw=ids[node], dtype=dtype)
+        levels.append(reparameterize(*prior.chunk(2, 1), temperature * noise))
+    visits = descend(plan, n, route, like=levels[0])
+    leaves = visits.at_leaves()
+    groups = Groups(plan.leaf_rank[visits.node[leaves]], len(plan.leaves))
+    images = model.likelihood.mean(model.decoders(torch.cat(levels)[leaves], groups, plan.ids(plan.leaves)))
+    log_probs = F.log_softmax(visits.log_reach[leaves].view(len(plan.leaves), n).T, dim=1)
+    return LeafSamples(images.view(len(plan.leaves), n, *model.inputs).transpose(0, 1), log_probs)

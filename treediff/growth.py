@@ -1,0 +1,292 @@
+"""Structure learning: what trains now, on which rows, and how the tree grows in between.
+
+The library decides and your own loop trains. `TreeGrowth.stages(data)` yields a `Stage` at a time (Manduchi et al.,
+arXiv 2306.08984, section 2.4): the *initial* tree; then, until there are enough leaves, a *subtree* stage per split,
+in which two new children learn on the rows of the leaf that was split while everything else is frozen; now and then an
+*intermediate* stage that trains the whole tree; at last leaves that hold next to nothing are pruned and a *final* stage
+fine-tunes what is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from treediff.data import batches
+from treediff.layers.annealing import KLAnnealing
+from treediff.treevae import TreeVAE
+
+__all__ = ["LeafStatistics", "Stage", "TreeGrowth"]
+
+
+@dataclass(frozen=True)
+class LeafStatistics:
+    """What a policy may look at when it chooses the leaf to split; one entry per leaf, in the topology's order.
+
+    Args:
+        rows: how many rows belong to the leaf (see `TreeGrowth.members`).
+        share: mean probability of the leaf over all rows.
+        loss: mean negative ELBO of the leaf's rows, in nats; nan without rows.
+        entropy: mean entropy of `P(leaf | x)` over the leaf's rows, in nats; nan without rows.
+    """
+
+    rows: Tensor
+    share: Tensor
+    loss: Tensor
+    entropy: Tensor
+
+
+Policy = Callable[[LeafStatistics], Tensor]
+
+_POLICIES: dict[str, Policy] = {
+    "largest": lambda leaves: leaves.rows.double(),
+    "highest_loss": lambda leaves: leaves.loss.double(),
+    "highest_entropy": lambda leaves: leaves.entropy.double(),
+}
+
+
+@dataclass
+class Stage:
+    """One stretch of training, for a loop of your own.
+
+    Attributes:
+        kind: 'initial', 'subtree', 'intermediate' or 'final'.
+        index: how many stages came before.
+        epochs: how long to train.
+        rows: `(n,)` row indices of the data to train on.
+        split: id of the leaf that was split, in a subtree stage.
+        annealing: the weight of the KL terms over the stage's epochs.
+    """
+
+    model: TreeVAE
+    kind: str
+    index: int
+    epochs: int
+    rows: Tensor
+    annealing: KLAnnealing
+    split: int | None = None
+    threshold: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        trained = {id(p) for p in self.parameters()}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains: everything, or in a subtree stage only the routers of the split node and its children."""
+        model, split = self.model, self.split
+        if split is None:
+            return list(model.parameters())
+        children = model.topology.children(split)
+        banks = (model.heads, model.transitions, model.decoders)
+        return [
+            model.posterior_routers.weights_of(split),
+            model.prior_routers.weights_of(split),
+            *(bank.weights_of(child) for bank in banks for child in children),
+        ]
+
+    def kl_weight(self, epoch: float) -> float:
+        """Weight of the KL terms at an epoch of this stage, counted from 0; fractions are fine."""
+        return self.annealing(epoch)
+
+    def batches(self, epoch: int, batch_size: int) -> Iterator[Tensor]:
+        """Index tensors that cover `rows` once, in an order that depends on the seed, the stage and the epoch."""
+        generator = torch.Generator().manual_seed(_seed(self.seed, self.index, epoch))
+        for picked in batches(len(self.rows), batch_size, generator=generator):
+            yield self.rows[picked]
+
+    def loss(self, x: Tensor, kl_weight: float = 1.0, *, generator: torch.Generator | None = None) -> Tensor:
+        """The scalar to minimise for a batch of observations.
+
+        In a subtree stage only the path to the split node and its two children run, and only the terms that the
+        children and the split's decision take part in count, each weighted by the probability of reaching them.
+        """
+        model, split = self.model, self.split
+        if split is None:
+            return model.elbo(x, threshold=self.threshold, generator=generator).loss(kl_weight)
+        nodes = (*model.topology.path(split), *model.topology.children(split))
+        posterior = model.posterior(x, nodes=nodes, threshold=self.threshold, generator=generator)
+        depth = model.topology.depth(split)
+        return model.elbo_of(posterior, x, from_depth=depth).loss(kl_weight)
+
+
+@dataclass
+class TreeGrowth:
+    """Grows a TreeVAE by an iterator of stages; between two stages it can be saved and resumed.
+
+    Args:
+        model: the model, which starts as it is (usually a root with two leaves).
+        max_leaves: stop growing at this many effective leaves, those with a mean probability of at least `min_share`.
+        epochs: epochs of every kind of stage that is not named below.
+        initial_epochs: epochs of the initial stage.
+        subtree_epochs: epochs of a subtree stage.
+        intermediate_epochs: epochs of an intermediate stage; 0 skips them.
+        final_epochs: epochs of the final stage; 0 skips it.
+        intermediate_every: splits between two intermediate stages.
+        policy: which leaf to split: 'largest', 'highest_loss', 'highest_entropy', or a function from
+            `LeafStatistics` to a score per leaf.
+        warm_start: whether new children begin as copies of the leaf they come from.
+        min_share: leaves below this share of the data are pruned before the final stage.
+        min_rows: leaves with fewer rows are not split.
+        threshold: nodes that an image reaches with less probability are skipped in training.
+        annealing: KL weight over the epochs of the stages before the final one.
+        final_annealing: KL weight over the final stage.
+        seed: for the order of rows and the weights of new nodes.
+        batch_size: rows at a time when the growth itself looks at the data.
+
+    Examples:
+        >>> model = TreeVAE.for_vectors(4, generator=torch.Generator().manual_seed(0))
+        >>> growth = TreeGrowth(model, max_leaves=2, epochs=1)
+        >>> [stage.kind for stage in growth.stages(torch.rand(32, 4))]
+        ['initial', 'final']
+    """
+
+    model: TreeVAE
+    max_leaves: int = 10
+    epochs: int = 20
+    initial_epochs: int | None = None
+    subtree_epochs: int | None = None
+    intermediate_epochs: int | None = None
+    final_epochs: int | None = None
+    intermediate_every: int = 3
+    policy: str | Policy = "largest"
+    warm_start: bool = False
+    min_share: float = 0.01
+    min_rows: int = 64
+    threshold: float = 1e-3
+    annealing: KLAnnealing = field(default_factory=lambda: KLAnnealing(step=0.001))
+    final_annealing: KLAnnealing | None = None
+    seed: int = 0
+    batch_size: int = 1024
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def stages(self, data: Tensor) -> Iterator[Stage]:
+        """Yield stages until the tree is done; train each one before asking for the next.
+
+        Args:
+            data: all observations, `(n, *model.inputs)`.
+        """
+        while (stage := self._next(data)) is not None:
+            if stage.epochs:
+                yield stage
+            self.history.append({"kind": stage.kind, "split": stage.split, "epochs": stage.epochs})
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(True)
+
+    def _next(self, data: Tensor) -> Stage | None:
+        done = [entry["kind"] for entry in self.history]
+        everything = torch.arange(len(data))
+        if not done:
+            for node in self.model.topology.routed:
+                self._cut(node, data, everything)
+            return self._stage("initial", everything)
+        if done[-1] == "final":
+            return None
+        since = done[::-1].index("intermediate") if "intermediate" in done else len(done) - 1
+        if done[-1] == "subtree" and since and since % self.intermediate_every == 0:
+            return self._stage("intermediate", everything)
+        probs = self._leaf_probs(data)
+        if self._effective(probs) < self.max_leaves:
+            leaf = self._leaf_to_split(data, probs)
+            if leaf is not None:
+                rows = self.members(probs)[:, self.model.topology.leaves.index(leaf)].nonzero().squeeze(1)
+                generator = torch.Generator().manual_seed(_seed(self.seed, len(self.history), -1))
+                self.model.split(leaf, warm_start=self.warm_start, generator=generator)
+                self._cut(leaf, data, rows)
+                return self._stage("subtree", rows, split=leaf)
+        self._prune(data, probs)
+        return self._stage("final", everything)
+
+    def _stage(self, kind: str, rows: Tensor, split: int | None = None) -> Stage:
+        named: int | None = getattr(self, f"{kind}_epochs")
+        epochs = self.epochs if named is None else named
+        annealing = self.annealing
+        if kind == "final":
+            annealing = self.final_annealing or KLAnnealing(step=max(0.01, 1 / max(1, epochs - 1)))
+        return Stage(
+            self.model, kind, len(self.history), epochs, rows, annealing, split, self.threshold, self.seed
+        )
+
+    # --- decisions ----------------------------------------------------------------------------------------
+
+    def members(self, probs: Tensor) -> Tensor:
+        """Which rows belong to which leaf: `P(leaf | x) >= min(1 / effective leaves, 1/2)`; `(n, K)` of booleans."""
+        return probs >= min(1 / max(1, self._effective(probs)), 0.5)
+
+    def _effective(self, probs: Tensor) -> int:
+        return int((probs.mean(0) >= self.min_share).sum())
+
+    def _leaf_to_split(self, data: Tensor, probs: Tensor) -> int | None:
+        """The leaf with the best score among those that have rows enough and room below; None if there is none."""
+        tree = self.model.topology
+        statistics = self._statistics(data, probs)
+        policy = _POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
+        score = policy(statistics)
+        deepest = len(self.model.bottom_up)
+        room = torch.tensor([tree.depth(leaf) < deepest for leaf in tree.leaves])
+        score = torch.where(room & (statistics.rows >= self.min_rows), score, -math.inf)
+        best = int(score.argmax())
+        return tree.leaves[best] if score[best] > -math.inf else None
+
+    def _statistics(self, data: Tensor, probs: Tensor) -> LeafStatistics:
+        members = self.members(probs).double()
+        rows = members.sum(0)
+        entropy = torch.special.entr(probs.double()).sum(1)
+        loss = torch.zeros(len(data), dtype=torch.float64)
+        if self.policy not in ("largest", "highest_entropy"):
+            loss = self._negative_elbo(data).double()
+        mean = members / rows
+        return LeafStatistics(rows.long(), probs.mean(0), loss @ mean, entropy @ mean)
+
+    @torch.no_grad()
+    def _cut(self, node: int, data: Tensor, rows: Tensor) -> None:
+        """Start a new posterior router as a balanced cut of its rows, so that neither child starves from the start."""
+        generator = torch.Generator().manual_seed(_seed(self.seed, len(self.history), -3))
+        picked = rows[torch.randperm(len(rows), generator=generator)[:4096]]
+        depth = self.model.topology.depth(node)
+        features = torch.cat([self.model.features(x)[depth] for x in data[picked].split(self.batch_size)])
+        self.model.posterior_routers.cut(node, features)
+
+    def _prune(self, data: Tensor, probs: Tensor) -> None:
+        """Remove, one by one, the leaf that fewest rows choose, while that is less than `min_share` of them."""
+        while len(self.model.topology.leaves) > 1:
+            counts = probs.argmax(1).bincount(minlength=probs.shape[1])
+            smallest = int(counts.argmin())
+            if counts[smallest] >= self.min_share * len(data):
+                return
+            self.model.prune(self.model.topology.leaves[smallest])
+            probs = self._leaf_probs(data)
+
+    @torch.no_grad()
+    def _leaf_probs(self, data: Tensor) -> Tensor:
+        parts = [self.model.leaf_log_probs(x).exp() for x in data.split(self.batch_size)]
+        return torch.cat(parts).cpu()
+
+    @torch.no_grad()
+    def _negative_elbo(self, data: Tensor) -> Tensor:
+        generator = torch.Generator(data.device).manual_seed(_seed(self.seed, len(self.history), -2))
+        return torch.cat([-self.model.elbo(x, generator=generator).elbo for x in data.split(self.batch_size)])
+
+    # --- saving -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed growth needs besides the saved model and the same arguments; plain JSON values."""
+        return {"history": [dict(entry) for entry in self.history]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the last stage that `state` lists."""
+        self.history = [dict(entry) for entry in state["history"]]
+
+
+def _seed(*numbers: int) -> int:
+    """One seed from several numbers, far apart for neighbours."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 6364136223846793005 + number * 2 + 1442695040888963407) % 2**63
+    return mixed

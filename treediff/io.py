@@ -1,0 +1,108 @@
+"""One safe file per model: safetensors, with one metadata key that holds canonical JSON.
+
+Nothing here unpickles. The JSON says the format's version, the class, how the model was configured and its tree; the
+same model always saves to the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+__all__ = ["FORMAT_VERSION", "load_into", "read_header", "save_model"]
+
+FORMAT_VERSION = 1
+_KEY = "treediff"
+
+Path = str | os.PathLike[str]
+
+
+def save_model(module: nn.Module, path: Path, header: Mapping[str, Any]) -> None:
+    """Write all tensors of a module and a header to one file.
+
+    The file is first written beside `path` and then put in its place, so an interruption leaves the old one whole.
+
+    Args:
+        module: the module; its `state_dict` is stored.
+        path: where to.
+        header: plain JSON values; 'format' and 'class' are added.
+    """
+    full = {**header, "format": FORMAT_VERSION, "class": type(module).__name__}
+    text = json.dumps(full, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}
+    beside = f"{os.fspath(path)}.partial"
+    try:
+        with open(beside, "wb") as file:
+            file.write(to_bytes(tensors, metadata={_KEY: text}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        if os.path.exists(beside):
+            os.remove(beside)
+
+
+def read_header(path: Path, expected_class: str) -> dict[str, Any]:
+    """The header of a file, once it is sure that this version can read it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no safetensors file, was not written by treediff, holds another class of model, or has
+            another format version.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no model file at {os.fspath(path)!r}")
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is not a whole safetensors file ({error}); it may be damaged, cut short, or of "
+            "another kind. Nothing else is tried: pickled files are never read"
+        ) from None
+    if _KEY not in metadata:
+        raise ValueError(
+            f"{os.fspath(path)!r} is a safetensors file that treediff did not write: its metadata has the keys "
+            f"{sorted(metadata)}, expected {_KEY!r}"
+        )
+    try:
+        header = json.loads(metadata[_KEY])
+        version, found_class = header["format"], header["class"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"the header of {os.fspath(path)!r} is damaged ({type(error).__name__}: {error})") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{os.fspath(path)!r} has format version {version}, this treediff reads version {FORMAT_VERSION}; "
+            "install the release that wrote it, or a newer one"
+        )
+    if found_class != expected_class:
+        raise ValueError(f"{os.fspath(path)!r} holds a {found_class}, expected a {expected_class}")
+    return dict(header)
+
+
+def load_into(module: nn.Module, path: Path) -> None:
+    """Fill a module with a file's tensors; all must fit, and nothing is changed unless all do.
+
+    Raises:
+        ValueError: naming the first tensor that is missing, unknown, or of another shape or dtype.
+    """
+    with safe_open(os.fspath(path), framework="pt") as file:
+        found: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    expected = module.state_dict()
+    for name in sorted(expected.keys() | found.keys()):
+        want, got = _describe(expected.get(name)), _describe(found.get(name))
+        if want != got:
+            raise ValueError(f"the file does not fit the model at {name!r}: expected {want}, found {got}")
+    module.load_state_dict(found)
+
+
+def _describe(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "no such tensor"
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

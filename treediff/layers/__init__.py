@@ -1,0 +1,1 @@
+"""The layers a TreeVAE is made of, each a small module of its own."""

@@ -1,0 +1,159 @@
+"""The small pieces that node networks, encoders and decoders are made of.
+
+Latents and features are vectors `(B, D)`, or maps `(B, D, h, w)` of a fixed size. `features_of` says how wide one
+is when flattened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from treediff.probability import log_softplus
+
+__all__ = ["BottomUpBlock", "GaussianHead", "LatentTransition", "Router"]
+
+Shape = tuple[int, ...]
+
+
+def check_shape(name: str, shape: Shape) -> Shape:
+    """A feature shape is `(D,)` or `(D, h, w)`, all positive."""
+    shape = tuple(shape)
+    if len(shape) not in (1, 3) or min(shape) < 1:
+        raise ValueError(f"{name} must be (width,) or (channels, height, width), found {shape}")
+    return shape
+
+
+def norm(shape: Shape) -> nn.Module:
+    """A norm of one instance: LayerNorm for vectors, GroupNorm for maps (up to 8 channels a group)."""
+    if len(shape) == 1:
+        return nn.LayerNorm(shape[0])
+    return nn.GroupNorm(math.gcd(shape[0], max(1, shape[0] // 8)), shape[0])
+
+
+def project(inputs: Shape, width: int) -> nn.Module:
+    """A linear layer for vectors, a 3x3 convolution for maps."""
+    if len(inputs) == 1:
+        return nn.Linear(inputs[0], width)
+    return nn.Conv2d(inputs[0], width, 3, padding=1)
+
+
+def stack(inputs: Shape, widths: Sequence[int]) -> OrderedDict[str, nn.Module]:
+    """Hidden layers: project, normalise, activate, for each width."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, width in enumerate(widths):
+        layers[f"project{i}"] = project(inputs, width)
+        inputs = (width, *inputs[1:])
+        layers[f"norm{i}"] = norm(inputs)
+        layers[f"act{i}"] = nn.SiLU()
+    return layers
+
+
+class Router(nn.Sequential):
+    """The decision at a node: features or a latent in, the logit of going **left** out.
+
+    Hidden layers with LayerNorm and SiLU on the flattened input, then one number. The same class serves the
+    posterior router `q(c | d)` (TreeVAE, arXiv 2306.08984, eq. 5) and the prior router `p(c | z)` (eq. 2).
+
+    Args:
+        inputs: shape of one instance, `(D,)` or `(D, h, w)`.
+        hidden: widths of the hidden layers.
+
+    Shapes:
+        `(B, *inputs)` to `(B,)`.
+
+    Examples:
+        >>> Router((8,))(torch.zeros(3, 8)).shape
+        torch.Size([3])
+    """
+
+    def __init__(self, inputs: Shape, hidden: Sequence[int] = (128,)) -> None:
+        inputs = check_shape("inputs", inputs)
+        flat = (math.prod(inputs),)
+        layers = stack(flat, hidden)
+        layers["logit"] = nn.Linear([*flat, *hidden][-1], 1)
+        layers["squeeze"] = nn.Flatten(0)
+        super().__init__(OrderedDict(flatten=nn.Flatten(1), **layers))
+
+
+class LogVariance(nn.Module):
+    """Reads the second half of the channels as `softplus^-1` of a variance and returns its logarithm there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, 2D, ...)` to `(B, 2D, ...)`: the mean unchanged, then the log-variance."""
+        mean, raw = x.chunk(2, dim=1)
+        return torch.cat([mean, log_softplus(raw)], dim=1)
+
+
+class GaussianHead(nn.Sequential):
+    """Features to a diagonal Gaussian: the part of a node's posterior that sees the image.
+
+    The variance is `softplus` of a projection, kept as its logarithm (TreeVAE, arXiv 2306.08984, eq. 7).
+
+    Args:
+        inputs: shape of the features, `(D,)` or `(D, h, w)`.
+        latent: width of the latent.
+        hidden: widths of hidden layers in between; none by default.
+
+    Shapes:
+        `(B, D, ...)` to `(B, 2 * latent, ...)`: the mean, then the log-variance; `.chunk(2, dim=1)` parts them.
+
+    Examples:
+        >>> mean, logvar = GaussianHead((16,), 4)(torch.zeros(2, 16)).chunk(2, dim=1)
+        >>> mean.shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(self, inputs: Shape, latent: int, hidden: Sequence[int] = ()) -> None:
+        inputs = check_shape("inputs", inputs)
+        layers = stack(inputs, hidden)
+        layers["gaussian"] = project(([inputs[0], *hidden][-1], *inputs[1:]), 2 * latent)
+        layers["logvar"] = LogVariance()
+        super().__init__(layers)
+
+
+class LatentTransition(GaussianHead):
+    """A parent's latent to the prior of its child, `p(z_child | z_parent)` (TreeVAE, eq. 3).
+
+    A `GaussianHead` that keeps the latent's shape, with a hidden layer by default.
+
+    Examples:
+        >>> LatentTransition((16, 2, 2))(torch.zeros(1, 16, 2, 2)).shape
+        torch.Size([1, 32, 2, 2])
+    """
+
+    def __init__(self, latent: Shape, hidden: Sequence[int] = (128,)) -> None:
+        super().__init__(latent, check_shape("latent", latent)[0], hidden)
+
+
+class BottomUpBlock(nn.Module):
+    """One step of the deterministic ladder, from the features of a depth to those of the depth above.
+
+    `d_{h-1} = d_h + f(d_h)` with `f` a stack of project, normalise, activate. The sum keeps the root, at the far end of
+    the ladder, as close to the image as the leaves are.
+
+    Args:
+        inputs: shape of the features, `(D,)` or `(D, h, w)`; kept.
+        layers: how many times project, normalise, activate.
+
+    Shapes:
+        `(B, *inputs)` to `(B, *inputs)`.
+
+    Examples:
+        >>> BottomUpBlock((16,))(torch.zeros(2, 16)).shape
+        torch.Size([2, 16])
+    """
+
+    def __init__(self, inputs: Shape, layers: int = 1) -> None:
+        super().__init__()
+        inputs = check_shape("inputs", inputs)
+        self.step = nn.Sequential(stack(inputs, [inputs[0]] * layers))
+
+    def forward(self, d: Tensor) -> Tensor:
+        """See the class."""
+        step: Tensor = self.step(d)
+        return d + step

@@ -1,0 +1,90 @@
+"""Noise that depends on what it is for, and on nothing else.
+
+A number drawn here is a pure function of a seed, the index of the sample it belongs to, and a number that says which draw
+of that sample it is. So image 7 gets the same noise in a batch of 8 and in a batch of 800, on one process or four, and two
+leaves under one root share the noise of the path they share. No state, no loop over generators.
+
+The generator is counter-based: the 64-bit finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014) applied to the three
+numbers in turn and then to the position inside the sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["counter_normal", "counter_uniform", "seed_from"]
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def seed_from(generator: torch.Generator | None) -> int:
+    """One seed taken from a generator, or from PyTorch's default one if there is none."""
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**62, (), generator=generator, device=device))
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    # int64 shifts keep the sign; the mask makes the shift that of an unsigned number.
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def _bits(seed: int, index: Tensor, draw: int | Tensor, count: int) -> Tensor:
+    """`(n, count)` int64 of which all 64 bits are mixed."""
+    key = _mix(torch.full_like(index, seed) + _GOLDEN)
+    key = _mix((key ^ _mix(index * _GOLDEN)) + _mix(torch.full_like(index, 1) * draw) + _GOLDEN)
+    position = torch.arange(1, count + 1, device=index.device) * _GOLDEN
+    return _mix(key[:, None] + position)
+
+
+def counter_uniform(
+    seed: int, index: Tensor, shape: Sequence[int] = (), *, draw: int | Tensor = 0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Uniform numbers in [0, 1), never 1.
+
+    Args:
+        seed: any int below 2**63 in size.
+        index: `(n,)` int64, which sample each row is for.
+        shape: of one sample.
+        draw: which draw of the sample; an int, or `(n,)` int64, one for each row.
+        dtype: of the result; PyTorch's default one if not given.
+
+    Returns:
+        `(n, *shape)`.
+
+    Examples:
+        >>> every = counter_uniform(0, torch.arange(8))
+        >>> bool((counter_uniform(0, torch.tensor([5])) == every[5]).all())
+        True
+    """
+    dtype = dtype or torch.get_default_dtype()
+    bits = _bits(seed, index, draw, math.prod(shape))
+    digits = min(53, 1 - int(math.log2(torch.finfo(dtype).eps)))
+    return (_shift_right(bits, 64 - digits).to(torch.float64) * 2.0**-digits).to(dtype).view(-1, *shape)
+
+
+def counter_normal(
+    seed: int, index: Tensor, shape: Sequence[int] = (), *, draw: int | Tensor = 0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Standard normal numbers, by the transform of Box and Muller; arguments as for `counter_uniform`.
+
+    Examples:
+        >>> counter_normal(0, torch.arange(3), (2, 4)).shape
+        torch.Size([3, 2, 4])
+    """
+    bits = _bits(seed, index, draw, math.prod(shape))
+    # Half a unit up keeps the logarithm finite.
+    radius = ((_shift_right(bits, 32).to(torch.float64) + 0.5) * 2.0**-32).log().mul(-2).sqrt()
+    angle = (bits & 0xFFFFFFFF).to(torch.float64) * (2.0**-32 * 2 * math.pi)
+    return (radius * angle.cos()).to(dtype or torch.get_default_dtype()).view(-1, *shape)

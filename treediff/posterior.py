@@ -1,0 +1,102 @@
+"""What a TreeVAE believes about a batch, found in one traversal and read in many ways.
+
+Letters: `B` batch, `T` visits, `R` visits to routed nodes, `L` visits to leaves, `N` nodes, `K` leaves, `D` latent.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from treediff.probability import bernoulli_kl_with_logits, gaussian_kl, gaussian_log_prob
+from treediff.visits import Visits
+
+__all__ = ["ELBO", "TreePosterior"]
+
+
+@dataclass(frozen=True)
+class TreePosterior:
+    """Latents, Gaussians, decisions and reach probabilities of every visit.
+
+    Args:
+        visits: which image is at which node, with `log_reach` and the posterior routers' `logits`.
+        z: `(T, D, ...)` a sample of each visited node's latent.
+        mean: `(T, D, ...)` of the posterior `q(z_i | z_parent, x)`.
+        logvar: `(T, D, ...)` its log-variance.
+        prior_mean: `(T, D, ...)` of the prior `p(z_i | z_parent)`; 0 at the root.
+        prior_logvar: `(T, D, ...)` its log-variance; 0 at the root.
+        prior_logits: `(R,)` what the prior routers `p(c | z)` say at the routed visits.
+    """
+
+    visits: Visits
+    z: Tensor
+    mean: Tensor
+    logvar: Tensor
+    prior_mean: Tensor
+    prior_logvar: Tensor
+    prior_logits: Tensor
+
+    def leaf_log_probs(self) -> Tensor:
+        """`log P(leaf | x)`, `(B, K)` in the order of the topology's leaves; -inf where a visit was left out."""
+        return leaf_log_probs_of(self.visits)
+
+    def latents(self, node: int) -> Tensor:
+        """The latents `(B, D, ...)` at one node; NaN for images that did not visit it. KeyError for a foreign node."""
+        plan = self.visits.plan
+        plan.topology.path(node)
+        here = self.visits.node == plan.nodes.index(node)
+        z = self.z.new_full((self.visits.batch, *self.z.shape[1:]), math.nan)
+        return z.index_put((self.visits.image[here],), self.z[here])
+
+    def kl_nodes(self) -> Tensor:
+        """`(T,)` analytic KL of each visit's posterior from its prior, not yet weighted by the reach, in nats."""
+        return gaussian_kl(self.mean, self.logvar, self.prior_mean, self.prior_logvar)
+
+    def kl_decisions(self) -> Tensor:
+        """`(R,)` KL of each decision's posterior from its prior, not yet weighted, in nats."""
+        return bernoulli_kl_with_logits(self.visits.logits, self.prior_logits)
+
+    def log_ratio_nodes(self) -> Tensor:
+        """`(T,)` `log p(z_i | z_parent) - log q(z_i | z_parent, x)` at the sample, in nats."""
+        prior = gaussian_log_prob(self.z, self.prior_mean, self.prior_logvar)
+        return prior - gaussian_log_prob(self.z, self.mean, self.logvar)
+
+
+def leaf_log_probs_of(visits: Visits) -> Tensor:
+    """`(B, K)` log-probabilities of the leaves from the visits alone."""
+    leaves, plan = visits.at_leaves(), visits.plan
+    return visits.table(leaves, visits.log_reach[leaves], plan.leaf_rank, len(plan.leaves), -math.inf)
+
+
+@dataclass(frozen=True)
+class ELBO:
+    """The evidence lower bound of each image, term by term, in nats, all `(B,)` (TreeVAE, arXiv 2306.08984, eq. 9).
+
+    Args:
+        reconstruction: `sum over leaves of P(leaf | x) (-log p(x | z_leaf))`.
+        kl_root: `KL(q(z_0 | x) || N(0, I))`.
+        kl_nodes: sum over the other nodes of `P(i | x) KL(q(z_i | z_parent, x) || p(z_i | z_parent))`.
+        kl_decisions: sum over routed nodes of `P(i | x) KL(q(c_i | x) || p(c_i | z_i))`.
+    """
+
+    reconstruction: Tensor
+    kl_root: Tensor
+    kl_nodes: Tensor
+    kl_decisions: Tensor
+
+    @property
+    def kl(self) -> Tensor:
+        """The three KL terms together."""
+        return self.kl_root + self.kl_nodes + self.kl_decisions
+
+    @property
+    def elbo(self) -> Tensor:
+        """The bound itself; higher is better."""
+        return -(self.reconstruction + self.kl)
+
+    def loss(self, kl_weight: float = 1.0) -> Tensor:
+        """What training minimises: the mean over images of `reconstruction + kl_weight * kl`, a scalar."""
+        return torch.mean(self.reconstruction + kl_weight * self.kl)

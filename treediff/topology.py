@@ -1,0 +1,311 @@
+"""The tree itself: which node is whose child. No parameters, no tensors that learn.
+
+A `TreeTopology` is a value. Growing or pruning returns a new one and leaves the old one as it was. Every node
+has an integer **id that it keeps for ever**: splitting hands out ids never used before, pruning retires ids for
+good, so whatever is stored by id (parameters, pictures, notes) still belongs to the same node afterwards.
+
+Nodes are listed in *level order*: by depth, and from left to right within a depth. A node has two children, one
+(a *pass-through*, left behind when its other child was pruned) or none (a *leaf*).
+
+Letters: `N` nodes, `I` routed nodes (those with two children), `K` leaves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["TreeTopology"]
+
+
+@dataclass(frozen=True)
+class TreeTopology:
+    """An immutable binary tree with stable node ids.
+
+    Args:
+        ids: node ids in level order; the root comes first.
+        left: id of each node's left child, or None, in the same order.
+        right: id of each node's right child, or None, in the same order.
+        next_id: the first id that was never used.
+
+    Raises:
+        ValueError: if the three tuples do not describe one binary tree in level order.
+
+    Examples:
+        >>> tree = TreeTopology.balanced(1)
+        >>> tree.leaves
+        (1, 2)
+        >>> tree.split(2).leaves
+        (1, 3, 4)
+        >>> tree.split(2).prune(1).leaves
+        (3, 4)
+    """
+
+    ids: tuple[int, ...]
+    left: tuple[int | None, ...]
+    right: tuple[int | None, ...]
+    next_id: int
+
+    def __post_init__(self) -> None:
+        if not self.ids or not len(self.ids) == len(self.left) == len(self.right):
+            raise ValueError(
+                "a tree needs at least a root, and one left and one right entry per node; found "
+                f"{len(self.ids)} ids, {len(self.left)} left and {len(self.right)} right entries"
+            )
+        order = [self.ids[0]]
+        children = dict(zip(self.ids, zip(self.left, self.right, strict=True), strict=True))
+        for node in order:
+            if len(order) > len(self.ids):
+                break
+            order.extend(c for c in children.get(node, ()) if c is not None)
+        if tuple(order) != self.ids or len(children) != len(self.ids):
+            raise ValueError(
+                "nodes must form one tree, listed in level order with each id once; found ids "
+                f"{list(self.ids)}, but following children from the root gives {order[: len(self.ids) + 1]}"
+            )
+        if min(self.ids) < 0 or self.next_id <= max(self.ids):
+            raise ValueError(
+                f"ids must be at least 0 and below next_id; found ids from {min(self.ids)} to "
+                f"{max(self.ids)} and next_id {self.next_id}"
+            )
+        # Looked up now: Python 3.11 takes a lock at the first use, and torch.compile cannot trace a lock.
+        for name in ("index", "parents", "leaves", "routed", "levels", "_turns"):
+            getattr(self, name)
+
+    # --- making trees -------------------------------------------------------------------------------------
+
+    @classmethod
+    def balanced(cls, depth: int) -> TreeTopology:
+        """The full binary tree with `2**depth` leaves; depth 0 is a lone root, the tree of a plain VAE."""
+        if depth < 0:
+            raise ValueError(f"depth must be at least 0, found {depth}")
+        inner, total = 2**depth - 1, 2 ** (depth + 1) - 1
+        pad: tuple[None, ...] = (None,) * (total - inner)
+        return cls(
+            ids=tuple(range(total)),
+            left=tuple(2 * i + 1 for i in range(inner)) + pad,
+            right=tuple(2 * i + 2 for i in range(inner)) + pad,
+            next_id=total,
+        )
+
+    @classmethod
+    def chain(cls, depth: int) -> TreeTopology:
+        """A root with one descendant per depth and no branching: the tree of a LadderVAE."""
+        if depth < 0:
+            raise ValueError(f"depth must be at least 0, found {depth}")
+        return cls(
+            ids=tuple(range(depth + 1)),
+            left=(*range(1, depth + 1), None),
+            right=(None,) * (depth + 1),
+            next_id=depth + 1,
+        )
+
+    @classmethod
+    def from_children(
+        cls, children: dict[int, tuple[int | None, int | None]], *, root: int, next_id: int
+    ) -> TreeTopology:
+        """Build the tree below `root` from a map of node id to (left child, right child); leaves may be left out."""
+        order = [root]
+        for node in order:
+            order.extend(c for c in children.get(node, (None, None)) if c is not None)
+            if len(order) > 2 * len(children) + 1:
+                raise ValueError(f"the children of {root} do not form a tree: some node is reached twice")
+        pairs = [children.get(node, (None, None)) for node in order]
+        return cls(tuple(order), tuple(p[0] for p in pairs), tuple(p[1] for p in pairs), next_id)
+
+    def split(self, leaf: int) -> TreeTopology:
+        """Give `leaf` two children with new ids; the left one is `next_id`.
+
+        Raises:
+            KeyError: if there is no such node.
+            ValueError: if the node is not a leaf.
+        """
+        self._require_leaf(leaf)
+        children = self._children_map()
+        children[leaf] = (self.next_id, self.next_id + 1)
+        return self.from_children(children, root=self.root, next_id=self.next_id + 2)
+
+    def prune(self, leaf: int) -> TreeTopology:
+        """Remove `leaf`, and every ancestor that it leaves without children.
+
+        A parent that keeps its other child becomes a pass-through: no decision is taken there any more, and
+        whatever reached it goes on to the remaining child.
+
+        Raises:
+            KeyError: if there is no such node.
+            ValueError: if the node is not a leaf, or the only one.
+        """
+        self._require_leaf(leaf)
+        if len(self.leaves) == 1:
+            raise ValueError(f"node {leaf} is the only leaf: a tree keeps at least one")
+        children = self._children_map()
+        gone: int | None = leaf
+        while gone is not None:
+            parent = self.parent(gone)
+            children.pop(gone, None)
+            if parent is None:
+                break
+            first, second = children[parent]
+            children[parent] = (None if first == gone else first, None if second == gone else second)
+            gone = parent if children[parent] == (None, None) else None
+        return self.from_children(children, root=self.root, next_id=self.next_id)
+
+    # --- looking at trees ---------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, node: object) -> bool:
+        return node in self.index
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids)
+
+    def __repr__(self) -> str:
+        def draw(node: int) -> str:
+            below = [draw(child) for child in self.children(node)]
+            return f"{node}({' '.join(below)})" if below else str(node)
+
+        return f"TreeTopology({draw(self.root)}, next_id={self.next_id})"
+
+    @property
+    def root(self) -> int:
+        """Id of the root."""
+        return self.ids[0]
+
+    @cached_property
+    def index(self) -> dict[int, int]:
+        """Position of each id in level order."""
+        return {node: i for i, node in enumerate(self.ids)}
+
+    @cached_property
+    def leaves(self) -> tuple[int, ...]:
+        """Ids of the `K` nodes without children, in level order."""
+        return tuple(n for n, a, b in self._rows() if a is None and b is None)
+
+    @cached_property
+    def routed(self) -> tuple[int, ...]:
+        """Ids of the `I` nodes with two children, where a router decides, in level order."""
+        return tuple(n for n, a, b in self._rows() if a is not None and b is not None)
+
+    @cached_property
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """Ids by depth: `levels[h]` holds the nodes of depth `h` from left to right."""
+        grouped: list[list[int]] = [[] for _ in range(self.max_depth + 1)]
+        for node in self.ids:
+            grouped[self.depth(node)].append(node)
+        return tuple(tuple(level) for level in grouped)
+
+    @property
+    def max_depth(self) -> int:
+        """Depth of the deepest node; the root has depth 0."""
+        return self.depth(self.ids[-1])
+
+    @cached_property
+    def parents(self) -> dict[int, int | None]:
+        """Parent of each node; None for the root."""
+        found: dict[int, int | None] = {self.root: None}
+        for node, *below in self._rows():
+            found.update({child: node for child in below if child is not None})
+        return found
+
+    def parent(self, node: int) -> int | None:
+        """Id of the parent, or None for the root. Raises KeyError for an unknown node."""
+        self._require(node)
+        return self.parents[node]
+
+    def children(self, node: int) -> tuple[int, ...]:
+        """Ids of the children from left to right: two, one or none. Raises KeyError for an unknown node."""
+        i = self._require(node)
+        return tuple(c for c in (self.left[i], self.right[i]) if c is not None)
+
+    def depth(self, node: int) -> int:
+        """Number of edges between the root and `node`. Raises KeyError for an unknown node."""
+        return len(self.path(node)) - 1
+
+    def path(self, node: int) -> tuple[int, ...]:
+        """Ids from the root down to `node`, both included. Raises KeyError for an unknown node."""
+        self._require(node)
+        steps = [node]
+        while (above := self.parents[steps[-1]]) is not None:
+            steps.append(above)
+        return tuple(reversed(steps))
+
+    def leaves_under(self, node: int) -> tuple[int, ...]:
+        """Ids of the leaves that descend from `node` (itself, if it is a leaf), in level order."""
+        self._require(node)
+        return tuple(leaf for leaf in self.leaves if node in self.path(leaf))
+
+    def lowest_common_ancestor(self, first: int, second: int) -> int:
+        """Id of the deepest node that lies on both paths from the root."""
+        shared = [a for a, b in zip(self.path(first), self.path(second), strict=False) if a == b]
+        return shared[-1]
+
+    def incidence(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """The two 0/1 matrices `(N, I)` that turn decisions into paths.
+
+        Entry `[n, i]` of the first is 1 where the path to node `n` turns left at routed node `i`, of the second
+        where it turns right. They are shared by all callers and must not be written to.
+        """
+        return self._turns
+
+    @cached_property
+    def _turns(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        column = {node: i for i, node in enumerate(self.routed)}
+        turns = np.zeros((2, len(self), len(self.routed)), np.float32)
+        for node, row in self.index.items():
+            steps = self.path(node)
+            for above, below in zip(steps, steps[1:], strict=False):
+                if above in column:
+                    turns[self.children(above).index(below), row, column[above]] = 1
+        return turns[0], turns[1]
+
+    # --- files --------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """Canonical JSON; `from_json` gives the same tree back."""
+        nodes = [[node, first, second] for node, first, second in self._rows()]
+        return json.dumps({"next_id": self.next_id, "nodes": nodes}, separators=(",", ":"), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> TreeTopology:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: if the text is not such JSON, or does not describe a tree.
+        """
+        try:
+            found = json.loads(text)
+            nodes = [(int(n), *(None if c is None else int(c) for c in below)) for n, *below in found["nodes"]]
+            ids, left, right = zip(*nodes, strict=True)
+            next_id = int(found["next_id"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                'expected JSON like {"next_id":3,"nodes":[[0,1,2],[1,null,null],[2,null,null]]}, '
+                f"found {text[:80]!r} ({type(error).__name__}: {error})"
+            ) from None
+        return cls(ids, left, right, next_id)
+
+    # --- helpers ------------------------------------------------------------------------------------------
+
+    def _rows(self) -> Iterator[tuple[int, int | None, int | None]]:
+        return zip(self.ids, self.left, self.right, strict=True)
+
+    def _children_map(self) -> dict[int, tuple[int | None, int | None]]:
+        return {node: (first, second) for node, first, second in self._rows()}
+
+    def _require(self, node: int) -> int:
+        try:
+            return self.index[node]
+        except (KeyError, TypeError):
+            raise KeyError(f"node {node!r} is not in the tree; its nodes are {list(self.ids)}") from None
+
+    def _require_leaf(self, node: int) -> None:
+        self._require(node)
+        if self.children(node):
+            raise ValueError(f"node {node} is not a leaf; the leaves are {list(self.leaves)}")
