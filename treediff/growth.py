@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from treediff.data import batches
 from treediff.layers.annealing import KLAnnealing
+from treediff.layers.blocks import Router
 from treediff.treevae import TreeVAE
 
 __all__ = ["LeafStatistics", "Stage", "TreeGrowth"]
@@ -70,6 +71,7 @@ class Stage:
     rows: Tensor
     annealing: KLAnnealing
     split: int | None = None
+    above: float = 0.0
     threshold: float = 0.0
     seed: int = 0
 
@@ -85,9 +87,11 @@ class Stage:
             return list(model.parameters())
         children = model.topology.children(split)
         banks = (model.heads, model.transitions, model.decoders)
+        routers = [model.prior_routers.weights_of(split)]
+        if self.kind != "settle":
+            routers.append(model.posterior_routers.weights_of(split))
         return [
-            model.posterior_routers.weights_of(split),
-            model.prior_routers.weights_of(split),
+            *routers,
             *(bank.weights_of(child) for bank in banks for child in children),
         ]
 
@@ -125,6 +129,7 @@ class TreeGrowth:
         max_leaves: stop growing at this many effective leaves, those with a mean probability of at least `min_share`.
         epochs: epochs of every kind of stage that is not named below.
         initial_epochs: epochs of the initial stage.
+        settle_epochs: epochs of the stage before it, in which the new router keeps its first cut; 0 skips it.
         subtree_epochs: epochs of a subtree stage.
         intermediate_epochs: epochs of an intermediate stage; 0 skips them.
         final_epochs: epochs of the final stage; 0 skips it.
@@ -151,6 +156,7 @@ class TreeGrowth:
     max_leaves: int = 10
     epochs: int = 20
     initial_epochs: int | None = None
+    settle_epochs: int | None = None
     subtree_epochs: int | None = None
     intermediate_epochs: int | None = None
     final_epochs: int | None = None
@@ -175,49 +181,61 @@ class TreeGrowth:
         while (stage := self._next(data)) is not None:
             if stage.epochs:
                 yield stage
-            self.history.append({"kind": stage.kind, "split": stage.split, "epochs": stage.epochs})
+            record = {"kind": stage.kind, "split": stage.split, "epochs": stage.epochs, "above": stage.above}
+            self.history.append(record)
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)
 
     def _next(self, data: Tensor) -> Stage | None:
-        done = [entry["kind"] for entry in self.history]
         everything = torch.arange(len(data))
-        if not done:
+        if not self.history:
             for node in self.model.topology.routed:
                 self._cut(node, data, everything)
             return self._stage("initial", everything)
-        if done[-1] == "final":
+        last = self.history[-1]
+        if last["kind"] == "final":
             return None
-        since = done[::-1].index("intermediate") if "intermediate" in done else len(done) - 1
-        if done[-1] == "subtree" and since and since % self.intermediate_every == 0:
+        if last["kind"] == "settle":
+            return self._subtree_stage("subtree", data, last["split"], last["above"])
+        splits = [entry["kind"] for entry in self.history].count("subtree")
+        if last["kind"] == "subtree" and splits % self.intermediate_every == 0:
             return self._stage("intermediate", everything)
         probs = self._leaf_probs(data)
-        if self._effective(probs) < self.max_leaves:
-            leaf = self._leaf_to_split(data, probs)
-            if leaf is not None:
-                rows = self.members(probs)[:, self.model.topology.leaves.index(leaf)].nonzero().squeeze(1)
-                generator = torch.Generator().manual_seed(_seed(self.seed, len(self.history), -1))
-                self.model.split(leaf, warm_start=self.warm_start, generator=generator)
-                self._cut(leaf, data, rows)
-                return self._stage("subtree", rows, split=leaf)
-        self._prune(data, probs)
-        return self._stage("final", everything)
+        leaf = self._leaf_to_split(data, probs) if self._effective(probs) < self.max_leaves else None
+        if leaf is None:
+            self._prune(data, probs)
+            return self._stage("final", everything)
+        generator = torch.Generator().manual_seed(_seed(self.seed, len(self.history), -1))
+        self.model.split(leaf, warm_start=self.warm_start, generator=generator)
+        stage = self._subtree_stage("settle", data, leaf, self._membership(probs))
+        self._cut(leaf, data, stage.rows)
+        return stage
 
-    def _stage(self, kind: str, rows: Tensor, split: int | None = None) -> Stage:
+    def _subtree_stage(self, kind: str, data: Tensor, split: int, above: float) -> Stage:
+        """A stage on the rows that reach a node with a probability of at least `above`."""
+        tree = self.model.topology
+        below = [tree.leaves.index(leaf) for leaf in tree.leaves_under(split)]
+        reach = self._leaf_probs(data)[:, below].sum(1)
+        return self._stage(kind, (reach >= above).nonzero().squeeze(1), split=split, above=above)
+
+    def _stage(self, kind: str, rows: Tensor, split: int | None = None, above: float = 0.0) -> Stage:
         named: int | None = getattr(self, f"{kind}_epochs")
         epochs = self.epochs if named is None else named
         annealing = self.annealing
         if kind == "final":
             annealing = self.final_annealing or KLAnnealing(step=max(0.01, 1 / max(1, epochs - 1)))
         return Stage(
-            self.model, kind, len(self.history), epochs, rows, annealing, split, self.threshold, self.seed
+            self.model, kind, len(self.history), epochs, rows, annealing, split, above, self.threshold, self.seed
         )
 
     # --- decisions ----------------------------------------------------------------------------------------
 
     def members(self, probs: Tensor) -> Tensor:
         """Which rows belong to which leaf: `P(leaf | x) >= min(1 / effective leaves, 1/2)`; `(n, K)` of booleans."""
-        return probs >= min(1 / max(1, self._effective(probs)), 0.5)
+        return probs >= self._membership(probs)
+
+    def _membership(self, probs: Tensor) -> float:
+        return min(1 / max(1, self._effective(probs)), 0.5)
 
     def _effective(self, probs: Tensor) -> int:
         return int((probs.mean(0) >= self.min_share).sum())
@@ -250,8 +268,10 @@ class TreeGrowth:
         generator = torch.Generator().manual_seed(_seed(self.seed, len(self.history), -3))
         picked = rows[torch.randperm(len(rows), generator=generator)[:4096]]
         depth = self.model.topology.depth(node)
-        features = torch.cat([self.model.features(x)[depth] for x in data[picked].split(self.batch_size)])
-        self.model.posterior_routers.cut(node, features)
+        router = self.model.posterior_routers.module(node)
+        if isinstance(router, Router):
+            router.cut(torch.cat([self.model.features(x)[depth] for x in data[picked].split(self.batch_size)]))
+            self.model.posterior_routers.assign(node, router)
 
     def _prune(self, data: Tensor, probs: Tensor) -> None:
         """Remove, one by one, the leaf that fewest rows choose, while that is less than `min_share` of them."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from treediff.io import load_into, read_header, save_model
 from treediff.layers.bank import NodeBank
 from treediff.layers.grouped import Groups
 from treediff.layers.likelihood import Likelihood
+from treediff.presets import image_parts, vector_parts
 from treediff.posterior import ELBO, TreePosterior, leaf_log_probs_of
 from treediff.probability import precision_weighted_merge, reparameterize, sample_leaf
 from treediff.topology import TreeTopology
@@ -53,9 +54,11 @@ class TreeVAE(nn.Module):
         latent: shape of one latent, `(D,)` or `(D, h, w)`.
         inputs: shape of one observation.
         generator: where initial weights of the node networks come from.
+        device: where the node networks live; where the templates are, by default.
+        dtype: what the node networks are stored as.
 
     Raises:
-        ValueError: if the tree is deeper than the ladder.
+        ValueError: if the tree is deeper than the ladder, or a template keeps buffers.
     """
 
     def __init__(
@@ -73,23 +76,121 @@ class TreeVAE(nn.Module):
         latent: tuple[int, ...],
         inputs: tuple[int, ...],
         generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.latent = tuple(latent)
         self.inputs = tuple(inputs)
         self.encoder = encoder
         self.bottom_up = nn.ModuleList(bottom_up)
-        self.heads = NodeBank(head)
-        self.transitions = NodeBank(transition)
-        self.posterior_routers = NodeBank(posterior_router)
-        self.prior_routers = NodeBank(prior_router)
-        self.decoders = NodeBank(decoder)
+        self.heads = NodeBank(head, device=device, dtype=dtype)
+        self.transitions = NodeBank(transition, device=device, dtype=dtype)
+        self.posterior_routers = NodeBank(posterior_router, device=device, dtype=dtype)
+        self.prior_routers = NodeBank(prior_router, device=device, dtype=dtype)
+        self.decoders = NodeBank(decoder, device=device, dtype=dtype)
         self.likelihood = likelihood
         self.config: dict[str, Any] | None = None
         self._plans: dict[tuple[int, ...], TreePlan] = {}
         self.topology = topology
         self._require_depth(topology)
         self._grow_banks(generator)
+
+    @classmethod
+    def for_images(
+        cls,
+        *,
+        size: int | tuple[int, int],
+        channels: int = 1,
+        latent: int | tuple[int, ...] = 8,
+        width: int = 128,
+        max_depth: int = 6,
+        network: str = "conv",
+        likelihood: str = "bernoulli",
+        topology: TreeTopology | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> TreeVAE:
+        """A model for images in [0, 1] with parts chosen for you.
+
+        Args:
+            size: height and width, or one number for both.
+            channels: 1 for grey, 3 for colour.
+            latent: width of a latent vector, or `(channels, h, w)` for latents that are maps.
+            width: width of features and hidden layers.
+            max_depth: greatest depth the tree may grow to.
+            network: 'conv' for small images, 'mlp' for tiny ones, 'residual' for colour.
+            likelihood: 'bernoulli', 'gaussian' (variance 1/2) or 'gaussian_learned'.
+            topology: the tree to start with; a lone root by default, which growth splits.
+            generator: where initial weights come from; PyTorch's default generator if not given.
+            device: where the model lives.
+            dtype: what weights are stored as.
+
+        Examples:
+            >>> model = TreeVAE.for_images(size=28, topology=TreeTopology.balanced(1))
+            >>> model.elbo(torch.rand(4, 1, 28, 28)).elbo.shape
+            torch.Size([4])
+        """
+        height, breadth = (size, size) if isinstance(size, int) else size
+        config = {
+            "size": [height, breadth],
+            "channels": channels,
+            "latent": [latent] if isinstance(latent, int) else list(latent),
+            "width": width,
+            "max_depth": max_depth,
+            "network": network,
+            "likelihood": likelihood,
+        }
+        settings = {**config, "size": (height, breadth), "latent": tuple(config["latent"])}
+        parts = image_parts(**settings, generator=generator, device=device, dtype=dtype)
+        model = cls(topology=topology or TreeTopology.balanced(0), **parts)
+        model.config = {"for_images": config}
+        return model
+
+    @classmethod
+    def for_vectors(
+        cls,
+        features: int,
+        *,
+        latent: int = 8,
+        width: int = 128,
+        max_depth: int = 6,
+        likelihood: str = "gaussian_learned",
+        topology: TreeTopology | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> TreeVAE:
+        """A model for vectors of `features` numbers: tables, text features; other arguments as for `for_images`.
+
+        Examples:
+            >>> model = TreeVAE.for_vectors(5)
+            >>> model.cluster(torch.randn(3, 5))
+            tensor([0, 0, 0])
+        """
+        config = {
+            "features": features,
+            "latent": latent,
+            "width": width,
+            "max_depth": max_depth,
+            "likelihood": likelihood,
+        }
+        settings = {**config, "latent": (latent,)}
+        parts = vector_parts(**settings, generator=generator, device=device, dtype=dtype)
+        model = cls(topology=topology or TreeTopology.balanced(0), **parts)
+        model.config = {"for_vectors": config}
+        return model
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TreeVAE:
+        """The untrained model that `model.config` describes; global random state is left alone."""
+        ((factory, arguments),) = config.items()
+        if factory not in ("for_images", "for_vectors"):
+            raise ValueError(f"expected a configuration for for_images or for_vectors, found {factory!r}")
+        fixed = {key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
+        model: TreeVAE = getattr(cls, factory)(**fixed, generator=torch.Generator().manual_seed(0))
+        return model
 
     # --- one traversal ------------------------------------------------------------------------------------
 

@@ -5,9 +5,10 @@ Letters: `T` rows, `G` groups (the nodes asked for), `P` numbers in one node's w
 
 from __future__ import annotations
 
+import copy
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,9 @@ class NodeBank(nn.Module):
 
     Args:
         template: the network that every node gets a copy of; it maps `(rows, ...)` to `(rows, ...)`, row by row.
-            Its own weights are not used.
+            Its own weights are not used, so it may live on the meta device.
+        device: where weights of new nodes live; the template's, unless that is meta.
+        dtype: what they are stored as.
 
     Raises:
         ValueError: if the template has buffers, such as the running statistics of a batch norm, which would
@@ -45,7 +48,13 @@ class NodeBank(nn.Module):
         torch.Size([3, 2])
     """
 
-    def __init__(self, template: nn.Module) -> None:
+    def __init__(
+        self,
+        template: nn.Module,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         names = [name for name, _ in template.named_buffers()]
         if names:
@@ -54,8 +63,8 @@ class NodeBank(nn.Module):
                 "of a norm over the batch"
             )
         parameters = dict(template.named_parameters())
-        reference = next(iter(parameters.values()), torch.empty(0))
-        self._factory = {"device": reference.device, "dtype": reference.dtype}
+        reference = next((p for p in parameters.values() if not p.is_meta), torch.empty(0, dtype=dtype))
+        self._factory: dict[str, Any] = {"device": device or reference.device, "dtype": dtype or reference.dtype}
         self._shapes = {name: p.shape for name, p in parameters.items()}
         self._sizes = [p.numel() + -p.numel() % _ALIGNMENT for p in parameters.values()]
         # In a tuple, so that the template's own weights are not registered as this module's.
@@ -109,28 +118,26 @@ class NodeBank(nn.Module):
         """One node's weights as views by the template's names; writing into them changes the node."""
         return {name: w[0] for name, w in self._views(self.weights_of(node)[None]).items()}
 
+    def module(self, node: int) -> nn.Module:
+        """The network of one node as a module of its own; a copy, which `assign` writes back."""
+        module = copy.deepcopy(self.template).to_empty(device=self._factory["device"])
+        module.load_state_dict(self.named_weights(node))
+        return module
+
     @torch.no_grad()
-    def cut(self, node: int, rows: Tensor, sharpness: float = 2.0) -> None:
-        template = self.template
-        weights = self.named_weights(node)
-        hidden = torch.func.functional_call(nn.Sequential(OrderedDict(list(template.named_children())[:-2])), {k: v for k, v in weights.items() if not k.startswith('logit')}, (rows,))
-        mean = hidden.mean(0)
-        d = torch.linalg.eigh((hidden - mean).T @ (hidden - mean)).eigenvectors[:, -1]
-        proj = hidden @ d
-        scale = sharpness / proj.std()
-        weights['logit.weight'].copy_((d * scale)[None])
-        weights['logit.bias'].copy_(-(proj.median() * scale)[None])
+    def assign(self, node: int, module: nn.Module) -> None:
+        """Overwrite one node's weights with those of a module built like the template."""
+        views = self.named_weights(node)
+        for name, parameter in module.named_parameters():
+            views[name].copy_(parameter)
 
     def _fresh(self, generator: torch.Generator | None) -> Tensor:
-        module = self.template.to_empty(device=self._factory["device"])
+        module = copy.deepcopy(self.template).to_empty(device=self._factory["device"])
         initialize(module, generator=generator)
         flat = torch.zeros(sum(self._sizes), **self._factory)
-        with torch.no_grad():
-            for target, source in zip(
-                self._views(flat[None]).values(), module.parameters(), strict=True
-            ):
-                target[0].copy_(source)
-        module.to("meta")
+        views = self._views(flat[None])
+        for name, parameter in module.named_parameters():
+            views[name][0].copy_(parameter.detach())
         return flat
 
     # --- computing ----------------------------------------------------------------------------------------

@@ -79,6 +79,36 @@ class Router(nn.Sequential):
         layers["squeeze"] = nn.Flatten(0)
         super().__init__(OrderedDict(flatten=nn.Flatten(1), **layers))
 
+    @torch.no_grad()
+    def cut(self, x: Tensor, sharpness: float = 2.0) -> None:
+        """Start as a cut of some inputs into two halves along their first principal component.
+
+        The hidden layers stay as they are; the last one becomes the direction of greatest variance of what they
+        say of `x`, with the median at logit 0. Both children of the node then get an equal share from the first step,
+        and neither learns to reconstruct everything while the other starves.
+
+        Args:
+            x: `(n, *inputs)`, what the router will see.
+            sharpness: standard deviation of the logits over `x`.
+
+        Raises:
+            ValueError: if there are fewer than two inputs.
+        """
+        if len(x) < 2:
+            raise ValueError(f"a cut needs at least 2 inputs, found {len(x)}")
+        hidden = x
+        for name, layer in self.named_children():
+            if name == "logit":
+                break
+            hidden = layer(hidden)
+        centred = (hidden - hidden.mean(0)).double()
+        direction = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
+        along = hidden.double() @ direction
+        scale = sharpness / along.std().clamp_min(torch.finfo(along.dtype).tiny)
+        logit: nn.Linear = self.logit  # type: ignore[assignment]
+        logit.weight.copy_(direction[None] * scale)
+        logit.bias.copy_(-along.median() * scale)
+
 
 class LogVariance(nn.Module):
     """Reads the second half of the channels as `softplus^-1` of a variance and returns its logarithm there."""

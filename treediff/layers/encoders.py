@@ -48,13 +48,14 @@ def _halvings(size: tuple[int, int], smallest: int) -> list[tuple[int, int]]:
 
 
 class ConvEncoder(nn.Sequential):
-    """Strided convolutions, each halving the image, then one product to the features.
+    """A patch embedding and strided convolutions, then one product to the features.
 
     Args:
         channels: channels of the image.
         size: height and width of the image.
-        features: shape of the result; a map is reached by resizing, a vector by flattening.
-        width: channels after the first convolution; doubled by each later one.
+        features: shape of the result; a map is reached by pooling, a vector by flattening.
+        width: channels of the patches; doubled by each later convolution.
+        patch: side of a patch.
 
     Shapes:
         `(B, channels, *size)` to `(B, *features)`.
@@ -64,16 +65,19 @@ class ConvEncoder(nn.Sequential):
         torch.Size([2, 128])
     """
 
-    def __init__(self, channels: int, size: tuple[int, int], features: Shape, width: int = 16) -> None:
+    def __init__(
+        self, channels: int, size: tuple[int, int], features: Shape, width: int = 32, patch: int | None = None
+    ) -> None:
         features = check_shape("features", features)
         smallest = 4 if len(features) == 1 else max(features[1:])
-        sizes = _halvings(size, smallest)
-        layers: list[nn.Module] = []
+        patch = patch or (4 if min(size) >= 4 * smallest else 2)
+        sizes = _halvings((-(-size[0] // patch), -(-size[1] // patch)), smallest)
+        surplus = [patch * n - s for n, s in zip(sizes[0], size, strict=True)]
+        layers: list[nn.Module] = [nn.ZeroPad2d((0, surplus[1], 0, surplus[0]))] if any(surplus) else []
+        layers += [nn.Conv2d(channels, width, patch, stride=patch), nn.SiLU()]
         for i, _ in enumerate(sizes[1:]):
-            layers += [nn.Conv2d(channels, width << i, 3, stride=2, padding=1)]
-            channels = width << i
-            layers += [norm((channels, 1, 1)), nn.SiLU()]
-        super().__init__(*layers, *_to_features((channels, *sizes[-1]), features))
+            layers += [nn.Conv2d(width << i, width << (i + 1), 3, stride=2, padding=1), nn.SiLU()]
+        super().__init__(*layers, *_to_features((width << (len(sizes) - 1), *sizes[-1]), features))
 
 
 def _to_features(inputs: Shape, features: Shape) -> list[nn.Module]:

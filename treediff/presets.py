@@ -1,0 +1,124 @@
+"""Good parts for common data: what `TreeVAE.for_images` and `TreeVAE.for_vectors` are built from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from treediff.layers.blocks import BottomUpBlock, GaussianHead, LatentTransition, Router, Shape
+from treediff.layers.decoders import ConvDecoder, MLPDecoder, ResidualDecoder
+from treediff.layers.encoders import ConvEncoder, MLPEncoder, ResidualEncoder
+from treediff.layers.init import initialize
+from treediff.layers.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood
+
+__all__ = ["image_parts", "vector_parts"]
+
+
+def image_parts(
+    *,
+    channels: int,
+    size: tuple[int, int],
+    latent: Shape,
+    width: int,
+    max_depth: int,
+    network: str,
+    likelihood: str,
+    generator: torch.Generator | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Parts for images; see `TreeVAE.for_images`."""
+    features = (width, *latent[1:])
+    outputs = (channels, *size)
+    with torch.device("meta"):
+        encoder: nn.Module
+        decoder: nn.Module
+        if network == "mlp":
+            encoder, decoder = MLPEncoder(outputs, features, (2 * width,)), MLPDecoder(latent, outputs)
+        elif network == "conv":
+            encoder, decoder = ConvEncoder(channels, size, features), _small_decoder(latent, outputs, size)
+        elif network == "residual":
+            encoder = ResidualEncoder(channels, size, features)
+            decoder = ResidualDecoder(latent, channels, size)
+        else:
+            raise ValueError(f"network must be 'conv', 'mlp' or 'residual', found {network!r}")
+    parts = _tree_parts(encoder, features, latent, width, max_depth, generator, device, dtype)
+    parts.update(decoder=decoder, likelihood=_likelihood(likelihood, device, dtype), inputs=outputs)
+    return parts
+
+
+def _small_decoder(latent: Shape, outputs: Shape, size: tuple[int, int]) -> nn.Module:
+    """One hidden layer while an image has at most 4096 numbers; beyond, convolutions need fewer weights."""
+    if math.prod(outputs) <= 4096:
+        return MLPDecoder(latent, outputs)
+    return ConvDecoder(latent, outputs[0], size)
+
+
+def vector_parts(
+    *,
+    features: int,
+    latent: Shape,
+    width: int,
+    max_depth: int,
+    likelihood: str,
+    generator: torch.Generator | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Parts for vectors; see `TreeVAE.for_vectors`."""
+    with torch.device("meta"):
+        encoder = MLPEncoder((features,), (width,), (2 * width,))
+        decoder = MLPDecoder(latent, (features,), (width, width))
+    parts = _tree_parts(encoder, (width,), latent, width, max_depth, generator, device, dtype)
+    found = _likelihood(likelihood, device, dtype, data_range=None)
+    return {**parts, "decoder": decoder, "likelihood": found, "inputs": (features,)}
+
+
+def _tree_parts(
+    encoder: nn.Module,
+    features: Shape,
+    latent: Shape,
+    width: int,
+    max_depth: int,
+    generator: torch.Generator | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """The encoder and the ladder with weights; the node networks as templates without."""
+    with torch.device("meta"):
+        bottom_up = nn.ModuleList(BottomUpBlock(features) for _ in range(max_depth))
+        templates = {
+            "head": GaussianHead(features, latent[0]),
+            "transition": LatentTransition(latent, (width,)),
+            "posterior_router": Router(features, (width,)),
+            "prior_router": Router(latent, (width // 2,)),
+        }
+    for shared in (encoder, bottom_up):
+        shared.to_empty(device=device or "cpu").to(dtype)
+        initialize(shared, generator=generator)
+    return {
+        **templates,
+        "encoder": encoder,
+        "bottom_up": list(bottom_up),
+        "latent": latent,
+        "generator": generator,
+        "device": device or "cpu",
+        "dtype": dtype,
+    }
+
+
+def _likelihood(
+    name: str,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    data_range: tuple[float, float] | None = (0.0, 1.0),
+) -> Likelihood:
+    if name == "bernoulli":
+        return BernoulliLikelihood()
+    if name in ("gaussian", "gaussian_learned"):
+        learned = name == "gaussian_learned"
+        return GaussianLikelihood(learned=learned, data_range=data_range, device=device, dtype=dtype)
+    raise ValueError(f"likelihood must be 'bernoulli', 'gaussian' or 'gaussian_learned', found {name!r}")
