@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from treediff.bounds import elbo_of
 from treediff.data import batches
 from treediff.layers.annealing import KLAnnealing
 from treediff.layers.blocks import Router
@@ -117,7 +118,7 @@ class Stage:
         nodes = (*model.topology.path(split), *model.topology.children(split))
         posterior = model.posterior(x, nodes=nodes, threshold=self.threshold, generator=generator)
         depth = model.topology.depth(split)
-        return model.elbo_of(posterior, x, from_depth=depth).loss(kl_weight)
+        return elbo_of(model, posterior, x, from_depth=depth).loss(kl_weight)
 
 
 @dataclass

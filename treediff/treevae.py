@@ -11,90 +11,37 @@ Letters: `B` batch, `C H W` image, `N` nodes, `I` routed nodes, `K` leaves, `D` 
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from treediff.bounds import elbo_of, iwae
 from treediff.generation import LeafSamples, TreeSample, sample, sample_leaves
-from treediff.io import load_into, read_header, save_model
-from treediff.layers.bank import NodeBank
 from treediff.layers.grouped import Groups
-from treediff.layers.likelihood import Likelihood
-from treediff.presets import image_parts, vector_parts
+from treediff.networks import TreeNetworks
 from treediff.posterior import ELBO, TreePosterior, leaf_log_probs_of
-from treediff.probability import precision_weighted_merge, reparameterize, sample_leaf
+from treediff.presets import image_parts, vector_parts
+from treediff.probability import precision_weighted_merge, reparameterize
 from treediff.topology import TreeTopology
-from treediff.visits import TreePlan, Visits, descend
+from treediff.visits import Visits, descend
 
 __all__ = ["TreeVAE"]
 
 
-class TreeVAE(nn.Module):
+class TreeVAE(TreeNetworks):
     """A tree of latent variables with one decoder per leaf.
 
-    Built from parts; `TreeVAE.for_images` and `TreeVAE.for_vectors` choose good ones. Every per-node part is a
-    template of which each node gets its own copy, see `NodeBank`.
+    Built from parts (see `TreeNetworks` for what they are); `TreeVAE.for_images` and `TreeVAE.for_vectors` choose good
+    ones. A lone root is a plain VAE, a chain a LadderVAE (arXiv 1602.02282).
 
-    Args:
-        topology: the tree to start with.
-        encoder: observations to the features of the deepest level.
-        bottom_up: blocks that lead up the ladder; `len(bottom_up)` is the greatest depth the tree may have.
-        head: a node's Gaussian from features: `(B, ...)` to `(B, 2D, ...)`.
-        transition: a child's prior from the parent's latent: `(B, D, ...)` to `(B, 2D, ...)`.
-        posterior_router: features to the logit of going left, `(B,)`.
-        prior_router: latent to the logit of going left, `(B,)`.
-        decoder: a leaf's latent to the raw output that the likelihood reads.
-        likelihood: how outputs and observations compare.
-        latent: shape of one latent, `(D,)` or `(D, h, w)`.
-        inputs: shape of one observation.
-        generator: where initial weights of the node networks come from.
-        device: where the node networks live; where the templates are, by default.
-        dtype: what the node networks are stored as.
-
-    Raises:
-        ValueError: if the tree is deeper than the ladder, or a template keeps buffers.
+    Examples:
+        >>> model = TreeVAE.for_images(size=8, topology=TreeTopology.balanced(1))
+        >>> model.cluster(torch.rand(3, 1, 8, 8)).shape
+        torch.Size([3])
     """
-
-    def __init__(
-        self,
-        *,
-        topology: TreeTopology,
-        encoder: nn.Module,
-        bottom_up: Sequence[nn.Module],
-        head: nn.Module,
-        transition: nn.Module,
-        posterior_router: nn.Module,
-        prior_router: nn.Module,
-        decoder: nn.Module,
-        likelihood: Likelihood,
-        latent: tuple[int, ...],
-        inputs: tuple[int, ...],
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.latent = tuple(latent)
-        self.inputs = tuple(inputs)
-        self.encoder = encoder
-        self.bottom_up = nn.ModuleList(bottom_up)
-        self.heads = NodeBank(head, device=device, dtype=dtype)
-        self.transitions = NodeBank(transition, device=device, dtype=dtype)
-        self.posterior_routers = NodeBank(posterior_router, device=device, dtype=dtype)
-        self.prior_routers = NodeBank(prior_router, device=device, dtype=dtype)
-        self.decoders = NodeBank(decoder, device=device, dtype=dtype)
-        self.likelihood = likelihood
-        self.config: dict[str, Any] | None = None
-        self._plans: dict[tuple[int, ...], TreePlan] = {}
-        self.topology = topology
-        self._require_depth(topology)
-        self._grow_banks(generator)
 
     @classmethod
     def for_images(
@@ -238,20 +185,22 @@ class TreeVAE(nn.Module):
         Raises:
             ValueError: if `x` has another shape, is not finite, or leaves the range of the data.
         """
-        self._check(x)
+        self.check(x)
         features = self.features(x)
         visits = self.route(features, nodes=nodes, threshold=threshold)
         if leaf is not None:
             visits = visits.along(self._leaf_ranks(leaf))
-        return self._posterior(features, visits, noise, generator)
+        return self.latents(features, visits, noise=noise, generator=generator)
 
-    def _posterior(
+    def latents(
         self,
         features: Sequence[Tensor],
         visits: Visits,
-        noise: Tensor | None,
-        generator: torch.Generator | None,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> TreePosterior:
+        """The second half of `posterior`: Gaussians, samples and prior decisions for visits already found."""
         ladder = torch.stack(list(features[: len(visits.plan.levels)]))
         rows = ladder[_depths(visits), visits.image]
         mean_hat, logvar_hat = self.heads(rows, visits.groups(), visits.plan.nodes).chunk(2, 1)
@@ -302,46 +251,32 @@ class TreeVAE(nn.Module):
         training fast and the value slightly too high: report values with 0.
         """
         posterior = self.posterior(x, threshold=threshold, noise=noise, generator=generator)
-        return self.elbo_of(posterior, x)
+        return elbo_of(self, posterior, x)
 
-    def elbo_of(self, posterior: TreePosterior, x: Tensor, *, from_depth: int | None = None) -> ELBO:
-        """The bound from a posterior that was already found for `x`.
+    def iwae(
+        self, x: Tensor, samples: int = 64, *, generator: torch.Generator | None = None, chunk: int = 64
+    ) -> Tensor:
+        """The importance-weighted bound on `log p(x)`, `(B,)` in nats; tighter with more samples.
 
-        With `from_depth` only decisions at that depth or below count, and KLs of nodes below it: the part of the bound
-        that a split at that depth takes part in.
+        `log 1/k sum_k w_k`, `w = p(x | z_leaf) prod p(z_i | z_parent) p(c_i | z_i) / prod q(z_i | .) q(c_i | x)` with a
+        path and its latents drawn from the posterior (Burda et al., arXiv 1509.00519). Unlike an average of ELBOs with
+        analytic KLs it never exceeds the evidence in expectation.
+
+        Args:
+            x: `(B, *inputs)`.
+            samples: importance samples per image, `k`.
+            generator: where the randomness comes from.
+            chunk: samples in memory at a time.
+
+        Raises:
+            ValueError: if `samples` or `chunk` is below 1, or `x` is not what the model takes.
         """
-        visits, root = posterior.visits, posterior.visits.batch
-        reach = visits.log_reach.exp()
-        nodes = reach * posterior.kl_nodes()
-        decisions = reach[visits.routed] * posterior.kl_decisions()
-        leaves = visits.at_leaves()
-        log_prob = self.leaf_log_likelihood(posterior, x, leaves)
-        kl_root, first = nodes[:root], root
-        if from_depth is not None:
-            first = visits.starts[from_depth + 1]
-            decisions = decisions * (visits.routed >= visits.starts[from_depth])
-            kl_root = torch.zeros_like(kl_root)
-        return ELBO(
-            reconstruction=visits.per_image(-reach[leaves] * log_prob, leaves),
-            kl_root=kl_root,
-            kl_nodes=visits.per_image(nodes[first:], _after(visits, first)),
-            kl_decisions=visits.per_image(decisions, visits.routed),
-        )
-
-    def leaf_log_likelihood(self, posterior: TreePosterior, x: Tensor, leaves: Tensor) -> Tensor:
-        """`log p(x | z_leaf)` in nats at some leaf visits `(L,)`."""
-        output = self.decode_visits(posterior, leaves)
-        return self.likelihood.log_prob(output, x.index_select(0, posterior.visits.image[leaves]))
-
-    def decode_visits(self, posterior: TreePosterior, leaves: Tensor) -> Tensor:
-        """The decoders' raw output at some leaf visits: `(L, *inputs)`."""
-        visits, plan = posterior.visits, posterior.visits.plan
-        groups = Groups(plan.leaf_rank[visits.node[leaves]], len(plan.leaves))
-        return self.decoders(posterior.z.index_select(0, leaves), groups, plan.ids(plan.leaves))
+        self.check(x)
+        return iwae(self, x, samples, chunk=chunk, generator=generator)
 
     def leaf_log_probs(self, x: Tensor, *, threshold: float = 0.0) -> Tensor:
         """`log P(leaf | x)` in nats, `(B, K)` in the order of `topology.leaves`; only routers run."""
-        self._check(x)
+        self.check(x)
         return leaf_log_probs_of(self.route(self.features(x), threshold=threshold))
 
     def cluster(self, x: Tensor) -> Tensor:
@@ -369,48 +304,11 @@ class TreeVAE(nn.Module):
         images = self.likelihood.mean(self.decode_visits(posterior, leaves))
         return torch.empty_like(images).index_copy(0, visits.image[leaves], images)
 
-    def iwae(
-        self, x: Tensor, samples: int = 64, *, generator: torch.Generator | None = None, chunk: int = 64
-    ) -> Tensor:
-        """The importance-weighted bound on `log p(x)`, `(B,)` in nats; tighter with more samples.
-
-        `log 1/k sum_k w_k`, `w = p(x | z_leaf) prod p(z_i | z_parent) p(c_i | z_i) / prod q(z_i | .) q(c_i | x)` with a
-        path and its latents drawn from the posterior (Burda et al., arXiv 1509.00519). Unlike an average of ELBOs with
-        analytic KLs it never exceeds the evidence in expectation.
-
-        Args:
-            x: `(B, *inputs)`.
-            samples: importance samples per image, `k`.
-            generator: where the randomness comes from.
-            chunk: samples in memory at a time.
-        """
-        if samples < 1 or chunk < 1:
-            raise ValueError(f"samples and chunk must be at least 1, found {samples} and {chunk}")
-        self._check(x)
-        features = self.features(x)
-        total = x.new_full((len(x),), -math.inf)
-        for start in range(0, samples, chunk):
-            k = min(chunk, samples - start)
-            repeated = [d.repeat_interleave(k, 0) for d in features]
-            weights = self._log_weights(repeated, x.repeat_interleave(k, 0), generator).view(len(x), k)
-            total = torch.logaddexp(total, weights.logsumexp(1))
-        return total - math.log(samples)
-
-    def _log_weights(self, features: list[Tensor], x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """`(B,)` log importance weights of one path and one set of latents per row."""
-        everyone = self.route(features)
-        uniform = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device)
-        leaf = sample_leaf(leaf_log_probs_of(everyone), uniform)
-        visits = everyone.along(leaf)
-        posterior = self._posterior(features, visits, None, generator)
-        sign = torch.where(visits.turns_left(leaf), 1.0, -1.0).to(x.dtype)
-        decisions = F.logsigmoid(sign * posterior.prior_logits) - F.logsigmoid(sign * visits.logits)
-        leaves = visits.at_leaves()
-        return (
-            visits.per_image(posterior.log_ratio_nodes())
-            + visits.per_image(decisions, visits.routed)
-            + visits.per_image(self.leaf_log_likelihood(posterior, x, leaves), leaves)
-        )
+    def decode_visits(self, posterior: TreePosterior, leaves: Tensor) -> Tensor:
+        """The decoders' raw output at some leaf visits: `(L, *inputs)`."""
+        visits, plan = posterior.visits, posterior.visits.plan
+        groups = Groups(plan.leaf_rank[visits.node[leaves]], len(plan.leaves))
+        return self.decoders(posterior.z.index_select(0, leaves), groups, plan.ids(plan.leaves))
 
     # --- generating ---------------------------------------------------------------------------------------
 
@@ -460,161 +358,8 @@ class TreeVAE(nn.Module):
             self, n, temperature=temperature, first_index=first_index, generator=generator
         )
 
-    # --- the tree changes ---------------------------------------------------------------------------------
-
-    def split(
-        self, leaf: int, *, warm_start: bool = False, generator: torch.Generator | None = None
-    ) -> tuple[int, int]:
-        """Turn a leaf into a parent of two new leaves, whose ids are returned.
-
-        The leaf's decoder goes; with `warm_start` the children begin with copies of it, and of its head and
-        transition, else with fresh weights. No other node is touched.
-
-        Raises:
-            KeyError: if there is no such node.
-            ValueError: if it is not a leaf, or lies at the greatest depth.
-        """
-        topology = self.topology.split(leaf)
-        self._require_depth(topology)
-        children = topology.children(leaf)
-        self.topology = topology
-        for child in children:
-            self.heads.add(child, like=leaf if warm_start else None, generator=generator)
-            self.decoders.add(child, like=leaf if warm_start else None, generator=generator)
-            self.transitions.add(child, generator=generator)
-        self._grow_banks(generator)
-        left, right = children
-        return left, right
-
-    def prune(self, leaf: int) -> None:
-        """Remove a leaf, and ancestors left without children; a parent with one child left decides nothing any more.
-
-        Probability that went to the leaf goes to its sibling.
-
-        Raises:
-            KeyError: if there is no such node.
-            ValueError: if it is not a leaf, or the only one.
-        """
-        self.topology = self.topology.prune(leaf)
-        self._grow_banks(None)
-
-    def _grow_banks(self, generator: torch.Generator | None) -> None:
-        """Give each bank exactly the nodes that the tree asks of it."""
-        tree = self.topology
-        for bank, nodes in (
-            (self.heads, tree.ids),
-            (self.transitions, tree.ids[1:]),
-            (self.posterior_routers, tree.routed),
-            (self.prior_routers, tree.routed),
-            (self.decoders, tree.leaves),
-        ):
-            for node in set(bank.nodes) - set(nodes):
-                bank.remove(node)
-            for node in nodes:
-                if node not in bank.nodes:
-                    bank.add(node, generator=generator)
-        self._plans.clear()
-
-    def plan(self, nodes: Sequence[int] | None, device: torch.device) -> TreePlan:
-        """The layout of a traversal of `nodes`, kept until the tree changes."""
-        key = self.topology.ids if nodes is None else tuple(nodes)
-        found = self._plans.get(key)
-        if found is None or found.device != device:
-            found = self._plans[key] = TreePlan(self.topology, nodes, device=device)
-        return found
-
-    # --- files --------------------------------------------------------------------------------------------
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights, tree and configuration to one safetensors file; see `treediff.io`."""
-        save_model(self, path, {"config": self.config, "topology": json.loads(self.topology.to_json())})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *, model: TreeVAE | None = None) -> TreeVAE:
-        """Read what `save` wrote; every tensor is bit-equal.
-
-        Args:
-            path: the file.
-            model: a model to fill, for one built from parts of your own; its tree is replaced by the file's.
-
-        Raises:
-            ValueError: if the file is damaged, foreign, of another version, or does not fit; or if it was saved from a
-                model built from parts and none is given.
-        """
-        header = read_header(path, cls.__name__)
-        topology = TreeTopology.from_json(json.dumps(header.get("topology")))
-        if model is None:
-            if header.get("config") is None:
-                raise ValueError(
-                    f"the model in {os.fspath(path)!r} was built from parts, which a file does not hold; build it "
-                    "the same way and pass it as model="
-                )
-            model = cls.from_config(header["config"])
-        model.topology = topology
-        model._require_depth(topology)
-        model._grow_banks(None)
-        load_into(model, path)
-        return model
-
-    # --- checks -------------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the weights are stored as."""
-        return next(self.parameters()).dtype
-
-    def extra_repr(self) -> str:
-        """The tree and the shapes."""
-        return f"topology={self.topology}, inputs={self.inputs}, latent={self.latent}"
-
-    def _leaf_ranks(self, leaf: Tensor) -> Tensor:
-        """Node ids of leaves to ranks among the leaves."""
-        leaves = torch.tensor(self.topology.leaves, device=leaf.device)
-        matches = leaf[:, None] == leaves
-        if not bool(matches.any(1).all()):
-            wrong = leaf[~matches.any(1)][0].item()
-            raise KeyError(f"node {wrong} is not a leaf of the tree; the leaves are {list(self.topology.leaves)}")
-        return matches.to(torch.int64).argmax(1)
-
-    def _require_depth(self, topology: TreeTopology) -> None:
-        if topology.max_depth > len(self.bottom_up):
-            raise ValueError(
-                f"a tree of depth {topology.max_depth} needs as many bottom-up blocks, this model has "
-                f"{len(self.bottom_up)}; build it with a greater max_depth"
-            )
-
-    def _check(self, x: Tensor) -> None:
-        if x.ndim != len(self.inputs) + 1 or tuple(x.shape[1:]) != self.inputs:
-            shape = ", ".join(str(n) for n in self.inputs)
-            raise ValueError(f"expected observations of shape (batch, {shape}), found {tuple(x.shape)}")
-        # Looking at values would stop an accelerator's stream, and a compiled graph, at every step.
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_values(x, self.likelihood.data_range)
-
-
-def check_values(x: Tensor, data_range: tuple[float, float] | None) -> None:
-    """Raise ValueError unless every value is finite and inside the range."""
-    if not x.numel():
-        return
-    low, high = (float(v) for v in x.detach().aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("observations must be finite, found NaN or infinity; clean or mask the data first")
-    if data_range is not None and (low < data_range[0] or high > data_range[1]):
-        raise ValueError(
-            f"observations must lie in {list(data_range)}, found values from {low:.4g} to {high:.4g}; divide 8-bit "
-            "images by 255, or choose a likelihood for other data"
-        )
-
 
 def _depths(visits: Visits) -> Tensor:
-    sizes = torch.tensor([b - a for a, b in zip(visits.starts, visits.starts[1:], strict=False)])
+    """`(T,)` the depth of each visit."""
+    sizes = torch.tensor([stop - start for start, stop in pairwise(visits.starts)])
     return torch.repeat_interleave(sizes, output_size=visits.starts[-1]).to(visits.image.device)
-
-
-def _after(visits: Visits, first: int) -> Tensor:
-    return torch.arange(first, visits.starts[-1], device=visits.image.device)

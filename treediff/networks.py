@@ -1,0 +1,242 @@
+"""The networks of a tree of latent variables, and how they come and go as the tree grows.
+
+Nothing here knows of probability: `TreeNetworks` holds the tree, the shared ladder and one bank of networks for each role
+that a node can play, keeps them in step, and reads and writes files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from treediff.io import load_into, read_header, save_model
+from treediff.layers.bank import NodeBank
+from treediff.layers.likelihood import Likelihood
+from treediff.topology import TreeTopology
+from treediff.visits import TreePlan
+
+__all__ = ["TreeNetworks"]
+
+
+class TreeNetworks(nn.Module):
+    """A tree, and for each of its nodes the networks of the roles that the node plays.
+
+    Every per-node part is a template of which each node gets its own copy, see `NodeBank`: all nodes have a head, all
+    but the root a transition, nodes with two children two routers, and leaves a decoder.
+
+    Args:
+        topology: the tree to start with.
+        encoder: observations to the features of the deepest level.
+        bottom_up: blocks that lead up the ladder; `len(bottom_up)` is the greatest depth the tree may have.
+        head: a node's Gaussian from features: `(B, ...)` to `(B, 2D, ...)`.
+        transition: a child's prior from the parent's latent: `(B, D, ...)` to `(B, 2D, ...)`.
+        posterior_router: features to the logit of going left, `(B,)`.
+        prior_router: latent to the logit of going left, `(B,)`.
+        decoder: a leaf's latent to the raw output that the likelihood reads.
+        likelihood: how outputs and observations compare.
+        latent: shape of one latent, `(D,)` or `(D, h, w)`.
+        inputs: shape of one observation.
+        generator: where initial weights of the node networks come from.
+        device: where the node networks live; where the templates are, by default.
+        dtype: what the node networks are stored as.
+
+    Raises:
+        ValueError: if the tree is deeper than the ladder, or a template keeps buffers.
+    """
+
+    def __init__(
+        self,
+        *,
+        topology: TreeTopology,
+        encoder: nn.Module,
+        bottom_up: Sequence[nn.Module],
+        head: nn.Module,
+        transition: nn.Module,
+        posterior_router: nn.Module,
+        prior_router: nn.Module,
+        decoder: nn.Module,
+        likelihood: Likelihood,
+        latent: tuple[int, ...],
+        inputs: tuple[int, ...],
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.latent = tuple(latent)
+        self.inputs = tuple(inputs)
+        self.encoder = encoder
+        self.bottom_up = nn.ModuleList(bottom_up)
+        self.heads = NodeBank(head, device=device, dtype=dtype)
+        self.transitions = NodeBank(transition, device=device, dtype=dtype)
+        self.posterior_routers = NodeBank(posterior_router, device=device, dtype=dtype)
+        self.prior_routers = NodeBank(prior_router, device=device, dtype=dtype)
+        self.decoders = NodeBank(decoder, device=device, dtype=dtype)
+        self.likelihood = likelihood
+        self.config: dict[str, Any] | None = None
+        self._plans: dict[tuple[int, ...], TreePlan] = {}
+        self.topology = topology
+        self._require_depth(topology)
+        self._grow_banks(generator)
+
+    # --- the tree changes ---------------------------------------------------------------------------------
+
+    def split(
+        self, leaf: int, *, warm_start: bool = False, generator: torch.Generator | None = None
+    ) -> tuple[int, int]:
+        """Turn a leaf into a parent of two new leaves, whose ids are returned.
+
+        The leaf's decoder goes; with `warm_start` the children begin with copies of it, and of its head and
+        transition, else with fresh weights. No other node is touched.
+
+        Raises:
+            KeyError: if there is no such node.
+            ValueError: if it is not a leaf, or lies at the greatest depth.
+        """
+        topology = self.topology.split(leaf)
+        self._require_depth(topology)
+        children = topology.children(leaf)
+        self.topology = topology
+        for child in children:
+            self.heads.add(child, like=leaf if warm_start else None, generator=generator)
+            self.decoders.add(child, like=leaf if warm_start else None, generator=generator)
+            self.transitions.add(child, generator=generator)
+        self._grow_banks(generator)
+        left, right = children
+        return left, right
+
+    def prune(self, leaf: int) -> None:
+        """Remove a leaf, and ancestors left without children; a parent with one child left decides nothing any more.
+
+        Probability that went to the leaf goes to its sibling.
+
+        Raises:
+            KeyError: if there is no such node.
+            ValueError: if it is not a leaf, or the only one.
+        """
+        self.topology = self.topology.prune(leaf)
+        self._grow_banks(None)
+
+    def _grow_banks(self, generator: torch.Generator | None) -> None:
+        """Give each bank exactly the nodes that the tree asks of it."""
+        tree = self.topology
+        for bank, nodes in (
+            (self.heads, tree.ids),
+            (self.transitions, tree.ids[1:]),
+            (self.posterior_routers, tree.routed),
+            (self.prior_routers, tree.routed),
+            (self.decoders, tree.leaves),
+        ):
+            for node in set(bank.nodes) - set(nodes):
+                bank.remove(node)
+            for node in nodes:
+                if node not in bank.nodes:
+                    bank.add(node, generator=generator)
+        self._plans.clear()
+
+    def plan(self, nodes: Sequence[int] | None, device: torch.device) -> TreePlan:
+        """The layout of a traversal of `nodes`, kept until the tree changes."""
+        key = self.topology.ids if nodes is None else tuple(nodes)
+        found = self._plans.get(key)
+        if found is None or found.device != device:
+            found = self._plans[key] = TreePlan(self.topology, nodes, device=device)
+        return found
+
+    # --- files --------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights, tree and configuration to one safetensors file; see `treediff.io`."""
+        save_model(self, path, {"config": self.config, "topology": json.loads(self.topology.to_json())})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, model: Self | None = None) -> Self:
+        """Read what `save` wrote; every tensor is bit-equal.
+
+        Args:
+            path: the file.
+            model: a model to fill, for one built from parts of your own; its tree is replaced by the file's.
+
+        Raises:
+            ValueError: if the file is damaged, foreign, of another version, or does not fit; or if it was saved from a
+                model built from parts and none is given.
+        """
+        header = read_header(path, cls.__name__)
+        topology = TreeTopology.from_json(json.dumps(header.get("topology")))
+        if model is None:
+            if header.get("config") is None:
+                raise ValueError(
+                    f"the model in {os.fspath(path)!r} was built from parts, which a file does not hold; build it "
+                    "the same way and pass it as model="
+                )
+            model = cls.from_config(header["config"])
+        model.topology = topology
+        model._require_depth(topology)
+        model._grow_banks(None)
+        load_into(model, path)
+        return model
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The untrained model that `config` describes; for subclasses that set one."""
+        raise ValueError(f"{cls.__name__} keeps no configuration; build the model and pass it as model=")
+
+    # --- checks -------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored as."""
+        return next(self.parameters()).dtype
+
+    def extra_repr(self) -> str:
+        """The tree and the shapes."""
+        return f"topology={self.topology}, inputs={self.inputs}, latent={self.latent}"
+
+    def _leaf_ranks(self, leaf: Tensor) -> Tensor:
+        """Node ids of leaves to ranks among the leaves."""
+        leaves = torch.tensor(self.topology.leaves, device=leaf.device)
+        matches = leaf[:, None] == leaves
+        if not bool(matches.any(1).all()):
+            wrong = leaf[~matches.any(1)][0].item()
+            raise KeyError(f"node {wrong} is not a leaf of the tree; the leaves are {list(self.topology.leaves)}")
+        return matches.to(torch.int64).argmax(1)
+
+    def _require_depth(self, topology: TreeTopology) -> None:
+        if topology.max_depth > len(self.bottom_up):
+            raise ValueError(
+                f"a tree of depth {topology.max_depth} needs as many bottom-up blocks, this model has "
+                f"{len(self.bottom_up)}; build it with a greater max_depth"
+            )
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless `x` has the model's shape and, on a CPU, values that its likelihood takes."""
+        if x.ndim != len(self.inputs) + 1 or tuple(x.shape[1:]) != self.inputs:
+            shape = ", ".join(str(n) for n in self.inputs)
+            raise ValueError(f"expected observations of shape (batch, {shape}), found {tuple(x.shape)}")
+        # Looking at values would stop an accelerator's stream, and a compiled graph, at every step.
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_values(x, self.likelihood.data_range)
+
+
+def check_values(x: Tensor, data_range: tuple[float, float] | None) -> None:
+    """Raise ValueError unless every value is finite and inside the range."""
+    if not x.numel():
+        return
+    low, high = (float(v) for v in x.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("observations must be finite, found NaN or infinity; clean or mask the data first")
+    if data_range is not None and (low < data_range[0] or high > data_range[1]):
+        raise ValueError(
+            f"observations must lie in {list(data_range)}, found values from {low:.4g} to {high:.4g}; divide 8-bit "
+            "images by 255, or choose a likelihood for other data"
+        )
