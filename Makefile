@@ -20,7 +20,7 @@ help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.examples ## grow a small tree; write demo/tree.png and demo/tree.html
-	$(BIN)/python examples/demo.py --out demo
+	$(BIN)/python examples/train_treevae.py --out demo
 
 test: lint types docs wheel doctests unit ## every check, from lint to unit
 

@@ -2,7 +2,10 @@
 
 import os
 
+import pytest
 from hypothesis import settings
+
+pytest.register_assert_rewrite("datafiles")  # its asserts show their values, as those of the tests do
 
 # No deadline: the first call of a torch function is slow. In CI the same examples are tried every time, so
 # that a failure there is never luck; elsewhere they differ from run to run and find new cases.

@@ -10,12 +10,14 @@ Shape letters: `N` points, `C` classes, `K` clusters or leaves, `B` images.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from treediff._assignment import Counts, best_assignment
+from treediff._metric_inputs import Ids, as_ids, as_probabilities, children_first, count_table
 
 __all__ = [
     "ari",
@@ -27,11 +29,6 @@ __all__ = [
     "leaf_purity",
     "nmi",
 ]
-
-Ids: TypeAlias = torch.Tensor | npt.NDArray[np.integer[Any]] | Sequence[int]
-Counts: TypeAlias = npt.NDArray[np.int64]
-
-_SUM_TOLERANCE = 1e-3
 
 
 def contingency(labels: Ids, clusters: Ids) -> Counts:
@@ -51,11 +48,12 @@ def contingency(labels: Ids, clusters: Ids) -> Counts:
 
     Source: Hubert and Arabie, "Comparing partitions", J. Classification 1985, table 1.
 
-    >>> contingency([0, 0, 1, 1], [7, 9, 9, 9])
-    array([[1, 1],
-           [0, 2]])
+    Examples:
+        >>> contingency([0, 0, 1, 1], [7, 9, 9, 9])
+        array([[1, 1],
+               [0, 2]])
     """
-    return _table(labels, clusters, "clusters")
+    return count_table(labels, clusters, "clusters")
 
 
 def cluster_accuracy(labels: Ids, clusters: Ids) -> float:
@@ -78,11 +76,12 @@ def cluster_accuracy(labels: Ids, clusters: Ids) -> float:
     Source: Yang et al., "Image clustering using local discriminant models and global integration", IEEE
     Transactions on Image Processing 2010.
 
-    >>> cluster_accuracy([0, 0, 1, 1], [5, 5, 5, 2])
-    0.75
+    Examples:
+        >>> cluster_accuracy([0, 0, 1, 1], [5, 5, 5, 2])
+        0.75
     """
     table = contingency(labels, clusters)
-    return int(table[_best_assignment(table)].sum()) / int(table.sum())
+    return int(table[best_assignment(table)].sum()) / int(table.sum())
 
 
 def nmi(labels: Ids, clusters: Ids) -> float:
@@ -105,10 +104,11 @@ def nmi(labels: Ids, clusters: Ids) -> float:
 
     Source: Vinh, Epps and Bailey, "Information theoretic measures for clusterings comparison", JMLR 2010.
 
-    >>> nmi([0, 0, 1, 1], [3, 3, 8, 8])
-    1.0
-    >>> nmi([0, 0, 1, 1], [3, 8, 3, 8])
-    0.0
+    Examples:
+        >>> nmi([0, 0, 1, 1], [3, 3, 8, 8])
+        1.0
+        >>> nmi([0, 0, 1, 1], [3, 8, 3, 8])
+        0.0
     """
     table = contingency(labels, clusters)
     if table.size == 1:
@@ -142,10 +142,11 @@ def ari(labels: Ids, clusters: Ids) -> float:
 
     Source: Hubert and Arabie, "Comparing partitions", J. Classification 1985, equation 5.
 
-    >>> ari([0, 0, 1, 1], [3, 3, 8, 8])
-    1.0
-    >>> ari([0, 0, 1, 1], [3, 8, 3, 8])
-    -0.5
+    Examples:
+        >>> ari([0, 0, 1, 1], [3, 3, 8, 8])
+        1.0
+        >>> ari([0, 0, 1, 1], [3, 8, 3, 8])
+        -0.5
     """
     table = contingency(labels, clusters)
     pairs = math.comb(int(table.sum()), 2)
@@ -172,10 +173,11 @@ def leaf_purity(labels: Ids, leaves: Ids) -> float:
 
     Source: Manduchi et al., "Tree Variational Autoencoders", NeurIPS 2023 (LP in its tables).
 
-    >>> leaf_purity([0, 0, 1, 1], [4, 4, 4, 6])
-    0.75
+    Examples:
+        >>> leaf_purity([0, 0, 1, 1], [4, 4, 4, 6])
+        0.75
     """
-    table = _table(labels, leaves, "leaves")
+    table = count_table(labels, leaves, "leaves")
     return int(table.max(0).sum()) / int(table.sum())
 
 
@@ -206,21 +208,22 @@ def dendrogram_purity(labels: Ids, leaves: Ids, parent: Mapping[int, int | None]
     Source: Heller and Ghahramani, "Bayesian hierarchical clustering", ICML 2005; Kobren et al., "A
     hierarchical algorithm for extreme clustering", KDD 2017.
 
-    >>> parent = {0: None, 1: 0, 2: 0, 3: 2, 4: 2}
-    >>> dendrogram_purity([0, 0, 1, 1], [1, 1, 3, 4], parent)
-    1.0
-    >>> dendrogram_purity([0, 1, 0, 1], [1, 1, 3, 4], parent)
-    0.5
+    Examples:
+        >>> parent = {0: None, 1: 0, 2: 0, 3: 2, 4: 2}
+        >>> dendrogram_purity([0, 0, 1, 1], [1, 1, 3, 4], parent)
+        1.0
+        >>> dendrogram_purity([0, 1, 0, 1], [1, 1, 3, 4], parent)
+        0.5
     """
-    table = _table(labels, leaves, "leaves")
+    table = count_table(labels, leaves, "leaves")
     all_pairs = int(_pairs(table.sum(1)).sum())
     if all_pairs == 0:
         raise ValueError(
             f"dendrogram purity is a mean over pairs of the same class: expected a class with at least two "
             f"points, found {len(table)} with one each; score more points"
         )
-    leaf_ids = np.unique(_ids(leaves, "leaves")).tolist()
-    nodes = _children_first(leaf_ids, parent)
+    leaf_ids = np.unique(as_ids(leaves, "leaves")).tolist()
+    nodes = children_first(leaf_ids, parent)
     under = {node: np.zeros(len(table), np.int64) for node in nodes}
     pairs_below = {node: np.zeros(len(table), np.int64) for node in nodes}
     for leaf, counts in zip(leaf_ids, table.T, strict=True):
@@ -252,12 +255,13 @@ def effective_leaves(probs: torch.Tensor | npt.ArrayLike, *, min_share: float = 
 
     Source: Manduchi et al., "Tree Variational Autoencoders", NeurIPS 2023 (the stopping rule of its growth).
 
-    >>> effective_leaves([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
-    2
+    Examples:
+        >>> effective_leaves([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
+        2
     """
     if not 0 <= min_share <= 1:
         raise ValueError(f"min_share: expected a share of the images, in [0, 1], found {min_share}")
-    shares = _probabilities(probs).mean(0)
+    shares = as_probabilities(probs).mean(0)
     # In float32, a leaf that holds exactly min_share counts, however the mean was rounded.
     return int(np.count_nonzero(shares.astype(np.float32) >= np.float32(min_share)))
 
@@ -278,156 +282,14 @@ def leaf_perplexity(probs: torch.Tensor | npt.ArrayLike) -> float:
 
     Source: Hill, "Diversity and evenness", Ecology 1973 (the number of order 1).
 
-    >>> leaf_perplexity([[1.0, 0.0], [0.5, 0.5]])
-    1.5
+    Examples:
+        >>> leaf_perplexity([[1.0, 0.0], [0.5, 0.5]])
+        1.5
     """
-    p = _probabilities(probs)
+    p = as_probabilities(probs)
     entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(1)
     return float(np.exp(entropy).mean())
 
 
-def _array(values: torch.Tensor | npt.ArrayLike) -> npt.NDArray[Any]:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        # numpy has no bfloat16.
-        return (values.double() if values.is_floating_point() else values).numpy()
-    return np.asarray(values)
-
-
-def _ids(values: Ids, name: str) -> npt.NDArray[np.integer[Any]]:
-    array = _array(values)
-    if array.ndim != 1:
-        raise ValueError(f"{name}: expected one integer per point, shape (N,), found shape {array.shape}")
-    if array.size == 0:
-        raise ValueError(f"{name}: expected at least one point, found an empty array")
-    if array.dtype.kind not in "iu":
-        raise TypeError(
-            f"{name}: expected integers, found {array.dtype}; convert ids with .long() or .astype(int), "
-            f"probabilities with .argmax(1)"
-        )
-    return array
-
-
-def _table(labels: Ids, clusters: Ids, name: str) -> Counts:
-    rows, columns = _ids(labels, "labels"), _ids(clusters, name)
-    if len(rows) != len(columns):
-        raise ValueError(
-            f"labels and {name}: expected one of each per point, found {len(rows)} labels and {len(columns)} "
-            f"{name}; pass both for the same points in the same order"
-        )
-    classes, row = np.unique(rows, return_inverse=True)
-    ids, column = np.unique(columns, return_inverse=True)
-    cells = np.bincount(row * len(ids) + column, minlength=len(classes) * len(ids))
-    return cells.astype(np.int64).reshape(len(classes), len(ids))
-
-
 def _pairs(counts: Counts) -> Counts:
     return counts * (counts - 1) // 2
-
-
-def _best_assignment(weights: Counts) -> tuple[Counts, Counts]:
-    """Row and column indices of the one-to-one assignment of largest total weight.
-
-    Shortest augmenting paths (Jonker and Volgenant 1987), O(r^2 c) with `r <= c`, exact on integers.
-    """
-    if weights.shape[0] > weights.shape[1]:
-        columns, rows = _best_assignment(weights.T)
-        return rows, columns
-    cost = weights.max() - weights
-    row_price, column_price = (np.zeros(size, np.int64) for size in cost.shape)
-    row_of = np.full(cost.shape[1], -1)
-    for row in range(len(cost)):
-        _augment(cost, row, row_price, column_price, row_of)
-    columns = np.flatnonzero(row_of >= 0)
-    return row_of[columns], columns
-
-
-def _augment(cost: Counts, start: int, row_price: Counts, column_price: Counts, row_of: Counts) -> None:
-    """Match row `start` along the cheapest alternating path; prices and `row_of` change in place.
-
-    Dijkstra over the columns. Prices keep each reduced cost `cost - row_price - column_price` at or above
-    zero, and at zero on matched edges, so that walking back along a match is free.
-    """
-    unreached = np.iinfo(np.int64).max
-    distance = np.full(len(row_of), unreached)
-    previous = np.full(len(row_of), -1)
-    is_open = np.ones(len(row_of), bool)
-    row, column, length = start, -1, 0
-    while row >= 0:
-        through = length + cost[row] - row_price[row] - column_price
-        shorter = through < distance
-        distance[shorter], previous[shorter] = through[shorter], column
-        column = int(np.where(is_open, distance, unreached).argmin())
-        length = int(distance[column])
-        is_open[column] = False
-        row = int(row_of[column])
-    reached = ~is_open & (row_of >= 0)
-    slack = length - distance[reached]
-    row_price[start] += length
-    row_price[row_of[reached]] += slack
-    column_price[reached] -= slack
-    while column >= 0:
-        before = int(previous[column])
-        row_of[column] = start if before < 0 else row_of[before]
-        column = before
-
-
-def _children_first(leaves: Iterable[int], parent: Mapping[int, int | None]) -> list[int]:
-    """Every node at or above `leaves`, each before its parent."""
-    if not isinstance(parent, Mapping):
-        raise TypeError(
-            f"parent: expected a mapping from node id to parent id (None for the root), found "
-            f"{type(parent).__name__}; make one with dict(enumerate(...))"
-        )
-    inner = set(parent.values())
-    depth: dict[int, int] = {}
-    for leaf in leaves:
-        if leaf in inner:
-            raise ValueError(
-                f"leaves: expected ids of nodes without children, found {leaf}, which has some; pass node "
-                f"ids, not columns: tree.leaves[column]"
-            )
-        path: dict[int, None] = {}
-        node: int | None = leaf
-        while node is not None and node not in depth:
-            if node in path:
-                raise ValueError(f"parent: found node {node} above itself; expected None for the root")
-            if node not in parent:
-                raise ValueError(
-                    f"parent: expected an entry for every node up to the root, whose parent is None; found "
-                    f"none for node {node}, at or above leaf {leaf}"
-                )
-            path[node] = None
-            node = parent[node]
-        top = 0 if node is None else depth[node] + 1
-        depth.update({node: top + step for step, node in enumerate(reversed(path))})
-    roots = sorted(node for node, level in depth.items() if level == 0)
-    if len(roots) > 1:
-        raise ValueError(f"parent: expected one root, found {roots}; join them under a new node")
-    return sorted(depth, key=depth.__getitem__, reverse=True)
-
-
-def _probabilities(probs: torch.Tensor | npt.ArrayLike) -> npt.NDArray[np.float64]:
-    array = _array(probs)
-    if array.dtype.kind not in "fiu":
-        raise TypeError(f"probs: expected real numbers, found {array.dtype}")
-    if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"probs: expected leaf probabilities of shape (B, K), found shape {array.shape}")
-    if not np.isfinite(array).all():
-        raise ValueError("probs: expected finite probabilities, found NaN or infinity")
-    if array.min() < 0:
-        raise ValueError(
-            f"probs: expected probabilities, found {array.min():.4g}; take .exp() of log-probabilities, "
-            f"the softmax of logits"
-        )
-    p: npt.NDArray[np.float64] = array.astype(np.float64)
-    sums = p.sum(1, keepdims=True)
-    worst = float(sums.flat[np.abs(sums - 1).argmax()])
-    if abs(worst - 1) > _SUM_TOLERANCE:
-        raise ValueError(
-            f"probs: expected rows that sum to 1 over the leaves (within {_SUM_TOLERANCE}), found a sum of "
-            f"{worst:.4g}; give all leaves, computed in float32 or better"
-        )
-    # Float32 rows miss one by rounding; dividing it out keeps the perplexity inside [1, K].
-    p /= sums
-    return p

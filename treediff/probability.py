@@ -1,9 +1,9 @@
 """Gaussian and Bernoulli algebra in log space, and the probabilities of paths through a tree.
 
-Gaussians are diagonal and carry a mean and a **log-variance**; binary decisions carry a **logit**. Nothing here
-adds an epsilon or clamps, so every gradient is the true one. Functions of Gaussians work element by element;
-`gaussian_kl` and `gaussian_log_prob` sum over everything but the first axis, because a latent may be a vector
-`(B, D)` or a map `(B, C, H, W)`.
+Gaussians are diagonal and carry a mean and a **log-variance**; binary decisions carry a **logit**. Nothing
+here adds an epsilon or clamps, so every gradient is the true one. Functions of Gaussians work element by
+element; `gaussian_kl` and `gaussian_log_prob` sum over everything but the first axis, because a latent may be
+a vector `(B, D)` or a map `(B, C, H, W)`.
 
 Letters: `B` batch, `D` latent width, `N` nodes, `I` routed nodes, `K` leaves.
 """
@@ -36,8 +36,8 @@ def gaussian_kl(
 ) -> Tensor:
     r"""KL divergence between diagonal Gaussians, in nats, at least 0 up to rounding.
 
-    `KL = 1/2 sum( exp(lv_q - lv_p) + (mu_q - mu_p)^2 exp(-lv_p) - 1 - (lv_q - lv_p) )`; without a second Gaussian
-    the standard normal takes its place.
+    `KL = 1/2 sum( exp(lv_q - lv_p) + (mu_q - mu_p)^2 exp(-lv_p) - 1 - (lv_q - lv_p) )`; without a second
+    Gaussian the standard normal takes its place.
 
     Args:
         mean_q: `(B, ...)`.
@@ -86,7 +86,8 @@ def precision_weighted_merge(
         mean and log-variance, each of the inputs' shape.
 
     Examples:
-        >>> precision_weighted_merge(torch.tensor(0.0), torch.tensor(0.0), torch.tensor(2.0), torch.tensor(0.0))
+        >>> logvar = torch.tensor(0.0)
+        >>> precision_weighted_merge(torch.tensor(0.0), logvar, torch.tensor(2.0), logvar)
         (tensor(1.), tensor(-0.6931))
     """
     weight = torch.sigmoid(logvar_b - logvar_a)
@@ -111,10 +112,10 @@ def bernoulli_kl_with_logits(logits_q: Tensor, logits_p: Tensor) -> Tensor:
 
 
 def log_softplus(x: Tensor) -> Tensor:
-    """`log(log(1 + exp(x)))` without underflow: `x` where x is very negative, about `log x` where it is large.
+    """`log(log(1 + exp(x)))` without underflow: `x` where x is very negative, about `log x` for large x.
 
-    The log-variance of a Gaussian head: TreeVAE takes the variance as `softplus`, which grows slowly, so that no
-    step of the optimiser can make a variance explode.
+    The log-variance of a Gaussian head: TreeVAE takes the variance as `softplus`, which grows slowly, so that
+    no step of the optimiser can make a variance explode.
     """
     # Down there softplus(x) equals exp(x) to the precision of the type, and its logarithm is x itself.
     floor = torch.full((), -37.0 if x.dtype == torch.float64 else -15.0, dtype=x.dtype, device=x.device)
@@ -153,7 +154,7 @@ def path_log_probs(logits: Tensor, topology: TreeTopology) -> Tensor:
 
 
 def leaf_log_probs(logits: Tensor, topology: TreeTopology) -> Tensor:
-    """The columns of `path_log_probs` that belong to `topology.leaves`: `(B, I)` to `(B, K)`; `exp` sums to 1.
+    """The columns of `path_log_probs` for `topology.leaves`: `(B, I)` to `(B, K)`; `exp` sums to 1.
 
     Examples:
         >>> leaf_log_probs(torch.zeros(1, 1), TreeTopology.balanced(1)).exp()
@@ -164,7 +165,7 @@ def leaf_log_probs(logits: Tensor, topology: TreeTopology) -> Tensor:
 
 
 def sample_leaf(log_probs: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one leaf per row by inverting the cumulative distribution, without a loop and without a global seed.
+    """Draw one leaf per row by inverting the cumulative distribution, without a loop or a global seed.
 
     Args:
         log_probs: `(B, K)`; need not be normalised.

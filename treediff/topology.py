@@ -1,11 +1,11 @@
 """The tree itself: which node is whose child. No parameters, no tensors that learn.
 
 A `TreeTopology` is a value. Growing or pruning returns a new one and leaves the old one as it was. Every node
-has an integer **id that it keeps for ever**: splitting hands out ids never used before, pruning retires ids for
-good, so whatever is stored by id (parameters, pictures, notes) still belongs to the same node afterwards.
+has an integer **id that it keeps for ever**: splitting hands out ids never used before, pruning retires ids
+for good, so whatever is stored by id (parameters, pictures, notes) still belongs to the same node afterwards.
 
-Nodes are listed in *level order*: by depth, and from left to right within a depth. A node has two children, one
-(a *pass-through*, left behind when its other child was pruned) or none (a *leaf*).
+Nodes are listed in *level order*: by depth, and from left to right within a depth. A node has two children,
+one (a *pass-through*, left behind when its other child was pruned) or none (a *leaf*).
 
 Letters: `N` nodes, `I` routed nodes (those with two children), `K` leaves.
 """
@@ -13,9 +13,11 @@ Letters: `N` nodes, `I` routed nodes (those with two children), `K` leaves.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,8 @@ __all__ = ["TreeTopology"]
 @dataclass(frozen=True)
 class TreeTopology:
     """An immutable binary tree with stable node ids.
+
+    Lists are taken as well and kept as tuples.
 
     Args:
         ids: node ids in level order; the root comes first.
@@ -52,6 +56,8 @@ class TreeTopology:
     next_id: int
 
     def __post_init__(self) -> None:
+        for name in ("ids", "left", "right"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.ids or not len(self.ids) == len(self.left) == len(self.right):
             raise ValueError(
                 "a tree needs at least a root, and one left and one right entry per node; found "
@@ -109,7 +115,10 @@ class TreeTopology:
     def from_children(
         cls, children: dict[int, tuple[int | None, int | None]], *, root: int, next_id: int
     ) -> TreeTopology:
-        """Build the tree below `root` from a map of node id to (left child, right child); leaves may be left out."""
+        """Build the tree below `root` from a map of node id to (left child, right child).
+
+        Leaves may be left out.
+        """
         order = [root]
         for node in order:
             order.extend(c for c in children.get(node, (None, None)) if c is not None)
@@ -179,9 +188,9 @@ class TreeTopology:
         return self.ids[0]
 
     @cached_property
-    def index(self) -> dict[int, int]:
-        """Position of each id in level order."""
-        return {node: i for i, node in enumerate(self.ids)}
+    def index(self) -> Mapping[int, int]:
+        """Position of each id in level order; read-only."""
+        return MappingProxyType({node: i for i, node in enumerate(self.ids)})
 
     @cached_property
     def leaves(self) -> tuple[int, ...]:
@@ -207,12 +216,12 @@ class TreeTopology:
         return self.depth(self.ids[-1])
 
     @cached_property
-    def parents(self) -> dict[int, int | None]:
-        """Parent of each node; None for the root."""
+    def parents(self) -> Mapping[int, int | None]:
+        """Parent of each node; None for the root; read-only."""
         found: dict[int, int | None] = {self.root: None}
         for node, *below in self._rows():
             found.update({child: node for child in below if child is not None})
-        return found
+        return MappingProxyType(found)
 
     def parent(self, node: int) -> int | None:
         """Id of the parent, or None for the root. Raises KeyError for an unknown node."""
@@ -249,8 +258,8 @@ class TreeTopology:
     def incidence(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """The two 0/1 matrices `(N, I)` that turn decisions into paths.
 
-        Entry `[n, i]` of the first is 1 where the path to node `n` turns left at routed node `i`, of the second
-        where it turns right. They are shared by all callers and must not be written to.
+        Entry `[n, i]` of the first is 1 where the path to node `n` turns left at routed node `i`, of the
+        second where it turns right. They are shared by all callers and must not be written to.
         """
         return self._turns
 
@@ -260,7 +269,7 @@ class TreeTopology:
         turns = np.zeros((2, len(self), len(self.routed)), np.float32)
         for node, row in self.index.items():
             steps = self.path(node)
-            for above, below in zip(steps, steps[1:], strict=False):
+            for above, below in pairwise(steps):
                 if above in column:
                     turns[self.children(above).index(below), row, column[above]] = 1
         return turns[0], turns[1]
@@ -277,13 +286,16 @@ class TreeTopology:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: if the text is not such JSON, or does not describe a tree.
+            ValueError: if the text is not such JSON, an id in it is not an integer, or it does not describe a
+                tree.
         """
         try:
             found = json.loads(text)
-            nodes = [(int(n), *(None if c is None else int(c) for c in below)) for n, *below in found["nodes"]]
+            nodes = [
+                (_id(n), *(None if c is None else _id(c) for c in below)) for n, *below in found["nodes"]
+            ]
             ids, left, right = zip(*nodes, strict=True)
-            next_id = int(found["next_id"])
+            next_id = _id(found["next_id"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 'expected JSON like {"next_id":3,"nodes":[[0,1,2],[1,null,null],[2,null,null]]}, '
@@ -292,6 +304,10 @@ class TreeTopology:
         return cls(ids, left, right, next_id)
 
     # --- helpers ------------------------------------------------------------------------------------------
+
+    def __reduce__(self) -> tuple[Callable[..., TreeTopology], tuple[object, ...]]:
+        # Copied and pickled by its fields, for a read-only mapping can be neither.
+        return type(self), (self.ids, self.left, self.right, self.next_id)
 
     def _rows(self) -> Iterator[tuple[int, int | None, int | None]]:
         return zip(self.ids, self.left, self.right, strict=True)
@@ -309,3 +325,10 @@ class TreeTopology:
         self._require(node)
         if self.children(node):
             raise ValueError(f"node {node} is not a leaf; the leaves are {list(self.leaves)}")
+
+
+def _id(found: object) -> int:
+    # Not isinstance, to which True is an integer.
+    if type(found) is not int:
+        raise TypeError(f"expected integers as ids, found {found!r}")
+    return found

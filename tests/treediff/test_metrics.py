@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn import metrics as sk
 from sklearn.metrics.cluster import contingency_matrix
 
-from treediff import metrics
+from treediff._assignment import best_assignment
 from treediff.metrics import (
     ari,
     cluster_accuracy,
@@ -93,7 +93,7 @@ def purity_over_pairs(labels: list[int], leaves: list[int], parent: dict[int, in
     )
 )
 def test_assignment_equals_scipy(table: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-    rows, columns = metrics._best_assignment(table)
+    rows, columns = best_assignment(table)
     assert len(set(rows.tolist())) == len(set(columns.tolist())) == min(table.shape)
     assert table[rows, columns].sum() == table[linear_sum_assignment(table, maximize=True)].sum()
 
@@ -101,8 +101,8 @@ def test_assignment_equals_scipy(table: np.ndarray[Any, np.dtype[np.int64]]) -> 
 def test_assignment_equals_scipy_on_a_larger_table() -> None:
     table = np.random.default_rng(0).integers(0, 10_000, (60, 90))
     expected = table[linear_sum_assignment(table, maximize=True)].sum()
-    assert table[metrics._best_assignment(table)].sum() == expected
-    assert table.T[metrics._best_assignment(table.T)].sum() == expected
+    assert table[best_assignment(table)].sum() == expected
+    assert table.T[best_assignment(table.T)].sum() == expected
 
 
 @quick

@@ -9,11 +9,15 @@ import json
 import pickle
 import re
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from strategies import STARTS, Step, follow, histories, quick, topologies
+from torch import Tensor
 
 from treediff.topology import TreeTopology
 
@@ -213,6 +217,37 @@ def test_chain(depth: int) -> None:
     assert tree.next_id == depth + 1
 
 
+def test_lists_are_kept_as_tuples() -> None:
+    ids: Any = [0, 1, 2]
+    left: Any = [1, None, None]
+    found = TreeTopology(ids, left, (2, None, None), 3)
+    assert found == TreeTopology.balanced(1) and hash(found) == hash(TreeTopology.balanced(1))
+    assert (found.ids, found.left) == ((0, 1, 2), (1, None, None))
+    ids.append(3)
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("name", ["index", "parents"])
+def test_mappings_are_read_only_in_copies_too(name: str) -> None:
+    tree = TreeTopology.balanced(1)
+    for each in (tree, tree.split(1), copy.copy(tree), copy.deepcopy(tree), pickle.loads(pickle.dumps(tree))):
+        mapping: Any = getattr(each, name)
+        assert mapping[0] == {"index": 0, "parents": None}[name]
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            mapping[0] = 7
+
+
+def test_lookups_compile_into_one_graph() -> None:
+    tree = TreeTopology.balanced(2)
+
+    def run(x: Tensor) -> Tensor:
+        rows = [tree.index[leaf] + (tree.parents[leaf] or 0) for leaf in tree.leaves]
+        return x * torch.tensor(rows)
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(4)).tolist() == run(torch.ones(4)).tolist() == [4, 5, 7, 8]
+
+
 def test_from_children_needs_no_entry_for_leaves() -> None:
     assert TreeTopology.from_children({0: (1, 2)}, root=0, next_id=3) == TreeTopology.balanced(1)
 
@@ -229,6 +264,8 @@ def test_membership() -> None:
 
 
 PAIR = TreeTopology.balanced(1)
+# JSON, and how Python shows it.
+JSON_BUT_NO_ID = {"1.0": "1.0", "1.5": "1.5", '"1"': "'1'", "true": "True", "[1]": "[1]"}
 ONE_TREE = "nodes must form one tree, listed in level order with each id once; found ids "
 
 
@@ -277,6 +314,18 @@ ONE_TREE = "nodes must form one tree, listed in level order with each id once; f
         (lambda: TreeTopology.from_json('{"next_id":1,"nodes":[]}'), "expected JSON like"),
         (lambda: TreeTopology.from_json('{"next_id":1,"nodes":3}'), "(TypeError: "),
         (lambda: TreeTopology.from_json('{"next_id":1,"nodes":[[0,1,null]]}'), f"{ONE_TREE}[0]"),
+        (lambda: TreeTopology.from_json('{"next_id":null,"nodes":[[0,null,null]]}'), "as ids, found None"),
+        (lambda: TreeTopology.from_json('{"next_id":1,"nodes":[[null,null,null]]}'), "as ids, found None"),
+        *[
+            (partial(TreeTopology.from_json, text), f"(TypeError: expected integers as ids, found {found})")
+            for value, found in JSON_BUT_NO_ID.items()
+            for text in (
+                f'{{"next_id":{value},"nodes":[[0,null,null]]}}',
+                f'{{"next_id":2,"nodes":[[{value},null,null]]}}',
+                f'{{"next_id":2,"nodes":[[0,{value},null],[1,null,null]]}}',
+                f'{{"next_id":2,"nodes":[[0,null,{value}],[1,null,null]]}}',
+            )
+        ],
     ],
 )
 def test_errors_teach(make: Callable[[], object], message: str) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +19,35 @@ from treediff.layers.init import initialize
 
 __all__ = ["NodeBank"]
 
-# Every weight starts on a multiple of this, so that views into packed weights stay aligned for grouped products.
+# Every weight starts on a multiple of this, so that views into packed weights stay aligned for grouped
+# products.
 _ALIGNMENT = 8
+
+
+class _Packed(NamedTuple):
+    """The stacked weights of some nodes, and how to tell that they have not changed since."""
+
+    weights: list[Tensor]
+    state: list[tuple[int, int]]
+    flat: Tensor
 
 
 class NodeBank(nn.Module):
     """Copies of a template network, one per node id, each stored as one flat parameter named by the id.
 
-    The parameter of a node is the only truth about it: freezing a node is `requires_grad`, adding a node touches
-    no other, and a file lists weights by stable id. `forward` stacks the nodes asked for and computes all their
-    rows in one `grouped_call`.
+    The parameter of a node is the only truth about it: freezing a node is `requires_grad`, adding a node
+    touches no other, and a file lists weights by stable id. `forward` stacks the nodes asked for and computes
+    all their rows in one `grouped_call`.
 
     Args:
-        template: the network that every node gets a copy of; it maps `(rows, ...)` to `(rows, ...)`, row by row.
-            Its own weights are not used, so it may live on the meta device.
+        template: the network that every node gets a copy of; it maps `(rows, ...)` to `(rows, ...)`, row by
+            row. It is copied without its weights, so it may live on the meta device.
         device: where weights of new nodes live; the template's, unless that is meta.
-        dtype: what they are stored as.
+        dtype: what they are stored as; the template's by default.
 
     Raises:
         ValueError: if the template has buffers, such as the running statistics of a batch norm, which would
-            couple the rows of a batch.
+            couple the rows of a batch; or if it uses one weight in two places.
 
     Examples:
         >>> bank = NodeBank(nn.Linear(4, 2))
@@ -62,14 +72,21 @@ class NodeBank(nn.Module):
                 f"a per-node network must not keep buffers, found {names}; use LayerNorm or GroupNorm in place "
                 "of a norm over the batch"
             )
-        parameters = dict(template.named_parameters())
-        reference = next((p for p in parameters.values() if not p.is_meta), torch.empty(0, dtype=dtype))
-        self._factory: dict[str, Any] = {"device": device or reference.device, "dtype": dtype or reference.dtype}
+        parameters = dict(template.named_parameters(remove_duplicate=False))
+        shared = sorted(parameters.keys() - dict(template.named_parameters()).keys())
+        if shared:
+            raise ValueError(
+                f"a per-node network must not use one weight in two places, found {shared} used before under "
+                "another name; give each layer its own"
+            )
+        found = next((p for p in parameters.values() if not p.is_meta), torch.empty(0))
+        stored = dtype or next((p.dtype for p in parameters.values()), found.dtype)
+        self._factory: dict[str, Any] = {"device": torch.device(device or found.device), "dtype": stored}
         self._shapes = {name: p.shape for name, p in parameters.items()}
         self._sizes = [p.numel() + -p.numel() % _ALIGNMENT for p in parameters.values()]
         # In a tuple, so that the template's own weights are not registered as this module's.
-        self._template = (template.to("meta"),)
-        self._packed: tuple[tuple[int, ...], tuple[int, ...], Tensor] | None = None
+        self._template = (copy.deepcopy(template).to("meta", stored).train(),)
+        self._packed: _Packed | None = None
 
     @property
     def template(self) -> nn.Module:
@@ -83,18 +100,24 @@ class NodeBank(nn.Module):
 
     def extra_repr(self) -> str:
         """Nodes and numbers per node; then the template."""
-        return f"nodes={list(self.nodes)}, parameters_per_node={sum(self._sizes)},\ntemplate={self.template}"
+        size = sum(math.prod(shape) for shape in self._shapes.values())
+        return f"nodes={list(self.nodes)}, parameters_per_node={size},\ntemplate={self.template}"
+
+    def train(self, mode: bool = True) -> NodeBank:
+        """As for any module; the template, of which a dropout may be part, is told too."""
+        self._packed = None
+        self.template.train(mode)
+        return super().train(mode)
 
     # --- nodes come and go --------------------------------------------------------------------------------
 
-    def add(
-        self, node: int, *, like: int | None = None, generator: torch.Generator | None = None
-    ) -> None:
+    def add(self, node: int, *, like: int | None = None, generator: torch.Generator | None = None) -> None:
         """Give `node` weights of its own: fresh ones, or a copy of those of the node `like`.
 
         Raises:
             ValueError: if the node has weights already.
             KeyError: if there is no node `like`.
+            TypeError: if the template has a layer that cannot be given fresh weights, see `initialize`.
         """
         if str(node) in self._parameters:
             raise ValueError(f"node {node} has weights already; remove it first to start afresh")
@@ -102,33 +125,63 @@ class NodeBank(nn.Module):
         self.register_parameter(str(node), nn.Parameter(flat))
 
     def remove(self, node: int) -> None:
-        """Drop the weights of `node`. Raises KeyError if it has none."""
+        """Drop the weights of `node`.
+
+        Raises:
+            KeyError: if it has none.
+        """
         self.weights_of(node)
         delattr(self, str(node))
         self._packed = None
 
     def weights_of(self, node: int) -> nn.Parameter:
-        """The flat parameter `(P,)` of one node. Raises KeyError if it has none."""
+        """The flat parameter `(P,)` of one node.
+
+        Raises:
+            KeyError: if it has none.
+        """
         found = self._parameters.get(str(node))
         if found is None:
             raise KeyError(f"node {node!r} has no weights here; those that have are {list(self.nodes)}")
         return found
 
     def named_weights(self, node: int) -> dict[str, Tensor]:
-        """One node's weights as views by the template's names; writing into them changes the node."""
+        """One node's weights as views by the template's names; writing into them changes the node.
+
+        Raises:
+            KeyError: if the node has no weights.
+        """
         return {name: w[0] for name, w in self._views(self.weights_of(node)[None]).items()}
 
     def module(self, node: int) -> nn.Module:
-        """The network of one node as a module of its own; a copy, which `assign` writes back."""
+        """The network of one node as a module of its own; a copy, which `assign` writes back.
+
+        Raises:
+            KeyError: if the node has no weights.
+        """
+        weights = self.named_weights(node)
         module = copy.deepcopy(self.template).to_empty(device=self._factory["device"])
-        module.load_state_dict(self.named_weights(node))
+        module.load_state_dict(weights)
         return module
 
     @torch.no_grad()
     def assign(self, node: int, module: nn.Module) -> None:
-        """Overwrite one node's weights with those of a module built like the template."""
+        """Overwrite one node's weights with those of a module built like the template.
+
+        Raises:
+            KeyError: if the node has no weights.
+            ValueError: if the module is built otherwise; nothing is changed then.
+        """
         views = self.named_weights(node)
-        for name, parameter in module.named_parameters():
+        given = dict(module.named_parameters())
+        for name in sorted(views.keys() | given.keys()):
+            want, got = (tuple(own[name].shape) if name in own else None for own in (views, given))
+            if want != got:
+                raise ValueError(
+                    f"the module is not built like the template: {name!r} should have shape {want}, found {got} "
+                    "(None is no such weight)"
+                )
+        for name, parameter in given.items():
             views[name].copy_(parameter)
 
     def _fresh(self, generator: torch.Generator | None) -> Tensor:
@@ -152,20 +205,38 @@ class NodeBank(nn.Module):
 
         Returns:
             `(T, ...)`.
+
+        Raises:
+            KeyError: if a node has no weights.
+            ValueError: if `nodes` is empty, or rows, groups and nodes do not belong together.
         """
         return grouped_call(self.template, self._views(self.packed(nodes)), x, groups)
 
     def packed(self, nodes: Sequence[int]) -> Tensor:
-        """The flat weights of several nodes, stacked: `(G, P)`. Kept between calls in eval mode without gradients."""
-        weights = [self.weights_of(node) for node in nodes]
-        if self.training or torch.is_grad_enabled():
+        """The flat weights of several nodes, stacked: `(G, P)`.
+
+        In eval mode without gradients they are kept for the next call, until a weight is replaced or changed in
+        place. Two ways of changing a weight escape PyTorch's own bookkeeping, and so this one: writing into
+        `parameter.data`, and the fused optimisers. After either, `eval()` or `train()` makes sure.
+
+        Raises:
+            KeyError: if a node has no weights.
+            ValueError: if `nodes` is empty.
+        """
+        weights: list[Tensor] = [self.weights_of(node) for node in nodes]
+        if not weights:
+            raise ValueError("expected at least one node; without one there is no network to apply")
+        if torch.compiler.is_compiling():
+            return torch.stack(weights)
+        if self.training or torch.is_grad_enabled() or any(w.is_inference() for w in weights):
             self._packed = None
             return torch.stack(weights)
-        # Every in-place change of a tensor raises its version, so a stale copy is never used.
-        key = tuple(nodes), tuple(w._version for w in weights)
-        if self._packed is None or self._packed[:2] != key or self._packed[2].device != weights[0].device:
-            self._packed = (*key, torch.stack(weights))
-        return self._packed[2]
+        # Every in-place change of a tensor raises its version; giving it other data moves its pointer.
+        state = [(w._version, w.data_ptr()) for w in weights]
+        kept = self._packed
+        if kept is None or kept.state != state or not all(map(operator.is_, kept.weights, weights)):
+            kept = self._packed = _Packed(weights, state, torch.stack(weights))
+        return kept.flat
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
         pieces = flat.split(self._sizes, dim=1)
@@ -176,10 +247,15 @@ class NodeBank(nn.Module):
             for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)
         }
 
-    def _apply(self, fn: object, recurse: bool = True) -> NodeBank:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NodeBank:
+        """What `.to`, `.double` and their like do; nodes that are added later follow."""
         self._packed = None
-        super()._apply(fn, recurse)  # type: ignore[arg-type, no-untyped-call]
-        for parameter in self._parameters.values():
-            if parameter is not None:
-                self._factory = {"device": parameter.device, "dtype": parameter.dtype}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = fn(torch.empty(0, **self._factory))
+        self._factory = {"device": moved.device, "dtype": moved.dtype}
+        self.template.to(moved.dtype)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy packs its own weights."""
+        return {**self.__dict__, "_packed": None}

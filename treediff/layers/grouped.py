@@ -1,12 +1,15 @@
 """Many copies of one small network, each applied to its own rows, in one call.
 
-A tree has a router, a head and a decoder *per node*. Looping over nodes costs a few hundred tiny operations per
-node; running every node on every image computes results that nobody reads. Here the rows of a batch are sorted
-by node and each layer is computed for all nodes at once: the cost follows the rows that exist, not the nodes.
+A tree has a router, a head and a decoder *per node*. Looping over nodes costs a few hundred tiny operations
+per node; running every node on every image computes results that nobody reads. Here the rows of a batch are
+sorted by node and each layer is computed for all nodes at once: the cost follows the rows that exist, not the
+nodes.
 
 `grouped_call` runs an ordinary `nn.Module` (the *template*) with a different set of weights for each group of
-rows. Linear layers, convolutions and norms have a rule that computes all groups together; a layer without
-parameters simply runs on all rows; any other module falls back to a loop over groups, which is correct and slow.
+rows. Linear layers, 2d convolutions, layer and group norms have a rule that computes all groups together; a
+layer without parameters simply runs on all rows; any other module runs in a loop over groups, which is right
+and slow. So do convolutions with `groups` other than 1, with padding that is a word or not zeros, and
+transposed ones with an output padding as large as the stride.
 
 Letters: `T` rows in all, `G` groups.
 """
@@ -15,94 +18,163 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 __all__ = ["Groups", "grouped_call", "grouped_linear"]
 
 Weights = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Groups:
     """Which group each row belongs to; rows are sorted by group.
 
     Args:
-        index: `(T,)` int64, ascending: the group of each row.
+        index: `(T,)` int64, ascending: the group of each row. Not checked, because looking would stop an
+            accelerator's stream.
         count: number of groups `G`; some may have no row.
+
+    Examples:
+        >>> Groups(torch.tensor([0, 0, 2]), count=3).sizes
+        [2, 0, 1]
     """
 
     index: Tensor
     count: int
+    # What was derived so far. A plain dictionary, because `torch.compile` cannot enter a `cached_property`.
+    _derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
-    @cached_property
+    @property
     def ends(self) -> Tensor:
         """`(G,)` int32: one past the last row of each group."""
-        steps = torch.arange(1, self.count + 1, device=self.index.device)
-        return torch.searchsorted(self.index, steps).to(torch.int32)
+        if "ends" not in self._derived:
+            steps = torch.arange(1, self.count + 1, device=self.index.device)
+            self._derived["ends"] = torch.searchsorted(self.index, steps).to(torch.int32)
+        ends: Tensor = self._derived["ends"]
+        return ends
 
-    @cached_property
+    @property
     def sizes(self) -> list[int]:
         """Rows per group, on the host."""
-        ends = [0, *self.ends.tolist()]
-        return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        if "sizes" not in self._derived:
+            self._derived["sizes"] = _sizes(self.ends)
+        sizes: list[int] = self._derived["sizes"]
+        return sizes
 
     def repeat(self, times: int) -> Groups:
         """The groups when each row is replaced by `times` consecutive ones."""
-        known = self._repeated
-        if times not in known:
-            known[times] = Groups(self.index.repeat_interleave(times), self.count)
-        return known[times]
-
-    @cached_property
-    def _repeated(self) -> dict[int, Groups]:
-        """Kept, because the layers of one network ask for the same few again and again."""
-        return {}
+        # Kept, because the layers of one network ask for the same few again and again.
+        if times not in self._derived:
+            self._derived[times] = Groups(self.index.repeat_interleave(times), self.count)
+        repeated: Groups = self._derived[times]
+        return repeated
 
 
-def _multiply(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
-    """Each group's rows `(T, a)` times its own matrix `(G, a, b)`: `(T, b)`."""
-    if x.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return F.grouped_mm(x, matrices, offs=groups.ends)
-    parts = zip(x.split(groups.sizes), matrices, strict=True)
-    return torch.cat([rows @ matrix for rows, matrix in parts])
+def _sizes(ends: Tensor) -> list[int]:
+    return [b - a for a, b in pairwise([0, *ends.tolist()])]
 
 
-def _outer(x: Tensor, y: Tensor, groups: Groups) -> Tensor:
+_FAST = (torch.float32, torch.bfloat16, torch.float16)  # what `grouped_mm` takes
+
+
+def _multiply(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Each group's rows `(T, a)` times its own matrix `(G, b, a)`, transposed: `(T, b)`."""
+    if x.dtype in _FAST:
+        return F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends)
+    parts = zip(x.split(_sizes(ends)), weight, strict=True)
+    return torch.cat([rows @ matrix.T for rows, matrix in parts])
+
+
+def _outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     """Each group's `x^T y`: `(T, a)` and `(T, b)` to `(G, a, b)`."""
-    if x.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return F.grouped_mm(x.T, y, offs=groups.ends)
-    parts = zip(x.split(groups.sizes), y.split(groups.sizes), strict=True)
+    if x.dtype in _FAST:
+        return F.grouped_mm(x.contiguous().T, y.contiguous(), offs=ends)
+    parts = zip(x.split(_sizes(ends)), y.split(_sizes(ends)), strict=True)
     return torch.stack([a.T @ b for a, b in parts])
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """`y[t] = W[group of t] x[t]`, with contiguous operands in both passes, as grouped products require."""
+    """`_multiply` with operands that are contiguous in both passes, as grouped products require."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.groups = groups  # type: ignore[attr-defined]
-        return _multiply(x, weight.transpose(1, 2), groups)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x, weight, ends)
+        return _multiply(x, weight, ends)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN401
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
+        x, weight, ends = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
         return (
-            _multiply(grad, weight, ctx.groups) if need_x else None,
-            _outer(grad, x, ctx.groups) if need_weight else None,
+            _multiply(grad, weight.transpose(1, 2), ends) if need_x else None,
+            _outer(grad, x, ends) if need_weight else None,
             None,
         )
+
+
+# The same for `torch.compile`, whose tracer (torch 2.13) knows `grouped_mm` for bfloat16 only. In eager mode
+# the function above costs less.
+
+
+@torch.library.custom_op("treediff::multiply", mutates_args=())
+def _traced_multiply(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return _multiply(x, weight, ends)
+
+
+@torch.library.custom_op("treediff::outer", mutates_args=())
+def _traced_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    return _outer(x, y, ends)
+
+
+@_traced_multiply.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@_traced_outer.register_fake
+def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], x.shape[1], y.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ANN401
+    ctx.save_for_backward(*inputs)
+
+
+def _traced_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+    x, weight, ends = ctx.saved_tensors
+    return _traced_multiply(grad, weight.transpose(1, 2), ends), _traced_outer(grad, x, ends), None
+
+
+_traced_multiply.register_autograd(_traced_backward, setup_context=_save)
+
+
+def _product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """Each group's rows `(T, a)` times its own matrix `(G, b, a)`, transposed: `(T, b)`."""
+    # Grouped products want rows of whole 16-byte pieces; zero columns fill the last one.
+    out_features, in_features = weight.shape[1:]
+    multiple = 16 // weight.element_size()
+    pad_out, pad_in = -out_features % multiple, -in_features % multiple
+    if pad_out or pad_in:
+        weight = F.pad(weight, (0, pad_in, 0, pad_out))
+        x = F.pad(x, (0, pad_in))
+    if torch.compiler.is_compiling():
+        y: Tensor = _traced_multiply(x, weight, groups.ends)
+    elif torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        y = _GroupedProduct.apply(x.contiguous(), weight, groups.ends)  # type: ignore[no-untyped-call]
+    else:
+        y = _multiply(x, weight, groups.ends)
+    return y[:, :out_features] if pad_out else y
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
@@ -117,6 +189,9 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Group
     Returns:
         `(T, out_features)`.
 
+    Raises:
+        ValueError: if rows, weights and groups do not belong together.
+
     Examples:
         >>> groups = Groups(torch.tensor([0, 1, 1]), count=2)
         >>> grouped_linear(torch.ones(3, 4), torch.ones(2, 1, 4), torch.tensor([[0.0], [1.0]]), groups)
@@ -124,79 +199,96 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Group
                 [5.],
                 [5.]])
     """
-    out_features, in_features = weight.shape[1:]
-    # Grouped products want rows of whole 16-byte pieces; zero columns fill the last one.
-    multiple = 16 // weight.element_size()
-    pad_out, pad_in = -out_features % multiple, -in_features % multiple
-    if pad_out or pad_in:
-        weight = F.pad(weight, (0, pad_in, 0, pad_out))
-        x = F.pad(x, (0, pad_in))
-    y = _GroupedProduct.apply(x.contiguous(), weight, groups)  # type: ignore[no-untyped-call]
-    if pad_out:
-        y = y[:, :out_features]
-    return y if bias is None else y + bias.index_select(0, groups.index)
+    _check(x, weight, groups)
+    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2]:
+        raise ValueError(
+            "expected rows (T, in_features) and weights (groups, out_features, in_features), found "
+            f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        low = torch.get_autocast_dtype(device)
+        x, weight = x.to(low), weight.to(low)
+    y = _product(x, weight, groups)
+    return y if bias is None else y + bias.index_select(0, groups.index).to(y.dtype)
+
+
+def _check(x: Tensor, weight: Tensor, groups: Groups) -> None:
+    if len(x) != len(groups.index) or len(weight) != groups.count:
+        raise ValueError(
+            f"expected a group for each row and weights for each group, found {len(x)} rows with "
+            f"{len(groups.index)} entries in groups.index, and {len(weight)} sets of weights for "
+            f"{groups.count} groups"
+        )
+
+
+def _check_map(module: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, out: tuple[int, ...]) -> None:
+    if x.ndim != 4 or x.shape[1] != module.in_channels or min(out) < 1:
+        raise ValueError(
+            f"expected rows of shape ({module.in_channels}, height, width), no smaller than the kernel, for "
+            f"{module}; found {tuple(x.shape[1:])}"
+        )
 
 
 def _linear(module: nn.Linear, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
-    return grouped_linear(x, weights["weight"], weights.get("bias"), groups)
-
-
-def _affine(y: Tensor, weights: Weights, groups: Groups) -> Tensor:
-    """Each group's own scale and shift, on the last axis of `y`."""
-    if "weight" in weights:
-        y = y * weights["weight"].index_select(0, groups.index)
-    return y + weights["bias"].index_select(0, groups.index) if "bias" in weights else y
+    weight, bias, inside = weights["weight"], weights.get("bias"), x.shape[1:-1]
+    if not inside:
+        return grouped_linear(x, weight, bias, groups)
+    y = grouped_linear(x.flatten(0, -2), weight, bias, groups.repeat(math.prod(inside)))
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _layer_norm(module: nn.LayerNorm, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
-    return _affine(F.layer_norm(x, module.normalized_shape, eps=module.eps), weights, groups)
+    y = F.layer_norm(x, module.normalized_shape, eps=module.eps)
+    shape = (len(x), *[1] * (x.ndim - 1 - len(module.normalized_shape)), *module.normalized_shape)
+    y = y * weights["weight"].index_select(0, groups.index).view(shape)
+    return y + weights["bias"].index_select(0, groups.index).view(shape) if "bias" in weights else y
 
 
 def _group_norm(module: nn.GroupNorm, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
     y = F.group_norm(x, module.num_groups, eps=module.eps)
-    scale, shift = weights["weight"], weights["bias"]
-    shape = (len(x), -1, *[1] * (x.ndim - 2))
-    return torch.addcmul(
-        shift.index_select(0, groups.index).view(shape), y, scale.index_select(0, groups.index).view(shape)
-    )
+    shape = (len(x), module.num_channels, *[1] * (x.ndim - 2))
+    scale, shift = (weights[name].index_select(0, groups.index).view(shape) for name in ("weight", "bias"))
+    return torch.addcmul(shift, y, scale)
 
 
 def _conv2d(module: nn.Conv2d, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
     """A convolution as one product: over unfolded patches, or over the whole of a small map."""
-    geometry = module.kernel_size, _pair(module.padding), module.stride, module.dilation
+    kernel, padding, stride, dilation = geometry = _geometry(module)
     weight, bias, size = weights["weight"], weights.get("bias"), tuple(x.shape[2:])
-    kernel, padding, stride, dilation = geometry
     out = tuple(
         (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, p, s, d in zip(size, kernel, padding, stride, dilation, strict=True)
+        for n, k, p, s, d in zip(size, kernel, padding, stride, dilation, strict=False)
     )
+    _check_map(module, x, out)
     if math.prod(size) <= 2 * math.prod(kernel):
-        touches = _touches(size, out, *geometry).to(weight)
-        y = _every_position_to_every(x, weight, touches, groups).unflatten(1, (-1, *out))
-        return _add_channels(y, bias, groups)
+        table = _touches if torch.compiler.is_compiling() else _kept_touches
+        touches = table(size, out, *geometry).to(weight)
+        y = _every_position_to_every(x, weight, touches, groups)
+        return _add_channels(y.view(len(x), module.out_channels, *out), bias, groups)
     patches = F.unfold(x, kernel, dilation, padding, stride)
     rows = patches.transpose(1, 2).flatten(0, 1)
     y = grouped_linear(rows, weight.flatten(2), bias, groups.repeat(math.prod(out)))
-    return y.unflatten(0, (-1, math.prod(out))).transpose(1, 2).unflatten(2, out)
+    return y.view(len(x), *out, module.out_channels).permute(0, 3, 1, 2)
 
 
 def _conv_transpose2d(module: nn.ConvTranspose2d, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
     """A transposed convolution as one product, whose patches are added up where they overlap."""
-    geometry = module.kernel_size, _pair(module.padding), module.stride, module.dilation
+    kernel, padding, stride, dilation = _geometry(module)
     weight, bias, size = weights["weight"], weights.get("bias"), tuple(x.shape[2:])
-    kernel, padding, stride, dilation = geometry
-    extra = _pair(module.output_padding)
+    extra: tuple[int, ...] = module.output_padding
     out = tuple(
         (n - 1) * s - 2 * p + d * (k - 1) + e + 1
-        for n, k, p, s, d, e in zip(size, kernel, padding, stride, dilation, extra, strict=True)
+        for n, k, p, s, d, e in zip(size, kernel, padding, stride, dilation, extra, strict=False)
     )
+    _check_map(module, x, out)
     rows = x.flatten(2).transpose(1, 2).flatten(0, 1)
     patches = grouped_linear(
         rows, weight.flatten(2).transpose(1, 2), None, groups.repeat(math.prod(size))
     ).unflatten(0, (-1, math.prod(size)))
     if kernel == stride and padding == extra == (0, 0) and dilation == (1, 1):
         # Patches side by side need no adding up.
-        y = rearrange(
+        y: Tensor = rearrange(
             patches, "t (h w) (c a b) -> t c (h a) (w b)", h=size[0], w=size[1], a=kernel[0], b=kernel[1]
         )
     else:
@@ -204,8 +296,14 @@ def _conv_transpose2d(module: nn.ConvTranspose2d, weights: Weights, x: Tensor, g
     return _add_channels(y, bias, groups)
 
 
+def _geometry(module: nn.Conv2d | nn.ConvTranspose2d) -> tuple[tuple[int, ...], ...]:
+    """Kernel, padding, stride and dilation."""
+    padding: Any = module.padding  # never a word here, see `_rule`
+    return module.kernel_size, padding, module.stride, module.dilation
+
+
 def _every_position_to_every(x: Tensor, weight: Tensor, touches: Tensor, groups: Groups) -> Tensor:
-    """The convolution as a full matrix `(out_channels * out_positions, in_channels * in_positions)` per group.
+    """The convolution as a matrix `(out_channels * out_positions, in_channels * in_positions)` per group.
 
     On a map of a few pixels a kernel covers most of it, and the matrix costs less than unfolding patches.
     """
@@ -215,7 +313,6 @@ def _every_position_to_every(x: Tensor, weight: Tensor, touches: Tensor, groups:
     return grouped_linear(x.flatten(1), matrix, None, groups)
 
 
-@lru_cache(maxsize=64)
 def _touches(
     size: tuple[int, ...],
     out: tuple[int, ...],
@@ -227,26 +324,31 @@ def _touches(
     """0/1 `(out positions, in positions, kernel elements)`: which weight joins which two pixels."""
     axes = []
     for n, m, k, p, s, d in zip(size, out, kernel, padding, stride, dilation, strict=True):
-        source = torch.arange(m)[:, None] * s - p + torch.arange(k)[None, :] * d
-        axes.append((source[:, None, :] == torch.arange(n)[None, :, None]).float())
+        target, inside, element = (torch.arange(length, device="cpu") for length in (m, n, k))
+        source = target[:, None] * s - p + element * d
+        axes.append((source[:, None, :] == inside[:, None]).float())
     rows, columns = axes
     joined = torch.einsum("aik,bjl->abijkl", rows, columns)
     return joined.reshape(math.prod(out), math.prod(size), math.prod(kernel))
 
 
+@lru_cache(maxsize=64)
+def _kept_touches(*geometry: tuple[int, ...]) -> Tensor:
+    """`_touches`, kept for the next call."""
+    # A tensor made in inference mode could never be trained with afterwards.
+    with torch.inference_mode(False):
+        return _touches(*geometry)
+
+
 def _add_channels(y: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
-    return y if bias is None else y + bias.index_select(0, groups.index)[:, :, None, None]
-
-
-def _pair(padding: str | tuple[int, ...]) -> tuple[int, ...]:
-    if isinstance(padding, str):
-        raise ValueError(f"padding as a word is not supported per node; give numbers instead of {padding!r}")
-    return padding
+    return y if bias is None else y + bias.index_select(0, groups.index)[:, :, None, None].to(y.dtype)
 
 
 def _sequential(module: nn.Sequential, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
-    for name, child in module.named_children():
-        x = grouped_call(child, _below(weights, name), x, groups)
+    # Not `named_children`, which leaves out a layer that stands in the network a second time.
+    for name, child in module._modules.items():
+        if child is not None:
+            x = grouped_call(child, _below(weights, name), x, groups)
     return x
 
 
@@ -257,11 +359,14 @@ def _below(weights: Weights, name: str) -> Weights:
 
 def _each_group(module: nn.Module, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
     """The plain loop: one call of the module per group. Slow, obvious, right for any module."""
-    parts = [
-        torch.func.functional_call(module, {key: value[g] for key, value in weights.items()}, (rows,))
-        for g, rows in enumerate(x.split(groups.sizes))
-    ]
-    return torch.cat(parts)
+
+    def call(g: int, rows: Tensor) -> Tensor:
+        own = {key: value[g] for key, value in weights.items()}
+        result: Tensor = torch.func.functional_call(module, own, (rows,))
+        return result
+
+    parts = [call(g, rows) for g, rows in enumerate(x.split(groups.sizes)) if len(rows)]
+    return torch.cat(parts) if parts else call(0, x)
 
 
 _RULES: dict[Any, Callable[..., Tensor]] = {
@@ -272,6 +377,21 @@ _RULES: dict[Any, Callable[..., Tensor]] = {
     nn.ConvTranspose2d.forward: _conv_transpose2d,
     nn.Sequential.forward: _sequential,
 }
+
+
+def _rule(module: nn.Module) -> Callable[..., Tensor]:
+    """How to compute all groups of a module together, if anyone knows."""
+    # Looked up by what runs, so that a subclass which changes `forward` is never mistaken for its parent.
+    rule = _RULES.get(type(module).forward, _each_group)
+    if is_parametrized(module):
+        return _each_group
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        # What lies past the last patch is out of reach of `fold`.
+        within = all(e < s for e, s in zip(module.output_padding, module.stride, strict=True))
+        if not (plain and within):
+            return _each_group
+    return rule
 
 
 def grouped_call(module: nn.Module, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
@@ -289,17 +409,21 @@ def grouped_call(module: nn.Module, weights: Weights, x: Tensor, groups: Groups)
     Returns:
         `(T, ...)`, the module's output for each row.
 
+    Raises:
+        ValueError: if rows, weights and groups do not belong together, or the template has weights that are
+            not given.
+
     Examples:
-        >>> template = nn.Sequential(nn.Linear(2, 1), nn.Tanh())
-        >>> weights = {"0.weight": torch.zeros(2, 1, 2), "0.bias": torch.tensor([[0.0], [9.0]])}
+        >>> template = nn.Sequential(nn.Linear(2, 1), nn.ReLU())
+        >>> weights = {"0.weight": torch.zeros(2, 1, 2), "0.bias": torch.tensor([[-3.0], [9.0]])}
         >>> grouped_call(template, weights, torch.ones(2, 2), Groups(torch.tensor([0, 1]), count=2))
         tensor([[0.],
-                [1.]])
+                [9.]])
     """
     if not weights:
-        return module(x)  # type: ignore[no-any-return]
-    # Looked up by what runs, so that a subclass which changes `forward` is never mistaken for its parent.
-    rule = _RULES.get(type(module).forward, _each_group)
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.groups != 1:
-        rule = _each_group
-    return rule(module, weights, x, groups)
+        if next(module.parameters(), None) is not None:
+            raise ValueError(f"there are no weights for {module}; a layer must not stand in a network twice")
+        result: Tensor = module(x)
+        return result
+    _check(x, next(iter(weights.values())), groups)
+    return _rule(module)(module, weights, x, groups)

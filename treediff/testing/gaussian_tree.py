@@ -1,91 +1,21 @@
-"""Worlds where every answer is known, to test learners and samplers against.
-
-`GaussianTree` is the generative model of TreeVAE with linear Gaussians everywhere and decisions that do not
-look at the latent. Summing out the latents leaves one Gaussian per leaf, so the data follow a
-`GaussianMixture` and density and posteriors are exact, up to rounding in float64.
-
-Letters: `B` batch, `N` nodes, `K` leaves or components, `D` latent width, `F` features.
-"""
+"""A tree of linear Gaussians: TreeVAE's generative model where every answer is known."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from treediff.probability import leaf_log_probs
+from treediff.testing._nodes import checked_copies, require_nodes
+from treediff.testing.mixture import GaussianMixture
 from treediff.topology import TreeTopology
 
-__all__ = ["GaussianMixture", "GaussianTree", "same_hierarchy"]
-
-
-@dataclass(frozen=True, eq=False)
-class GaussianMixture:
-    """A mixture of `K` Gaussians with full covariances, in float64.
-
-    Args:
-        log_weights: `(K,)`, in nats; `exp` sums to 1.
-        means: `(K, F)`.
-        covariances: `(K, F, F)`, symmetric and positive definite.
-
-    Raises:
-        ValueError: if the shapes do not fit, or a covariance is not positive definite.
-
-    Examples:
-        >>> one = GaussianMixture(torch.zeros(1), torch.zeros(1, 2), torch.eye(2)[None])
-        >>> one.log_prob(torch.zeros(1, 2))
-        tensor([-1.8379], dtype=torch.float64)
-    """
-
-    log_weights: Tensor
-    means: Tensor
-    covariances: Tensor
-
-    def __post_init__(self) -> None:
-        for name in ("log_weights", "means", "covariances"):
-            object.__setattr__(self, name, getattr(self, name).to(torch.float64))
-        found = [tuple(t.shape) for t in (self.log_weights, self.means, self.covariances)]
-        k, f = found[1] if len(found[1]) == 2 else (-1, -1)
-        if found != [(k,), (k, f), (k, f, f)]:
-            raise ValueError(f"expected log_weights (K,), means (K, F), covariances (K, F, F); found {found}")
-        bad = torch.linalg.cholesky_ex(self.covariances).info.nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(f"covariances must be positive definite; those of components {bad} are not")
-
-    @cached_property
-    def _factors(self) -> Tensor:
-        """Lower Cholesky factors `(K, F, F)`."""
-        factors: Tensor = torch.linalg.cholesky(self.covariances)
-        return factors
-
-    def component_log_prob(self, x: Tensor) -> Tensor:
-        """`log N(x; mean_k, covariance_k)` in nats, `(B, F)` to `(B, K)`.
-
-        Raises:
-            ValueError: if `x` is not `(B, F)`.
-        """
-        features = self.means.shape[1]
-        if x.ndim != 2 or x.shape[1] != features:
-            raise ValueError(
-                f"expected x of shape (batch, {features}), found {tuple(x.shape)}; flatten images first"
-            )
-        difference = (x.to(torch.float64)[:, None] - self.means).permute(1, 2, 0)
-        white: Tensor = torch.linalg.solve_triangular(self._factors, difference, upper=False)
-        log_volume = self._factors.diagonal(dim1=1, dim2=2).log().sum(1)
-        return -0.5 * (white.square().sum(1).T + features * math.log(2 * math.pi)) - log_volume
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Exact log-density `log sum_k w_k N(x; mean_k, covariance_k)` in nats, `(B, F)` to `(B,)`."""
-        return (self.log_weights + self.component_log_prob(x)).logsumexp(1)
-
-    def log_posterior(self, x: Tensor) -> Tensor:
-        """Bayes' rule: log-probability of each component given `x`, `(B, F)` to `(B, K)`; `exp` sums to 1."""
-        return (self.log_weights + self.component_log_prob(x)).log_softmax(1)
+__all__ = ["GaussianTree"]
 
 
 class GaussianTree:
@@ -139,19 +69,19 @@ class GaussianTree:
         if not (variance > 0 and math.isfinite(variance)):
             raise ValueError(f"variance must be finite and above 0, found {variance}")
         below, leaves = topology.ids[1:], topology.leaves
-        _require_nodes("decoder_weight", decoder_weight, leaves)
+        require_nodes("decoder_weight", decoder_weight, leaves)
         shape = tuple(decoder_weight[leaves[0]].shape)
         if len(shape) != 2:
             raise ValueError(f"decoder_weight must have the shape (features, latent), found {shape}")
         self.features, self.latent = features, latent = shape
         self.topology = topology
         self.variance = float(variance)
-        self.weight = _checked("weight", weight, below, (latent, latent))
-        self.bias = _checked("bias", bias, below, (latent,))
-        self.logvar = _checked("logvar", logvar, below, (latent,))
-        self.branch_logit = _checked("branch_logit", branch_logit, topology.routed, ())
-        self.decoder_weight = _checked("decoder_weight", decoder_weight, leaves, shape)
-        self.decoder_bias = _checked("decoder_bias", decoder_bias, leaves, (features,))
+        self.weight = checked_copies("weight", weight, below, (latent, latent))
+        self.bias = checked_copies("bias", bias, below, (latent,))
+        self.logvar = checked_copies("logvar", logvar, below, (latent,))
+        self.branch_logit = checked_copies("branch_logit", branch_logit, topology.routed, ())
+        self.decoder_weight = checked_copies("decoder_weight", decoder_weight, leaves, shape)
+        self.decoder_bias = checked_copies("decoder_bias", decoder_bias, leaves, (features,))
         self.mixture = self._marginal()
 
     @classmethod
@@ -315,40 +245,6 @@ class GaussianTree:
         return GaussianMixture(log_weights, means, covariances + noise)
 
 
-def same_hierarchy(first: TreeTopology, second: TreeTopology, leaf_map: Mapping[int, int]) -> bool:
-    """Whether two trees are equal up to node ids, swaps of left and right, and pass-through nodes.
-
-    Such a tree is determined by its *clades*, the sets of leaves under its nodes, so these are compared.
-
-    Args:
-        first: a tree.
-        second: another tree.
-        leaf_map: the leaf of `second` that stands for each leaf of `first`. The answer is False unless it
-            pairs all leaves of both.
-
-    Raises:
-        KeyError: if the map does not hold exactly the leaves of `first`.
-        ValueError: if it leads to something that is not a leaf of `second`.
-
-    Examples:
-        >>> tree = TreeTopology.balanced(1)
-        >>> same_hierarchy(tree.split(1), tree.split(2), {3: 4, 4: 3, 2: 1})
-        True
-        >>> same_hierarchy(tree.split(1), tree.split(2), {3: 1, 4: 3, 2: 4})
-        False
-    """
-    _require_nodes("leaf_map", leaf_map, first.leaves)
-    strange = sorted(set(leaf_map.values()) - set(second.leaves))
-    if strange:
-        raise ValueError(
-            f"leaf_map must lead to leaves of the second tree, {list(second.leaves)}; found {strange}"
-        )
-    mapped = {frozenset(leaf_map[leaf] for leaf in first.leaves_under(node)) for node in first}
-    return len(first.leaves) == len(second.leaves) and mapped == {
-        frozenset(second.leaves_under(node)) for node in second
-    }
-
-
 def _push(mean: Tensor, covariance: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Moments of `weight z + bias` from those of `z`."""
     return weight @ mean + bias, weight @ covariance @ weight.T
@@ -365,22 +261,3 @@ def _direction(embed: Tensor, used: Tensor, generator: torch.Generator | None) -
     if len(used) < min(embed.shape):
         direction = direction - used.T @ (used @ direction)
     return F.normalize(direction, dim=0)
-
-
-def _require_nodes(name: str, found: Mapping[int, object], expected: Iterable[int]) -> None:
-    if set(found) != set(expected):
-        raise KeyError(f"{name} needs one entry for each of the nodes {list(expected)}, found {list(found)}")
-
-
-def _checked(
-    name: str, values: Mapping[int, Tensor | float], nodes: Iterable[int], shape: tuple[int, ...]
-) -> dict[int, Tensor]:
-    """Private float64 copies, after a look at nodes, shapes and numbers."""
-    _require_nodes(name, values, nodes)
-    copies = {node: torch.as_tensor(values[node], dtype=torch.float64).detach().clone() for node in nodes}
-    for node, value in copies.items():
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{name} of node {node} must have the shape {shape}, found {tuple(value.shape)}")
-        if not value.isfinite().all():
-            raise ValueError(f"{name} of node {node} must be finite, found {value.tolist()}")
-    return copies

@@ -1,0 +1,146 @@
+"""The reader of picture folders: pixels, splits and sizes, and what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datafiles import from_torch, write_pictures
+from PIL import Image
+
+from treediff.data import _pictures, load_dataset
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 4)])
+def test_pictures_are_split_once_and_for_all(tmp_path: Path, mode: str, channels: int) -> None:
+    folder = write_pictures(tmp_path / "animals", mode=mode)
+    (folder / "zebra" / "notes.txt").write_text("not a picture")
+    (folder / "zebra" / ".hidden.png").write_text("not a picture")
+    (folder / ".git").mkdir()
+    found = load_dataset(folder)
+    assert (found.name, found.class_names) == ("animals", ("ant", "zebra"))
+    assert found.train_images.shape[1:] == (channels, 5, 4)
+    assert found.train_labels is not None and found.test_labels is not None
+    # Frozen: a changed split would change every figure measured with it.
+    files = sorted((path.parent.name, path) for path in folder.glob("*/[0-9]*.png"))
+    held_out = [f"{name}/{path.stem}" for name, path in _pictures._hold_out(folder, files, 0)[1]]
+    assert held_out == ["ant/04", "ant/05", "ant/07", "zebra/00", "zebra/07", "zebra/18", "zebra/28"]
+    assert found.test_labels.tolist() == [int(name.startswith("zebra")) for name in held_out]
+    pixels = {
+        (np.asarray(Image.open(path)).tobytes(), ("ant", "zebra").index(path.parent.name))
+        for path in folder.glob("*/[0-9]*.png")
+    }
+    images = from_torch(torch.cat([found.train_images, found.test_images]))
+    labels = torch.cat([found.train_labels, found.test_labels]).tolist()
+    assert {(image.tobytes(), label) for image, label in zip(images, labels, strict=True)} == pixels
+    assert len(images) == 60
+
+
+def test_a_picture_stays_on_its_side_when_others_go(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path)
+    before = {image.numpy().tobytes() for image in load_dataset(folder).test_images}
+    for i in range(10):
+        (folder / "ant" / f"{i:02d}.png").unlink()
+    after = {image.numpy().tobytes() for image in load_dataset(folder).test_images}
+    assert after < before
+    other = {image.numpy().tobytes() for image in load_dataset(folder, split_seed=1).test_images}
+    assert other != after
+
+
+def test_about_one_name_in_seven_is_held_out(tmp_path: Path) -> None:
+    files = [("a", Path(f"{i}.png")) for i in range(7000)]
+    train, test = _pictures._hold_out(tmp_path, files, 0)
+    assert len(train) + len(test) == 7000
+    assert abs(len(test) - 1000) < 5 * (7000 * 6 / 49) ** 0.5
+
+
+def test_train_and_test_folders_are_kept_apart(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "train", per_class=3, kind="jpg")
+    write_pictures(tmp_path / "test", per_class=2, kind="jpg")
+    found = load_dataset(tmp_path)
+    assert len(found.train_images) == 6
+    assert found.test_labels is not None and found.test_labels.tolist() == [0, 0, 1, 1]
+    first = np.asarray(Image.open(tmp_path / "train" / "ant" / "00.jpg"))
+    assert np.array_equal(from_torch(found.train_images)[0], first)
+
+
+@pytest.mark.parametrize(("size", "shape"), [(8, (8, 8)), ((3, 9), (3, 9))])
+def test_size_makes_all_pictures_alike(
+    tmp_path: Path, size: int | tuple[int, int], shape: tuple[int, int]
+) -> None:
+    folder = write_pictures(tmp_path, per_class=20, mode="L")
+    Image.new("1", (30, 7), 1).save(folder / "ant" / "white.png")
+    assert load_dataset(folder, size=size).train_images.shape[1:] == (1, *shape)
+    palette = Image.new("P", (6, 6), 0)
+    palette.putpalette([255, 0, 0])
+    palette.save(folder / "ant" / "red.png", transparency=b"\x80")
+    Image.new("RGBA", (9, 2), (0, 255, 0, 7)).save(folder / "ant" / "green.png")
+    found = load_dataset(folder, size=size)
+    assert found.train_images.shape[1:] == (3, *shape)
+    images = torch.cat([found.train_images, found.test_images])
+    for colour in ([1, 1, 1], [1, 0, 0], [0, 1, 0]):
+        plain = torch.tensor(colour).reshape(1, 3, 1, 1).expand(1, 3, *shape)
+        assert (images == plain).flatten(1).all(1).sum() == 1
+
+
+def test_size_is_height_and_width(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path)
+    same = load_dataset(folder, size=(5, 4))
+    assert torch.equal(same.train_images, load_dataset(folder).train_images)
+
+
+def save(path: Path, mode: str = "L", size: tuple[int, int] = (4, 5)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size).save(path)
+    return path
+
+
+def refused(folder: Path, message: str, size: int | None = None) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(folder))}.*{message}"):
+        load_dataset(folder, size=size)
+
+
+def test_folders_that_are_no_picture_folders(tmp_path: Path) -> None:
+    refused(tmp_path, r"expected the four IDX files, or one sub-folder of pictures.*found no sub-folder")
+    save(tmp_path / "train" / "ant" / "a.png")
+    refused(tmp_path, r"train: expected pictures of one class \(\.bmp, .*none; folders train/ and test/")
+    save(tmp_path / "test" / "bee" / "b.png")
+    refused(tmp_path, r"expected test classes among \['ant'\], found \['bee'\] that train/ lacks")
+    save(tmp_path / "few" / "ant" / "a.png")
+    refused(tmp_path / "few", r"to hold out one in 7, found 1, all on one side; add pictures")
+
+
+@pytest.mark.parametrize(("mode", "size"), [("L", (3, 5)), ("L", (4, 6)), ("RGB", (4, 5))])
+def test_unlike_pictures(tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
+    save(tmp_path / "train" / "ant" / "a.png")
+    save(tmp_path / "test" / "ant" / "b.png", mode, size)
+    found = re.escape(str((mode, size)))
+    refused(tmp_path, rf"b\.png: expected mode and.*a\.png, \('L', \(4, 5\)\), found {found}; give size=")
+
+
+def test_pictures_that_cannot_be_read_or_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "train" / "ant" / "a.png")
+    other = save(tmp_path / "test" / "ant" / "b.png", "I;16")
+    refused(tmp_path, r"b\.png: expected mode 1/L/P/RGB/RGBA, found I;16; save as RGB", size=8)
+    for content in (b"junk", save(other).read_bytes()[:-30]):
+        other.write_bytes(content)
+        refused(tmp_path, r"b\.png: expected a picture that Pillow can read, found: ")
+    save(other)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3)
+    refused(tmp_path, r"a\.png: expected a picture that Pillow can read, found: .*20 pixels")
+
+
+def test_one_unusual_mode_everywhere_is_refused(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path, mode="P")
+    with pytest.raises(ValueError, match=r"00\.png: expected mode L/RGB/RGBA, found P; save as RGB"):
+        load_dataset(folder)
+
+
+@pytest.mark.parametrize("size", [0, (8, -1), (1, 2, 3)])
+def test_bad_size(tmp_path: Path, size: int | tuple[int, int]) -> None:
+    message = rf"size: expected a height and a width of at least 1, found {re.escape(str(size))}"
+    with pytest.raises(ValueError, match=message):
+        load_dataset(write_pictures(tmp_path), size=size)

@@ -1,0 +1,71 @@
+"""What every reader ends with: arrays as read from a source to an `ImageDataset`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from treediff.data.dataset import ImageDataset
+
+Array: TypeAlias = npt.NDArray[Any]
+Split: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def to_images(array: Array, where: object) -> torch.Tensor:
+    """uint8 or float pixels with channels last, or float features, as float32 with channels first."""
+    is_image = array.ndim in (3, 4)
+    if array.ndim not in (2, 3, 4) or array.size == 0:
+        raise ValueError(
+            f"{where}: expected at least one row of images, (n, H, W) or (n, H, W, C), or features, (n, F); "
+            f"found shape {array.shape}"
+        )
+    if array.ndim == 4 and array.shape[3] > 4:
+        raise ValueError(
+            f"{where}: expected channels last, (n, H, W, C) with C <= 4, found shape {array.shape}; "
+            f".transpose(0, 2, 3, 1) moves channels last"
+        )
+    if array.dtype.kind != "f" and not (is_image and array.dtype == np.uint8):
+        raise ValueError(
+            f"{where}: expected uint8 or float images, or float features, found {array.dtype} of shape "
+            f"{array.shape}; reshape flat pixels to (n, H, W), convert with .astype"
+        )
+    if is_image:
+        array = np.moveaxis(array.reshape(*array.shape[:3], -1), 3, 1)
+    # A float64 beyond float32 becomes infinite, and is reported below.
+    with np.errstate(over="ignore"):
+        values = array.astype(np.float32, order="C")
+    if array.dtype == np.uint8:
+        values /= 255
+    elif not np.isfinite(values).all() or (is_image and (values.min() < 0 or values.max() > 1)):
+        limits = "pixels in [0, 1] (or uint8)" if is_image else "finite features"
+        raise ValueError(
+            f"{where}: expected {limits}, found {array.min():.4g} to {array.max():.4g}; rescale them"
+        )
+    return torch.from_numpy(values)
+
+
+def to_labels(array: Array, rows: int, where: object) -> torch.Tensor:
+    if array.shape not in ((rows,), (rows, 1)):
+        raise ValueError(f"{where}: expected {rows} labels, one per image, found shape {array.shape}")
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{where}: expected integer labels, found {array.dtype}; convert with .astype(int)")
+    labels = array.astype(np.int64).reshape(rows)
+    if labels.min() < 0:
+        raise ValueError(f"{where}: expected labels that count from 0, found {labels.min()}")
+    return torch.from_numpy(labels)
+
+
+def to_dataset(
+    name: str, where: object, train: Split, test: Split, class_names: Sequence[str] | None
+) -> ImageDataset:
+    if train[0].shape[1:] != test[0].shape[1:]:
+        shapes = [tuple(split[0].shape[1:]) for split in (train, test)]
+        raise ValueError(f"{where}: expected one shape, found {shapes[0]} and for test {shapes[1]}")
+    largest = max((int(labels.max()) for _, labels in (train, test) if labels is not None), default=-1)
+    if class_names is not None and largest >= len(class_names):
+        raise ValueError(f"{where}: expected labels below {len(class_names)} (class names), found {largest}")
+    return ImageDataset(name, *train, *test, None if class_names is None else tuple(class_names))

@@ -1,0 +1,127 @@
+"""The reader of folders of pictures, one sub-folder per class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from treediff.data._arrays import Array, Split, to_dataset, to_images
+from treediff.data._tools import import_optional, stable_hash
+from treediff.data.dataset import ImageDataset
+
+ClassFile: TypeAlias = tuple[str, Path]
+
+_PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_TEST_ONE_IN = 7
+
+
+def read_pictures(folder: Path, size: int | tuple[int, int] | None, seed: int) -> ImageDataset:
+    pillow = import_optional("PIL.Image", "pictures are read by Pillow", "pictures")
+    box = _width_height(size)
+    if (folder / "train").is_dir() and (folder / "test").is_dir():
+        train, test = _class_files(folder / "train"), _class_files(folder / "test")
+        names = sorted({class_name for class_name, _ in train})
+    else:
+        files = _class_files(folder)
+        train, test = _hold_out(folder, files, seed)
+        names = sorted({class_name for class_name, _ in files})
+    unknown = sorted({class_name for class_name, _ in test} - set(names))
+    if unknown:
+        raise ValueError(f"{folder}: expected test classes among {names}, found {unknown} that train/ lacks")
+    mode = _common_mode(pillow, [file for _, file in (*train, *test)], convert=box is not None)
+    splits: list[Split] = []
+    for part in (train, test):
+        pixels = np.stack([_read_picture(pillow, file, mode, box) for _, file in part])
+        labels = torch.tensor([names.index(class_name) for class_name, _ in part])
+        splits.append((to_images(pixels, folder), labels))
+    return to_dataset(folder.resolve().name, folder, splits[0], splits[1], names)
+
+
+def _width_height(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"size: expected a height and a width of at least 1, found {size}")
+    return pair[1], pair[0]
+
+
+def _hold_out(folder: Path, files: Sequence[ClassFile], seed: int) -> tuple[list[ClassFile], list[ClassFile]]:
+    """Split by a hash of names, so that a picture stays on its side when others come or go."""
+    train: list[ClassFile] = []
+    test: list[ClassFile] = []
+    for class_name, file in files:
+        is_test = stable_hash(f"{seed}/{class_name}/{file.name}") % _TEST_ONE_IN == 0
+        (test if is_test else train).append((class_name, file))
+    if not train or not test:
+        raise ValueError(
+            f"{folder}: expected enough pictures to hold out one in {_TEST_ONE_IN}, found {len(files)}, all "
+            f"on one side; add pictures, change split_seed, or make folders train/ and test/"
+        )
+    return train, test
+
+
+def _class_files(folder: Path) -> list[ClassFile]:
+    found: list[ClassFile] = []
+    for below in sorted(folder.iterdir(), key=lambda path: path.name):
+        if below.is_dir() and not below.name.startswith("."):
+            names = sorted(file.name for file in below.iterdir() if not file.name.startswith("."))
+            files = [below / name for name in names if name.lower().endswith(_PICTURE_SUFFIXES)]
+            if not files:
+                raise ValueError(
+                    f"{below}: expected pictures of one class ({', '.join(_PICTURE_SUFFIXES)}), found none; "
+                    f"folders train/ and test/ are understood as a pair"
+                )
+            found += [(below.name, file) for file in files]
+    if not found:
+        raise ValueError(
+            f"{folder}: expected the four IDX files, or one sub-folder of pictures per class (just one if "
+            f"there are no classes), found no sub-folder"
+        )
+    return found
+
+
+@contextmanager
+def _opened(pillow: ModuleType, path: Path) -> Iterator[Any]:
+    try:
+        with pillow.open(path) as picture:
+            yield picture
+    except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
+        raise ValueError(f"{path}: expected a picture that Pillow can read, found: {error}") from error
+
+
+def _common_mode(pillow: ModuleType, files: Sequence[Path], *, convert: bool) -> str:
+    """The mode that all pictures have or, with `convert`, the one they are converted to."""
+    formats: dict[tuple[str, tuple[int, int]], Path] = {}
+    for file in files:
+        with _opened(pillow, file) as picture:
+            formats.setdefault((picture.mode, picture.size), file)
+    if not convert and len(formats) > 1:
+        (this, first), (that, other) = list(formats.items())[:2]
+        raise ValueError(
+            f"{other}: expected mode and (width, height) of {first}, {this}, found {that}; give "
+            f"size=(height, width) to make all alike"
+        )
+    understood = ("1", "L", "P", "RGB", "RGBA") if convert else ("L", "RGB", "RGBA")
+    for (mode, _), file in formats.items():
+        if mode not in understood:
+            raise ValueError(f"{file}: expected mode {'/'.join(understood)}, found {mode}; save as RGB")
+    modes = {mode for mode, _ in formats}
+    if not convert:
+        return modes.pop()
+    return "L" if modes <= {"1", "L"} else "RGB"
+
+
+def _read_picture(pillow: ModuleType, file: Path, mode: str, box: tuple[int, int] | None) -> Array:
+    with _opened(pillow, file) as picture:
+        if box is not None:
+            # Pillow warns if a palette with transparency goes to RGB in one step.
+            picture = picture.convert("RGBA") if picture.mode == "P" else picture
+            picture = picture.convert(mode).resize(box, pillow.Resampling.BILINEAR)
+        return np.asarray(picture)

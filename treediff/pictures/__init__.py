@@ -1,0 +1,11 @@
+"""Pictures of a tree: what every node generates, which real images belong to it, and how much of the data it holds.
+
+`summarize_tree` looks at the model and the data once. `draw_tree` makes a PNG of the result (it needs
+`treediff[pictures]`), `write_html` a page to click through (it needs nothing).
+"""
+
+from treediff.pictures.drawing import draw_tree
+from treediff.pictures.page import write_html
+from treediff.pictures.summary import NodeSummary, TreeSummary, summarize_tree
+
+__all__ = ["NodeSummary", "TreeSummary", "draw_tree", "summarize_tree", "write_html"]

@@ -1,0 +1,29 @@
+"use strict";
+// Which node is shown is in the address, and the style sheet shows it. This adds the keys and marks the way in the tree.
+const links = new Map([...document.querySelectorAll(".tree a")].map((a) => [a.hash, a]));
+const sections = new Map([...document.querySelectorAll("section")].map((s) => ["#" + s.id, s]));
+const root = "#" + document.querySelector("section.root").id;
+const current = () => (sections.has(location.hash) ? location.hash : root);
+
+function mark() {
+  const way = new Set();
+  for (let node = current(); node; node = sections.get(node).dataset.up) way.add(node);
+  for (const [node, link] of links) {
+    link.classList.toggle("way", way.has(node));
+    if (node === current()) link.setAttribute("aria-current", "true");
+    else link.removeAttribute("aria-current");
+  }
+  if (document.activeElement && links.has(document.activeElement.hash)) links.get(current()).focus();
+  links.get(current()).scrollIntoView({ block: "nearest", inline: "nearest" });
+  document.querySelector("main").scrollTop = 0;
+}
+
+addEventListener("hashchange", mark);
+addEventListener("keydown", (event) => {
+  if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  const way = { ArrowUp: "up", ArrowDown: "down", ArrowLeft: "left", ArrowRight: "right" }[event.key];
+  const to = event.key === "Home" ? root : way && sections.get(current()).dataset[way];
+  if (way || to) event.preventDefault();
+  if (to) location.hash = to;
+});
+mark();

@@ -1,0 +1,14 @@
+"""Worlds where every answer is known, to test learners and samplers against.
+
+`GaussianTree` is the generative model of TreeVAE with linear Gaussians everywhere and decisions that do not
+look at the latent. Summing out the latents leaves one Gaussian per leaf, so the data follow a
+`GaussianMixture` and density and posteriors are exact, up to rounding in float64.
+
+Letters: `B` batch, `N` nodes, `K` leaves or components, `D` latent width, `F` features.
+"""
+
+from treediff.testing.gaussian_tree import GaussianTree
+from treediff.testing.hierarchy import same_hierarchy
+from treediff.testing.mixture import GaussianMixture
+
+__all__ = ["GaussianMixture", "GaussianTree", "same_hierarchy"]
