@@ -17,8 +17,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from treediff.data import load_dataset
 from treediff.metrics import leaf_perplexity
 from treediff.testing import NaiveTreeVAE
 
-KINDS = {"vector": {"latent": 8, "width": 128}, "maps": {"latent": (16, 2, 2), "width": 32}}
+KINDS: dict[str, dict[str, Any]] = {"vector": {"latent": 8, "width": 128}, "maps": {"latent": (16, 2, 2), "width": 32}}
 BATCH = 256
 
 
@@ -38,9 +39,7 @@ def grow(kind: str, images: Tensor, trees: Path, sizes: list[int]) -> None:
     wanted = {n: trees / f"{kind}-{n}.safetensors" for n in sizes}
     if all(path.exists() for path in wanted.values()):
         return
-    model = TreeVAE.for_images(
-        size=28, max_depth=8, generator=torch.Generator().manual_seed(0), **KINDS[kind]
-    )
+    model = TreeVAE.for_images(size=28, max_depth=8, generator=torch.Generator().manual_seed(0), **KINDS[kind])
     growth = TreeGrowth(model, max_leaves=max(sizes), epochs=3, settle_epochs=1, intermediate_every=8, min_share=0.002)
     for stage in growth.stages(images):
         if stage.kind == "final":
@@ -56,7 +55,7 @@ def grow(kind: str, images: Tensor, trees: Path, sizes: list[int]) -> None:
             model.save(wanted[leaves])
 
 
-def take_turns(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def take_turns(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median milliseconds of each task, run in turn after two rounds of warm-up."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(rounds + 2):
@@ -73,10 +72,12 @@ def row(kind: str, leaves: int, trees: Path, images: Tensor, rounds: int) -> dic
     model = TreeVAE.load(trees / f"{kind}-{leaves}.safetensors")
     naive = NaiveTreeVAE(model)
     batches = images[: BATCH * 8].split(BATCH)
-    optimizers = {m: torch.optim.Adam(m.parameters(), lr=0.0, fused=True) for m in (model, naive)}
+    optimizers: dict[TreeVAE | NaiveTreeVAE, torch.optim.Adam] = {
+        m: torch.optim.Adam(m.parameters(), lr=0.0, fused=True) for m in (model, naive)
+    }
     count = 0
 
-    def step(owner: torch.nn.Module, loss: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    def step(owner: TreeVAE | NaiveTreeVAE, loss: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         def run() -> None:
             nonlocal count
             count += 1

@@ -25,8 +25,8 @@ from treediff.metrics import (
     cluster_accuracy,
     dendrogram_purity,
     effective_leaves,
-    leaf_purity,
     leaf_perplexity,
+    leaf_purity,
     nmi,
 )
 from treediff.pictures import draw_tree, summarize_tree, write_html
@@ -129,9 +129,9 @@ def main() -> None:
     result = evaluate(model, data.test_images, data.test_labels, args.seed)
     for name, value in result.items():
         print(f"{name:20s} {value:10.3f}")
-    result |= {"seconds": seconds, "seed": args.seed, "data": data.name, "tree": model.topology.to_json()}
-    (args.out / "results.json").write_text(json.dumps(result, indent=1))
-    print(json.dumps(result))
+    about = {"data": data.name, "seed": args.seed, "seconds": seconds, "tree": model.topology.to_json()}
+    (args.out / "results.json").write_text(json.dumps(about | result, indent=1))
+    print(json.dumps(about | result))
 
 
 if __name__ == "__main__":

@@ -44,9 +44,7 @@ def test_versions_agree() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     sections = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d{2}-\d{2}))?$", changelog, re.MULTILINE)
     headings = re.findall(r"^## .*$", changelog, re.MULTILINE)
-    assert len(sections) == len(headings), (
-        f"expected headings like '## [1.2.3] - 2026-01-31', found {headings}"
-    )
+    assert len(sections) == len(headings), f"expected headings like '## [1.2.3] - 2026-01-31', found {headings}"
     base, dev, _ = treediff.__version__.partition(".dev")
     if dev:
         assert sections[0] == ("Unreleased", "")
@@ -117,9 +115,7 @@ def test_tests_see_the_checkout() -> None:
 def test_public_name_exists_and_is_documented(name: str) -> None:
     documentation = getattr(treediff, name).__doc__
     assert documentation, f"treediff.{name} has no docstring"
-    assert not documentation.startswith(f"{name}("), (
-        f"treediff.{name} has only the docstring that @dataclass made"
-    )
+    assert not documentation.startswith(f"{name}("), f"treediff.{name} has only the docstring that @dataclass made"
     reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     assert re.search(rf"^::: treediff(\.\w+)*\.{name}$", reference, re.MULTILINE), (
         f"docs/api.md lacks a line '::: treediff.{name}'"

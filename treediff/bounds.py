@@ -21,8 +21,8 @@ __all__ = ["elbo_of", "iwae"]
 def elbo_of(model: TreeVAE, posterior: TreePosterior, x: Tensor, *, from_depth: int | None = None) -> ELBO:
     """The evidence lower bound from a posterior that was found for `x`; see `TreeVAE.elbo`.
 
-    With `from_depth` only decisions at that depth or below count, and KLs of nodes below it: the part of the bound that a
-    split at that depth takes part in.
+    With `from_depth` only decisions at that depth or below count, and KLs of nodes below it: the part of the bound
+    that a split at that depth takes part in.
     """
     visits, root = posterior.visits, posterior.visits.batch
     reach = visits.log_reach.exp()
@@ -65,9 +65,7 @@ def iwae(
     return total - math.log(samples)
 
 
-def _log_weights(
-    model: TreeVAE, features: list[Tensor], x: Tensor, generator: torch.Generator | None
-) -> Tensor:
+def _log_weights(model: TreeVAE, features: list[Tensor], x: Tensor, generator: torch.Generator | None) -> Tensor:
     """`(B,)` log importance weights of one path and one set of latents per row."""
     everyone = model.route(features)
     uniform = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device)

@@ -94,7 +94,8 @@ def sample(
         rank = child[moving] - plan.levels[depth + 1].start
         prior = _by_node(model.transitions, z[moving], rank, plan.ids(plan.levels[depth + 1]))
         noise = temperature * counter_normal(seed, index[moving], model.latent, draw=ids[child[moving]], dtype=dtype)
-        z = z.masked_scatter(_like(moving, z), reparameterize(*prior.chunk(2, 1), noise))
+        mean, logvar = prior.chunk(2, 1)
+        z = z.masked_scatter(_like(moving, z), reparameterize(mean, logvar, noise))
         position = torch.where(moving, child, position)
         path.append(torch.where(moving, ids[child], -1))
         latents.append(torch.where(_like(moving, z), z, 0))
@@ -103,9 +104,7 @@ def sample(
     return TreeSample(images, ids[position], torch.stack(path, 1), torch.stack(latents, 1))
 
 
-def _next_position(
-    model: TreeVAE, plan: TreePlan, position: Tensor, z: Tensor, seed: int, index: Tensor
-) -> Tensor:
+def _next_position(model: TreeVAE, plan: TreePlan, position: Tensor, z: Tensor, seed: int, index: Tensor) -> Tensor:
     """Where each image goes by the prior routers; -1 for those that are at a leaf."""
     left, right = plan.turns[:, position]
     deciding = plan.routed_rank[position] >= 0
@@ -156,7 +155,8 @@ def sample_leaves(
         node = torch.arange(level.start, level.stop, device=device).repeat_interleave(n)
         prior = model.transitions(parents, Groups(node - level.start, len(level)), plan.ids(level))
         noise = counter_normal(seed, index.repeat(len(level)), model.latent, draw=ids[node], dtype=dtype)
-        levels.append(reparameterize(*prior.chunk(2, 1), temperature * noise))
+        mean, logvar = prior.chunk(2, 1)
+        levels.append(reparameterize(mean, logvar, temperature * noise))
     visits = descend(plan, n, route, like=levels[0])
     leaves = visits.at_leaves()
     groups = Groups(plan.leaf_rank[visits.node[leaves]], len(plan.leaves))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -226,7 +226,16 @@ class TreeGrowth:
         if kind == "final":
             annealing = self.final_annealing or KLAnnealing(step=max(0.01, 1 / max(1, epochs - 1)))
         return Stage(
-            self.model, kind, len(self.history), epochs, rows, annealing, split, above, self.threshold, self.seed
+            self.model,
+            kind,
+            len(self.history),
+            epochs,
+            rows,
+            annealing,
+            split,
+            above,
+            self.threshold,
+            self.seed,
         )
 
     # --- decisions ----------------------------------------------------------------------------------------

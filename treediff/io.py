@@ -1,14 +1,16 @@
 """One safe file per model: safetensors, with one metadata key that holds canonical JSON.
 
-Nothing here unpickles. The JSON says the format's version, the class, how the model was configured and its tree; the
-same model always saves to the same bytes.
+Nothing here unpickles. The JSON says the format's version, the class, how the model was configured and its tree;
+the same model always saves to the same bytes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -32,11 +34,20 @@ def save_model(module: nn.Module, path: Path, header: Mapping[str, Any]) -> None
         module: the module; its `state_dict` is stored.
         path: where to.
         header: plain JSON values; 'format' and 'class' are added.
+
+    Raises:
+        TypeError: if the header holds something that is not plain JSON, or the state something that is no tensor.
+        ValueError: if the header holds NaN or infinity.
     """
     full = {**header, "format": FORMAT_VERSION, "class": type(module).__name__}
     text = json.dumps(full, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}
-    beside = f"{os.fspath(path)}.partial"
+    state = module.state_dict()
+    others = sorted(name for name, value in state.items() if not isinstance(value, Tensor))
+    if others:
+        raise TypeError(f"a file holds tensors only, found something else in the module's state at {others}")
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    # A name of its own, so that two processes that save at once do not write into one file.
+    beside = f"{os.fspath(path)}.{secrets.token_hex(4)}.partial"
     try:
         with open(beside, "wb") as file:
             file.write(to_bytes(tensors, metadata={_KEY: text}))
@@ -48,6 +59,20 @@ def save_model(module: nn.Module, path: Path, header: Mapping[str, Any]) -> None
             os.remove(beside)
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no model file at {os.fspath(path)!r}")
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is not a whole safetensors file ({error}); it may be damaged, cut short, or of "
+            "another kind. Nothing else is tried: pickled files are never read"
+        ) from None
+
+
 def read_header(path: Path, expected_class: str) -> dict[str, Any]:
     """The header of a file, once it is sure that this version can read it.
 
@@ -56,16 +81,8 @@ def read_header(path: Path, expected_class: str) -> dict[str, Any]:
         ValueError: if it is no safetensors file, was not written by treediff, holds another class of model, or has
             another format version.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no model file at {os.fspath(path)!r}")
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{os.fspath(path)!r} is not a whole safetensors file ({error}); it may be damaged, cut short, or of "
-            "another kind. Nothing else is tried: pickled files are never read"
-        ) from None
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
     if _KEY not in metadata:
         raise ValueError(
             f"{os.fspath(path)!r} is a safetensors file that treediff did not write: its metadata has the keys "
@@ -74,7 +91,7 @@ def read_header(path: Path, expected_class: str) -> dict[str, Any]:
     try:
         header = json.loads(metadata[_KEY])
         version, found_class = header["format"], header["class"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"the header of {os.fspath(path)!r} is damaged ({type(error).__name__}: {error})") from None
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -90,10 +107,12 @@ def load_into(module: nn.Module, path: Path) -> None:
     """Fill a module with a file's tensors; all must fit, and nothing is changed unless all do.
 
     Raises:
-        ValueError: naming the first tensor that is missing, unknown, or of another shape or dtype.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no safetensors file; or naming the first tensor that is missing, unknown, or of another
+            shape or dtype.
     """
-    with safe_open(os.fspath(path), framework="pt") as file:
-        found: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with _opened(path) as file:
+        found: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
     expected = module.state_dict()
     for name in sorted(expected.keys() | found.keys()):
         want, got = _describe(expected.get(name)), _describe(found.get(name))

@@ -1,7 +1,7 @@
 """The networks of a tree of latent variables, and how they come and go as the tree grows.
 
-Nothing here knows of probability: `TreeNetworks` holds the tree, the shared ladder and one bank of networks for each role
-that a node can play, keeps them in step, and reads and writes files.
+Nothing here knows of probability: `TreeNetworks` holds the tree, the shared ladder and one bank of networks for each
+role that a node can play, keeps them in step, and reads and writes files.
 """
 
 from __future__ import annotations

@@ -291,9 +291,7 @@ class TreeTopology:
         """
         try:
             found = json.loads(text)
-            nodes = [
-                (_id(n), *(None if c is None else _id(c) for c in below)) for n, *below in found["nodes"]
-            ]
+            nodes = [(_id(n), *(None if c is None else _id(c) for c in below)) for n, *below in found["nodes"]]
             ids, left, right = zip(*nodes, strict=True)
             next_id = _id(found["next_id"])
         except (ValueError, TypeError, KeyError) as error:

@@ -80,7 +80,7 @@ class TreeVAE(TreeNetworks):
             torch.Size([4])
         """
         height, breadth = (size, size) if isinstance(size, int) else size
-        config = {
+        config: dict[str, Any] = {
             "size": [height, breadth],
             "channels": channels,
             "latent": [latent] if isinstance(latent, int) else list(latent),
@@ -89,7 +89,7 @@ class TreeVAE(TreeNetworks):
             "network": network,
             "likelihood": likelihood,
         }
-        settings = {**config, "size": (height, breadth), "latent": tuple(config["latent"])}
+        settings: dict[str, Any] = {**config, "size": (height, breadth), "latent": tuple(config["latent"])}
         parts = image_parts(**settings, generator=generator, device=device, dtype=dtype)
         model = cls(topology=topology or TreeTopology.balanced(0), **parts)
         model.config = {"for_images": config}
@@ -116,14 +116,14 @@ class TreeVAE(TreeNetworks):
             >>> model.cluster(torch.randn(3, 5))
             tensor([0, 0, 0])
         """
-        config = {
+        config: dict[str, Any] = {
             "features": features,
             "latent": latent,
             "width": width,
             "max_depth": max_depth,
             "likelihood": likelihood,
         }
-        settings = {**config, "latent": (latent,)}
+        settings: dict[str, Any] = {**config, "latent": (latent,)}
         parts = vector_parts(**settings, generator=generator, device=device, dtype=dtype)
         model = cls(topology=topology or TreeTopology.balanced(0), **parts)
         model.config = {"for_vectors": config}
@@ -338,9 +338,7 @@ class TreeVAE(TreeNetworks):
             KeyError: if there is no such node.
             ValueError: if `n` or the temperature is negative.
         """
-        return sample(
-            self, n, node=node, temperature=temperature, first_index=first_index, generator=generator
-        )
+        return sample(self, n, node=node, temperature=temperature, first_index=first_index, generator=generator)
 
     def sample_leaves(
         self,
@@ -354,9 +352,7 @@ class TreeVAE(TreeNetworks):
 
         Column `k` holds the pictures that `sample(n, node=topology.leaves[k])` gives for the same generator state.
         """
-        return sample_leaves(
-            self, n, temperature=temperature, first_index=first_index, generator=generator
-        )
+        return sample_leaves(self, n, temperature=temperature, first_index=first_index, generator=generator)
 
 
 def _depths(visits: Visits) -> Tensor:

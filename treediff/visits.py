@@ -227,10 +227,10 @@ def descend(
         node, log_reach = plan.turns[:, node].flatten()[move], steps[move]
         image, parent = image[source], source + starts[-2]
         parts.append((image, node, parent, log_reach))
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    image, node, parent, log_reach = (torch.cat(column) for column in zip(*parts, strict=True))
     empty = (image[:0], log_reach[:0])
     routed, logits = (torch.cat(column) for column in zip(*(routed_parts or [empty]), strict=True))
-    return Visits(plan, batch, *columns, routed, logits, [*starts, len(columns[0])])
+    return Visits(plan, batch, image, node, parent, log_reach, routed, logits, [*starts, len(image)])
 
 
 def _steps(

@@ -90,9 +90,7 @@ def test_refuses_settings(fields: dict[str, Any], error: type[Exception], messag
 
 @pytest.mark.parametrize("epoch", [-1, -0.5, math.inf, math.nan])
 def test_refuses_epochs(epoch: float) -> None:
-    with pytest.raises(
-        ValueError, match=f"epochs count from 0 at the beginning of the stage; found epoch {epoch}"
-    ):
+    with pytest.raises(ValueError, match=f"epochs count from 0 at the beginning of the stage; found epoch {epoch}"):
         KLAnnealing()(epoch)
 
 

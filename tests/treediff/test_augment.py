@@ -24,9 +24,7 @@ from treediff.augment import (
 )
 
 
-@pytest.mark.parametrize(
-    "augment", [*[make() for make in PRESETS.values()], EVERYTHING], ids=[*PRESETS, "all"]
-)
+@pytest.mark.parametrize("augment", [*[make() for make in PRESETS.values()], EVERYTHING], ids=[*PRESETS, "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_pictures_stay_pictures(augment: Augment, dtype: torch.dtype) -> None:
     images = pictures(64, 3, 9, 6, dtype=dtype)
@@ -114,10 +112,7 @@ def test_travels_to_worker_processes_and_shows_its_settings() -> None:
     augment = cifar_augment()
     copy = pickle.loads(pickle.dumps(augment))
     assert copy.steps == augment.steps
-    assert (
-        repr(Augment(RandomFlip(p=0.25), RandomGray(p=0.5)))
-        == "Augment(RandomFlip(p=0.25), RandomGray(p=0.5))"
-    )
+    assert repr(Augment(RandomFlip(p=0.25), RandomGray(p=0.5))) == "Augment(RandomFlip(p=0.25), RandomGray(p=0.5))"
 
 
 # --- presets ------------------------------------------------------------------------------------------------
@@ -135,9 +130,7 @@ def test_presets_are_the_papers() -> None:
         RandomFlip(p=0.5),
         ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.0, p=0.8),
     )
-    assert omniglot_augment().steps == (
-        RandomAffine(degrees=10, translate=1 / 28, scale=(0.9, 1.1), shear=0.01),
-    )
+    assert omniglot_augment().steps == (RandomAffine(degrees=10, translate=1 / 28, scale=(0.9, 1.1), shear=0.01),)
 
 
 def test_views_are_two_independent_draws() -> None:
@@ -155,9 +148,7 @@ def test_views_are_two_independent_draws() -> None:
 
 
 def test_refuses_what_is_not_a_batch_of_float_images() -> None:
-    with pytest.raises(
-        ValueError, match=r"found \(3, 4, 4\); give a single image a batch axis with image\[None\]"
-    ):
+    with pytest.raises(ValueError, match=r"found \(3, 4, 4\); give a single image a batch axis with image\[None\]"):
         cifar_augment()(torch.zeros(3, 4, 4))
     with pytest.raises(TypeError, match=r"float images in \[0, 1\]; found torch.uint8; divide bytes by 255"):
         cifar_augment()(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
@@ -165,9 +156,7 @@ def test_refuses_what_is_not_a_batch_of_float_images() -> None:
 
 def test_refuses_noise_that_does_not_fit() -> None:
     images, augment = torch.zeros(2, 3, 4, 4), Augment(RandomFlip())
-    with pytest.raises(
-        ValueError, match=r"shape \(2, 1\), one row per image .* found \(2, 3\); make it with"
-    ):
+    with pytest.raises(ValueError, match=r"shape \(2, 1\), one row per image .* found \(2, 3\); make it with"):
         augment(images, noise=torch.zeros(2, 3))
     with pytest.raises(ValueError, match="either generator or noise, found both"):
         augment(images, noise=torch.zeros(2, 1), generator=seeded())

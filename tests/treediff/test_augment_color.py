@@ -116,9 +116,7 @@ def test_jitter_and_gray_touch_a_share_of_the_images() -> None:
     assert torch.equal(grayed[:2], gray(images[:2]).expand(-1, 3, -1, -1))
 
 
-@pytest.mark.parametrize(
-    "augment", [*[make() for make in PRESETS.values()], EVERYTHING], ids=[*PRESETS, "all"]
-)
+@pytest.mark.parametrize("augment", [*[make() for make in PRESETS.values()], EVERYTHING], ids=[*PRESETS, "all"])
 def test_a_gray_picture_is_a_colour_picture_with_equal_channels(augment: Augment) -> None:
     images, noise = pictures(6, 1, 8, 8), torch.rand(6, augment.draws, generator=seeded())
     found = augment(images, noise=noise)
@@ -127,9 +125,7 @@ def test_a_gray_picture_is_a_colour_picture_with_equal_channels(augment: Augment
 
 @pytest.mark.parametrize("step", [ColorJitter(), ColorJitter(hue=0.1), RandomGray()])
 def test_colour_refuses_other_numbers_of_channels(step: ColorStep) -> None:
-    with pytest.raises(
-        ValueError, match=r"or 1 \(grey\); found 4 in images of shape \(2, 4, 3, 3\); leave colour"
-    ):
+    with pytest.raises(ValueError, match=r"or 1 \(grey\); found 4 in images of shape \(2, 4, 3, 3\); leave colour"):
         Augment(step)(torch.zeros(2, 4, 3, 3))
 
 

@@ -48,14 +48,10 @@ def test_flip_draws_for_each_image() -> None:
 
 @settings(deadline=None)
 @given(sides, sides, st.data())
-def test_translation_by_whole_pixels_is_slicing_into_black(
-    height: int, width: int, data: st.DataObject
-) -> None:
+def test_translation_by_whole_pixels_is_slicing_into_black(height: int, width: int, data: st.DataObject) -> None:
     right, down = data.draw(st.integers(-width, width)), data.draw(st.integers(-height, height))
     images = pictures(1, 2, height, width, dtype=torch.float64)
-    noise = torch.tensor(
-        [[0.5, (right / width + 1) / 2, (down / height + 1) / 2, 0.5, 0.5]], dtype=torch.float64
-    )
+    noise = torch.tensor([[0.5, (right / width + 1) / 2, (down / height + 1) / 2, 0.5, 0.5]], dtype=torch.float64)
     moved = Augment(RandomAffine(translate=1.0))(images, noise=noise)
     close(moved, F.pad(images, (right, -right, down, -down)), 1e-9)
 
@@ -121,9 +117,7 @@ def test_linear_pictures_show_where_each_pixel_came_from(seed: int, height: int,
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=5, max_size=5), st.integers(1, 50), st.integers(1, 50))
-def test_affine_matrix_is_the_inverse_of_the_documented_map(
-    draw: list[float], height: int, width: int
-) -> None:
+def test_affine_matrix_is_the_inverse_of_the_documented_map(draw: list[float], height: int, width: int) -> None:
     step = RandomAffine(degrees=170, translate=0.3, scale=(0.5, 2.0), shear=60)
     (matrix,) = step.matrices(torch.tensor([draw], dtype=torch.float64), height, width)
     turn, lean = math.radians(170 * (2 * draw[0] - 1)), math.radians(60 * (2 * draw[4] - 1))

@@ -43,9 +43,7 @@ def slow_nt_xent(first: Tensor, second: Tensor, temperature: float, item_weights
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 4), st.floats(0.1, 2.0), st.integers(0, 2), st.integers(0, 10**6))
-def test_equals_the_double_loop(
-    pairs: int, width: int, temperature: float, weighting: int, seed: int
-) -> None:
+def test_equals_the_double_loop(pairs: int, width: int, temperature: float, weighting: int, seed: int) -> None:
     first, second = normal(2, pairs, width, seed=seed)
     drawn = uniform(2, pairs, seed=seed) + 0.01
     weights = (None, drawn[0], drawn)[weighting]
@@ -147,9 +145,7 @@ def slow_decisions(first: Tensor, second: Tensor, temperature: float, weights: T
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.floats(0.2, 2.0), st.integers(0, 2), st.integers(0, 10**6))
-def test_decisions_equal_the_loop(
-    pairs: int, routers: int, temperature: float, weighting: int, seed: int
-) -> None:
+def test_decisions_equal_the_loop(pairs: int, routers: int, temperature: float, weighting: int, seed: int) -> None:
     first, second = 3 * normal(2, pairs, routers, seed=seed)
     drawn = uniform(2, pairs, routers, seed=seed) + 0.01
     weights = (None, drawn[0], drawn)[weighting]
@@ -256,22 +252,16 @@ def test_decisions_refuse_shapes(first: tuple[int, ...], second: tuple[int, ...]
 
 def test_refuses_weights_of_another_shape() -> None:
     views = torch.ones(3, 2)
-    with pytest.raises(
-        ValueError, match=r"shape \(3,\), one per pair, or \(2, 3\), one per item; found \(6,\)"
-    ):
+    with pytest.raises(ValueError, match=r"shape \(3,\), one per pair, or \(2, 3\), one per item; found \(6,\)"):
         nt_xent(views, views, weights=torch.ones(6))
-    with pytest.raises(
-        ValueError, match=r"\(3, 2\), one per pair, or \(2, 3, 2\), one per item; found \(3,\)"
-    ):
+    with pytest.raises(ValueError, match=r"\(3, 2\), one per pair, or \(2, 3, 2\), one per item; found \(3,\)"):
         decision_nt_xent(views, views, weights=torch.ones(3))
 
 
 def test_refuses_whole_numbers() -> None:
     views = torch.ones(3, 2, dtype=torch.int64)
     for loss in (nt_xent, decision_nt_xent):
-        with pytest.raises(
-            TypeError, match=r"float views; found torch.int64 and torch.int64; call .float\(\)"
-        ):
+        with pytest.raises(TypeError, match=r"float views; found torch.int64 and torch.int64; call .float\(\)"):
             loss(views, views)
 
 
@@ -291,9 +281,7 @@ def test_head_is_the_network_it_says() -> None:
     first, norm, _, last = head.network
     assert isinstance(first, nn.Linear) and isinstance(norm, nn.LayerNorm) and isinstance(last, nn.Linear)
     hidden = maps.reshape(5, 12) @ first.weight.T + first.bias
-    hidden = (hidden - hidden.mean(1, keepdim=True)) / (
-        hidden.var(1, correction=0, keepdim=True) + norm.eps
-    ).sqrt()
+    hidden = (hidden - hidden.mean(1, keepdim=True)) / (hidden.var(1, correction=0, keepdim=True) + norm.eps).sqrt()
     expected = hidden * hidden.sigmoid() @ last.weight.T + last.bias
     torch.testing.assert_close(head(maps), expected)
     torch.testing.assert_close(head(maps.flatten(1)), expected)
@@ -339,9 +327,7 @@ def test_head_shows_its_widths() -> None:
 
 def test_head_refuses_other_widths() -> None:
     head = ProjectionHead(in_features=4, hidden=8, out_features=3)
-    with pytest.raises(
-        ValueError, match=r"expected 4 .* found 12 in an input of shape \(2, 3, 2, 2\); build the"
-    ):
+    with pytest.raises(ValueError, match=r"expected 4 .* found 12 in an input of shape \(2, 3, 2, 2\); build the"):
         head(torch.zeros(2, 3, 2, 2))
 
 

@@ -47,12 +47,8 @@ def test_size_needs_pictures(tmp_path: Path) -> None:
             load_dataset(source, size=8)
 
 
-@pytest.mark.parametrize(
-    ("module", "extra"), [("PIL.Image", "read by Pillow"), ("sklearn.datasets", "scikit-learn")]
-)
-def test_missing_extras_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str
-) -> None:
+@pytest.mark.parametrize(("module", "extra"), [("PIL.Image", "read by Pillow"), ("sklearn.datasets", "scikit-learn")])
+def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str) -> None:
     source, name = (write_pictures(tmp_path), "pictures") if "PIL" in module else ("digits", "examples")
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"{extra}.*not installed; pip install 'treediff\[{name}\]'"):

@@ -14,9 +14,7 @@ from treediff.data import _named, load_dataset
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
-def test_names_are_looked_up_in_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_names_are_looked_up_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     write_idx(tmp_path / name, example(), gz=True)
     monkeypatch.setenv("TREEDIFF_DATA", str(tmp_path))
     found = load_dataset(name)

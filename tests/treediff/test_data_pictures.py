@@ -68,9 +68,7 @@ def test_train_and_test_folders_are_kept_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "shape"), [(8, (8, 8)), ((3, 9), (3, 9))])
-def test_size_makes_all_pictures_alike(
-    tmp_path: Path, size: int | tuple[int, int], shape: tuple[int, int]
-) -> None:
+def test_size_makes_all_pictures_alike(tmp_path: Path, size: int | tuple[int, int], shape: tuple[int, int]) -> None:
     folder = write_pictures(tmp_path, per_class=20, mode="L")
     Image.new("1", (30, 7), 1).save(folder / "ant" / "white.png")
     assert load_dataset(folder, size=size).train_images.shape[1:] == (1, *shape)

@@ -33,9 +33,7 @@ SEEDS = st.integers(0, 2**32)
 
 @quick
 @given(topologies(max_steps=6), st.integers(1, 3), st.integers(1, 3), SEEDS)
-def test_everything_equals_a_mixture_built_by_scipy(
-    tree: TreeTopology, latent: int, features: int, seed: int
-) -> None:
+def test_everything_equals_a_mixture_built_by_scipy(tree: TreeTopology, latent: int, features: int, seed: int) -> None:
     known = world(tree, latent, features, seed)
     means, covariances = known.leaf_moments()
     for k, leaf in enumerate(tree.leaves):
@@ -134,9 +132,7 @@ def test_distances_between_leaves_tell_where_their_paths_part(
 
 
 def test_spreads_halve_with_depth() -> None:
-    known = GaussianTree.random(
-        TreeTopology.chain(4), latent=64, features=64, variance=1e-9, generator=seeded()
-    )
+    known = GaussianTree.random(TreeTopology.chain(4), latent=64, features=64, variance=1e-9, generator=seeded())
     spread = known.leaf_moments()[1][0].diagonal().mean().sqrt().item()
     assert spread == pytest.approx(0.5**4, rel=0.1)
 

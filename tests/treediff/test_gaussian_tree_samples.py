@@ -39,17 +39,13 @@ def test_leaves_are_as_frequent_as_the_prior_says() -> None:
 
 
 def test_posteriors_are_calibrated() -> None:
-    known = GaussianTree.random(
-        UNEVEN, latent=2, features=2, separation=1.5, variance=0.1, generator=seeded()
-    )
+    known = GaussianTree.random(UNEVEN, latent=2, features=2, separation=1.5, variance=0.1, generator=seeded())
     x, leaf = known.sample(20_000, generator=seeded(3))
     for i, node in enumerate(UNEVEN):
         probability = known.node_log_posterior(x).exp()[:, i]
         passed = torch.isin(leaf, torch.tensor(UNEVEN.leaves_under(node))).double()
         error = (passed - probability).mean().abs()
-        assert (
-            error <= 5 * (probability * (1 - probability)).mean().clamp_min(0).sqrt() / len(x) ** 0.5 + 1e-12
-        )
+        assert error <= 5 * (probability * (1 - probability)).mean().clamp_min(0).sqrt() / len(x) ** 0.5 + 1e-12
 
 
 def test_samples_and_worlds_follow_the_seed_alone() -> None:

@@ -110,9 +110,7 @@ def test_assignment_equals_scipy_on_a_larger_table() -> None:
 def test_partition_metrics_equal_scikit_learn(points: Partitions) -> None:
     labels, found = points
     assert (contingency(labels, found) == contingency_matrix(labels, found)).all()
-    assert nmi(labels, found) == pytest.approx(
-        from_sklearn(sk.normalized_mutual_info_score, labels, found), abs=1e-12
-    )
+    assert nmi(labels, found) == pytest.approx(from_sklearn(sk.normalized_mutual_info_score, labels, found), abs=1e-12)
     assert ari(labels, found) == pytest.approx(from_sklearn(sk.adjusted_rand_score, labels, found), abs=1e-12)
 
 
@@ -156,9 +154,7 @@ def test_leaf_purity_equals_counting(points: Partitions) -> None:
 
 @pytest.mark.parametrize("metric", [cluster_accuracy, nmi, ari, leaf_purity])
 @pytest.mark.parametrize("labels", [[4], [4, 4, 4], [4, -1], [0, 1, 2, 1, 0, 5, 5]])
-def test_the_same_partition_under_other_names_scores_one(
-    metric: Callable[..., float], labels: list[int]
-) -> None:
+def test_the_same_partition_under_other_names_scores_one(metric: Callable[..., float], labels: list[int]) -> None:
     assert metric(labels, [3 - 2 * c for c in labels]) == 1.0
 
 
@@ -311,9 +307,7 @@ def test_bad_ids(
         ([0, 1], [0], {0: None}, ValueError, r"found 2 labels and 1 leaves"),
     ],
 )
-def test_bad_trees(
-    labels: list[int], leaves: list[int], parent: object, error: type[Exception], message: str
-) -> None:
+def test_bad_trees(labels: list[int], leaves: list[int], parent: object, error: type[Exception], message: str) -> None:
     score: Callable[..., float] = dendrogram_purity
     with pytest.raises(error, match=message):
         score(labels, leaves, parent)
@@ -332,9 +326,7 @@ def test_bad_trees(
         ([[1j, 0]], TypeError, r"probs: expected real numbers, found complex128"),
     ],
 )
-def test_bad_probabilities(
-    metric: Callable[..., float], probs: object, error: type[Exception], message: str
-) -> None:
+def test_bad_probabilities(metric: Callable[..., float], probs: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         metric(probs)
 

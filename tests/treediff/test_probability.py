@@ -93,9 +93,7 @@ def test_equal_gaussians_have_no_divergence_however_narrow() -> None:
 def test_gaussian_log_prob_equals_torch(seed: int, shape: tuple[int, ...]) -> None:
     x, logvar, mean, _ = four(seed, *shape)
     expected = as_torch(mean, logvar).log_prob(x).flatten(1).sum(1)
-    torch.testing.assert_close(
-        probability.gaussian_log_prob(x, mean, logvar), expected, rtol=1e-10, atol=1e-12
-    )
+    torch.testing.assert_close(probability.gaussian_log_prob(x, mean, logvar), expected, rtol=1e-10, atol=1e-12)
 
 
 @quick
@@ -106,12 +104,8 @@ def test_merge_equals_the_formula_for_variances_and_is_symmetric(seed: int) -> N
     precision_a, precision_b = 1 / logvar_a.exp(), 1 / logvar_b.exp()
     variance = 1 / (precision_a + precision_b)
     torch.testing.assert_close(logvar, variance.log(), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(
-        mean, variance * (mean_a * precision_a + mean_b * precision_b), rtol=1e-10, atol=1e-12
-    )
-    torch.testing.assert_close(
-        probability.precision_weighted_merge(mean_b, logvar_b, mean_a, logvar_a), (mean, logvar)
-    )
+    torch.testing.assert_close(mean, variance * (mean_a * precision_a + mean_b * precision_b), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(probability.precision_weighted_merge(mean_b, logvar_b, mean_a, logvar_a), (mean, logvar))
 
 
 def test_merge_of_the_sure_and_the_unsure_is_the_sure_one() -> None:
@@ -122,9 +116,7 @@ def test_merge_of_the_sure_and_the_unsure_is_the_sure_one() -> None:
 
 
 def test_reparameterize_shifts_and_scales_the_noise() -> None:
-    found = probability.reparameterize(
-        torch.tensor(2.0), torch.tensor(9.0).log(), torch.tensor([-1.0, 0.0, 2.0])
-    )
+    found = probability.reparameterize(torch.tensor(2.0), torch.tensor(9.0).log(), torch.tensor([-1.0, 0.0, 2.0]))
     assert found.tolist() == pytest.approx([-1, 2, 8])
 
 
@@ -135,9 +127,7 @@ def test_reparameterize_shifts_and_scales_the_noise() -> None:
 @given(st.floats(-15, 15), st.floats(-15, 15))
 def test_bernoulli_kl_equals_torch(a: float, b: float) -> None:
     q, p = (torch.tensor(v, dtype=torch.float64) for v in (a, b))
-    expected = distributions.kl_divergence(
-        distributions.Bernoulli(logits=q), distributions.Bernoulli(logits=p)
-    )
+    expected = distributions.kl_divergence(distributions.Bernoulli(logits=q), distributions.Bernoulli(logits=p))
     torch.testing.assert_close(probability.bernoulli_kl_with_logits(q, p), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -195,8 +185,7 @@ def test_log_softplus_and_its_gradient(centre: float, dtype: torch.dtype, rtol: 
     assert x.grad is not None
     # The derivative is sigmoid(x) / softplus(x), in logarithms so that it survives x = -1e4.
     slopes = [
-        math.exp(v - max(v, 0) - math.log1p(math.exp(-abs(v))) - e)
-        for v, e in zip(x.tolist(), expected, strict=True)
+        math.exp(v - max(v, 0) - math.log1p(math.exp(-abs(v))) - e) for v, e in zip(x.tolist(), expected, strict=True)
     ]
     np.testing.assert_allclose(x.grad.tolist(), slopes, rtol=max(rtol, 1e-8))
 
@@ -212,9 +201,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(probability.precision_weighted_merge, inputs)
     assert torch.autograd.gradcheck(probability.reparameterize, inputs[:3])
     assert torch.autograd.gradcheck(probability.bernoulli_kl_with_logits, inputs[:2])
-    around = torch.tensor(
-        [-40.0, -37.0, -20.0, -15.0, -14.0, 0.0, 5.0], dtype=torch.float64, requires_grad=True
-    )
+    around = torch.tensor([-40.0, -37.0, -20.0, -15.0, -14.0, 0.0, 5.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(probability.log_softplus, (around,))
     tree = TreeTopology.balanced(2).split(3).prune(4)
     logits = normal(1, 2, len(tree.routed)).requires_grad_()
@@ -283,9 +270,7 @@ def test_path_log_probs_name_the_columns_they_expect(shape: tuple[int, ...]) -> 
 
 
 @quick
-@given(
-    st.lists(st.integers(0, 8), min_size=1, max_size=6).filter(any), st.integers(0, 255), st.integers(-5, 5)
-)
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=6).filter(any), st.integers(0, 255), st.integers(-5, 5))
 def test_sample_leaf_inverts_the_cumulative_distribution(weights: list[int], draw: int, shift: int) -> None:
     uniform = draw / 256
     expected = next(k for k in range(len(weights)) if uniform * sum(weights) < sum(weights[: k + 1]))

@@ -87,8 +87,7 @@ def assert_same(tree: TreeTopology, slow: Reference) -> None:
     depths = [len(slow.turns(node)) for node in order]
     assert tree.max_depth == max(depths)
     assert tree.levels == tuple(
-        tuple(node for node, depth in zip(order, depths, strict=True) if depth == h)
-        for h in range(max(depths) + 1)
+        tuple(node for node, depth in zip(order, depths, strict=True) if depth == h) for h in range(max(depths) + 1)
     )
 
 
@@ -133,9 +132,7 @@ def test_lowest_common_ancestor_is_the_deepest_shared_node(tree: TreeTopology) -
     slow = Reference(tree)
     for first, second in itertools.product(tree, repeat=2):
         shared = set(slow.path(first)) & set(slow.path(second))
-        assert tree.lowest_common_ancestor(first, second) == max(
-            shared, key=lambda node: len(slow.path(node))
-        )
+        assert tree.lowest_common_ancestor(first, second) == max(shared, key=lambda node: len(slow.path(node)))
 
 
 @quick
@@ -297,9 +294,7 @@ ONE_TREE = "nodes must form one tree, listed in level order with each id once; f
             "the children of 0 do not form a tree: some node is reached twice",
         ),
         (
-            lambda: TreeTopology.from_children(
-                {0: (1, 2), 1: (3, 4), 2: (3, 4), 3: (5, 6)}, root=0, next_id=7
-            ),
+            lambda: TreeTopology.from_children({0: (1, 2), 1: (3, 4), 2: (3, 4), 3: (5, 6)}, root=0, next_id=7),
             "some node is reached twice",
         ),
         (
@@ -349,7 +344,5 @@ def test_errors_teach(make: Callable[[], object], message: str) -> None:
 )
 @pytest.mark.parametrize("node", [7, -1, None, [1]])
 def test_unknown_nodes_are_named(look: Callable[[object], object], node: object) -> None:
-    with pytest.raises(
-        KeyError, match=re.escape(f"node {node!r} is not in the tree; its nodes are [0, 1, 2]")
-    ):
+    with pytest.raises(KeyError, match=re.escape(f"node {node!r} is not in the tree; its nodes are [0, 1, 2]")):
         look(node)

@@ -38,9 +38,7 @@ def check_number(name: str, value: float, most: float = math.inf) -> None:
 def check_range(name: str, values: tuple[float, float], *, above: float, most: float = math.inf) -> None:
     low, high = values
     if not (above < low <= high <= most and math.isfinite(high)):
-        raise ValueError(
-            f"{name} is a pair (smallest, largest), above {above:g} and at most {most:g}; found {values}"
-        )
+        raise ValueError(f"{name} is a pair (smallest, largest), above {above:g} and at most {most:g}; found {values}")
 
 
 def between(uniform: Tensor, low: float, high: float) -> Tensor:

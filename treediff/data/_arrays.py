@@ -42,9 +42,7 @@ def to_images(array: Array, where: object) -> torch.Tensor:
         values /= 255
     elif not np.isfinite(values).all() or (is_image and (values.min() < 0 or values.max() > 1)):
         limits = "pixels in [0, 1] (or uint8)" if is_image else "finite features"
-        raise ValueError(
-            f"{where}: expected {limits}, found {array.min():.4g} to {array.max():.4g}; rescale them"
-        )
+        raise ValueError(f"{where}: expected {limits}, found {array.min():.4g} to {array.max():.4g}; rescale them")
     return torch.from_numpy(values)
 
 
@@ -59,9 +57,7 @@ def to_labels(array: Array, rows: int, where: object) -> torch.Tensor:
     return torch.from_numpy(labels)
 
 
-def to_dataset(
-    name: str, where: object, train: Split, test: Split, class_names: Sequence[str] | None
-) -> ImageDataset:
+def to_dataset(name: str, where: object, train: Split, test: Split, class_names: Sequence[str] | None) -> ImageDataset:
     if train[0].shape[1:] != test[0].shape[1:]:
         shapes = [tuple(split[0].shape[1:]) for split in (train, test)]
         raise ValueError(f"{where}: expected one shape, found {shapes[0]} and for test {shapes[1]}")

@@ -89,9 +89,7 @@ class KLAnnealing:
         return cls(start=weight, step=0.0, ceiling=weight)
 
     @classmethod
-    def cyclic(
-        cls, period: int, *, climb: float = 0.5, start: float = 0.0, ceiling: float = 1.0
-    ) -> KLAnnealing:
+    def cyclic(cls, period: int, *, climb: float = 0.5, start: float = 0.0, ceiling: float = 1.0) -> KLAnnealing:
         """Climb from `start` to `ceiling` in the first `climb` of every `period`, then stay until it ends.
 
         Args:

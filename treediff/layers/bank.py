@@ -9,7 +9,7 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,8 @@ class NodeBank(nn.Module):
         names = [name for name, _ in template.named_buffers()]
         if names:
             raise ValueError(
-                f"a per-node network must not keep buffers, found {names}; use LayerNorm or GroupNorm in place "
-                "of a norm over the batch"
+                f"a per-node network must not keep buffers, found {names}; use LayerNorm or GroupNorm in "
+                "place of a norm over the batch"
             )
         parameters = dict(template.named_parameters(remove_duplicate=False))
         shared = sorted(parameters.keys() - dict(template.named_parameters()).keys())
@@ -178,8 +178,8 @@ class NodeBank(nn.Module):
             want, got = (tuple(own[name].shape) if name in own else None for own in (views, given))
             if want != got:
                 raise ValueError(
-                    f"the module is not built like the template: {name!r} should have shape {want}, found {got} "
-                    "(None is no such weight)"
+                    f"the module is not built like the template: {name!r} should have shape {want}, found "
+                    f"{got} (None is no such weight)"
                 )
         for name, parameter in given.items():
             views[name].copy_(parameter)
@@ -192,6 +192,11 @@ class NodeBank(nn.Module):
         for name, parameter in module.named_parameters():
             views[name][0].copy_(parameter.detach())
         return flat
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, groups: Groups, nodes: Sequence[int]) -> Tensor:
+            """`forward`, as a type checker should see it."""
 
     # --- computing ----------------------------------------------------------------------------------------
 
@@ -215,9 +220,9 @@ class NodeBank(nn.Module):
     def packed(self, nodes: Sequence[int]) -> Tensor:
         """The flat weights of several nodes, stacked: `(G, P)`.
 
-        In eval mode without gradients they are kept for the next call, until a weight is replaced or changed in
-        place. Two ways of changing a weight escape PyTorch's own bookkeeping, and so this one: writing into
-        `parameter.data`, and the fused optimisers. After either, `eval()` or `train()` makes sure.
+        In eval mode without gradients they are kept for the next call, until a weight is replaced or changed
+        in place. Two ways of changing a weight escape PyTorch's own bookkeeping, and so this one: writing
+        into `parameter.data`, and the fused optimisers. After either, `eval()` or `train()` makes sure.
 
         Raises:
             KeyError: if a node has no weights.

@@ -1,7 +1,6 @@
 """The small pieces that node networks, encoders and decoders are made of.
 
-Latents and features are vectors `(B, D)`, or maps `(B, D, h, w)` of a fixed size. `features_of` says how wide one
-is when flattened.
+Latents and features are vectors `(B, D)`, or maps `(B, D, h, w)` of a fixed size.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,33 +22,61 @@ Shape = tuple[int, ...]
 
 def check_shape(name: str, shape: Shape) -> Shape:
     """A feature shape is `(D,)` or `(D, h, w)`, all positive."""
-    shape = tuple(shape)
-    if len(shape) not in (1, 3) or min(shape) < 1:
+    shape = check_numbers(name, shape)
+    if len(shape) not in (1, 3):
         raise ValueError(f"{name} must be (width,) or (channels, height, width), found {shape}")
     return shape
 
 
-def norm(shape: Shape) -> nn.Module:
-    """A norm of one instance: LayerNorm for vectors, GroupNorm for maps (up to 8 channels a group)."""
+def check_numbers(name: str, numbers: Sequence[int], *, some: bool = True) -> Shape:
+    """Sizes or widths: a tuple of whole numbers from 1 on, and not an empty one where there must be `some`."""
+    if isinstance(numbers, int):
+        raise TypeError(f"{name} must be a tuple of numbers, found {numbers}; write ({numbers},) for one")
+    numbers = tuple(numbers)
+    if min(numbers, default=0 if some else 1) < 1:
+        raise ValueError(f"{name} must hold numbers of at least 1, found {numbers}")
+    return numbers
+
+
+def check_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
+    """A size is `(height, width)`."""
+    if len(numbers := check_numbers(name, size)) != 2:
+        raise ValueError(f"{name} must be (height, width), found {numbers}")
+    return numbers[0], numbers[1]
+
+
+def check_positive(**numbers: int) -> None:
+    """Counts and widths begin at 1."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, found {number}")
+
+
+def norm(shape: Shape, **factory: Any) -> nn.Module:  # noqa: ANN401
+    """A norm of one instance: LayerNorm for vectors, GroupNorm for maps.
+
+    A group of channels has 8 of them where 8 divides their number, else more. A vector of one number has no
+    norm: it would always come out as the same.
+    """
     if len(shape) == 1:
-        return nn.LayerNorm(shape[0])
-    return nn.GroupNorm(math.gcd(shape[0], max(1, shape[0] // 8)), shape[0])
+        return nn.LayerNorm(shape[0], **factory) if shape[0] > 1 else nn.Identity()
+    return nn.GroupNorm(math.gcd(shape[0], max(1, shape[0] // 8)), shape[0], **factory)
 
 
-def project(inputs: Shape, width: int) -> nn.Module:
+def project(inputs: Shape, width: int, **factory: Any) -> nn.Module:  # noqa: ANN401
     """A linear layer for vectors, a 3x3 convolution for maps."""
     if len(inputs) == 1:
-        return nn.Linear(inputs[0], width)
-    return nn.Conv2d(inputs[0], width, 3, padding=1)
+        return nn.Linear(inputs[0], width, **factory)
+    return nn.Conv2d(inputs[0], width, 3, padding=1, **factory)
 
 
-def stack(inputs: Shape, widths: Sequence[int]) -> OrderedDict[str, nn.Module]:
+def stack(inputs: Shape, widths: Sequence[int], **factory: Any) -> OrderedDict[str, nn.Module]:  # noqa: ANN401
     """Hidden layers: project, normalise, activate, for each width."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for i, width in enumerate(widths):
-        layers[f"project{i}"] = project(inputs, width)
+    for i, width in enumerate(check_numbers("hidden", widths, some=False)):
+        layers[f"project{i}"] = project(inputs, width, **factory)
         inputs = (width, *inputs[1:])
-        layers[f"norm{i}"] = norm(inputs)
+        layers[f"norm{i}"] = norm(inputs, **factory)
         layers[f"act{i}"] = nn.SiLU()
     return layers
 
@@ -62,20 +90,33 @@ class Router(nn.Sequential):
     Args:
         inputs: shape of one instance, `(D,)` or `(D, h, w)`.
         hidden: widths of the hidden layers.
+        device: where the parameters live.
+        dtype: of the parameters.
 
     Shapes:
         `(B, *inputs)` to `(B,)`.
+
+    Raises:
+        ValueError: if a shape or a width has numbers below 1, or is no shape at all.
+        TypeError: if a shape is given as one number.
 
     Examples:
         >>> Router((8,))(torch.zeros(3, 8)).shape
         torch.Size([3])
     """
 
-    def __init__(self, inputs: Shape, hidden: Sequence[int] = (128,)) -> None:
-        inputs = check_shape("inputs", inputs)
-        flat = (math.prod(inputs),)
-        layers = stack(flat, hidden)
-        layers["logit"] = nn.Linear([*flat, *hidden][-1], 1)
+    def __init__(
+        self,
+        inputs: Shape,
+        hidden: Sequence[int] = (128,),
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: Any = {"device": device, "dtype": dtype}
+        flat = (math.prod(check_shape("inputs", inputs)),)
+        layers = stack(flat, hidden, **factory)
+        layers["logit"] = nn.Linear([*flat, *hidden][-1], 1, **factory)
         layers["squeeze"] = nn.Flatten(0)
         super().__init__(OrderedDict(flatten=nn.Flatten(1), **layers))
 
@@ -83,9 +124,10 @@ class Router(nn.Sequential):
     def cut(self, x: Tensor, sharpness: float = 2.0) -> None:
         """Start as a cut of some inputs into two halves along their first principal component.
 
-        The hidden layers stay as they are; the last one becomes the direction of greatest variance of what they
-        say of `x`, with the median at logit 0. Both children of the node then get an equal share from the first step,
-        and neither learns to reconstruct everything while the other starves.
+        The hidden layers stay as they are; the last one becomes the direction of greatest variance of what
+        they say of `x`, with the median at logit 0. Both children of the node then get an equal share from the
+        first step, and neither learns to reconstruct everything while the other starves. Inputs that are all
+        alike cannot be cut: the logit is then 0 for every input.
 
         Args:
             x: `(n, *inputs)`, what the router will see.
@@ -104,14 +146,16 @@ class Router(nn.Sequential):
         centred = (hidden - hidden.mean(0)).double()
         direction = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
         along = hidden.double() @ direction
-        scale = sharpness / along.std().clamp_min(torch.finfo(along.dtype).tiny)
+        spread = along.std()
+        alike = spread <= 4 * torch.finfo(hidden.dtype).eps * along.abs().max()
+        scale = torch.where(alike, 0, sharpness / spread)
         logit: nn.Linear = self.logit  # type: ignore[assignment]
         logit.weight.copy_(direction[None] * scale)
         logit.bias.copy_(-along.median() * scale)
 
 
 class LogVariance(nn.Module):
-    """Reads the second half of the channels as `softplus^-1` of a variance and returns its logarithm there."""
+    """Reads the second half of the channels as `softplus^-1` of a variance and returns its logarithm."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, 2D, ...)` to `(B, 2D, ...)`: the mean unchanged, then the log-variance."""
@@ -128,9 +172,16 @@ class GaussianHead(nn.Sequential):
         inputs: shape of the features, `(D,)` or `(D, h, w)`.
         latent: width of the latent.
         hidden: widths of hidden layers in between; none by default.
+        device: where the parameters live.
+        dtype: of the parameters.
 
     Shapes:
-        `(B, D, ...)` to `(B, 2 * latent, ...)`: the mean, then the log-variance; `.chunk(2, dim=1)` parts them.
+        `(B, D, ...)` to `(B, 2 * latent, ...)`: the mean, then the log-variance; `.chunk(2, dim=1)` parts
+        them.
+
+    Raises:
+        ValueError: if a shape or a width has numbers below 1, or is no shape at all.
+        TypeError: if a shape is given as one number.
 
     Examples:
         >>> mean, logvar = GaussianHead((16,), 4)(torch.zeros(2, 16)).chunk(2, dim=1)
@@ -138,10 +189,20 @@ class GaussianHead(nn.Sequential):
         torch.Size([2, 4])
     """
 
-    def __init__(self, inputs: Shape, latent: int, hidden: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        inputs: Shape,
+        latent: int,
+        hidden: Sequence[int] = (),
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: Any = {"device": device, "dtype": dtype}
         inputs = check_shape("inputs", inputs)
-        layers = stack(inputs, hidden)
-        layers["gaussian"] = project(([inputs[0], *hidden][-1], *inputs[1:]), 2 * latent)
+        check_positive(latent=latent)
+        layers = stack(inputs, hidden, **factory)
+        layers["gaussian"] = project(([inputs[0], *hidden][-1], *inputs[1:]), 2 * latent, **factory)
         layers["logvar"] = LogVariance()
         super().__init__(layers)
 
@@ -151,37 +212,68 @@ class LatentTransition(GaussianHead):
 
     A `GaussianHead` that keeps the latent's shape, with a hidden layer by default.
 
+    Args:
+        latent: shape of the latent, `(D,)` or `(D, h, w)`.
+        hidden: widths of the hidden layers.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: if a shape or a width has numbers below 1, or is no shape at all.
+        TypeError: if a shape is given as one number.
+
     Examples:
         >>> LatentTransition((16, 2, 2))(torch.zeros(1, 16, 2, 2)).shape
         torch.Size([1, 32, 2, 2])
     """
 
-    def __init__(self, latent: Shape, hidden: Sequence[int] = (128,)) -> None:
-        super().__init__(latent, check_shape("latent", latent)[0], hidden)
+    def __init__(
+        self,
+        latent: Shape,
+        hidden: Sequence[int] = (128,),
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(latent, check_shape("latent", latent)[0], hidden, device=device, dtype=dtype)
 
 
 class BottomUpBlock(nn.Module):
     """One step of the deterministic ladder, from the features of a depth to those of the depth above.
 
-    `d_{h-1} = d_h + f(d_h)` with `f` a stack of project, normalise, activate. The sum keeps the root, at the far end of
-    the ladder, as close to the image as the leaves are.
+    `d_{h-1} = d_h + f(d_h)` with `f` a stack of project, normalise, activate. The sum keeps the root, at the
+    far end of the ladder, as close to the image as the leaves are.
 
     Args:
         inputs: shape of the features, `(D,)` or `(D, h, w)`; kept.
         layers: how many times project, normalise, activate.
+        device: where the parameters live.
+        dtype: of the parameters.
 
     Shapes:
         `(B, *inputs)` to `(B, *inputs)`.
+
+    Raises:
+        ValueError: if a shape or a width has numbers below 1, or is no shape at all.
+        TypeError: if a shape is given as one number.
 
     Examples:
         >>> BottomUpBlock((16,))(torch.zeros(2, 16)).shape
         torch.Size([2, 16])
     """
 
-    def __init__(self, inputs: Shape, layers: int = 1) -> None:
+    def __init__(
+        self,
+        inputs: Shape,
+        layers: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         inputs = check_shape("inputs", inputs)
-        self.step = nn.Sequential(stack(inputs, [inputs[0]] * layers))
+        check_positive(layers=layers)
+        self.step = nn.Sequential(stack(inputs, [inputs[0]] * layers, device=device, dtype=dtype))
 
     def forward(self, d: Tensor) -> Tensor:
         """See the class."""

@@ -18,9 +18,7 @@ from torch.nn import functional as F
 __all__ = ["ProjectionHead", "decision_nt_xent", "nt_xent"]
 
 
-def nt_xent(
-    first: Tensor, second: Tensor, *, temperature: float = 0.5, weights: Tensor | None = None
-) -> Tensor:
+def nt_xent(first: Tensor, second: Tensor, *, temperature: float = 0.5, weights: Tensor | None = None) -> Tensor:
     r"""Normalised, temperature-scaled cross-entropy between the two views of every image (SimCLR).
 
     With `u` the rows of `[first; second]` scaled to length 1, `s_ij = u_i . u_j / temperature`, and `p(i)`

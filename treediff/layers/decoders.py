@@ -1,17 +1,28 @@
 """From a leaf's latent to the raw output that a likelihood reads. One decoder per leaf.
 
-Each takes a latent of shape `(D,)` or `(D, h, w)` and returns one observation. They are built from layers that
-compute all leaves at once (see `treediff.layers.grouped`).
+Each takes a latent of shape `(D,)` or `(D, h, w)` and returns one observation. They are built from layers
+that compute all leaves at once (see `treediff.layers.grouped`), except `ResidualBlock`, which goes from leaf to
+leaf.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
-from treediff.layers.blocks import Shape, check_shape, norm, stack
+from treediff.layers.blocks import (
+    Shape,
+    check_numbers,
+    check_positive,
+    check_shape,
+    check_size,
+    norm,
+    stack,
+)
 from treediff.layers.encoders import ResidualBlock
 
 __all__ = ["ConvDecoder", "MLPDecoder", "ResidualDecoder"]
@@ -24,19 +35,35 @@ class MLPDecoder(nn.Sequential):
         latent: shape of the latent.
         outputs: shape of one observation.
         hidden: widths of the hidden layers.
+        device: where the parameters live.
+        dtype: of the parameters.
 
     Shapes:
         `(B, *latent)` to `(B, *outputs)`.
+
+    Raises:
+        ValueError: if a shape or a width has numbers below 1, or is no shape at all.
+        TypeError: if a shape is given as one number.
 
     Examples:
         >>> MLPDecoder((8,), (1, 28, 28))(torch.zeros(2, 8)).shape
         torch.Size([2, 1, 28, 28])
     """
 
-    def __init__(self, latent: Shape, outputs: Shape, hidden: Sequence[int] = (48,)) -> None:
+    def __init__(
+        self,
+        latent: Shape,
+        outputs: Shape,
+        hidden: Sequence[int] = (48,),
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: Any = {"device": device, "dtype": dtype}
+        outputs = check_numbers("outputs", outputs)
         flat = (math.prod(check_shape("latent", latent)),)
-        layers = stack(flat, hidden)
-        final = nn.Linear([*flat, *hidden][-1], math.prod(outputs))
+        layers = stack(flat, hidden, **factory)
+        final = nn.Linear([*flat, *hidden][-1], math.prod(outputs), **factory)
         super().__init__(nn.Flatten(1), *layers.values(), final, nn.Unflatten(1, outputs))
 
 
@@ -49,9 +76,15 @@ class ConvDecoder(nn.Sequential):
         size: height and width of the image; any size, also odd or not square.
         width: channels before the last layer; doubled towards the latent.
         smallest: the first map is the image halved until no side exceeds this.
+        device: where the parameters live.
+        dtype: of the parameters.
 
     Shapes:
         `(B, *latent)` to `(B, channels, *size)`.
+
+    Raises:
+        ValueError: if a shape or a width has numbers below 1, or is no shape at all.
+        TypeError: if a shape is given as one number.
 
     Examples:
         >>> ConvDecoder((8,), 1, (28, 28))(torch.zeros(2, 8)).shape
@@ -59,18 +92,28 @@ class ConvDecoder(nn.Sequential):
     """
 
     def __init__(
-        self, latent: Shape, channels: int, size: tuple[int, int], width: int = 16, smallest: int = 7
+        self,
+        latent: Shape,
+        channels: int,
+        size: tuple[int, int],
+        width: int = 16,
+        smallest: int = 7,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        layers, wide, doublings, start = _start(latent, size, width, smallest)
+        factory: Any = {"device": device, "dtype": dtype}
+        check_positive(channels=channels, width=width, smallest=smallest)
+        layers, wide, doublings, start = _start(latent, size, width, smallest, **factory)
         for i in range(doublings):
             last = i == doublings - 1
             outputs = channels if last else wide // 2
-            layers.append(nn.ConvTranspose2d(wide, outputs, 4, stride=2, padding=1))
+            layers.append(nn.ConvTranspose2d(wide, outputs, 4, stride=2, padding=1, **factory))
             if not last:
-                layers += [norm((outputs, 1, 1)), nn.SiLU()]
+                layers += [norm((outputs, 1, 1), **factory), nn.SiLU()]
             wide = outputs
         if not doublings:
-            layers.append(nn.Conv2d(wide, channels, 3, padding=1))
+            layers.append(nn.Conv2d(wide, channels, 3, padding=1, **factory))
         super().__init__(*layers, *_crop(start, doublings, size))
 
 
@@ -83,9 +126,15 @@ class ResidualDecoder(nn.Sequential):
         size: height and width of the image.
         width: channels of the last block; doubled towards the latent.
         smallest: the first map is the image halved until no side exceeds this.
+        device: where the parameters live.
+        dtype: of the parameters.
 
     Shapes:
         `(B, *latent)` to `(B, channels, *size)`.
+
+    Raises:
+        ValueError: if a shape or a width has numbers below 1, or is no shape at all.
+        TypeError: if a shape is given as one number.
 
     Examples:
         >>> ResidualDecoder((64, 4, 4), 3, (32, 32))(torch.zeros(1, 64, 4, 4)).shape
@@ -93,34 +142,49 @@ class ResidualDecoder(nn.Sequential):
     """
 
     def __init__(
-        self, latent: Shape, channels: int, size: tuple[int, int], width: int = 16, smallest: int = 4
+        self,
+        latent: Shape,
+        channels: int,
+        size: tuple[int, int],
+        width: int = 16,
+        smallest: int = 4,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        layers, wide, doublings, start = _start(latent, size, width, smallest)
+        factory: Any = {"device": device, "dtype": dtype}
+        check_positive(channels=channels, width=width, smallest=smallest)
+        layers, wide, doublings, start = _start(latent, size, width, smallest, **factory)
         for _ in range(doublings):
             outputs = max(wide // 2, width)
-            layers.append(ResidualBlock(wide, outputs, resample="up"))
+            layers.append(ResidualBlock(wide, outputs, resample="up", **factory))
             wide = outputs
-        layers += [norm((wide, 1, 1)), nn.SiLU(), nn.Conv2d(wide, channels, 3, padding=1)]
+        final = nn.Conv2d(wide, channels, 3, padding=1, **factory)
+        layers += [norm((wide, 1, 1), **factory), nn.SiLU(), final]
         super().__init__(*layers, *_crop(start, doublings, size))
 
 
 def _start(
-    latent: Shape, size: tuple[int, int], width: int, smallest: int
+    latent: Shape,
+    size: tuple[int, int],
+    width: int,
+    smallest: int,
+    **factory: Any,  # noqa: ANN401
 ) -> tuple[list[nn.Module], int, int, tuple[int, int]]:
     """Layers from the latent to the first map, its channels, how often it is doubled, and its size."""
-    latent = check_shape("latent", latent)
+    latent, size = check_shape("latent", latent), check_size("size", size)
     doublings = max(0, math.ceil(math.log2(max(size) / smallest)))
     start = (math.ceil(size[0] / 2**doublings), math.ceil(size[1] / 2**doublings))
     wide = width << max(0, doublings - 1)
     if latent[1:] == start:
-        layers: list[nn.Module] = [nn.Conv2d(latent[0], wide, 3, padding=1)]
+        layers: list[nn.Module] = [nn.Conv2d(latent[0], wide, 3, padding=1, **factory)]
     else:
         layers = [
             nn.Flatten(1),
-            nn.Linear(math.prod(latent), wide * math.prod(start)),
+            nn.Linear(math.prod(latent), wide * math.prod(start), **factory),
             nn.Unflatten(1, (wide, *start)),
         ]
-    return [*layers, norm((wide, 1, 1)), nn.SiLU()], wide, doublings, start
+    return [*layers, norm((wide, 1, 1), **factory), nn.SiLU()], wide, doublings, start
 
 
 def _crop(start: tuple[int, int], doublings: int, size: tuple[int, int]) -> list[nn.Module]:

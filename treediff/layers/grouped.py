@@ -283,9 +283,9 @@ def _conv_transpose2d(module: nn.ConvTranspose2d, weights: Weights, x: Tensor, g
     )
     _check_map(module, x, out)
     rows = x.flatten(2).transpose(1, 2).flatten(0, 1)
-    patches = grouped_linear(
-        rows, weight.flatten(2).transpose(1, 2), None, groups.repeat(math.prod(size))
-    ).unflatten(0, (-1, math.prod(size)))
+    patches = grouped_linear(rows, weight.flatten(2).transpose(1, 2), None, groups.repeat(math.prod(size))).unflatten(
+        0, (-1, math.prod(size))
+    )
     if kernel == stride and padding == extra == (0, 0) and dilation == (1, 1):
         # Patches side by side need no adding up.
         y: Tensor = rearrange(

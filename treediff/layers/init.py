@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -9,12 +10,18 @@ from torch import nn
 
 __all__ = ["initialize"]
 
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 
 def initialize(module: nn.Module, *, generator: torch.Generator | None = None) -> None:
     """Give every layer inside `module` fresh weights, in place.
 
-    Linear and convolutional weights and biases are uniform on `+-1/sqrt(fan_in)`, which is PyTorch's default; norms
-    start as the identity. A layer of your own takes part by having `reset_parameters(generator=...)`.
+    Linear and convolutional weights and biases are uniform on `+-1/sqrt(fan_in)`, as in PyTorch, where `fan_in` is
+    the input channels times the size of the kernel (PyTorch takes the output channels for a transposed
+    convolution). Norms start as the identity. A layer of your own takes part by having
+    `reset_parameters(generator=...)`.
 
     Args:
         module: the network.
@@ -33,16 +40,17 @@ def initialize(module: nn.Module, *, generator: torch.Generator | None = None) -
         own = dict(layer.named_parameters(recurse=False))
         if not own:
             continue
-        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d):
+        reset = getattr(layer, "reset_parameters", None)
+        if reset is not None and "generator" in inspect.signature(reset).parameters:
+            reset(generator=generator)
+        elif isinstance(layer, _PROJECTIONS):
             # A transposed convolution keeps its input channels first.
-            axes = (0, 2, 3) if isinstance(layer, nn.ConvTranspose2d) else tuple(range(1, layer.weight.ndim))
-            bound = 1 / math.sqrt(math.prod(layer.weight.shape[axis] for axis in axes))
+            inputs = 0 if isinstance(layer, _TRANSPOSED) else 1
+            bound = 1 / math.sqrt(layer.weight.shape[inputs] * math.prod(layer.weight.shape[2:]))
             for parameter in own.values():
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
-        elif isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d):
+        elif isinstance(layer, _NORMS):
             layer.reset_parameters()
-        elif "generator" in getattr(getattr(layer, "reset_parameters", None), "__annotations__", {}):
-            layer.reset_parameters(generator=generator)  # type: ignore[operator]
         else:
             raise TypeError(
                 f"{type(layer).__name__} owns the parameters {sorted(own)} but has no "

@@ -1,7 +1,7 @@
 """How likely an observation is, given what a decoder says. Each class states the range of its data.
 
-A likelihood maps a decoder's raw output to a log-probability and to a picture. Log-probabilities are in nats, summed
-over everything but the first axis.
+A likelihood maps a decoder's raw output to a log-probability and to a picture. Log-probabilities are in nats,
+summed over everything but the first axis, in float32 at least.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ class Likelihood(nn.Module):
     data_range: tuple[float, float] | None = None
 
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
-        """`log p(x | output)` in nats, `(B, ...)` to `(B,)`."""
+        """`log p(x | output)` in nats, `(B, ...)` to `(B,)`.
+
+        Raises:
+            ValueError: if the two have not the same shape.
+        """
         raise TypeError(f"{type(self).__name__} must define log_prob(output, x)")
 
     def mean(self, output: Tensor) -> Tensor:
@@ -36,8 +40,8 @@ class Likelihood(nn.Module):
 class BernoulliLikelihood(Likelihood):
     """Independent Bernoulli variables given by logits, for data in [0, 1].
 
-    `log p = sum( x log s + (1 - x) log(1 - s) )`, `s = sigmoid(output)`. For grey values this is TreeVAE's score
-    (arXiv 2306.08984) and not a normalised density: not comparable with binarised data.
+    `log p = sum( x log s + (1 - x) log(1 - s) )`, `s = sigmoid(output)`. For grey values this is TreeVAE's
+    score (arXiv 2306.08984) and not a normalised density: not comparable with binarised data.
 
     Examples:
         >>> BernoulliLikelihood().log_prob(torch.zeros(1, 2), torch.ones(1, 2))
@@ -48,6 +52,7 @@ class BernoulliLikelihood(Likelihood):
 
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
         """See the class."""
+        output, x = _comparable(output, x)
         return -F.binary_cross_entropy_with_logits(output, x, reduction="none").flatten(1).sum(1)
 
     def mean(self, output: Tensor) -> Tensor:
@@ -59,16 +64,19 @@ class GaussianLikelihood(Likelihood):
     """A Gaussian around the decoder's output, for any real data.
 
     `log p = -1/2 sum( (x - output)^2 / v + log(2 pi v) )` with one variance `v` for all pixels, either fixed or
-    learned. `v = 0.5` gives the squared error of TreeVAE's colour models up to a constant; a learned `v` balances
-    reconstruction against the KL terms by itself (sigma-VAE, arXiv 2006.13202).
+    learned. `v = 0.5` gives the squared error of TreeVAE's colour models up to a constant; a learned `v`
+    balances reconstruction against the KL terms by itself (sigma-VAE, arXiv 2006.13202).
 
     Args:
         variance: the variance, or where it starts when learned.
         learned: whether the variance is a parameter.
-        data_range: range that pictures are clamped to when shown, [0, 1] by default; None for other data.
+        data_range: range of the data, [0, 1] by default, which pictures are clamped to when shown; None for
+            data of any size.
+        device: where the variance lives.
+        dtype: what it is stored as.
 
     Raises:
-        ValueError: if the variance is not positive.
+        ValueError: if the variance is not positive, or the range is empty.
 
     Examples:
         >>> GaussianLikelihood(variance=1.0).log_prob(torch.zeros(1, 1), torch.zeros(1, 1))
@@ -87,6 +95,8 @@ class GaussianLikelihood(Likelihood):
         super().__init__()
         if not (variance > 0 and math.isfinite(variance)):
             raise ValueError(f"variance must be a positive number, found {variance}")
+        if data_range is not None and not data_range[0] < data_range[1]:
+            raise ValueError(f"data_range must be (smallest, largest) or None, found {data_range}")
         self.data_range = data_range
         logvar = torch.tensor(math.log(variance), device=device, dtype=dtype)
         self.learned = learned
@@ -97,13 +107,26 @@ class GaussianLikelihood(Likelihood):
 
     def extra_repr(self) -> str:
         """Variance and whether it learns."""
-        return f"variance={math.exp(float(self.logvar)):.3g}, learned={self.learned}"
+        variance = "meta" if self.logvar.is_meta else f"{math.exp(float(self.logvar)):.3g}"
+        return f"variance={variance}, learned={self.learned}, data_range={self.data_range}"
 
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
         """See the class."""
+        output, x = _comparable(output, x)
         terms = (x - output).square() * torch.exp(-self.logvar) + (self.logvar + math.log(2 * math.pi))
         return -0.5 * terms.flatten(1).sum(1)
 
     def mean(self, output: Tensor) -> Tensor:
         """The output, clamped to the range of the data."""
         return output if self.data_range is None else output.clamp(*self.data_range)
+
+
+def _comparable(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32 at least: a sum over an image is more than half precision can hold."""
+    if output.shape != x.shape:
+        raise ValueError(
+            f"expected an output of the shape of the observations, found {tuple(output.shape)} for observations of "
+            f"shape {tuple(x.shape)}"
+        )
+    dtype = torch.promote_types(torch.promote_types(output.dtype, x.dtype), torch.float32)
+    return output.to(dtype), x.to(dtype)

@@ -55,16 +55,14 @@ def draw_tree(summary: TreeSummary, path: str | os.PathLike[str], *, dpi: int = 
         ValueError: if the name does not end in .png, `dpi` is below 40, or the picture would be too large.
     """
     if Path(path).suffix.lower() != ".png":
-        raise ValueError(
-            f"draw_tree writes PNG files: expected a name that ends in .png, found {os.fspath(path)!r}"
-        )
+        raise ValueError(f"draw_tree writes PNG files: expected a name that ends in .png, found {os.fspath(path)!r}")
     if dpi < 40:
         raise ValueError(f"dpi must be at least 40 for labels that can be read, found {dpi}")
     plan = place(summary, dpi)
     if max(plan.width, plan.height) > _MOST_PIXELS:
         raise ValueError(
-            f"the picture of {len(summary.topology.leaves)} leaves would have {plan.width} x {plan.height} pixels, more "
-            f"than {_MOST_PIXELS} to a side; choose dpi below {dpi}, or use write_html"
+            f"the picture of {len(summary.topology.leaves)} leaves would have {plan.width} x {plan.height} pixels, "
+            f"more than {_MOST_PIXELS} to a side; choose dpi below {dpi}, or use write_html"
         )
     try:
         import matplotlib.style
@@ -126,9 +124,7 @@ def _legend(summary: TreeSummary, plan: Placement, ruler: Ruler) -> list[_Entry]
 class _Painter:
     """Paints one tree: tiles and bars into a canvas of pixels, lines and text into axes that lie over it."""
 
-    def __init__(
-        self, summary: TreeSummary, plan: Placement, ruler: Ruler, axes: Axes, canvas: Pixels
-    ) -> None:
+    def __init__(self, summary: TreeSummary, plan: Placement, ruler: Ruler, axes: Axes, canvas: Pixels) -> None:
         self.summary, self.plan, self.ruler = summary, plan, ruler
         self.axes, self.canvas = axes, canvas
         self.colours = class_colours(summary)
@@ -193,12 +189,10 @@ class _Painter:
                 self.text(right - self.plan.px(8), middle, text, 7, color=colour, va="center", ha="right")
 
     def tiles(self, panel: Panel, images: Images, colour: str, spread: bool) -> None:
-        """A grid of images in a frame: the first ones if not all fit, or some from all along if they are to `spread`."""
+        """A grid of images in a frame: the first ones, or some from all along if they are to `spread`."""
         plan = self.plan
         edge = max(1, plan.frame // 3)
-        inside = Panel(
-            panel.left + edge, panel.top + edge, panel.width - 2 * edge, panel.height - 2 * edge, 1
-        )
+        inside = Panel(panel.left + edge, panel.top + edge, panel.width - 2 * edge, panel.height - 2 * edge, 1)
         self.fill(panel, colour if len(images) else LINE)
         self.fill(inside, PAPER)
         if not len(images):

@@ -140,18 +140,14 @@ def place(summary: TreeSummary, dpi: int) -> Placement:
         top = rulers.px(_TITLE) + margin + step * (deepest if leaf else node.depth)
         begin, end = (first + rulers.column * (edge + side) for side, edge in enumerate(reach[node.id]))
         room = 2 * min(x - begin, end - x) - rulers.px(_COLUMN_GAP)
-        blocks[node.id] = _block(
-            rulers, node, x, top, rulers.column if leaf else room, leaf_rows if leaf else 1, leaf
-        )
+        blocks[node.id] = _block(rulers, node, x, top, rulers.column if leaf else room, leaf_rows if leaf else 1, leaf)
     height = rulers.px(_TITLE) + margin + step * deepest + rulers.block_height(leaf_rows, leaf=True)
     edges = {
         node.id: _edge(blocks[node.parent], blocks[node.id], rulers.px(_LEVEL_GAP))
         for node in summary
         if node.parent is not None
     }
-    return Placement(
-        width, height, rulers.scale, rulers.tile, rulers.gap, rulers.frame, margin, blocks, edges
-    )
+    return Placement(width, height, rulers.scale, rulers.tile, rulers.gap, rulers.frame, margin, blocks, edges)
 
 
 def _shown(node: NodeSummary) -> int:

@@ -236,9 +236,7 @@ def _typical_members(
     return closest
 
 
-def _leaf_means(
-    model: TreeVAE, images: Tensor, rows: Ints, leaf: Ints, batch_size: int
-) -> npt.NDArray[np.float64]:
+def _leaf_means(model: TreeVAE, images: Tensor, rows: Ints, leaf: Ints, batch_size: int) -> npt.NDArray[np.float64]:
     """Posterior mean of each row's latent at a leaf, `(rows, D)`; only the path to that leaf runs."""
     zero = torch.zeros((), dtype=model.dtype, device=model.device)
     parts = []
@@ -317,9 +315,7 @@ def _check(model: TreeVAE, images: Tensor, numbers: dict[str, int]) -> None:
         )
     if not isinstance(images, Tensor) or not images.is_floating_point():
         found = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(
-            f"expected images as a float tensor in [0, 1], found {found}; 8-bit images: x.float() / 255"
-        )
+        raise TypeError(f"expected images as a float tensor in [0, 1], found {found}; 8-bit images: x.float() / 255")
     if not len(images):
         raise ValueError("expected at least one image, found none")
 
@@ -330,9 +326,7 @@ def _classes(
     """Labels as an array, and a name for each class."""
     if labels is None:
         if class_names is not None:
-            raise ValueError(
-                "class_names name the classes of labels, but no labels were given; pass both or neither"
-            )
+            raise ValueError("class_names name the classes of labels, but no labels were given; pass both or neither")
         return None, None
     array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     if array.dtype.kind not in "iu":

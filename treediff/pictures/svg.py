@@ -49,7 +49,8 @@ def _node(node: NodeSummary, x: float, y: float, thumbnail: str) -> str:
     label = f"node {node.id}, {share} of the data"
     return (
         f'<a href="#node-{node.id}" aria-label="{label}"><title>{label}</title>'
-        f'<rect class="frame" x="{left - 2:g}" y="{y - 2:g}" width="{_THUMBNAIL + 4}" height="{_THUMBNAIL + 4}" rx="4"/>'
+        f'<rect class="frame" x="{left - 2:g}" y="{y - 2:g}" '
+        f'width="{_THUMBNAIL + 4}" height="{_THUMBNAIL + 4}" rx="4"/>'
         f'<image href="{thumbnail}" x="{left:g}" y="{y:g}" width="{_THUMBNAIL}" height="{_THUMBNAIL}"/>'
         f'<text x="{x:g}" y="{y + _THUMBNAIL + 12}">{node.id}</text>'
         f'<text x="{x:g}" y="{y + _THUMBNAIL + 23}">{share}</text></a>'

@@ -2,7 +2,8 @@
 
 `GaussianTree` is the generative model of TreeVAE with linear Gaussians everywhere and decisions that do not
 look at the latent. Summing out the latents leaves one Gaussian per leaf, so the data follow a
-`GaussianMixture` and density and posteriors are exact, up to rounding in float64.
+`GaussianMixture` and density and posteriors are exact, up to rounding in float64. `NaiveTreeVAE` is the plain loop over
+nodes that the batched model must agree with.
 
 Letters: `B` batch, `N` nodes, `K` leaves or components, `D` latent width, `F` features.
 """
@@ -10,5 +11,6 @@ Letters: `B` batch, `N` nodes, `K` leaves or components, `D` latent width, `F` f
 from treediff.testing.gaussian_tree import GaussianTree
 from treediff.testing.hierarchy import same_hierarchy
 from treediff.testing.mixture import GaussianMixture
+from treediff.testing.naive import NaiveTreeVAE
 
-__all__ = ["GaussianMixture", "GaussianTree", "same_hierarchy"]
+__all__ = ["GaussianMixture", "GaussianTree", "NaiveTreeVAE", "same_hierarchy"]

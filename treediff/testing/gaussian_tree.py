@@ -235,8 +235,7 @@ class GaussianTree:
                 mean, covariance = _push(*moments[node], self.weight[child], self.bias[child])
                 moments[child] = mean, covariance + self.logvar[child].exp().diag()
         observed = [
-            _push(*moments[leaf], self.decoder_weight[leaf], self.decoder_bias[leaf])
-            for leaf in self.topology.leaves
+            _push(*moments[leaf], self.decoder_weight[leaf], self.decoder_bias[leaf]) for leaf in self.topology.leaves
         ]
         means, covariances = (torch.stack(parts) for parts in zip(*observed, strict=True))
         logits = [[float(self.branch_logit[node]) for node in self.topology.routed]]

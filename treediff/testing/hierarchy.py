@@ -35,9 +35,7 @@ def same_hierarchy(first: TreeTopology, second: TreeTopology, leaf_map: Mapping[
     require_nodes("leaf_map", leaf_map, first.leaves)
     strange = sorted(set(leaf_map.values()) - set(second.leaves))
     if strange:
-        raise ValueError(
-            f"leaf_map must lead to leaves of the second tree, {list(second.leaves)}; found {strange}"
-        )
+        raise ValueError(f"leaf_map must lead to leaves of the second tree, {list(second.leaves)}; found {strange}")
     mapped = {frozenset(leaf_map[leaf] for leaf in first.leaves_under(node)) for node in first}
     return len(first.leaves) == len(second.leaves) and mapped == {
         frozenset(second.leaves_under(node)) for node in second

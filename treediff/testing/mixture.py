@@ -59,9 +59,7 @@ class GaussianMixture:
         """
         features = self.means.shape[1]
         if x.ndim != 2 or x.shape[1] != features:
-            raise ValueError(
-                f"expected x of shape (batch, {features}), found {tuple(x.shape)}; flatten images first"
-            )
+            raise ValueError(f"expected x of shape (batch, {features}), found {tuple(x.shape)}; flatten images first")
         difference = (x.to(torch.float64)[:, None] - self.means).permute(1, 2, 0)
         white: Tensor = torch.linalg.solve_triangular(self._factors, difference, upper=False)
         log_volume = self._factors.diagonal(dim1=1, dim2=2).log().sum(1)
