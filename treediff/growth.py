@@ -22,6 +22,7 @@ from treediff.data import batches
 from treediff.layers.annealing import KLAnnealing
 from treediff.layers.blocks import Router
 from treediff.treevae import TreeVAE
+from treediff.two_means import two_means
 
 __all__ = ["LeafStatistics", "Stage", "TreeGrowth"]
 
@@ -274,14 +275,20 @@ class TreeGrowth:
 
     @torch.no_grad()
     def _cut(self, node: int, data: Tensor, rows: Tensor) -> None:
-        """Start a new posterior router as a balanced cut of its rows, so that neither child starves from the start."""
-        generator = torch.Generator().manual_seed(_seed(self.seed, len(self.history), -3))
-        picked = rows[torch.randperm(len(rows), generator=generator)[:4096]]
-        depth = self.model.topology.depth(node)
-        router = self.model.posterior_routers.module(node)
-        if isinstance(router, Router):
-            router.cut(torch.cat([self.model.features(x)[depth] for x in data[picked].split(self.batch_size)]))
-            self.model.posterior_routers.assign(node, router)
+        """Start a new posterior router as the two clusters of its rows' latents, so that neither child starves."""
+        model, router = self.model, self.model.posterior_routers.module(node)
+        if not isinstance(router, Router) or len(rows) < 2:
+            return
+        generator = torch.Generator(data.device).manual_seed(_seed(self.seed, len(self.history), -3))
+        picked = rows[torch.randperm(len(rows), generator=generator, device=data.device)[:8192]]
+        path, depth = model.topology.path(node), model.topology.depth(node)
+        features, latents = [], []
+        for x in data[picked].split(self.batch_size):
+            posterior = model.posterior(x, nodes=path, generator=generator)
+            features.append(model.features(x)[depth])
+            latents.append(posterior.mean[posterior.visits.starts[-2] :])
+        router.cut(torch.cat(features), two_means(torch.cat(latents)))
+        model.posterior_routers.assign(node, router)
 
     def _prune(self, data: Tensor, probs: Tensor) -> None:
         """Remove, one by one, the leaf that fewest rows choose, while that is less than `min_share` of them."""

@@ -121,37 +121,41 @@ class Router(nn.Sequential):
         super().__init__(OrderedDict(flatten=nn.Flatten(1), **layers))
 
     @torch.no_grad()
-    def cut(self, x: Tensor, sharpness: float = 2.0) -> None:
-        """Start as a cut of some inputs into two halves along their first principal component.
+    def cut(self, x: Tensor, left: Tensor, sharpness: float = 2.0) -> None:
+        """Start as a given cut of some inputs into two.
 
-        The hidden layers stay as they are; the last one becomes the direction of greatest variance of what
-        they say of `x`, with the median at logit 0. Both children of the node then get an equal share from the
-        first step, and neither learns to reconstruct everything while the other starves. Inputs that are all
-        alike cannot be cut: the logit is then 0 for every input.
+        The hidden layers stay as they are; the last one is fitted by ridge regression to logits of `sharpness`
+        for inputs that go left and `-sharpness` for the others. Children that begin with a share of the inputs
+        each learn different things from the first step; otherwise one of them soon reconstructs everything and
+        the other starves.
 
         Args:
             x: `(n, *inputs)`, what the router will see.
-            sharpness: standard deviation of the logits over `x`.
+            left: `(n,)` booleans, which of them go left.
+            sharpness: size of the logits aimed at.
 
         Raises:
-            ValueError: if there are fewer than two inputs.
+            ValueError: if there is no input, or not one boolean for each.
         """
-        if len(x) < 2:
-            raise ValueError(f"a cut needs at least 2 inputs, found {len(x)}")
+        if not len(x) or left.shape != x.shape[:1]:
+            raise ValueError(
+                f"a cut needs at least one input and one boolean for each; found {len(x)} inputs and booleans of shape "
+                f"{tuple(left.shape)}"
+            )
         hidden = x
         for name, layer in self.named_children():
             if name == "logit":
                 break
             hidden = layer(hidden)
-        centred = (hidden - hidden.mean(0)).double()
-        direction = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
-        along = hidden.double() @ direction
-        spread = along.std()
-        alike = spread <= 4 * torch.finfo(hidden.dtype).eps * along.abs().max()
-        scale = torch.where(alike, 0, sharpness / spread)
+        known = hidden.double()
+        target = sharpness * torch.where(left, 1.0, -1.0).to(known)
+        mean, middle = known.mean(0), target.mean()
+        centred = known - mean
+        ridge = 0.01 * len(known) * torch.eye(known.shape[1], dtype=known.dtype, device=known.device)
+        weight = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (target - middle))
         logit: nn.Linear = self.logit  # type: ignore[assignment]
-        logit.weight.copy_(direction[None] * scale)
-        logit.bias.copy_(-along.median() * scale)
+        logit.weight.copy_(weight[None])
+        logit.bias.copy_(middle - mean @ weight)
 
 
 class LogVariance(nn.Module):

@@ -1,4 +1,4 @@
-"""Pictures of a tree: what every node generates, which real images belong to it, and how much of the data it holds.
+"""Pictures of a tree: what every node generates, which real images belong to it, and its share of the data.
 
 `summarize_tree` looks at the model and the data once. `draw_tree` makes a PNG of the result (it needs
 `treediff[pictures]`), `write_html` a page to click through (it needs nothing).
@@ -6,6 +6,7 @@
 
 from treediff.pictures.drawing import draw_tree
 from treediff.pictures.page import write_html
-from treediff.pictures.summary import NodeSummary, TreeSummary, summarize_tree
+from treediff.pictures.summarize import summarize_tree
+from treediff.pictures.summary import NodeSummary, TreeSummary
 
 __all__ = ["NodeSummary", "TreeSummary", "draw_tree", "summarize_tree", "write_html"]

@@ -32,10 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["draw_tree"]
 
 _MOST_PIXELS = 65_000  # matplotlib's renderer stops at 2**16
-_CAPTION = (
-    "A percentage, and the width of an edge, is the share of the images that reach the node: their mean probability.",
-    "Generated: drawn from the prior through the node.  Real: the most typical images of the leaves below it.",
-)
+_SHARE = "Percentage and width of an edge: share of the images that reach the node (mean probability)."
+_GENERATED = "Generated: drawn from the prior through the node."
+_REAL = "Real: typical ones of the images whose most probable leaf is the node or lies below it."
 
 
 def draw_tree(summary: TreeSummary, path: str | os.PathLike[str], *, dpi: int = 150) -> None:
@@ -43,7 +42,9 @@ def draw_tree(summary: TreeSummary, path: str | os.PathLike[str], *, dpi: int = 
 
     Leaves stand at the bottom, parents centred above their children. Every node shows what it generates, real images
     that belong to it, and, if the summary has labels, a bar of its classes; a leaf also names its largest classes. The
-    picture grows with the tree: about 150 pixels per leaf at 150 dots per inch. The same summary gives the same bytes.
+    picture grows with the tree, by 160 to 270 pixels per leaf at 150 dots per inch. The same summary gives the same
+    bytes. Class names in scripts that the font DejaVu Sans lacks come out as boxes, with matplotlib's warning;
+    `write_html` shows them.
 
     Args:
         summary: what `summarize_tree` found.
@@ -114,7 +115,8 @@ def _legend(summary: TreeSummary, plan: Placement, ruler: Ruler) -> list[_Entry]
             entries.append(_Entry(text, colour, x, y, y + line))
             x += width
         y += line + plan.px(8)
-    for text in _CAPTION:
+    real = any(len(node.members) for node in summary)
+    for text in (_SHARE, _GENERATED, _REAL) if real else (_SHARE, _GENERATED):
         for part in ruler.wrap(text, plan.width - 2 * plan.margin, 7):
             entries.append(_Entry(part, None, plan.margin, y, y + line))
             y += plan.px(22)
@@ -161,16 +163,9 @@ class _Painter:
     def block(self, node: NodeSummary, block: Block, leaf: bool) -> None:
         """One node with its heading, its images and its classes."""
         px = self.plan.px
-        self.text(
-            block.x,
-            block.top + px(11),
-            percent(node.share),
-            9 if leaf else 8,
-            weight="bold",
-            va="center",
-            ha="center",
-        )
-        self.text(block.x, block.top + px(29), f"node {node.id}", 6.5, color=GREY, va="center", ha="center")
+        share, called, size = percent(node.share), f"node {node.id}", 9 if leaf else 8
+        self.text(block.x, block.top + px(11), share, size, weight="bold", va="center", ha="center")
+        self.text(block.x, block.top + px(29), called, 6.5, color=GREY, va="center", ha="center")
         self.tiles(block.generated, node.samples, GENERATED, spread=False)
         if block.real is not None:
             self.tiles(block.real, node.members, REAL, spread=not leaf)
@@ -234,7 +229,7 @@ class _Painter:
             self.text(room.left + px(16), y, self.ruler.shorten(names[k], width, 7), 7, va="center")
             self.text(room.left + room.width, y, share, 7, color=GREY, va="center", ha="right")
 
-    # --- the pen ----------------------------------------------------------------------------------------------
+    # --- the pen --------------------------------------------------------------------------------------------
 
     def fill(self, panel: Panel, colour: str) -> None:
         """A rectangle of pixels."""

@@ -69,7 +69,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Placement:
-    """The whole drawing: its size up to the end of the leaves, the size of a tile, blocks by node, edges by child."""
+    """The whole drawing down to the end of the leaves, with blocks by node and edges by child.
+
+    `tile` is the height and width of an image; `gap` lies between two of them, `frame` around a panel of them.
+    """
 
     width: int
     height: int

@@ -1,6 +1,6 @@
 "use strict";
 // Which node is shown is in the address, and the style sheet shows it. This adds the keys and marks the way in the tree.
-const links = new Map([...document.querySelectorAll(".tree a")].map((a) => [a.hash, a]));
+const links = new Map([...document.querySelectorAll(".tree a")].map((a) => [a.getAttribute("href"), a]));
 const sections = new Map([...document.querySelectorAll("section")].map((s) => ["#" + s.id, s]));
 const root = "#" + document.querySelector("section.root").id;
 const current = () => (sections.has(location.hash) ? location.hash : root);
@@ -13,9 +13,17 @@ function mark() {
     if (node === current()) link.setAttribute("aria-current", "true");
     else link.removeAttribute("aria-current");
   }
-  if (document.activeElement && links.has(document.activeElement.hash)) links.get(current()).focus();
-  links.get(current()).scrollIntoView({ block: "nearest", inline: "nearest" });
-  document.querySelector("main").scrollTop = 0;
+  const link = links.get(current());
+  if (document.activeElement.closest(".tree a")) link.focus({ preventScroll: true });
+  // Only the tree's own pane scrolls: scrollIntoView would move the whole page on a narrow screen.
+  const pane = document.querySelector(".tree");
+  const [outer, inner] = [pane.getBoundingClientRect(), link.getBoundingClientRect()];
+  if (inner.left < outer.left || inner.right > outer.right) {
+    pane.scrollLeft += (inner.left + inner.right - outer.left - outer.right) / 2;
+  }
+  if (inner.top < outer.top || inner.bottom > outer.bottom) {
+    pane.scrollTop += (inner.top + inner.bottom - outer.top - outer.bottom) / 2;
+  }
 }
 
 addEventListener("hashchange", mark);

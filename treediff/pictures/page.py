@@ -1,4 +1,4 @@
-"""The tree as one HTML page to click through; every image is inside it, and it asks for nothing from elsewhere."""
+"""The tree as one HTML page to click through, with every image inside it and nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _section(summary: TreeSummary, node: NodeSummary) -> str:
     facts = {
         "depth": str(node.depth),
         "share of the data": percent(node.share),
-        "images": f"{node.count:,}",
+        "images assigned": f"{node.count:,}",
         "children": " ".join(_link(child) for child in tree.children(node.id)) or "none",
     }
     rows = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
@@ -114,7 +114,7 @@ def _section(summary: TreeSummary, node: NodeSummary) -> str:
             [f"generated image {i + 1}" for i in range(len(node.samples))],
             node,
         ),
-        _tiles("real", "Real images, typical ones", node.members, _captions(summary, node), node),
+        _tiles("real", "Real images, the typical ones", node.members, _captions(summary, node), node),
         _classes(summary, node),
         "</section>",
     ]

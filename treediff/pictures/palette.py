@@ -1,7 +1,6 @@
 """Colours that people with any kind of colour vision can tell apart, and how numbers are written.
 
-Source: Paul Tol, "Colour schemes", SRON technical note 2021: the 'muted' scheme for classes, two of
-'bright' for frames.
+Source: Paul Tol, "Colour schemes", SRON technical note 2021; the scheme called 'muted', and a grey, for classes.
 """
 
 from __future__ import annotations

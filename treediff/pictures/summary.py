@@ -1,30 +1,23 @@
-"""What there is to show of a tree: every node with its share of the data, what it generates and what belongs to it.
+"""What there is to show of a tree, as plain arrays: shares, samples, real images and classes of every node.
 
-Letters: `n` rows of data, `C H W` image, `S` samples, `M` members, `Y` classes, `K` leaves, `D` latent.
+Letters: `C H W` image, `S` samples, `M` members, `Y` classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from treediff.noise import seed_from
-from treediff.pictures.layout import spans
 from treediff.topology import TreeTopology
-from treediff.treevae import TreeVAE
 
-__all__ = ["NodeSummary", "TreeSummary", "summarize_tree"]
+__all__ = ["Images", "Ints", "NodeSummary", "TreeSummary"]
 
 Images: TypeAlias = npt.NDArray[np.float32]
 Ints: TypeAlias = npt.NDArray[np.int64]
-Labels: TypeAlias = Tensor | npt.NDArray[np.integer] | Sequence[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,260 +80,5 @@ class TreeSummary:
         return len(self.nodes)
 
     def __repr__(self) -> str:
-        shape = self.nodes[0].samples.shape[1:]
-        return f"TreeSummary({len(self)} nodes, {len(self.topology.leaves)} leaves, {self.rows} images of {shape})"
-
-
-@torch.no_grad()
-def summarize_tree(
-    model: TreeVAE,
-    images: Tensor,
-    labels: Labels | None = None,
-    *,
-    class_names: Sequence[str] | None = None,
-    samples: int = 8,
-    members: int = 8,
-    max_rows: int = 10_000,
-    batch_size: int = 1000,
-    generator: torch.Generator | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> TreeSummary:
-    """Find out what every node of a tree generates and which images belong to it.
-
-    All images are routed once, in batches, without a decoder. A row belongs to its most probable leaf. The *members* of
-    a leaf are those of its rows whose posterior mean at the leaf (every latent above it being a mean too) is closest
-    to the average over the leaf's rows, in Euclidean distance. An inner node shows the most typical members of the
-    leaves below it, from left to right, in proportion to their rows. `samples` of a node are those of
-    `model.sample(samples, node=node, generator=generator)`, with the same noise for all nodes: sample `i` starts from
-    one root latent everywhere and is the same thing seen through each node.
-
-    Args:
-        model: a model of images; it is used in eval mode and left in the mode it was in.
-        images: `(n, C, H, W)` in [0, 1], `C` 1 or 3.
-        labels: `(n,)` class of each image, counting from 0, for histograms; the model does not see them.
-        class_names: a name for each class; 'class 0' and so on by default.
-        samples: images to draw through each node, `S`, at least 1.
-        members: most real images to show for a node, `M`; 0 keeps real images out of the pictures.
-        max_rows: latents are compared for about this many rows at most, an equal number from each leaf, evenly spaced
-            among its rows. Shares, counts and histograms always come from all rows.
-        batch_size: images at a time.
-        generator: gives the seed of the samples.
-        progress: called as `progress(done, n)` after each batch that was routed.
-
-    Returns:
-        the summary of every node; the same one for the same arguments.
-
-    Raises:
-        TypeError: if images are no float tensor, or labels no integers.
-        ValueError: if the model does not make images, if shapes, values or labels do not fit, a number is too small,
-            or the model's probabilities are not finite.
-
-    Examples:
-        >>> tree = TreeTopology.balanced(1)
-        >>> model = TreeVAE.for_images(size=8, network="mlp", topology=tree)
-        >>> summary = summarize_tree(model, torch.rand(20, 1, 8, 8), torch.arange(20) % 2, samples=4)
-        >>> summary[0].samples.shape, summary[0].class_counts
-        ((4, 1, 8, 8), array([10, 10]))
-    """
-    _check(
-        model,
-        images,
-        {"samples": samples, "max_rows": max_rows, "batch_size": batch_size, "members": members},
-    )
-    targets, names = _classes(labels, class_names, len(images))
-    with _evaluating(model):
-        shares, leaf_of = _route(model, images, batch_size, progress)
-        typical = _typical_members(model, images, leaf_of, members, max_rows, batch_size)
-        drawn = _draw(model, samples, generator)
-    tree = model.topology
-    counts = np.bincount(leaf_of, minlength=len(tree.leaves))
-    column = spans(tree)
-    nodes = []
-    for node in tree.ids:
-        from_left = sorted(tree.leaves_under(node), key=lambda leaf: column[leaf])
-        below = [tree.leaves.index(leaf) for leaf in from_left]
-        quotas = _in_proportion([int(counts[k]) for k in below], members)
-        rows = np.concatenate([typical[k][:quota] for k, quota in zip(below, quotas, strict=True)])
-        histogram = None
-        if targets is not None and names is not None:
-            histogram = np.bincount(targets[np.isin(leaf_of, below)], minlength=len(names)).astype(np.int64)
-        nodes.append(
-            NodeSummary(
-                id=node,
-                parent=tree.parent(node),
-                depth=tree.depth(node),
-                share=float(shares[below].sum()),
-                count=int(counts[below].sum()),
-                samples=drawn[node],
-                members=_array(images[torch.from_numpy(rows).to(images.device)]),
-                member_rows=rows,
-                member_labels=None if targets is None else targets[rows],
-                class_counts=histogram,
-            )
-        )
-    return TreeSummary(tree, tuple(nodes), len(images), names)
-
-
-# --- looking at the model -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _evaluating(model: TreeVAE) -> Iterator[None]:
-    """Eval mode for a while; afterwards every part is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _route(
-    model: TreeVAE, images: Tensor, batch_size: int, progress: Callable[[int, int], None] | None
-) -> tuple[npt.NDArray[np.float64], Ints]:
-    """Mean probability of each leaf `(K,)`, and each row's most probable one `(n,)`, as ranks among the leaves."""
-    total = torch.zeros(len(model.topology.leaves), dtype=torch.float64)
-    best = []
-    for start in range(0, len(images), batch_size):
-        log_probs = model.leaf_log_probs(_observations(model, images[start : start + batch_size]))
-        total += log_probs.double().exp().sum(0).cpu()
-        best.append(log_probs.argmax(1).cpu())
-        if progress is not None:
-            progress(min(start + batch_size, len(images)), len(images))
-    if not bool(total.isfinite().all()):
-        raise ValueError(
-            "the model's probabilities are not finite: its weights hold NaN or infinity, perhaps because training "
-            "diverged; go back to an earlier file of the model"
-        )
-    return (total / len(images)).numpy(), torch.cat(best).numpy()
-
-
-def _typical_members(
-    model: TreeVAE, images: Tensor, leaf_of: Ints, members: int, max_rows: int, batch_size: int
-) -> list[Ints]:
-    """For each leaf the rows closest to its mean latent, at most `members`."""
-    leaves = model.topology.leaves
-    most = max(members, max_rows // len(leaves))
-    candidates = [_evenly(np.flatnonzero(leaf_of == k), most) for k in range(len(leaves))]
-    if members == 0:
-        return [rows[:0] for rows in candidates]
-    rows = np.concatenate(candidates)
-    latents = _leaf_means(model, images, rows, np.asarray(leaves)[leaf_of[rows]], batch_size)
-    closest, start = [], 0
-    for found in candidates:
-        z = latents[start : start + len(found)]
-        start += len(found)
-        distance = ((z - z.mean(0)) ** 2).sum(1) if len(found) else np.zeros(0)
-        closest.append(found[np.argsort(distance, kind="stable")[:members]])
-    return closest
-
-
-def _leaf_means(model: TreeVAE, images: Tensor, rows: Ints, leaf: Ints, batch_size: int) -> npt.NDArray[np.float64]:
-    """Posterior mean of each row's latent at a leaf, `(rows, D)`; only the path to that leaf runs."""
-    zero = torch.zeros((), dtype=model.dtype, device=model.device)
-    parts = []
-    for start in range(0, len(rows), batch_size):
-        here = torch.from_numpy(rows[start : start + batch_size])
-        x = _observations(model, images[here.to(images.device)])
-        wanted = torch.from_numpy(leaf[start : start + batch_size]).to(model.device)
-        noise = zero.expand(len(x), len(model.topology), *model.latent)
-        posterior = model.posterior(x, leaf=wanted, noise=noise)
-        visits = posterior.visits.at_leaves()
-        means = posterior.mean[visits].double().flatten(1)
-        parts.append(torch.empty_like(means).index_copy(0, posterior.visits.image[visits], means).cpu())
-    return torch.cat(parts).numpy()
-
-
-def _draw(model: TreeVAE, samples: int, generator: torch.Generator | None) -> dict[int, Images]:
-    """Samples through every node, each from the generator as it is now."""
-    source = generator or torch.Generator().manual_seed(seed_from(None))
-    state, drawn = source.get_state(), {}
-    for node in model.topology.ids:
-        source.set_state(state)
-        drawn[node] = _array(model.sample(samples, node=node, generator=source).images)
-    return drawn
-
-
-def _observations(model: TreeVAE, images: Tensor) -> Tensor:
-    return images.to(device=model.device, dtype=model.dtype)
-
-
-def _array(images: Tensor) -> Images:
-    array: Images = images.detach().to("cpu", torch.float32).numpy().clip(0, 1)
-    return array
-
-
-# --- arithmetic ---------------------------------------------------------------------------------------------
-
-
-def _evenly(rows: Ints, most: int) -> Ints:
-    """At most that many of the rows, evenly spaced."""
-    if len(rows) <= most:
-        return rows
-    picked: Ints = rows[np.arange(most) * len(rows) // most]
-    return picked
-
-
-def _in_proportion(counts: Sequence[int], places: int) -> list[int]:
-    """Share out places in proportion to counts, by largest remainders; none gets more than its count.
-
-    Examples:
-        >>> _in_proportion([90, 9, 0], 8), _in_proportion([1, 2, 0], 8)
-        ([7, 1, 0], [1, 2, 0])
-    """
-    total = sum(counts)
-    places = min(places, total)
-    if not places:
-        return [0] * len(counts)
-    quotas = [places * count // total for count in counts]
-    by_remainder = sorted(range(len(counts)), key=lambda k: -(places * counts[k] % total))
-    for k in by_remainder[: places - sum(quotas)]:
-        quotas[k] += 1
-    return quotas
-
-
-# --- checks -------------------------------------------------------------------------------------------------
-
-
-def _check(model: TreeVAE, images: Tensor, numbers: dict[str, int]) -> None:
-    for name, value in numbers.items():
-        least = 0 if name == "members" else 1
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, found {value}")
-    if len(model.inputs) != 3 or model.inputs[0] not in (1, 3):
-        raise ValueError(
-            f"pictures need a model of images, (1, height, width) or (3, height, width); this one reads "
-            f"observations of shape {model.inputs}; for other data look at model.cluster(x) and model.sample(n)"
-        )
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        found = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"expected images as a float tensor in [0, 1], found {found}; 8-bit images: x.float() / 255")
-    if not len(images):
-        raise ValueError("expected at least one image, found none")
-
-
-def _classes(
-    labels: Labels | None, class_names: Sequence[str] | None, rows: int
-) -> tuple[Ints | None, tuple[str, ...] | None]:
-    """Labels as an array, and a name for each class."""
-    if labels is None:
-        if class_names is not None:
-            raise ValueError("class_names name the classes of labels, but no labels were given; pass both or neither")
-        return None, None
-    array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"labels: expected integers counting from 0, found {array.dtype}")
-    if array.shape != (rows,):
-        raise ValueError(f"labels: expected one per image, shape ({rows},), found shape {array.shape}")
-    if array.min() < 0:
-        raise ValueError(
-            f"labels: expected classes counting from 0, found {array.min()}; leave out rows without a class"
-        )
-    classes = int(array.max()) + 1
-    names = tuple(f"class {k}" for k in range(classes)) if class_names is None else tuple(class_names)
-    if len(names) < classes:
-        raise ValueError(
-            f"class_names: expected at least {classes} names, as labels reach {classes - 1}, found {len(names)}"
-        )
-    return array.astype(np.int64), names
+        leaves, shape = len(self.topology.leaves), self.nodes[0].samples.shape[1:]
+        return f"TreeSummary({len(self)} nodes, {leaves} leaves, {self.rows} images of {shape})"

@@ -12,10 +12,11 @@ __all__ = ["tree_svg"]
 
 # In CSS pixels.
 _THUMBNAIL = 44
-_COLUMN = 62
-_LEVEL = 96
+_COLUMN = 54
+_LEVEL = 104
 _MARGIN = 10
-_LEAST_COLUMN = 30  # a tree that is wider than its pane shrinks to this before it scrolls
+_TEXT = 30  # two lines under a thumbnail
+_LEAST_COLUMN = 42  # a tree that is wider than its pane shrinks to this before it scrolls
 
 
 def tree_svg(summary: TreeSummary, thumbnails: Mapping[int, str]) -> str:
@@ -23,7 +24,7 @@ def tree_svg(summary: TreeSummary, thumbnails: Mapping[int, str]) -> str:
     tree = summary.topology
     leaves = len(tree.leaves)
     width = leaves * _COLUMN + 2 * _MARGIN
-    height = tree.max_depth * _LEVEL + _THUMBNAIL + 26 + 2 * _MARGIN
+    height = tree.max_depth * _LEVEL + _THUMBNAIL + _TEXT + 2 * _MARGIN
     at = columns(tree)
     places = {n.id: (_MARGIN + (at[n.id] + 0.5) * _COLUMN, _MARGIN + n.depth * _LEVEL) for n in summary}
     edges = [_edge(places[n.parent], places[n.id], n.share) for n in summary if n.parent is not None]
@@ -36,7 +37,7 @@ def tree_svg(summary: TreeSummary, thumbnails: Mapping[int, str]) -> str:
 def _edge(above: tuple[float, float], below: tuple[float, float], share: float) -> str:
     """A curve from the text under the parent to the top of the child."""
     (x0, y0), (x1, y1) = above, below
-    y0 += _THUMBNAIL + 26
+    y0 += _THUMBNAIL + _TEXT
     middle = (y0 + y1) / 2
     return (
         f'<path class="edge" stroke-width="{1 + 7 * share:.2f}" '
@@ -45,13 +46,12 @@ def _edge(above: tuple[float, float], below: tuple[float, float], share: float) 
 
 
 def _node(node: NodeSummary, x: float, y: float, thumbnail: str) -> str:
-    left, share = x - _THUMBNAIL / 2, percent(node.share)
+    side, left, share = _THUMBNAIL, x - _THUMBNAIL / 2, percent(node.share)
     label = f"node {node.id}, {share} of the data"
     return (
         f'<a href="#node-{node.id}" aria-label="{label}"><title>{label}</title>'
-        f'<rect class="frame" x="{left - 2:g}" y="{y - 2:g}" '
-        f'width="{_THUMBNAIL + 4}" height="{_THUMBNAIL + 4}" rx="4"/>'
-        f'<image href="{thumbnail}" x="{left:g}" y="{y:g}" width="{_THUMBNAIL}" height="{_THUMBNAIL}"/>'
-        f'<text x="{x:g}" y="{y + _THUMBNAIL + 12}">{node.id}</text>'
-        f'<text x="{x:g}" y="{y + _THUMBNAIL + 23}">{share}</text></a>'
+        f'<rect class="frame" x="{left - 2:g}" y="{y - 2:g}" width="{side + 4}" height="{side + 4}" rx="4"/>'
+        f'<image href="{thumbnail}" x="{left:g}" y="{y:g}" width="{side}" height="{side}"/>'
+        f'<text x="{x:g}" y="{y + side + 14}">{node.id}</text>'
+        f'<text x="{x:g}" y="{y + side + 27}">{share}</text></a>'
     )
