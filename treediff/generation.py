@@ -8,6 +8,7 @@ Letters: `B` images, `S` steps from the root to the deepest leaf, `N` nodes, `K`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,8 @@ class TreeSample:
     Args:
         images: `(B, *inputs)`, the mean of the likelihood.
         leaf: `(B,)` node id of the leaf that each image was decoded by.
-        path: `(B, S + 1)` node ids from the root on; -1 past the leaf.
+        path: `(B, S + 1)` node ids from the root on; -1 past the leaf. `S` is the depth of the deepest leaf that can be
+            reached, whether or not an image got there.
         z: `(B, S + 1, D, ...)` the latents along the path; 0 past the leaf.
     """
 
@@ -73,8 +75,7 @@ def sample(
     """Draw `n` images through `node` (the root by default); see `TreeVAE.sample`."""
     tree = model.topology
     forced = tree.path(tree.root if node is None else node)
-    if n < 0 or temperature < 0:
-        raise ValueError(f"n and temperature must be at least 0, found n={n} and temperature={temperature}")
+    _check(n, temperature)
     seed, device, dtype = seed_from(generator), model.device, model.dtype
     plan = model.plan(None, device)
     ids = torch.tensor(plan.nodes, device=device)
@@ -83,14 +84,12 @@ def sample(
     z = temperature * counter_normal(seed, index, model.latent, draw=tree.root, dtype=dtype)
     path = [ids[position]]
     latents = [z]
-    for depth in range(len(plan.levels) - 1):
+    for depth in range(max(tree.depth(leaf) for leaf in tree.leaves_under(forced[-1]))):
         if depth + 1 < len(forced):
             child = torch.full_like(position, plan.nodes.index(forced[depth + 1]))
         else:
             child = _next_position(model, plan, position, z, seed, index)
         moving = child >= 0
-        if not bool(moving.any()):
-            break
         rank = child[moving] - plan.levels[depth + 1].start
         prior = _by_node(model.transitions, z[moving], rank, plan.ids(plan.levels[depth + 1]))
         noise = temperature * counter_normal(seed, index[moving], model.latent, draw=ids[child[moving]], dtype=dtype)
@@ -123,6 +122,13 @@ def _by_node(bank: NodeBank, x: Tensor, rank: Tensor, nodes: list[int]) -> Tenso
     return y[order.argsort()]
 
 
+def _check(n: int, temperature: float) -> None:
+    if n < 0 or not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"n and temperature must be at least 0, and temperature finite; found n={n} and temperature={temperature}"
+        )
+
+
 def _like(mask: Tensor, x: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (x.ndim - 1)).expand_as(x)
 
@@ -137,6 +143,7 @@ def sample_leaves(
     generator: torch.Generator | None = None,
 ) -> LeafSamples:
     """Draw `n` roots and follow each to every leaf; see `TreeVAE.sample_leaves`."""
+    _check(n, temperature)
     seed, device, dtype = seed_from(generator), model.device, model.dtype
     plan = model.plan(None, device)
     ids = torch.tensor(plan.nodes, device=device)

@@ -6,6 +6,7 @@ role that a node can play, keeps them in step, and reads and writes files.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -92,8 +93,8 @@ class TreeNetworks(nn.Module):
     ) -> tuple[int, int]:
         """Turn a leaf into a parent of two new leaves, whose ids are returned.
 
-        The leaf's decoder goes; with `warm_start` the children begin with copies of it, and of its head and
-        transition, else with fresh weights. No other node is touched.
+        The leaf's decoder goes; with `warm_start` the children begin with copies of it and of the leaf's head, else
+        with fresh weights. Transitions and routers are always fresh. No other node is touched.
 
         Raises:
             KeyError: if there is no such node.
@@ -152,7 +153,8 @@ class TreeNetworks(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, tree and configuration to one safetensors file; see `treediff.io`."""
-        save_model(self, path, {"config": self.config, "topology": json.loads(self.topology.to_json())})
+        topology, dtype = json.loads(self.topology.to_json()), str(self.dtype).removeprefix("torch.")
+        save_model(self, path, {"config": self.config, "topology": topology, "dtype": dtype})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, model: Self | None = None) -> Self:
@@ -160,7 +162,8 @@ class TreeNetworks(nn.Module):
 
         Args:
             path: the file.
-            model: a model to fill, for one built from parts of your own; its tree is replaced by the file's.
+            model: a model to fill, for one built from parts of your own; its tree is replaced by the file's. It stays
+                as it was if the file does not fit.
 
         Raises:
             ValueError: if the file is damaged, foreign, of another version, or does not fit; or if it was saved from a
@@ -174,12 +177,18 @@ class TreeNetworks(nn.Module):
                     f"the model in {os.fspath(path)!r} was built from parts, which a file does not hold; build it "
                     "the same way and pass it as model="
                 )
-            model = cls.from_config(header["config"])
-        model.topology = topology
-        model._require_depth(topology)
-        model._grow_banks(None)
-        load_into(model, path)
+            model = cls.from_config(header["config"]).to(_dtype(header.get("dtype"), path))
+        else:
+            copy.deepcopy(model)._become(topology, path)
+        model._become(topology, path)
         return model
+
+    def _become(self, topology: TreeTopology, path: str | os.PathLike[str]) -> None:
+        """Take on another tree and the weights of a file; global random state is left alone."""
+        self._require_depth(topology)
+        self.topology = topology
+        self._grow_banks(torch.Generator(self.device).manual_seed(0))
+        load_into(self, path)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -202,13 +211,15 @@ class TreeNetworks(nn.Module):
         """The tree and the shapes."""
         return f"topology={self.topology}, inputs={self.inputs}, latent={self.latent}"
 
-    def _leaf_ranks(self, leaf: Tensor) -> Tensor:
-        """Node ids of leaves to ranks among the leaves."""
-        leaves = torch.tensor(self.topology.leaves, device=leaf.device)
-        matches = leaf[:, None] == leaves
+    def _leaf_ranks(self, leaf: Tensor, batch: int, leaves: Sequence[int]) -> Tensor:
+        """Node ids of leaves, one per image, to their ranks among the `leaves` that a traversal reaches."""
+        if leaf.shape != (batch,):
+            raise ValueError(f"leaf must be one id for each of the {batch} images, found shape {tuple(leaf.shape)}")
+        matches = leaf[:, None] == torch.tensor(leaves, dtype=torch.int64, device=leaf.device)
         if not bool(matches.any(1).all()):
             wrong = leaf[~matches.any(1)][0].item()
-            raise KeyError(f"node {wrong} is not a leaf of the tree; the leaves are {list(self.topology.leaves)}")
+            among = "of the tree" if len(leaves) == len(self.topology.leaves) else "among the nodes to visit"
+            raise KeyError(f"node {wrong} is not a leaf {among}; the leaves are {list(leaves)}")
         return matches.to(torch.int64).argmax(1)
 
     def _require_depth(self, topology: TreeTopology) -> None:
@@ -219,13 +230,31 @@ class TreeNetworks(nn.Module):
             )
 
     def check(self, x: Tensor) -> None:
-        """Raise ValueError unless `x` has the model's shape and, on a CPU, values that its likelihood takes."""
+        """Raise unless `x` suits the model; values are looked at on a CPU only.
+
+        Raises:
+            TypeError: if `x` is not floating point.
+            ValueError: if it has another shape, is not finite, or leaves the range of the data.
+        """
+        if not x.is_floating_point():
+            raise TypeError(
+                f"expected floating-point observations, found {x.dtype}; convert them with .float(), and divide 8-bit "
+                "images by 255"
+            )
         if x.ndim != len(self.inputs) + 1 or tuple(x.shape[1:]) != self.inputs:
             shape = ", ".join(str(n) for n in self.inputs)
             raise ValueError(f"expected observations of shape (batch, {shape}), found {tuple(x.shape)}")
         # Looking at values would stop an accelerator's stream, and a compiled graph, at every step.
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             check_values(x, self.likelihood.data_range)
+
+
+def _dtype(name: object, path: str | os.PathLike[str]) -> torch.dtype:
+    """The floating-point dtype that a file names."""
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"{os.fspath(path)!r} names the dtype {name!r}, expected one like 'float32'")
+    return found
 
 
 def check_values(x: Tensor, data_range: tuple[float, float] | None) -> None:

@@ -44,10 +44,14 @@ class TreePosterior:
         return leaf_log_probs_of(self.visits)
 
     def latents(self, node: int) -> Tensor:
-        """The latents `(B, D, ...)` at one node; NaN for images that did not visit it. KeyError for a foreign node."""
+        """The latents `(B, D, ...)` at one node; NaN for images that did not visit it.
+
+        Raises:
+            KeyError: if there is no such node.
+        """
         plan = self.visits.plan
         plan.topology.path(node)
-        here = self.visits.node == plan.nodes.index(node)
+        here = self.visits.node == (plan.nodes.index(node) if node in plan.nodes else -1)
         z = self.z.new_full((self.visits.batch, *self.z.shape[1:]), math.nan)
         return z.index_put((self.visits.image[here],), self.z[here])
 

@@ -88,13 +88,15 @@ def _tree_parts(
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """The encoder and the ladder with weights; the node networks as templates without."""
+    if max_depth < 0:
+        raise ValueError(f"max_depth must be at least 0, found {max_depth}")
     with torch.device("meta"):
         bottom_up = nn.ModuleList(BottomUpBlock(features) for _ in range(max_depth))
         templates = {
             "head": GaussianHead(features, latent[0]),
             "transition": LatentTransition(latent, (width,)),
             "posterior_router": Router(features, (width,)),
-            "prior_router": Router(latent, (width // 2,)),
+            "prior_router": Router(latent, (max(1, width // 2),)),
         }
     for shared in (encoder, bottom_up):
         shared.to_empty(device=device or "cpu").to(dtype)

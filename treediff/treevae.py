@@ -189,7 +189,7 @@ class TreeVAE(TreeNetworks):
         features = self.features(x)
         visits = self.route(features, nodes=nodes, threshold=threshold)
         if leaf is not None:
-            visits = visits.along(self._leaf_ranks(leaf))
+            visits = visits.along(self._leaf_ranks(leaf, len(x), visits.plan.ids(visits.plan.leaves)))
         return self.latents(features, visits, noise=noise, generator=generator)
 
     def latents(

@@ -33,6 +33,10 @@ class TreePlan:
         nodes: ids to visit, closed under taking parents; all by default.
         device: where the tables live.
 
+    Raises:
+        KeyError: if a node is not in the tree.
+        ValueError: if the nodes are not closed under taking parents, or there is none.
+
     Attributes:
         nodes: ids in level order.
         levels: positions of each depth, as ranges.
@@ -50,6 +54,12 @@ class TreePlan:
         wanted = set(topology.ids if nodes is None else nodes)
         self.topology = topology
         self.nodes = tuple(n for n in topology.ids if n in wanted)
+        missing = {above for node in wanted for above in topology.path(node)} - wanted
+        if missing or not wanted:
+            raise ValueError(
+                f"a traversal starts at the root and visits the parent of every node, found nodes {sorted(wanted)}; "
+                f"add {sorted(missing or {topology.root})}"
+            )
         position = {node: i for i, node in enumerate(self.nodes)}
         inside = [[position[n] for n in level if n in wanted] for level in topology.levels]
         self.levels = [range(level[0], level[-1] + 1) for level in inside if level]
@@ -66,8 +76,6 @@ class TreePlan:
         self.turns = self._tensor(turns).T.contiguous()
         self.routed_rank = self._ranks(self.routed)
         self.leaf_rank = self._ranks(self.leaves)
-        passing = [bool(topology.children(n)) and n not in two for n in self.nodes]
-        self.passes = torch.tensor(passing, device=self.device) if any(passing) else None
 
     @cached_property
     def leads_to(self) -> Tensor:
@@ -198,16 +206,22 @@ def descend(
             at their nodes.
         threshold: visits reached with less probability than this are left out; 0 keeps all, and then no shape
             depends on the data.
-        like: tensor whose dtype and device log-probabilities take.
+        like: tensor whose dtype and device log-probabilities take; never less precise than float32, because many are
+            added up.
 
     Returns:
         the visits.
+
+    Raises:
+        ValueError: if the threshold is not at least 0 and below 1.
     """
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold is a probability, at least 0 and below 1; found {threshold}")
     floor = math.log(threshold) if threshold > 0 else -math.inf
     image = torch.arange(batch, device=plan.device)
     node = torch.zeros_like(image)
     parent = torch.full_like(image, -1)
-    log_reach = like.new_zeros(batch)
+    log_reach = like.new_zeros(batch, dtype=torch.promote_types(like.dtype, torch.float32))
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = [(image, node, parent, log_reach)]
     routed_parts: list[tuple[Tensor, Tensor]] = []
     starts = [0]
@@ -258,7 +272,7 @@ def _steps(
         routed = (plan.routed_rank[node] >= 0).nonzero().squeeze(1)
     ranks = plan.routed_rank[node if everywhere else node[routed]] - plan.routed.index(deciders[0])
     chosen = image if everywhere else image[routed]
-    logits = route(depth, chosen, Groups(ranks, len(deciders)), plan.ids(deciders))
+    logits = route(depth, chosen, Groups(ranks, len(deciders)), plan.ids(deciders)).to(log_reach.dtype)
     routed_parts.append((routed + start, logits))
     turn = F.logsigmoid(torch.stack([logits, -logits]))
     if not everywhere:

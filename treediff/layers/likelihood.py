@@ -107,7 +107,7 @@ class GaussianLikelihood(Likelihood):
 
     def extra_repr(self) -> str:
         """Variance and whether it learns."""
-        variance = "meta" if self.logvar.is_meta else f"{math.exp(float(self.logvar)):.3g}"
+        variance = "meta" if self.logvar.is_meta else f"{self.logvar.detach().exp().item():.3g}"
         return f"variance={variance}, learned={self.learned}, data_range={self.data_range}"
 
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ __all__ = ["CLASS_LINES", "Block", "Panel", "Placement", "place"]
 CLASS_LINES = 3
 
 # In pixels at 150 dots per inch.
-_TILE = 60
+_TILE = 64
 _TILE_GAP = 3
 _FRAME = 4
 _COLUMN_GAP = 26

@@ -107,15 +107,10 @@ def _section(summary: TreeSummary, node: NodeSummary) -> str:
         f'<nav class="crumbs" aria-label="Path from the root"><ol>{_crumbs(tree.path(node.id))}</ol></nav>',
         f'<h2 id="title-{node.id}">Node {node.id}, {called}</h2>',
         f'<dl class="facts">{rows}</dl>',
-        _tiles(
-            "generated",
-            "Generated",
-            node.samples,
-            [f"generated image {i + 1}" for i in range(len(node.samples))],
-            node,
-        ),
-        _tiles("real", "Real images, the typical ones", node.members, _captions(summary, node), node),
+        _tiles("generated", "Generated", node.samples, [f"generated image {i + 1}" for i in range(len(node.samples))]),
+        _tiles("real", "Real images, the typical ones", node.members, _captions(summary, node)),
         _classes(summary, node),
+        "" if node.count else '<p class="hint">No image has its most probable leaf here.</p>',
         "</section>",
     ]
     return "\n".join(part for part in parts if part)
@@ -154,18 +149,15 @@ def _captions(summary: TreeSummary, node: NodeSummary) -> list[str]:
     return [f"{caption}: {name}" for caption, name in zip(captions, names, strict=True)]
 
 
-def _tiles(kind: str, heading: str, images: Images, captions: list[str], node: NodeSummary) -> str:
+def _tiles(kind: str, heading: str, images: Images, captions: list[str]) -> str:
     """Images side by side, each with what it is as its alternative text and on hovering."""
     if not len(images):
         return ""
-    tall, wide = images.shape[2:]
-    if max(tall, wide) <= _SIDE:
-        tall, wide = tile_size(tall, wide, _SIDE)
-    else:
-        tall, wide = (round(_LARGEST * side / max(tall, wide, _LARGEST)) for side in (tall, wide))
+    height, width = images.shape[2:]
+    tall, wide = tile_size(height, width, min(max(height, width, _SIDE), _LARGEST))
     items = "".join(
         f'<li><img src="{_data_url(image)}" width="{wide}" height="{tall}" '
-        f'alt="{escape(text)} of node {node.id}" title="{escape(text)}"></li>'
+        f'alt="{escape(text)}" title="{escape(text)}"></li>'
         for image, text in zip(images, captions, strict=True)
     )
     return f'<div class="{kind}"><h3>{heading}</h3><ul class="tiles">{items}</ul></div>'

@@ -1,0 +1,566 @@
+"""NodeBank against a dictionary of ordinary modules, one per node."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from torch import Tensor, nn
+
+from treediff.layers import Groups, NodeBank, ResidualBlock, initialize
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
+
+
+def small() -> nn.Module:
+    """Sizes that are no multiple of the alignment."""
+    return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.SiLU(), nn.Linear(5, 1))
+
+
+def bank_of(*nodes: int, template: nn.Module | None = None) -> NodeBank:
+    bank = NodeBank(template or small())
+    for node in nodes:
+        bank.add(node, generator=seeded(node))
+    return bank
+
+
+def one_by_one(bank: NodeBank, x: Tensor, nodes: list[int]) -> Tensor:
+    """Row `i` through an ordinary module with the weights of `nodes[i]`."""
+    return torch.cat([bank.module(node).train(bank.training)(row[None]) for node, row in zip(nodes, x, strict=True)])
+
+
+def call(bank: NodeBank, x: Tensor, nodes: list[int]) -> Tensor:
+    """One row per node."""
+    return bank(x, Groups(torch.arange(len(nodes)), len(nodes)), nodes)
+
+
+# --- computing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nodes", [[0], [7, 2], [2, 0, 7], [7, 7]], ids=str)
+def test_equals_a_module_per_node(nodes: list[int]) -> None:
+    bank, x = bank_of(0, 2, 7), normal(len(nodes), 3)
+    torch.testing.assert_close(call(bank, x, nodes), one_by_one(bank, x, nodes))
+
+
+def test_any_module_will_do() -> None:
+    bank, x = bank_of(1, 2, template=ResidualBlock(8, 8)), normal(2, 8, 2, 2)
+    torch.testing.assert_close(call(bank, x, [2, 1]), one_by_one(bank, x, [2, 1]))
+
+
+def test_a_template_without_weights() -> None:
+    bank, x = bank_of(1, 2, template=nn.Tanh()), normal(2, 3)
+    assert torch.equal(call(bank, x, [2, 1]), x.tanh())
+
+
+def test_gradient_goes_to_the_nodes_that_were_asked() -> None:
+    bank, x = bank_of(0, 2, 7), normal(2, 3)
+    call(bank, x, [7, 0]).sum().backward()
+    for row, node in zip(x, [7, 0], strict=True):
+        module = bank.module(node)
+        module(row[None]).sum().backward()
+        gradient = bank.weights_of(node).grad
+        assert gradient is not None
+        found = bank._views(gradient[None])
+        for name, parameter in module.named_parameters():
+            torch.testing.assert_close(found[name][0], parameter.grad)
+    assert bank.weights_of(2).grad is None
+
+
+def test_a_frozen_node_stays_bit_equal() -> None:
+    bank, x = bank_of(0, 2), normal(2, 3)
+    bank.weights_of(0).requires_grad_(False)
+    before = bank.weights_of(0).clone()
+    optimizer = torch.optim.AdamW(bank.parameters(), lr=0.1, weight_decay=0.1)
+    call(bank, x, [0, 2]).sum().backward()
+    moved = bank.weights_of(2).clone()
+    optimizer.step()
+    assert torch.equal(bank.weights_of(0), before)
+    assert not torch.equal(bank.weights_of(2), moved)
+
+
+# --- nodes come and go --------------------------------------------------------------------------------------
+
+
+def test_fresh_weights_are_those_of_the_initialised_template() -> None:
+    bank, template = bank_of(4), small()
+    initialize(template, generator=seeded(4))
+    found = bank.named_weights(4)
+    assert found.keys() == dict(template.named_parameters()).keys()
+    for name, parameter in template.named_parameters():
+        assert torch.equal(found[name], parameter)
+
+
+def test_adding_moves_no_other_parameter() -> None:
+    bank = bank_of(0, 2)
+    before = dict(bank.named_parameters())
+    bits = {name: (p.data_ptr(), p.clone()) for name, p in before.items()}
+    bank.add(1, generator=seeded())
+    bank.add(9, like=2)
+    bank.remove(1)
+    for name, parameter in before.items():
+        assert bank.weights_of(int(name)) is parameter
+        assert parameter.data_ptr() == bits[name][0] and torch.equal(parameter, bits[name][1])
+
+
+def test_names_are_node_ids() -> None:
+    bank = bank_of(3, 0, 11)
+    assert bank.nodes == (3, 0, 11)
+    assert list(bank.state_dict()) == ["3", "0", "11"]
+    assert list(dict(bank.named_parameters())) == ["3", "0", "11"]
+    bank.remove(0)
+    assert bank.nodes == (3, 11) and list(bank.state_dict()) == ["3", "11"]
+
+
+def test_like_copies_bits_and_nothing_else() -> None:
+    bank = bank_of(0)
+    bank.weights_of(0).requires_grad_(False)
+    bank.add(1, like=0)
+    assert torch.equal(bank.weights_of(1), bank.weights_of(0)) and bank.weights_of(1).requires_grad
+    with torch.no_grad():
+        bank.weights_of(1).zero_()
+    assert bank.weights_of(0).any()
+
+
+def test_a_generator_is_all_the_randomness() -> None:
+    first, second, other = bank_of(5), bank_of(5), bank_of(6)
+    before = torch.get_rng_state()
+    first.add(0, generator=seeded())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.weights_of(5), second.weights_of(5))
+    assert not torch.equal(first.weights_of(5), other.weights_of(6))
+
+
+def test_named_weights_write_through() -> None:
+    bank = bank_of(0, 2)
+    with torch.no_grad():
+        for name, weight in bank.named_weights(2).items():
+            weight.fill_(len(name))
+    for name, parameter in bank.module(2).named_parameters():
+        assert (parameter == len(name)).all()
+    assert not torch.equal(bank.weights_of(0), bank.weights_of(2))
+
+
+def test_module_is_a_copy_and_assign_writes_it_back() -> None:
+    bank = bank_of(0, 2)
+    before = bank.weights_of(2).clone()
+    module = bank.module(2)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1)
+    assert torch.equal(bank.weights_of(2), before)
+    bank.assign(2, module)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(bank.named_weights(2)[name], parameter)
+    x = normal(1, 3)
+    torch.testing.assert_close(call(bank, x, [2]), module(x))
+    bank.assign(0, bank.module(2))
+    assert torch.equal(bank.weights_of(0), bank.weights_of(2))
+
+
+class Growing(RuleBasedStateMachine):
+    """Any history of a bank, beside a dictionary of ordinary modules that goes through the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank = NodeBank(nn.Linear(3, 2))
+        self.modules: dict[int, nn.Module] = {}
+        self.steps = 0
+
+    def pick(self, number: int) -> int:
+        return sorted(self.modules)[number % len(self.modules)]
+
+    @rule(node=st.integers(0, 5))
+    def add(self, node: int) -> None:
+        if node not in self.modules:
+            self.bank.add(node, generator=seeded(node))
+            self.modules[node] = nn.Linear(3, 2)
+            initialize(self.modules[node], generator=seeded(node))
+
+    @precondition(lambda self: self.modules)
+    @rule(node=st.integers(0, 5), number=st.integers(0, 5))
+    def add_like(self, node: int, number: int) -> None:
+        if node not in self.modules:
+            other = self.pick(number)
+            self.bank.add(node, like=other)
+            self.modules[node] = copy.deepcopy(self.modules[other])
+
+    @precondition(lambda self: self.modules)
+    @rule(number=st.integers(0, 5))
+    def remove(self, number: int) -> None:
+        node = self.pick(number)
+        self.bank.remove(node)
+        del self.modules[node]
+
+    @precondition(lambda self: self.modules)
+    @rule(number=st.integers(0, 5))
+    def write(self, number: int) -> None:
+        node = self.pick(number)
+        with torch.no_grad():
+            self.bank.named_weights(node)["bias"].add_(1)
+            self.modules[node].bias.add_(1)  # type: ignore[union-attr, operator]
+
+    @rule()
+    def copy(self) -> None:
+        self.bank = copy.deepcopy(self.bank)
+
+    @rule(training=st.booleans())
+    def switch(self, training: bool) -> None:
+        self.bank.train(training)
+
+    @invariant()
+    def computes_the_same(self) -> None:
+        assert set(self.bank.nodes) == self.modules.keys()
+        nodes = sorted(self.modules)
+        if nodes:
+            x = normal(len(nodes), 3)
+            expected = torch.cat([self.modules[node](row[None]) for node, row in zip(nodes, x, strict=True)])
+            with torch.no_grad():
+                torch.testing.assert_close(call(self.bank, x, nodes), expected)
+
+
+TestGrowing = Growing.TestCase
+TestGrowing.settings = settings(max_examples=30, stateful_step_count=20)
+
+
+# --- weights packed in eval mode ----------------------------------------------------------------------------
+
+
+def test_weights_are_packed_once_in_eval_mode() -> None:
+    bank = bank_of(0, 2).eval()
+    with torch.no_grad():
+        first = bank.packed([0, 2])
+        assert bank.packed([0, 2]) is first
+        assert bank.packed([2, 0]) is not first
+    with torch.inference_mode():
+        assert bank.packed([2, 0]) is bank.packed([2, 0])
+
+
+def test_packed_weights_are_never_kept_where_they_may_train() -> None:
+    bank = bank_of(0, 2).eval()
+    with torch.no_grad():
+        kept = bank.packed([0, 2])
+    assert bank.packed([0, 2]) is not kept and bank.packed([0, 2]).requires_grad
+    bank.train()
+    with torch.no_grad():
+        assert bank.packed([0, 2]) is not bank.packed([0, 2])
+
+
+def step(make: Callable[..., torch.optim.Optimizer]) -> Callable[[NodeBank], None]:
+    def change(bank: NodeBank) -> None:
+        for parameter in bank.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        make(bank.parameters(), lr=0.1).step()
+
+    return change
+
+
+def assign(bank: NodeBank) -> None:
+    bank.assign(2, bank.module(0))
+
+
+def write_through_views(bank: NodeBank) -> None:
+    with torch.no_grad():
+        bank.named_weights(2)["0.weight"].mul_(2)
+
+
+def swap_data(bank: NodeBank) -> None:
+    for parameter in bank.parameters():
+        parameter.data = parameter.data + 1
+
+
+def replace(bank: NodeBank) -> None:
+    bank.remove(2)
+    bank.add(2, generator=seeded(99))
+
+
+def double(bank: NodeBank) -> None:
+    bank.double()
+
+
+def half(bank: NodeBank) -> None:
+    bank.half()
+
+
+def to_bfloat16(bank: NodeBank) -> None:
+    bank.to(torch.bfloat16)
+
+
+def load(bank: NodeBank) -> None:
+    bank.load_state_dict({name: p + 1 for name, p in bank.state_dict().items()})
+
+
+def load_and_assign(bank: NodeBank) -> None:
+    bank.load_state_dict({name: p + 1 for name, p in bank.state_dict().items()}, assign=True)
+
+
+def write_into_data_and_say_so(bank: NodeBank) -> None:
+    for parameter in bank.parameters():
+        parameter.data.add_(1)
+    bank.eval()
+
+
+def step_fused_and_say_so(bank: NodeBank) -> None:
+    step(lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True))(bank)
+    bank.eval()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(step(torch.optim.SGD), id="sgd"),
+        pytest.param(step(torch.optim.Adam), id="adam"),
+        pytest.param(step(lambda p, lr: torch.optim.Adam(p, lr=lr, foreach=True)), id="adam for each"),
+        load,
+        load_and_assign,
+        assign,
+        write_through_views,
+        swap_data,
+        replace,
+        double,
+        half,
+        to_bfloat16,
+        write_into_data_and_say_so,
+        step_fused_and_say_so,
+    ],
+)
+def test_a_change_is_seen_by_the_next_call(change: Callable[[NodeBank], None]) -> None:
+    bank, nodes = bank_of(0, 2).eval(), [0, 2]
+    with torch.no_grad():
+        before = call(bank, normal(2, 3), nodes)
+        change(bank)
+        x = normal(2, 3, dtype=bank.weights_of(0).dtype)
+        after = call(bank, x, nodes)
+        expected = one_by_one(bank, x, nodes)
+    rough = {"rtol": 2e-2, "atol": 2e-2} if x.dtype in (torch.float16, torch.bfloat16) else {}
+    torch.testing.assert_close(after, expected, **rough)
+    assert after.dtype != before.dtype or not torch.equal(after, before)
+
+
+def test_functional_call_is_seen() -> None:
+    """How moving averages are often evaluated."""
+    bank, x, groups = bank_of(0, 2).eval(), normal(2, 3), Groups(torch.tensor([0, 1]), 2)
+    average = {name: p.detach() + 1 for name, p in bank.named_parameters()}
+    other = copy.deepcopy(bank)
+    other.load_state_dict(average)
+    with torch.no_grad():
+        own = bank(x, groups, [0, 2])
+        averaged = torch.func.functional_call(bank, average, (x, groups, [0, 2]))
+        assert torch.equal(averaged, other(x, groups, [0, 2]))
+        assert torch.equal(bank(x, groups, [0, 2]), own)
+
+
+def test_a_pass_in_inference_mode_can_be_followed_by_training() -> None:
+    bank, x = bank_of(0, 2, template=nn.Sequential(nn.Conv2d(1, 2, 3, padding=1))).eval(), normal(2, 1, 2, 2)
+    with torch.inference_mode():
+        first = call(bank, x, [0, 2])
+    with torch.no_grad():
+        assert torch.equal(call(bank, x, [0, 2]), first)
+    y = call(bank, x, [0, 2])
+    y.sum().backward()
+    assert torch.equal(y, first)
+
+
+def test_a_bank_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        bank = bank_of(0, 2).eval()
+        x = normal(2, 3)
+        first = call(bank, x, [0, 2])
+        bank.weights_of(0).add_(1)  # leaves no version behind
+        second = call(bank, x, [0, 2])
+    assert torch.equal(first[1], second[1]) and not torch.equal(first[0], second[0])
+
+
+# --- copies and files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda bank: pickle.loads(pickle.dumps(bank))])
+def test_a_copy_lives_on_its_own(duplicate: Callable[[NodeBank], NodeBank]) -> None:
+    bank, x = bank_of(0, 2).eval(), normal(2, 3)
+    with torch.no_grad():
+        before = call(bank, x, [0, 2])
+        twin = duplicate(bank)
+        assert twin._packed is None and not twin.training
+        assert torch.equal(call(twin, x, [0, 2]), before)
+        for parameter in twin.parameters():
+            parameter.add_(1)
+        assert not torch.equal(call(twin, x, [0, 2]), before)
+        assert torch.equal(call(bank, x, [0, 2]), before)
+    twin.add(1, generator=seeded())
+    assert bank.nodes == (0, 2)
+
+
+def test_state_dict_round_trip() -> None:
+    bank, twin, x = bank_of(0, 2), bank_of(2, 0), normal(2, 3)
+    twin.load_state_dict({name: p + 1 for name, p in twin.state_dict().items()})
+    file = io.BytesIO()
+    torch.save(bank.state_dict(), file)
+    file.seek(0)
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(call(twin, x, [0, 2]), call(bank, x, [0, 2]))
+    with pytest.raises(RuntimeError, match=r'Missing key.*"5"'):
+        bank_of(0, 2, 5).load_state_dict(bank.state_dict())
+
+
+# --- where and as what weights are stored -------------------------------------------------------------------
+
+
+def test_the_template_is_left_alone() -> None:
+    template = small().eval()
+    before = {name: p.clone() for name, p in template.named_parameters()}
+    bank = NodeBank(template)
+    bank.add(0, generator=seeded())
+    assert template is not bank.template and not template.training
+    for name, parameter in template.named_parameters():
+        assert torch.equal(parameter, before[name])
+    assert all(p.is_meta for p in bank.template.parameters()) and not list(NodeBank(template).parameters())
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_a_template_on_the_meta_device(device: str | None) -> None:
+    with torch.device("meta"):
+        template = small().double()
+    bank = NodeBank(template, device=device)
+    bank.add(0, generator=seeded())
+    assert bank.weights_of(0).device.type == "cpu" and bank.weights_of(0).dtype == torch.float64
+    assert torch.equal(bank.weights_of(0), bank_of(0, template=small().double()).weights_of(0))
+
+
+def test_device_and_dtype_are_the_users() -> None:
+    bank = NodeBank(small(), device="meta", dtype=torch.float64)
+    bank.add(0)
+    assert bank.weights_of(0).is_meta and bank.weights_of(0).dtype == torch.float64
+    assert bank.module(0)[0].weight.is_meta  # type: ignore[index]
+    bank.to_empty(device="cpu")
+    bank.add(1, generator=seeded())
+    assert not bank.weights_of(0).is_meta and not bank.weights_of(1).is_meta
+
+
+@pytest.mark.parametrize("nodes", [(), (0,)])
+def test_later_nodes_follow_a_conversion(nodes: tuple[int, ...]) -> None:
+    bank = bank_of(*nodes).double()
+    bank.add(5, generator=seeded(5))
+    assert bank.weights_of(5).dtype == torch.float64
+    module = bank.module(5)
+    assert {p.dtype for p in module.parameters()} == {torch.float64}
+    with torch.no_grad():
+        bank.weights_of(5).add_(1e-12)
+    bank.add(6, generator=seeded(6))
+    bank.assign(6, bank.module(5))
+    for name, weight in bank.named_weights(5).items():
+        assert torch.equal(bank.named_weights(6)[name], weight)
+
+
+def test_a_dropout_in_the_template_knows_the_mode() -> None:
+    bank = bank_of(0, template=nn.Sequential(nn.Linear(3, 64), nn.Dropout(0.5)))
+    x = torch.ones(1, 3)
+    dropped = (call(bank, x, [0]) == 0).float().mean()
+    assert 0.2 < dropped < 0.8
+    bank.eval()
+    assert (call(bank, x, [0]) == 0).sum() == 0
+    assert (call(copy.deepcopy(bank), x, [0]) == 0).sum() == 0
+    bank.train()
+    assert (call(bank, x, [0]) == 0).any()
+
+
+# --- compiled -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_in_one_graph(training: bool) -> None:
+    torch.compiler.reset()
+    template = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 3, padding=1), nn.Flatten(1), nn.Linear(8, 3))
+    bank, x, index = bank_of(0, 2, 3, template=template).train(training), normal(5, 4), torch.tensor([0, 0, 1, 2, 2])
+
+    def run(x: Tensor, index: Tensor) -> Tensor:
+        return bank(x, Groups(index, 3), [3, 0, 2])
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager", dynamic=False)
+    with torch.set_grad_enabled(training):
+        assert torch.equal(compiled(x, index), run(x, index))
+        with torch.no_grad():
+            bank.weights_of(3).add_(1)
+        y, expected = compiled(x, index), run(x, index)
+    assert torch.equal(y, expected)
+    if training:
+        found, wanted = (torch.autograd.grad(out.sum(), list(bank.parameters())) for out in (y, expected))
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.equal(a, b)
+
+
+# --- what it says -------------------------------------------------------------------------------------------
+
+
+def test_shows_its_structure() -> None:
+    text = repr(bank_of(0, 12, template=nn.Sequential(nn.Linear(3, 5), nn.Tanh())))
+    assert "nodes=[0, 12], parameters_per_node=20" in text  # without what fills up the alignment
+    assert "(0): Linear(in_features=3, out_features=5, bias=True)" in text and "(1): Tanh()" in text
+
+
+def test_refuses_buffers() -> None:
+    with pytest.raises(ValueError, match=r"must not keep buffers, found \['1.running_mean', .*use LayerNorm"):
+        NodeBank(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+
+
+def test_refuses_shared_weights() -> None:
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"one weight in two places, found \['2.bias', '2.weight'\] used before"):
+        NodeBank(nn.Sequential(layer, nn.Tanh(), layer))
+
+
+def test_refuses_a_node_twice() -> None:
+    with pytest.raises(ValueError, match="node 3 has weights already; remove it first"):
+        bank_of(3).add(3)
+
+
+def test_refuses_unknown_nodes() -> None:
+    bank = bank_of(0, 2)
+    bank_calls: list[Callable[[], object]] = [
+        lambda: bank.weights_of(1),
+        lambda: bank.named_weights(1),
+        lambda: bank.module(1),
+        lambda: bank.assign(1, small()),
+        lambda: bank.remove(1),
+        lambda: bank.add(5, like=1),
+        lambda: call(bank, normal(2, 3), [0, 1]),
+    ]
+    for refused in bank_calls:
+        with pytest.raises(KeyError, match=r"node 1 has no weights here; those that have are \[0, 2\]"):
+            refused()
+    assert bank.nodes == (0, 2)
+
+
+def test_refuses_other_modules() -> None:
+    bank = bank_of(0)
+    before = bank.weights_of(0).clone()
+    wider, shorter = small(), nn.Sequential(nn.Linear(3, 5))
+    wider[3] = nn.Linear(5, 2)  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"not built like the template: '3.bias' should have shape \(1,\), found \(2,"):
+        bank.assign(0, wider)
+    with pytest.raises(ValueError, match=r"'1.bias' should have shape \(5,\), found None"):
+        bank.assign(0, shorter)
+    assert torch.equal(bank.weights_of(0), before)
+
+
+def test_refuses_rows_that_do_not_fit_the_nodes() -> None:
+    bank, x = bank_of(0, 2), normal(2, 3)
+    with pytest.raises(ValueError, match="expected at least one node"):
+        bank(x[:0], Groups(torch.zeros(0, dtype=torch.int64), 0), [])
+    with pytest.raises(ValueError, match="2 sets of weights for 1 groups"):
+        bank(x, Groups(torch.tensor([0, 0]), 1), [0, 2])
+
+
+def test_refuses_layers_that_cannot_be_drawn() -> None:
+    with pytest.raises(TypeError, match="PReLU owns the parameters"):
+        NodeBank(nn.PReLU()).add(0)
