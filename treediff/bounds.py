@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +54,8 @@ def iwae(
     model: TreeVAE, x: Tensor, samples: int, *, chunk: int = 64, generator: torch.Generator | None = None
 ) -> Tensor:
     """The importance-weighted bound, `(B,)` in nats; see `TreeVAE.iwae`."""
+    if not (isinstance(samples, Integral) and isinstance(chunk, Integral)):
+        raise TypeError(f"samples and chunk must be integers, found {samples!r} and {chunk!r}")
     if samples < 1 or chunk < 1:
         raise ValueError(f"samples and chunk must be at least 1, found {samples} and {chunk}")
     features = model.features(x)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,7 +76,7 @@ def sample(
     """Draw `n` images through `node` (the root by default); see `TreeVAE.sample`."""
     tree = model.topology
     forced = tree.path(tree.root if node is None else node)
-    _check(n, temperature)
+    _check(n, temperature, first_index)
     seed, device, dtype = seed_from(generator), model.device, model.dtype
     plan = model.plan(None, device)
     ids = torch.tensor(plan.nodes, device=device)
@@ -122,7 +123,14 @@ def _by_node(bank: NodeBank, x: Tensor, rank: Tensor, nodes: list[int]) -> Tenso
     return y[order.argsort()]
 
 
-def _check(n: int, temperature: float) -> None:
+def _check(n: int, temperature: float, first_index: int) -> None:
+    # A whole number of numpy's will do; True is no count.
+    counts = all(isinstance(i, Integral) and not isinstance(i, bool) for i in (n, first_index))
+    if not counts or not isinstance(temperature, Real):
+        raise TypeError(
+            f"n and first_index must be integers and temperature a number; found n={n!r}, first_index={first_index!r} "
+            f"and temperature={temperature!r}"
+        )
     if n < 0 or not 0 <= temperature < math.inf:
         raise ValueError(
             f"n and temperature must be at least 0, and temperature finite; found n={n} and temperature={temperature}"
@@ -143,7 +151,7 @@ def sample_leaves(
     generator: torch.Generator | None = None,
 ) -> LeafSamples:
     """Draw `n` roots and follow each to every leaf; see `TreeVAE.sample_leaves`."""
-    _check(n, temperature)
+    _check(n, temperature, first_index)
     seed, device, dtype = seed_from(generator), model.device, model.dtype
     plan = model.plan(None, device)
     ids = torch.tensor(plan.nodes, device=device)

@@ -70,6 +70,10 @@ class TreeNetworks(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(topology, TreeTopology):
+            raise TypeError(
+                f"topology must be a TreeTopology, found {topology!r}; TreeTopology.balanced(0) is a lone root"
+            )
         self.latent = tuple(latent)
         self.inputs = tuple(inputs)
         self.encoder = encoder
@@ -213,8 +217,12 @@ class TreeNetworks(nn.Module):
 
     def _leaf_ranks(self, leaf: Tensor, batch: int, leaves: Sequence[int]) -> Tensor:
         """Node ids of leaves, one per image, to their ranks among the `leaves` that a traversal reaches."""
+        if leaf.is_floating_point() or leaf.is_complex() or leaf.dtype == torch.bool:
+            raise TypeError(f"leaf must hold node ids, which are integers, found {leaf.dtype}")
         if leaf.shape != (batch,):
             raise ValueError(f"leaf must be one id for each of the {batch} images, found shape {tuple(leaf.shape)}")
+        if not leaves:
+            raise ValueError("the nodes to visit hold no leaf, so no path can end at one; add leaves to nodes")
         matches = leaf[:, None] == torch.tensor(leaves, dtype=torch.int64, device=leaf.device)
         if not bool(matches.any(1).all()):
             wrong = leaf[~matches.any(1)][0].item()
@@ -233,9 +241,14 @@ class TreeNetworks(nn.Module):
         """Raise unless `x` suits the model; values are looked at on a CPU only.
 
         Raises:
-            TypeError: if `x` is not floating point.
+            TypeError: if `x` is no tensor, not floating point, or of another dtype than the weights (which autocast
+                allows).
             ValueError: if it has another shape, is not finite, or leaves the range of the data.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"expected observations as a tensor, found {type(x).__name__}; torch.as_tensor(x) makes one"
+            )
         if not x.is_floating_point():
             raise TypeError(
                 f"expected floating-point observations, found {x.dtype}; convert them with .float(), and divide 8-bit "
@@ -244,6 +257,11 @@ class TreeNetworks(nn.Module):
         if x.ndim != len(self.inputs) + 1 or tuple(x.shape[1:]) != self.inputs:
             shape = ", ".join(str(n) for n in self.inputs)
             raise ValueError(f"expected observations of shape (batch, {shape}), found {tuple(x.shape)}")
+        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"expected observations of the dtype of the weights, {self.dtype}, found {x.dtype}; convert them with "
+                ".to(model.dtype), or the model with model.to(x.dtype)"
+            )
         # Looking at values would stop an accelerator's stream, and a compiled graph, at every step.
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             check_values(x, self.likelihood.data_range)

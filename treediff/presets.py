@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import nn
 
-from treediff.layers.blocks import BottomUpBlock, GaussianHead, LatentTransition, Router, Shape
+from treediff.layers.blocks import (
+    BottomUpBlock,
+    GaussianHead,
+    LatentTransition,
+    Router,
+    Shape,
+    check_positive,
+    check_shape,
+    check_size,
+)
 from treediff.layers.decoders import ConvDecoder, MLPDecoder, ResidualDecoder
 from treediff.layers.encoders import ConvEncoder, MLPEncoder, ResidualEncoder
 from treediff.layers.init import initialize
@@ -31,8 +41,9 @@ def image_parts(
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Parts for images; see `TreeVAE.for_images`."""
-    features = (width, *latent[1:])
-    outputs = (channels, *size)
+    check_positive(width=width, channels=channels)
+    features = (width, *check_shape("latent", latent)[1:])
+    outputs = (channels, *check_size("size", size))
     with torch.device("meta"):
         encoder: nn.Module
         decoder: nn.Module
@@ -69,6 +80,9 @@ def vector_parts(
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Parts for vectors; see `TreeVAE.for_vectors`."""
+    check_positive(features=features, width=width)
+    if len(check_shape("latent", latent)) != 1:
+        raise ValueError(f"latents of vectors are vectors: latent must be one number, found {latent}")
     with torch.device("meta"):
         encoder = MLPEncoder((features,), (width,), (2 * width,))
         decoder = MLPDecoder(latent, (features,), (width, width))
@@ -88,6 +102,8 @@ def _tree_parts(
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """The encoder and the ladder with weights; the node networks as templates without."""
+    if not isinstance(max_depth, Integral):
+        raise TypeError(f"max_depth must be a whole number, found {max_depth!r}")
     if max_depth < 0:
         raise ValueError(f"max_depth must be at least 0, found {max_depth}")
     with torch.device("meta"):

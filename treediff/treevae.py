@@ -20,6 +20,7 @@ from torch import Tensor
 
 from treediff.bounds import elbo_of, iwae
 from treediff.generation import LeafSamples, TreeSample, sample, sample_leaves
+from treediff.layers.blocks import check_shape, check_size
 from treediff.layers.grouped import Groups
 from treediff.networks import TreeNetworks
 from treediff.posterior import ELBO, TreePosterior, leaf_log_probs_of
@@ -79,17 +80,18 @@ class TreeVAE(TreeNetworks):
             >>> model.elbo(torch.rand(4, 1, 28, 28)).elbo.shape
             torch.Size([4])
         """
-        height, breadth = (size, size) if isinstance(size, int) else size
+        size = (size, size) if isinstance(size, int) else check_size("size", size)
+        latent = (latent,) if isinstance(latent, int) else check_shape("latent", latent)
         config: dict[str, Any] = {
-            "size": [height, breadth],
+            "size": list(size),
             "channels": channels,
-            "latent": [latent] if isinstance(latent, int) else list(latent),
+            "latent": list(latent),
             "width": width,
             "max_depth": max_depth,
             "network": network,
             "likelihood": likelihood,
         }
-        settings: dict[str, Any] = {**config, "size": (height, breadth), "latent": tuple(config["latent"])}
+        settings: dict[str, Any] = {**config, "size": size, "latent": latent}
         parts = image_parts(**settings, generator=generator, device=device, dtype=dtype)
         model = cls(topology=topology or TreeTopology.balanced(0), **parts)
         model.config = {"for_images": config}
@@ -123,7 +125,7 @@ class TreeVAE(TreeNetworks):
             "max_depth": max_depth,
             "likelihood": likelihood,
         }
-        settings: dict[str, Any] = {**config, "latent": (latent,)}
+        settings: dict[str, Any] = {**config, "latent": (latent,) if isinstance(latent, int) else latent}
         parts = vector_parts(**settings, generator=generator, device=device, dtype=dtype)
         model = cls(topology=topology or TreeTopology.balanced(0), **parts)
         model.config = {"for_vectors": config}
@@ -131,12 +133,23 @@ class TreeVAE(TreeNetworks):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TreeVAE:
-        """The untrained model that `model.config` describes; global random state is left alone."""
-        ((factory, arguments),) = config.items()
-        if factory not in ("for_images", "for_vectors"):
-            raise ValueError(f"expected a configuration for for_images or for_vectors, found {factory!r}")
+        """The untrained model that `model.config` describes; global random state is left alone.
+
+        Raises:
+            ValueError: if it is not what a factory of this class wrote.
+        """
+        factories = ("for_images", "for_vectors")
+        entries = list(config.items()) if isinstance(config, Mapping) else []
+        if len(entries) != 1 or entries[0][0] not in factories or not isinstance(entries[0][1], Mapping):
+            raise ValueError(
+                f"expected a configuration {{name: arguments}} of {' or '.join(factories)}, found {config!r}"
+            )
+        factory, arguments = entries[0]
         fixed = {key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
-        model: TreeVAE = getattr(cls, factory)(**fixed, generator=torch.Generator().manual_seed(0))
+        try:
+            model: TreeVAE = getattr(cls, factory)(**fixed, generator=torch.Generator().manual_seed(0))
+        except TypeError as error:
+            raise ValueError(f"the configuration {config!r} does not fit {factory}: {error}") from error
         return model
 
     # --- one traversal ------------------------------------------------------------------------------------
@@ -183,7 +196,10 @@ class TreeVAE(TreeNetworks):
             the structured result that bounds, clusters and reconstructions are read from.
 
         Raises:
-            ValueError: if `x` has another shape, is not finite, or leaves the range of the data.
+            TypeError: if `x` or `leaf` has the wrong dtype.
+            KeyError: if an id in `nodes` is unknown, or one in `leaf` is not that of a leaf to visit.
+            ValueError: if `x` has another shape, is not finite, or leaves the range of the data; if `leaf` or `noise`
+                has another shape, `nodes` lacks a parent, or the threshold is no probability below 1.
         """
         self.check(x)
         features = self.features(x)
@@ -207,8 +223,14 @@ class TreeVAE(TreeNetworks):
         if noise is None:
             noise = torch.randn(mean_hat.shape, generator=generator, dtype=rows.dtype, device=rows.device)
         else:
+            wanted = (visits.batch, len(self.topology), *self.latent)
+            if noise.shape != wanted:
+                raise ValueError(
+                    f"noise must have one standard normal latent for each image and node, shape {wanted}; found "
+                    f"{tuple(noise.shape)}"
+                )
             order = torch.tensor([self.topology.index[n] for n in visits.plan.nodes], device=rows.device)
-            noise = noise[visits.image, order[visits.node]]
+            noise = noise[visits.image, order[visits.node]].to(rows.dtype)
         return self._top_down(visits, mean_hat, logvar_hat, noise)
 
     def _top_down(self, visits: Visits, mean_hat: Tensor, logvar_hat: Tensor, noise: Tensor) -> TreePosterior:
@@ -269,6 +291,7 @@ class TreeVAE(TreeNetworks):
             chunk: samples in memory at a time.
 
         Raises:
+            TypeError: if `samples` or `chunk` is no integer, or `x` has the wrong dtype.
             ValueError: if `samples` or `chunk` is below 1, or `x` is not what the model takes.
         """
         self.check(x)
@@ -296,8 +319,12 @@ class TreeVAE(TreeNetworks):
 
         Raises:
             KeyError: if an id is not that of a leaf.
+            TypeError: if ids are not integers.
+            ValueError: if there is not one id for each image.
         """
-        chosen = self.cluster(x) if leaf is None else torch.as_tensor(leaf, device=x.device).expand(len(x))
+        chosen = self.cluster(x) if leaf is None else torch.as_tensor(leaf, device=x.device)
+        if chosen.ndim == 0:
+            chosen = chosen.expand(len(x))
         posterior = self.posterior(x, leaf=chosen, generator=generator)
         visits = posterior.visits
         leaves = visits.at_leaves()
@@ -336,6 +363,7 @@ class TreeVAE(TreeNetworks):
 
         Raises:
             KeyError: if there is no such node.
+            TypeError: if `n` or `first_index` is no integer, or the temperature no number.
             ValueError: if `n` or the temperature is negative.
         """
         return sample(self, n, node=node, temperature=temperature, first_index=first_index, generator=generator)

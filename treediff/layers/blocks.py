@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ def check_numbers(name: str, numbers: Sequence[int], *, some: bool = True) -> Sh
     """Sizes or widths: a tuple of whole numbers from 1 on, and not an empty one where there must be `some`."""
     if isinstance(numbers, int):
         raise TypeError(f"{name} must be a tuple of numbers, found {numbers}; write ({numbers},) for one")
+    if not isinstance(numbers, Sequence) or not all(isinstance(number, Integral) for number in numbers):
+        raise TypeError(f"{name} must be a tuple of whole numbers, found {numbers!r}")
     numbers = tuple(numbers)
     if min(numbers, default=0 if some else 1) < 1:
         raise ValueError(f"{name} must hold numbers of at least 1, found {numbers}")
@@ -46,8 +49,10 @@ def check_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def check_positive(**numbers: int) -> None:
-    """Counts and widths begin at 1."""
+    """Counts and widths are whole numbers and begin at 1."""
     for name, number in numbers.items():
+        if not isinstance(number, Integral):
+            raise TypeError(f"{name} must be a whole number, found {number!r}")
         if number < 1:
             raise ValueError(f"{name} must be at least 1, found {number}")
 
