@@ -107,6 +107,8 @@ def sample(
 def _next_position(model: TreeVAE, plan: TreePlan, position: Tensor, z: Tensor, seed: int, index: Tensor) -> Tensor:
     """Where each image goes by the prior routers; -1 for those that are at a leaf."""
     left, right = plan.turns[:, position]
+    if not plan.routed:
+        return left
     deciding = plan.routed_rank[position] >= 0
     rank = plan.routed_rank[position[deciding]]
     logits = _by_node(model.prior_routers, z[deciding], rank, plan.ids(plan.routed))
