@@ -304,8 +304,8 @@ class TreeVAE(TreeNetworks):
 
     def cluster(self, x: Tensor) -> Tensor:
         """The id of each image's most probable leaf, `(B,)`."""
-        leaves = torch.tensor(self.topology.leaves, device=x.device)
-        return leaves[self.leaf_log_probs(x).argmax(1)]
+        best = self.leaf_log_probs(x).argmax(1)
+        return torch.tensor(self.topology.leaves, device=best.device)[best]
 
     def reconstruct(
         self, x: Tensor, *, leaf: Tensor | int | None = None, generator: torch.Generator | None = None
@@ -322,6 +322,7 @@ class TreeVAE(TreeNetworks):
             TypeError: if ids are not integers.
             ValueError: if there is not one id for each image.
         """
+        self.check(x)
         chosen = self.cluster(x) if leaf is None else torch.as_tensor(leaf, device=x.device)
         if chosen.ndim == 0:
             chosen = chosen.expand(len(x))
