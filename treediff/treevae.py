@@ -229,8 +229,7 @@ class TreeVAE(TreeNetworks):
                     f"noise must have one standard normal latent for each image and node, shape {wanted}; found "
                     f"{tuple(noise.shape)}"
                 )
-            order = torch.tensor([self.topology.index[n] for n in visits.plan.nodes], device=rows.device)
-            noise = noise[visits.image, order[visits.node]].to(rows.dtype)
+            noise = noise[visits.image, visits.plan.rank[visits.node]].to(rows.dtype)
         return self._top_down(visits, mean_hat, logvar_hat, noise)
 
     def _top_down(self, visits: Visits, mean_hat: Tensor, logvar_hat: Tensor, noise: Tensor) -> TreePosterior:

@@ -42,6 +42,7 @@ class TreePlan:
         levels: positions of each depth, as ranges.
         routed: positions where a router decides, in level order.
         leaves: positions of the tree's leaves, in level order.
+        rank: `(N,)` where each position stands among all nodes of the tree, in level order.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class TreePlan:
         self.device = torch.device(device) if device is not None else torch.device("cpu")
         self._turns = turns
         self.turns = self._tensor(turns).T.contiguous()
+        self.rank = self._tensor([i for i, n in enumerate(topology.ids) if n in wanted])
         self.routed_rank = self._ranks(self.routed)
         self.leaf_rank = self._ranks(self.leaves)
 
