@@ -106,7 +106,7 @@ def sample(
 
 def _next_position(model: TreeVAE, plan: TreePlan, position: Tensor, z: Tensor, seed: int, index: Tensor) -> Tensor:
     """Where each image goes by the prior routers; -1 for those that are at a leaf."""
-    left, right = plan.turns[:, position]
+    left, right = plan.turns[:, position].unbind()
     if not plan.routed:
         return left
     deciding = plan.routed_rank[position] >= 0

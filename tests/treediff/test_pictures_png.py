@@ -1,0 +1,160 @@
+"""The drawing of a tree as one PNG: its size, what is in it, and that nothing else is touched."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from strategies import quick, topologies
+from summaries import image_model, made_up, summary_of
+
+from treediff import TreeTopology
+from treediff.pictures import TreeSummary, draw_tree
+from treediff.pictures.geometry import place
+from treediff.pictures.tiles import fit, pixels, png_bytes, tile_size
+
+Array = npt.NDArray[np.uint8]
+
+
+def drawn(summary: TreeSummary, path: Path, **settings: int) -> Array:
+    draw_tree(summary, path, **settings)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def test_a_drawing_shows_the_images_of_every_node(tmp_path: Path) -> None:
+    summary = summary_of(image_model(), n=40)
+    picture = drawn(summary, tmp_path / "tree.png")
+    plan = place(summary, 150)
+    assert picture.shape[1] == plan.width and plan.height < picture.shape[0] < plan.height + 300
+    for node in summary:
+        block = plan.blocks[node.id]
+        for panel, images in ((block.generated, node.samples), (block.real, node.members)):
+            if panel is None or not len(images):
+                continue
+            left, top = panel.left + plan.frame, panel.top + plan.frame
+            tile = picture[top : top + plan.tile[0], left : left + plan.tile[1]]
+            np.testing.assert_array_equal(tile, np.broadcast_to(fit(pixels(images[:1]), max(plan.tile))[0], tile.shape))
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("members", [0, 4])
+def test_sizes_are_sane_with_and_without_labels_and_real_images(tmp_path: Path, members: int, labels: bool) -> None:
+    names = ("cat", "dog") if labels else None
+    picture = drawn(made_up(members=members, class_names=names), tmp_path / "tree.png")
+    assert 500 < picture.shape[0] < 2000 and 700 <= picture.shape[1] < 2000
+    assert picture.mean() > 128 and picture.std() > 5  # dark on light, and not blank
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 13, 40])
+def test_the_width_grows_with_the_leaves(tmp_path: Path, leaves: int) -> None:
+    tree = TreeTopology.balanced(0)
+    while len(tree.leaves) < leaves:
+        tree = tree.split(tree.leaves[0])
+    width = drawn(made_up(tree), tmp_path / "tree.png", dpi=60).shape[1] * 150 / 60
+    assert max(650, 150 * leaves) < width < 280 * leaves + 700
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 96, 64), (1, 1, 1), (3, 200, 300)])
+def test_images_of_any_shape(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    assert drawn(made_up(shape=shape), tmp_path / "tree.png", dpi=70).size
+
+
+@quick
+@given(topologies(max_steps=10), st.sampled_from([40, 97, 150, 300]))
+def test_blocks_do_not_meet_and_lie_inside(tree: TreeTopology, dpi: int) -> None:
+    plan = place(made_up(tree), dpi)
+    blocks = list(plan.blocks.values())
+    assert set(plan.blocks) == set(tree)
+    for i, first in enumerate(blocks):
+        assert 0 <= first.left < first.right <= plan.width and 0 <= first.top < first.bottom <= plan.height
+        for second in blocks[:i]:
+            apart = first.right <= second.left or second.right <= first.left
+            assert apart or first.bottom <= second.top or second.bottom <= first.top
+    for child, line in plan.edges.items():
+        parent = tree.parent(child)
+        assert parent is not None
+        assert line[0] == (plan.blocks[parent].x, plan.blocks[parent].bottom)
+        assert line[-1] == (plan.blocks[child].x, plan.blocks[child].top)
+    assert set(plan.edges) == set(tree) - {tree.root}
+
+
+def test_the_same_summary_gives_the_same_bytes_whatever_the_style(tmp_path: Path) -> None:
+    draw_tree(made_up(), tmp_path / "one.png")
+    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "text.color": "red", "savefig.dpi": 10}):
+        before = dict(matplotlib.rcParams)
+        draw_tree(made_up(), tmp_path / "two.PNG")
+        assert dict(matplotlib.rcParams) == before
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.PNG").read_bytes()
+
+
+def test_text_is_taken_literally(tmp_path: Path) -> None:
+    drawn(made_up(class_names=("$x_1$ & <b>", "a very long name " * 20, "\n")), tmp_path / "tree.png", dpi=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "dpi", "message"),
+    [
+        ("tree.jpg", 150, "draw_tree writes PNG files: expected a name that ends in .png, found"),
+        ("tree", 150, "draw_tree writes PNG files: expected a name that ends in .png, found"),
+        ("tree.png", 39, "dpi must be at least 40 for labels that can be read, found 39"),
+        ("tree.png", 100_000, "more than 65000 to a side; choose dpi below 100000, or use write_html"),
+    ],
+)
+def test_errors_teach_and_write_nothing(tmp_path: Path, name: str, dpi: int, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        draw_tree(made_up(), tmp_path / name, dpi=dpi)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.style", None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'treediff[pictures]', or use write_html")):
+        draw_tree(made_up(), tmp_path / "tree.png")
+
+
+# --- tiles --------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 3]), st.integers(0, 2**32))
+def test_png_bytes_are_read_back_by_another_library(height: int, width: int, channels: int, seed: int) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
+    with Image.open(io.BytesIO(png_bytes(image))) as found:
+        found.load()
+        np.testing.assert_array_equal(np.asarray(found).reshape(image.shape), image)
+
+
+@quick
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32))
+def test_fitting_repeats_pixels_or_averages_blocks(height: int, width: int, target: int, seed: int) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (1, height, width, 1), np.uint8)
+    found = fit(image, target)
+    assert found.shape == (1, *tile_size(height, width, target), 1) and max(found.shape[1:3]) <= target
+    longest = max(height, width)
+    if longest <= target:
+        factor = target // longest
+        np.testing.assert_array_equal(found[:, ::factor, ::factor], image)
+        return
+    block = -(-longest // target)
+    for i in range(found.shape[1]):
+        for j in range(found.shape[2]):
+            # Blocks that stick out of the image repeat its edge.
+            rows = np.minimum(np.arange(i * block, (i + 1) * block), height - 1)
+            columns = np.minimum(np.arange(j * block, (j + 1) * block), width - 1)
+            assert found[0, i, j, 0] == np.round(image[0, :, :, 0][np.ix_(rows, columns)].astype(float).mean())
+
+
+def test_values_outside_of_the_range_are_cut_off() -> None:
+    images = np.array([[[[-1.0, 0.0, 0.5, 1.0, 9.0]]]], np.float32)
+    assert pixels(images).tolist() == [[[[0], [0], [128], [255], [255]]]]
