@@ -22,7 +22,7 @@ from treediff.data import batches
 from treediff.layers.annealing import KLAnnealing
 from treediff.layers.blocks import Router
 from treediff.treevae import TreeVAE
-from treediff.two_means import two_means
+from treediff.normalized_cut import normalized_cut
 
 __all__ = ["LeafStatistics", "Stage", "TreeGrowth"]
 
@@ -287,7 +287,7 @@ class TreeGrowth:
             posterior = model.posterior(x, nodes=path, generator=generator)
             features.append(model.features(x)[depth])
             latents.append(posterior.mean[posterior.visits.starts[-2] :])
-        router.cut(torch.cat(features), two_means(torch.cat(latents)))
+        router.cut(torch.cat(features), normalized_cut(torch.cat(latents)))
         model.posterior_routers.assign(node, router)
 
     def _prune(self, data: Tensor, probs: Tensor) -> None:

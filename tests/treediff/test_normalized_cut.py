@@ -1,0 +1,89 @@
+"""The normalised cut: against every cut of small graphs, another library, and clusters that k-means cannot part."""
+
+import itertools
+
+import pytest
+import torch
+from sklearn.cluster import SpectralClustering
+from sklearn.datasets import make_circles, make_moons
+
+from treediff.metrics import cluster_accuracy
+from treediff.normalized_cut import _affinity, normalized_cut
+
+
+def quotient(weight: torch.Tensor, side: torch.Tensor) -> float:
+    """`cut / vol(A) + cut / vol(B)`, written out."""
+    cut = sum(float(weight[i, j]) for i in range(len(side)) for j in range(len(side)) if side[i] and not side[j])
+    return sum(cut / float(weight[half].sum()) for half in (side, ~side))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_other_cut_of_a_small_graph_is_better_by_much(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randn(9, 2, generator=generator) + 4 * (torch.arange(9) % 2)[:, None]
+    weight = _affinity(points, 4)
+    sides = (torch.tensor(bits) for bits in itertools.product([False, True], repeat=9))
+    best = min(quotient(weight, side) for side in sides if 0 < side.sum() < 9)
+    found = quotient(weight, normalized_cut(points, neighbours=4, min_share=0.0))
+    assert best <= found + 1e-6
+    # Cheeger: the relaxed problem is never far off; with two blobs it is exact but for ties.
+    assert found <= 1.2 * best + 1e-6
+
+
+@pytest.mark.parametrize("make", [make_moons, make_circles])
+def test_clusters_of_any_shape_are_found(make) -> None:  # noqa: ANN001
+    settings = {"factor": 0.3} if make is make_circles else {}
+    points, label = make(600, noise=0.04, random_state=0, **settings)
+    side = normalized_cut(torch.from_numpy(points))
+    assert cluster_accuracy(torch.from_numpy(label), side.long()) == 1
+
+
+def test_it_agrees_with_another_library_on_the_same_graph() -> None:
+    generator = torch.Generator().manual_seed(1)
+    points = torch.randn(300, 5, generator=generator)
+    points[:110] += 2.5
+    other = SpectralClustering(2, affinity="precomputed", random_state=0).fit(_affinity(points, 10).double().numpy())
+    side = normalized_cut(points)
+    assert cluster_accuracy(torch.from_numpy(other.labels_).long(), side.long()) >= 0.98
+
+
+def test_a_small_cluster_far_away_is_cut_off_only_if_its_share_is_large_enough() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(400, 3, 2, 2, generator=generator)
+    points[:30] += 12
+    small = torch.arange(400) < 30
+    free, bound = (normalized_cut(points, min_share=share) for share in (0.05, 0.2))
+    assert torch.equal(free, free[0] == small)
+    assert bound.sum().item() in range(80, 321)
+
+
+def test_points_outside_the_graph_follow_their_neighbours() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(1000, 4, generator=generator)
+    right = torch.arange(1000) % 3 == 0
+    points[right] += 10
+    side = normalized_cut(points, max_points=100)
+    assert torch.equal(side, side[0] == right)
+
+
+def test_the_answer_depends_on_nothing_but_the_points() -> None:
+    points = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    state = torch.get_rng_state()
+    assert torch.equal(normalized_cut(points), normalized_cut(points.double()))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_few_points_and_points_that_are_all_alike_are_cut_all_the_same(n: int) -> None:
+    assert 0 < normalized_cut(torch.arange(n).float()[:, None]).sum() < n
+    assert 0 < normalized_cut(torch.ones(n, 2)).sum() < n
+
+
+def test_bad_points_and_settings_are_errors() -> None:
+    with pytest.raises(ValueError, match="two clusters need at least 2 points, found 1"):
+        normalized_cut(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="points must be finite"):
+        normalized_cut(torch.tensor([[0.0], [torch.nan]]))
+    for settings in ({"neighbours": 0}, {"max_points": 1}, {"min_share": 0.6}):
+        with pytest.raises(ValueError, match="min_share between 0 and 0.5; found"):
+            normalized_cut(torch.zeros(4, 1), **settings)
