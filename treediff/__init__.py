@@ -4,6 +4,7 @@
 `treediff.layers`.
 """
 
+from treediff.contrast import TreeContrast
 from treediff.growth import LeafStatistics, Stage, TreeGrowth
 from treediff.posterior import ELBO, TreePosterior
 from treediff.topology import TreeTopology
@@ -11,4 +12,4 @@ from treediff.treevae import TreeVAE
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["ELBO", "LeafStatistics", "Stage", "TreeGrowth", "TreePosterior", "TreeTopology", "TreeVAE"]
+__all__ = ["ELBO", "LeafStatistics", "Stage", "TreeContrast", "TreeGrowth", "TreePosterior", "TreeTopology", "TreeVAE"]

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from treediff.bounds import elbo_of
+from treediff.contrast import TreeContrast
 from treediff.data import batches
 from treediff.layers.annealing import KLAnnealing
 from treediff.layers.blocks import Router
-from treediff.treevae import TreeVAE
 from treediff.normalized_cut import normalized_cut
+from treediff.treevae import TreeVAE
 
 __all__ = ["LeafStatistics", "Stage", "TreeGrowth"]
 
@@ -107,19 +108,37 @@ class Stage:
         for picked in batches(len(self.rows), batch_size, generator=generator):
             yield self.rows[picked]
 
-    def loss(self, x: Tensor, kl_weight: float = 1.0, *, generator: torch.Generator | None = None) -> Tensor:
+    def loss(
+        self,
+        x: Tensor,
+        kl_weight: float = 1.0,
+        *,
+        contrast: TreeContrast | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """The scalar to minimise for a batch of observations.
 
         In a subtree stage only the path to the split node and its two children run, and only the terms that the
         children and the split's decision take part in count, each weighted by the probability of reaching them.
+
+        Args:
+            x: `(B, *inputs)`; with `contrast`, the first views and then the second ones, each its own target.
+            kl_weight: weight of the KL terms.
+            contrast: adds its terms; in a subtree stage only that of the split's decision.
+            generator: where the noise of the latents comes from.
+
+        Raises:
+            ValueError: if `x` is not what the model takes, or with `contrast` does not consist of two halves.
         """
         model, split = self.model, self.split
-        if split is None:
-            return model.elbo(x, threshold=self.threshold, generator=generator).loss(kl_weight)
-        nodes = (*model.topology.path(split), *model.topology.children(split))
-        posterior = model.posterior(x, nodes=nodes, threshold=self.threshold, generator=generator)
-        depth = model.topology.depth(split)
-        return elbo_of(model, posterior, x, from_depth=depth).loss(kl_weight)
+        nodes = None if split is None else (*model.topology.path(split), *model.topology.children(split))
+        model.check(x)
+        ladder = model.features(x)
+        visits = model.route(ladder, nodes=nodes, threshold=self.threshold)
+        posterior = model.latents(ladder, visits, generator=generator)
+        depth = None if split is None else model.topology.depth(split)
+        loss = elbo_of(model, posterior, x, from_depth=depth).loss(kl_weight)
+        return loss if contrast is None else loss + contrast(ladder, visits, split=split)
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """The normalised cut: against every cut of small graphs, another library, and clusters that k-means cannot part."""
 
 import itertools
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from sklearn.cluster import SpectralClustering
@@ -31,7 +33,7 @@ def test_no_other_cut_of_a_small_graph_is_better_by_much(seed: int) -> None:
 
 
 @pytest.mark.parametrize("make", [make_moons, make_circles])
-def test_clusters_of_any_shape_are_found(make) -> None:  # noqa: ANN001
+def test_clusters_of_any_shape_are_found(make: Callable[..., tuple[np.ndarray, np.ndarray]]) -> None:
     settings = {"factor": 0.3} if make is make_circles else {}
     points, label = make(600, noise=0.04, random_state=0, **settings)
     side = normalized_cut(torch.from_numpy(points))
@@ -85,5 +87,5 @@ def test_bad_points_and_settings_are_errors() -> None:
     with pytest.raises(ValueError, match="points must be finite"):
         normalized_cut(torch.tensor([[0.0], [torch.nan]]))
     for settings in ({"neighbours": 0}, {"max_points": 1}, {"min_share": 0.6}):
-        with pytest.raises(ValueError, match="min_share between 0 and 0.5; found"):
+        with pytest.raises(ValueError, match="min_share between 0 and"):
             normalized_cut(torch.zeros(4, 1), **settings)
