@@ -73,10 +73,9 @@ class TreeContrast(nn.Module):
         self.weight, self.temperature = weight, temperature
         with torch.no_grad():
             ladder = model.features(torch.zeros(1, *model.inputs, device=model.device, dtype=model.dtype))
-        factory = {"device": model.device, "dtype": model.dtype}
         with torch.device("meta"):
             heads = [ProjectionHead(in_features=d[0].numel(), hidden=hidden, out_features=out_features) for d in ladder]
-        self.heads = nn.ModuleList(heads).to_empty(device=factory["device"]).to(factory["dtype"])
+        self.heads = nn.ModuleList(heads).to_empty(device=model.device).to(model.dtype)
         initialize(self.heads, generator=generator)
 
     def extra_repr(self) -> str:

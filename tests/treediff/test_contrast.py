@@ -93,7 +93,7 @@ def test_no_images_cost_nothing(model: TreeVAE) -> None:
 
 def test_rows_without_a_partner_are_an_error(model: TreeVAE) -> None:
     contrast, ladder = TreeContrast(model), model.features(views()[:5])
-    with pytest.raises(ValueError, match="first views and then the second views .* found 5 rows"):
+    with pytest.raises(ValueError, match=r"first views and then the second views .* found 5 rows"):
         contrast(ladder, model.route(ladder))
     with pytest.raises(ValueError, match="weight must be finite and at least 0, found -1"):
         TreeContrast(model, weight=-1)
