@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import settings
+from strategies import quick
 from torch import Tensor
 from worlds import seeded
 
@@ -12,6 +14,9 @@ from treediff import TreeTopology, TreeVAE
 KINDS = ("vectors", "mlp", "conv", "maps", "colour")
 GROWN = TreeTopology.balanced(1).split(2).split(3)
 PRUNED = TreeTopology.balanced(2).split(4).prune(3).prune(5)  # pass-throughs at 1 and 2
+
+
+few = settings(quick, max_examples=20)  # each example builds a model or two
 
 
 def build(

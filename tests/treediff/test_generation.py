@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import GROWN, KINDS, PRUNED, build, louder
-from strategies import quick, topologies
+from models import GROWN, KINDS, PRUNED, build, few, louder
+from strategies import topologies
 from torch import Tensor
 from worlds import seeded
 
@@ -88,7 +88,7 @@ def test_equals_a_loop_over_images_and_nodes(tree: TreeTopology, kind: str) -> N
 
 
 @torch.no_grad()
-@quick
+@few
 @given(topologies(max_steps=7), st.integers(0, 63), st.integers(0, 5), st.integers(0, 2**32))
 def test_paths_are_valid_through_any_node_of_any_tree(tree: TreeTopology, number: int, n: int, seed: int) -> None:
     model = louder(build(tree, seed=seed), 5.0, only="prior_routers")

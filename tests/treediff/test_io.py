@@ -23,7 +23,7 @@ from treediff.networks import TreeNetworks
 
 TREES = {"lone root": TreeTopology.balanced(0), "chain": TreeTopology.chain(2), "grown": GROWN, "pruned": PRUNED}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-each_file = settings(quick, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+each_file = settings(quick, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
 
 
 def check_same(found: TreeVAE, model: TreeVAE) -> None:

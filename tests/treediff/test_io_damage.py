@@ -23,7 +23,7 @@ from torch import Tensor
 from treediff import TreeTopology, TreeVAE
 from treediff import io as treediff_io
 
-many = settings(quick, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+many = settings(quick, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import PRUNED, build, observations
-from strategies import quick, topologies
+from models import PRUNED, build, few, observations
+from strategies import topologies
 from summaries import SPLIT, image_model, labels_for, summary_of
 from worlds import seeded
 
@@ -95,7 +95,7 @@ def test_samples_are_those_of_the_model(kind: str) -> None:
         np.testing.assert_allclose(found[node].samples, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
-@quick
+@few
 @given(topologies(max_steps=6), st.integers(1, 12), st.integers(0, 3), st.integers(1, 9), st.integers(0, 2**32))
 def test_what_holds_for_every_tree(tree: TreeTopology, n: int, members: int, max_rows: int, seed: int) -> None:
     model = build(tree, "mlp", seed=seed, dtype=torch.float32)

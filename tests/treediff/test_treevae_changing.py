@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import GROWN, PRUNED, build, noise_for, observations
-from strategies import quick, topologies
+from models import GROWN, PRUNED, build, few, noise_for, observations
+from strategies import topologies
 from torch import Tensor
 from worlds import seeded
 
@@ -100,7 +100,7 @@ def test_children_follow_the_generator_and_the_dtype() -> None:
     assert {value.dtype for value in first.values()} == {torch.float64}
 
 
-@quick
+@few
 @given(topologies(max_steps=7), st.integers(0, 63), SEEDS)
 def test_pruning_gives_a_leafs_probability_to_its_sibling(tree: TreeTopology, number: int, seed: int) -> None:
     if len(tree.leaves) == 1:
@@ -148,7 +148,7 @@ def test_pruning_drops_the_networks_of_what_is_gone_and_no_other() -> None:
     assert {name.rsplit(".", 1)[1] for name in now if name.startswith("heads.")} == {"0", "2", "5", "6"}
 
 
-@quick
+@few
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 63)), max_size=6), SEEDS)
 def test_any_history_gives_a_model_that_computes(history: list[tuple[bool, int]], seed: int) -> None:
     """A model built on the tree that growth ended with, given the same weights, agrees bit by bit."""

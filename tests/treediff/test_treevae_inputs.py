@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,12 @@ DOORS: dict[str, Callable[[TreeVAE, Tensor], object]] = {
 each_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 
 
+@lru_cache
+def model_of(kind: str) -> TreeVAE:
+    """One model for all the refusals, which leave it as it is."""
+    return build(GROWN, kind)
+
+
 def refused(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call()
@@ -38,7 +45,7 @@ def refused(call: Callable[[], object], error: type[Exception], message: str) ->
 @each_door
 @pytest.mark.parametrize("shape", [(), (4,), (1, 4), (2, 4, 3), (2, 1, 3, 4), (2, 2, 4, 3), (2, 1, 4, 3, 1), (0, 12)])
 def test_wrong_shapes(door: Callable[[TreeVAE, Tensor], object], shape: tuple[int, ...]) -> None:
-    model = build(GROWN, "mlp")
+    model = model_of("mlp")
     message = f"expected observations of shape (batch, 1, 4, 3), found {shape}"
     refused(lambda: door(model, torch.rand(shape).double()), ValueError, message)
 
@@ -47,7 +54,7 @@ def test_wrong_shapes(door: Callable[[TreeVAE, Tensor], object], shape: tuple[in
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("kind", ["vectors", "mlp"])
 def test_numbers_that_are_none(door: Callable[[TreeVAE, Tensor], object], bad: float, kind: str) -> None:
-    model = build(GROWN, kind)
+    model = model_of(kind)
     x = observations(model, 3)
     x.view(-1)[-1] = bad
     refused(lambda: door(model, x), ValueError, "observations must be finite, found NaN or infinity; clean or mask")
@@ -56,7 +63,7 @@ def test_numbers_that_are_none(door: Callable[[TreeVAE, Tensor], object], bad: f
 @each_door
 @pytest.mark.parametrize("kind", ["mlp", "conv", "colour"])
 def test_images_outside_of_their_range(door: Callable[[TreeVAE, Tensor], object], kind: str) -> None:
-    model = build(GROWN, kind)
+    model = model_of(kind)
     x = observations(model, 2).clamp(0.25, 0.75)
     x.view(-1)[:2] = torch.tensor([0.0, 255.0])
     refused(
@@ -80,7 +87,7 @@ def test_numbers_that_are_not_floating_point(door: Callable[[TreeVAE, Tensor], o
     message = (
         f"expected floating-point observations, found {dtype}; convert them with .float(), and divide 8-bit images"
     )
-    refused(lambda: door(build(GROWN, "mlp"), x), TypeError, message)
+    refused(lambda: door(model_of("mlp"), x), TypeError, message)
 
 
 @each_door
@@ -96,7 +103,11 @@ def test_numbers_of_another_precision(door: Callable[[TreeVAE, Tensor], object])
 @each_door
 @pytest.mark.parametrize("x", [np.zeros((2, 3)), [[0.0, 0.0, 0.0]], None], ids=["array", "list", "none"])
 def test_what_is_no_tensor(door: Callable[[TreeVAE, Any], object], x: Any) -> None:  # noqa: ANN401
-    refused(lambda: door(build(GROWN), x), TypeError, f"expected observations as a tensor, found {type(x).__name__}; ")
+    refused(
+        lambda: door(model_of("vectors"), x),
+        TypeError,
+        f"expected observations as a tensor, found {type(x).__name__}; ",
+    )
 
 
 # --- no row, one row ----------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import GROWN, PRUNED, build, louder, noise_for, observations
-from strategies import quick, topologies
+from models import GROWN, PRUNED, build, few, louder, noise_for, observations
+from strategies import topologies
 from worlds import seeded
 
 from treediff import TreeTopology, TreeVAE
@@ -27,7 +27,7 @@ def kl_bound(model: TreeVAE, size: float) -> float:
     return 64 * torch.finfo(model.dtype).eps * math.prod(model.latent) * (1 + size)
 
 
-@quick
+@few
 @given(topologies(max_steps=8), SURENESS, SEEDS, st.sampled_from([torch.float32, torch.float64]))
 def test_probabilities_of_the_leaves_sum_to_one(
     tree: TreeTopology, sureness: float, seed: int, dtype: torch.dtype
@@ -41,7 +41,7 @@ def test_probabilities_of_the_leaves_sum_to_one(
     torch.testing.assert_close(log_probs.logsumexp(1), torch.zeros(3, dtype=dtype), rtol=0, atol=digits)
 
 
-@quick
+@few
 @given(topologies(max_steps=8), SEEDS)
 def test_leaf_probabilities_are_the_products_of_the_decisions(tree: TreeTopology, seed: int) -> None:
     model = build(tree, seed=seed)
@@ -57,7 +57,7 @@ def test_leaf_probabilities_are_the_products_of_the_decisions(tree: TreeTopology
     torch.testing.assert_close(model.posterior(x).leaf_log_probs(), found, rtol=0, atol=0)
 
 
-@quick
+@few
 @given(topologies(max_steps=8), SCALES, SURENESS, SEEDS, st.sampled_from([torch.float32, torch.float64]))
 def test_no_divergence_is_negative(
     tree: TreeTopology, scale: float, sureness: float, seed: int, dtype: torch.dtype
@@ -78,7 +78,7 @@ def test_no_divergence_is_negative(
         assert term.isfinite().all() and term.min() >= -kl_bound(model, variances) * len(tree)
 
 
-@quick
+@few
 @given(topologies(max_steps=6), SCALES, SURENESS, SEEDS)
 def test_gradients_are_finite_however_sure_the_model_is(
     tree: TreeTopology, scale: float, sureness: float, seed: int

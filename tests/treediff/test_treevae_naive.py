@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import GROWN, KINDS, PRUNED, build, louder, noise_for, observations
-from strategies import quick, topologies
+from models import GROWN, KINDS, PRUNED, build, few, louder, noise_for, observations
+from strategies import topologies
 from torch import Tensor
 
 from treediff import ELBO, TreeTopology, TreeVAE
@@ -79,7 +79,7 @@ def test_equals_the_loop_over_nodes(tree: TreeTopology, kind: str) -> None:
     check_equal(build(tree, kind), n=3)
 
 
-@quick
+@few
 @given(topologies(max_steps=9), st.sampled_from(["vectors", "mlp", "maps"]), st.integers(0, 4), st.integers(0, 2**32))
 def test_equals_the_loop_on_any_tree(tree: TreeTopology, kind: str, n: int, seed: int) -> None:
     check_equal(build(tree, kind, seed=seed), n)

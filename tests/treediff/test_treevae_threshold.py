@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import GROWN, PRUNED, build, louder, noise_for, observations
-from strategies import quick, topologies
+from models import GROWN, PRUNED, build, few, louder, noise_for, observations
+from strategies import topologies
 from worlds import seeded
 
 from treediff import TreePosterior, TreeTopology, TreeVAE
@@ -39,7 +39,7 @@ def restricted(model: TreeVAE, exact: TreePosterior, x: torch.Tensor, threshold:
     return found
 
 
-@quick
+@few
 @given(topologies(max_steps=7), THRESHOLDS, st.sampled_from([1.0, 6.0]), st.integers(0, 2**32))
 def test_what_is_left_out_is_exactly_what_is_hardly_reached(
     tree: TreeTopology, threshold: float, sureness: float, seed: int
