@@ -58,6 +58,21 @@ def test_a_decision_is_taken_with_the_routers_probability() -> None:
         assert ((went - left)[some].sum().abs() <= 5 * spread).item()
 
 
+def test_the_noise_of_a_decision_is_not_that_of_its_latent() -> None:
+    """Where routers do not look at the latent, those that go left have latents like those that go right."""
+    drawn = linear_model(world(TreeTopology.balanced(2))).sample(20_000, generator=seeded(7))
+    for depth in (0, 1):
+        node, below = drawn.path[:, depth], drawn.path[:, depth + 1]
+        for parent in node.unique():
+            children = below[node == parent]
+            # Size and direction: either could tell what the draw was.
+            z = drawn.z[node == parent, depth]
+            seen = torch.cat([z, z.square(), z.square().sum(1, keepdim=True).log()], 1)
+            left, right = (seen[children == child] for child in children.unique())
+            error = (left.var(0) / len(left) + right.var(0) / len(right)).sqrt()
+            assert ((left.mean(0) - right.mean(0)).abs() < 5 * error).all()
+
+
 def test_pictures_have_the_moments_of_their_leaves() -> None:
     known, n = world(UNEVEN), 30_000
     model = linear_model(known)

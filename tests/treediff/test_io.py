@@ -85,6 +85,16 @@ def test_a_model_from_parts_is_filled(tmp_path: Path) -> None:
     assert torch.equal(found.leaf_log_probs(x), model.leaf_log_probs(x))
 
 
+def test_a_tree_of_the_same_ids_and_another_shape_replaces_the_old_one(tmp_path: Path) -> None:
+    model, other = build(TreeTopology.balanced(1)), build(TreeTopology.chain(2))
+    assert model.topology.ids == other.topology.ids
+    model.save(tmp_path / "model")
+    x = observations(model, 2)
+    other.cluster(x)  # a layout of the old tree is kept from now on
+    TreeVAE.load(tmp_path / "model", model=other)
+    assert torch.equal(other.leaf_log_probs(x), model.leaf_log_probs(x))
+
+
 def test_the_same_model_makes_the_same_bytes(tmp_path: Path) -> None:
     grown = build(TreeTopology.balanced(1))
     grown.split(2, generator=seeded())

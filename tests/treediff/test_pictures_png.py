@@ -73,7 +73,7 @@ def test_images_of_any_shape(tmp_path: Path, shape: tuple[int, int, int]) -> Non
 @quick
 @given(topologies(max_steps=10), st.sampled_from([40, 97, 150, 300]))
 def test_blocks_do_not_meet_and_lie_inside(tree: TreeTopology, dpi: int) -> None:
-    plan = place(made_up(tree), dpi)
+    plan = place(made_up(tree, samples=40), dpi)  # more than there is room for
     blocks = list(plan.blocks.values())
     assert set(plan.blocks) == set(tree)
     for i, first in enumerate(blocks):

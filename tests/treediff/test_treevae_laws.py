@@ -126,6 +126,9 @@ def test_part_of_a_tree_is_that_part_of_the_whole() -> None:
     for node in (0, 2, 4):
         torch.testing.assert_close(part.latents(node), whole.latents(node), rtol=1e-12, atol=1e-12)
     assert part.latents(5).isnan().all()
+    # Both ways to node 4 turn right; the left ones lead out of the part.
+    along = model.posterior(x, nodes=[4, 0, 2], leaf=torch.tensor([4, 4, 4])).visits
+    assert along.turns_left(torch.zeros(3, dtype=torch.int64)).tolist() == [False] * 6
     column = GROWN.leaves.index(4)
     torch.testing.assert_close(part.leaf_log_probs(), whole.leaf_log_probs()[:, [column]], rtol=1e-12, atol=1e-12)
 
