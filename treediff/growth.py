@@ -227,10 +227,11 @@ class TreeGrowth:
             self._prune(data, probs)
             return self._stage("final", everything)
         generator = torch.Generator().manual_seed(_seed(self.seed, len(self.history), -1))
+        # Rows that might as well be elsewhere would blur the cut.
+        certain = (probs.argmax(1) == self.model.topology.leaves.index(leaf)).nonzero().squeeze(1)
         self.model.split(leaf, warm_start=self.warm_start, generator=generator)
-        stage = self._subtree_stage("settle", data, leaf, self._membership(probs))
-        self._cut(leaf, data, stage.rows)
-        return stage
+        self._cut(leaf, data, certain)
+        return self._subtree_stage("settle", data, leaf, self._membership(probs))
 
     def _subtree_stage(self, kind: str, data: Tensor, split: int, above: float) -> Stage:
         """A stage on the rows that reach a node with a probability of at least `above`."""
@@ -294,20 +295,16 @@ class TreeGrowth:
 
     @torch.no_grad()
     def _cut(self, node: int, data: Tensor, rows: Tensor) -> None:
-        """Start a new posterior router as the two clusters of its rows' latents, so that neither child starves."""
-        model, router = self.model, self.model.posterior_routers.module(node)
+        """Start a new posterior router as a cut where its rows' features are thin, so that neither child starves."""
+        router = self.model.posterior_routers.module(node)
         if not isinstance(router, Router) or len(rows) < 2:
             return
         generator = torch.Generator(data.device).manual_seed(_seed(self.seed, len(self.history), -3))
         picked = rows[torch.randperm(len(rows), generator=generator, device=data.device)[:8192]]
-        path, depth = model.topology.path(node), model.topology.depth(node)
-        features, latents = [], []
-        for x in data[picked].split(self.batch_size):
-            posterior = model.posterior(x, nodes=path, generator=generator)
-            features.append(model.features(x)[depth])
-            latents.append(posterior.mean[posterior.visits.starts[-2] :])
-        router.cut(torch.cat(features), normalized_cut(torch.cat(latents)))
-        model.posterior_routers.assign(node, router)
+        depth = self.model.topology.depth(node)
+        features = torch.cat([self.model.features(x)[depth] for x in data[picked].split(self.batch_size)])
+        router.cut(features, normalized_cut(features))
+        self.model.posterior_routers.assign(node, router)
 
     def _prune(self, data: Tensor, probs: Tensor) -> None:
         """Remove, one by one, the leaf that fewest rows choose, while that is less than `min_share` of them."""

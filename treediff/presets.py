@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Integral
 from typing import Any
 
@@ -19,7 +18,7 @@ from treediff.layers.blocks import (
     check_shape,
     check_size,
 )
-from treediff.layers.decoders import ConvDecoder, MLPDecoder, ResidualDecoder
+from treediff.layers.decoders import MLPDecoder, PatchDecoder, ResidualDecoder
 from treediff.layers.encoders import ConvEncoder, MLPEncoder, ResidualEncoder
 from treediff.layers.init import initialize
 from treediff.layers.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood
@@ -50,7 +49,7 @@ def image_parts(
         if network == "mlp":
             encoder, decoder = MLPEncoder(outputs, features, (2 * width,)), MLPDecoder(latent, outputs)
         elif network == "conv":
-            encoder, decoder = ConvEncoder(channels, size, features), _small_decoder(latent, outputs, size)
+            encoder, decoder = ConvEncoder(channels, size, features), PatchDecoder(latent, channels, size)
         elif network == "residual":
             encoder = ResidualEncoder(channels, size, features)
             decoder = ResidualDecoder(latent, channels, size)
@@ -59,13 +58,6 @@ def image_parts(
     parts = _tree_parts(encoder, features, latent, width, max_depth, generator, device, dtype)
     parts.update(decoder=decoder, likelihood=_likelihood(likelihood, device, dtype), inputs=outputs)
     return parts
-
-
-def _small_decoder(latent: Shape, outputs: Shape, size: tuple[int, int]) -> nn.Module:
-    """One hidden layer while an image has at most 4096 numbers; beyond, convolutions need fewer weights."""
-    if math.prod(outputs) <= 4096:
-        return MLPDecoder(latent, outputs)
-    return ConvDecoder(latent, outputs[0], size)
 
 
 def vector_parts(
@@ -111,7 +103,7 @@ def _tree_parts(
         templates = {
             "head": GaussianHead(features, latent[0]),
             "transition": LatentTransition(latent, (width,)),
-            "posterior_router": Router(features, (width,)),
+            "posterior_router": Router(features, (max(1, width // 2),)),
             "prior_router": Router(latent, (max(1, width // 2),)),
         }
     for shared in (encoder, bottom_up):

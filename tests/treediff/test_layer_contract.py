@@ -81,6 +81,7 @@ LAYERS = {
     "ResidualBlock up": Layer(lambda **f: layers.ResidualBlock(16, 8, resample="up", **f), (16, 1, 2), (8, 2, 4)),
     "ResidualEncoder": Layer(lambda **f: layers.ResidualEncoder(3, (9, 7), (6,), 8, 16, **f), (3, 9, 7), (6,)),
     "MLPDecoder": Layer(lambda **f: layers.MLPDecoder((4,), (2, 3, 1), (8,), **f), (4,), (2, 3, 1)),
+    "PatchDecoder": Layer(lambda **f: layers.PatchDecoder((4,), 2, (9, 13), 6, 3, 5, 4, **f), (4,), (2, 9, 13)),
     "ConvDecoder": Layer(lambda **f: layers.ConvDecoder((4,), 2, (9, 13), 8, 4, **f), (4,), (2, 9, 13)),
     "ConvDecoder from maps": Layer(
         lambda **f: layers.ConvDecoder((4, 3, 3), 1, (6, 6), 8, 3, **f), (4, 3, 3), (1, 6, 6)

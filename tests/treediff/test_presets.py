@@ -12,7 +12,7 @@ from torch import nn
 from worlds import seeded
 
 from treediff import TreeTopology, TreeVAE
-from treediff.layers import BernoulliLikelihood, ConvDecoder, GaussianLikelihood, MLPDecoder
+from treediff.layers import BernoulliLikelihood, GaussianLikelihood, MLPDecoder, PatchDecoder, ResidualDecoder
 
 
 def images(**settings: Any) -> TreeVAE:  # noqa: ANN401
@@ -52,9 +52,11 @@ def test_a_configuration_is_plain_data_and_holds_every_choice() -> None:
     assert vectors().config == {"for_vectors": expected}
 
 
-def test_small_images_get_the_cheap_decoder_and_large_ones_convolutions() -> None:
-    assert isinstance(images(size=64).decoders.template, MLPDecoder)
-    assert isinstance(images(size=65).decoders.template, ConvDecoder)
+@pytest.mark.parametrize(
+    ("network", "decoder"), [("mlp", MLPDecoder), ("conv", PatchDecoder), ("residual", ResidualDecoder)]
+)
+def test_each_network_has_its_decoder(network: str, decoder: type) -> None:
+    assert isinstance(images(network=network).decoders.template, decoder)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from treediff.layers.annealing import KLAnnealing
 from treediff.layers.bank import NodeBank
 from treediff.layers.blocks import BottomUpBlock, GaussianHead, LatentTransition, Router
 from treediff.layers.contrastive import ProjectionHead, decision_nt_xent, nt_xent
-from treediff.layers.decoders import ConvDecoder, MLPDecoder, ResidualDecoder
+from treediff.layers.decoders import ConvDecoder, MLPDecoder, PatchDecoder, ResidualDecoder
 from treediff.layers.encoders import ConvEncoder, MLPEncoder, ResidualBlock, ResidualEncoder
 from treediff.layers.grouped import Groups, grouped_call, grouped_linear
 from treediff.layers.init import initialize
@@ -24,6 +24,7 @@ __all__ = [
     "MLPDecoder",
     "MLPEncoder",
     "NodeBank",
+    "PatchDecoder",
     "ProjectionHead",
     "ResidualBlock",
     "ResidualDecoder",

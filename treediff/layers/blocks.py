@@ -126,7 +126,7 @@ class Router(nn.Sequential):
         super().__init__(OrderedDict(flatten=nn.Flatten(1), **layers))
 
     @torch.no_grad()
-    def cut(self, x: Tensor, left: Tensor, sharpness: float = 2.0) -> None:
+    def cut(self, x: Tensor, left: Tensor, sharpness: float = 4.0) -> None:
         """Start as a given cut of some inputs into two.
 
         The hidden layers stay as they are; the last one is fitted by ridge regression to logits of `sharpness`
