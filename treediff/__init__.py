@@ -5,8 +5,9 @@
 """
 
 from treediff.contrast import TreeContrast
-from treediff.growth import LeafStatistics, Stage, TreeGrowth
+from treediff.growth import LeafStatistics, TreeGrowth
 from treediff.posterior import ELBO, TreePosterior
+from treediff.stage import Stage
 from treediff.topology import TreeTopology
 from treediff.treevae import TreeVAE
 

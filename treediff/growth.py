@@ -1,10 +1,13 @@
 """Structure learning: what trains now, on which rows, and how the tree grows in between.
 
 The library decides and your own loop trains. `TreeGrowth.stages(data)` yields a `Stage` at a time (Manduchi et al.,
-arXiv 2306.08984, section 2.4): the *initial* tree; then, until there are enough leaves, a *subtree* stage per split,
-in which two new children learn on the rows of the leaf that was split while everything else is frozen; now and then an
-*intermediate* stage that trains the whole tree; at last leaves that hold next to nothing are pruned and a *final* stage
-fine-tunes what is left.
+arXiv 2306.08984, section 2.4): the *initial* tree; then, until there are enough leaves, for each split a *settle* and a
+*subtree* stage, in which two new children learn on the rows of the leaf that was split while everything else is frozen;
+now and then an *intermediate* stage that trains the whole tree; at last leaves that hold next to nothing are pruned and
+a *final* stage fine-tunes what is left.
+
+Not in the paper: a new router begins as a normalised cut of its rows, and keeps it while the children settle. A router
+that learns from the first step sends everything to the child that happens to be ahead.
 """
 
 from __future__ import annotations
@@ -15,17 +18,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from treediff.bounds import elbo_of
-from treediff.contrast import TreeContrast
-from treediff.data import batches
 from treediff.layers.annealing import KLAnnealing
 from treediff.layers.blocks import Router
+from treediff.noise import combine_seeds
 from treediff.normalized_cut import normalized_cut
+from treediff.stage import Stage
 from treediff.treevae import TreeVAE
 
-__all__ = ["LeafStatistics", "Stage", "TreeGrowth"]
+__all__ = ["LeafStatistics", "TreeGrowth"]
 
 
 @dataclass(frozen=True)
@@ -55,93 +57,6 @@ _POLICIES: dict[str, Policy] = {
 
 
 @dataclass
-class Stage:
-    """One stretch of training, for a loop of your own.
-
-    Attributes:
-        kind: 'initial', 'subtree', 'intermediate' or 'final'.
-        index: how many stages came before.
-        epochs: how long to train.
-        rows: `(n,)` row indices of the data to train on.
-        split: id of the leaf that was split, in a subtree stage.
-        annealing: the weight of the KL terms over the stage's epochs.
-    """
-
-    model: TreeVAE
-    kind: str
-    index: int
-    epochs: int
-    rows: Tensor
-    annealing: KLAnnealing
-    split: int | None = None
-    above: float = 0.0
-    threshold: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        trained = {id(p) for p in self.parameters()}
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(id(parameter) in trained)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What trains: everything, or in a subtree stage only the routers of the split node and its children."""
-        model, split = self.model, self.split
-        if split is None:
-            return list(model.parameters())
-        children = model.topology.children(split)
-        banks = (model.heads, model.transitions, model.decoders)
-        routers = [model.prior_routers.weights_of(split)]
-        if self.kind != "settle":
-            routers.append(model.posterior_routers.weights_of(split))
-        return [
-            *routers,
-            *(bank.weights_of(child) for bank in banks for child in children),
-        ]
-
-    def kl_weight(self, epoch: float) -> float:
-        """Weight of the KL terms at an epoch of this stage, counted from 0; fractions are fine."""
-        return self.annealing(epoch)
-
-    def batches(self, epoch: int, batch_size: int) -> Iterator[Tensor]:
-        """Index tensors that cover `rows` once, in an order that depends on the seed, the stage and the epoch."""
-        generator = torch.Generator().manual_seed(_seed(self.seed, self.index, epoch))
-        for picked in batches(len(self.rows), batch_size, generator=generator):
-            yield self.rows[picked]
-
-    def loss(
-        self,
-        x: Tensor,
-        kl_weight: float = 1.0,
-        *,
-        contrast: TreeContrast | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """The scalar to minimise for a batch of observations.
-
-        In a subtree stage only the path to the split node and its two children run, and only the terms that the
-        children and the split's decision take part in count, each weighted by the probability of reaching them.
-
-        Args:
-            x: `(B, *inputs)`; with `contrast`, the first views and then the second ones, each its own target.
-            kl_weight: weight of the KL terms.
-            contrast: adds its terms; in a subtree stage only that of the split's decision.
-            generator: where the noise of the latents comes from.
-
-        Raises:
-            ValueError: if `x` is not what the model takes, or with `contrast` does not consist of two halves.
-        """
-        model, split = self.model, self.split
-        nodes = None if split is None else (*model.topology.path(split), *model.topology.children(split))
-        model.check(x)
-        ladder = model.features(x)
-        visits = model.route(ladder, nodes=nodes, threshold=self.threshold)
-        posterior = model.latents(ladder, visits, generator=generator)
-        depth = None if split is None else model.topology.depth(split)
-        loss = elbo_of(model, posterior, x, from_depth=depth).loss(kl_weight)
-        return loss if contrast is None else loss + contrast(ladder, visits, split=split)
-
-
-@dataclass
 class TreeGrowth:
     """Grows a TreeVAE by an iterator of stages; between two stages it can be saved and resumed.
 
@@ -161,8 +76,9 @@ class TreeGrowth:
         min_share: leaves below this share of the data are pruned before the final stage.
         min_rows: leaves with fewer rows are not split.
         threshold: nodes that an image reaches with less probability are skipped in training.
-        annealing: KL weight over the epochs of the stages before the final one.
-        final_annealing: KL weight over the final stage.
+        annealing: KL weight over the epochs of the stages in between; a small one lets the leaves learn to differ.
+        initial_annealing: KL weight over the initial stage.
+        final_annealing: KL weight over the final stage; by default it climbs to 1.
         seed: for the order of rows and the weights of new nodes.
         batch_size: rows at a time when the growth itself looks at the data.
 
@@ -183,11 +99,12 @@ class TreeGrowth:
     final_epochs: int | None = None
     intermediate_every: int = 3
     policy: str | Policy = "largest"
-    warm_start: bool = False
+    warm_start: bool = True
     min_share: float = 0.01
     min_rows: int = 64
     threshold: float = 1e-3
-    annealing: KLAnnealing = field(default_factory=lambda: KLAnnealing(step=0.001))
+    annealing: KLAnnealing = field(default_factory=lambda: KLAnnealing.constant(0.1))
+    initial_annealing: KLAnnealing = field(default_factory=KLAnnealing.constant)
     final_annealing: KLAnnealing | None = None
     seed: int = 0
     batch_size: int = 1024
@@ -226,7 +143,7 @@ class TreeGrowth:
         if leaf is None:
             self._prune(data, probs)
             return self._stage("final", everything)
-        generator = torch.Generator().manual_seed(_seed(self.seed, len(self.history), -1))
+        generator = torch.Generator().manual_seed(combine_seeds(self.seed, len(self.history), -1))
         # Rows that might as well be elsewhere would blur the cut.
         certain = (probs.argmax(1) == self.model.topology.leaves.index(leaf)).nonzero().squeeze(1)
         self.model.split(leaf, warm_start=self.warm_start, generator=generator)
@@ -243,7 +160,7 @@ class TreeGrowth:
     def _stage(self, kind: str, rows: Tensor, split: int | None = None, above: float = 0.0) -> Stage:
         named: int | None = getattr(self, f"{kind}_epochs")
         epochs = self.epochs if named is None else named
-        annealing = self.annealing
+        annealing = self.initial_annealing if kind == "initial" else self.annealing
         if kind == "final":
             annealing = self.final_annealing or KLAnnealing(step=max(0.01, 1 / max(1, epochs - 1)))
         return Stage(
@@ -299,7 +216,7 @@ class TreeGrowth:
         router = self.model.posterior_routers.module(node)
         if not isinstance(router, Router) or len(rows) < 2:
             return
-        generator = torch.Generator(data.device).manual_seed(_seed(self.seed, len(self.history), -3))
+        generator = torch.Generator(data.device).manual_seed(combine_seeds(self.seed, len(self.history), -3))
         picked = rows[torch.randperm(len(rows), generator=generator, device=data.device)[:8192]]
         depth = self.model.topology.depth(node)
         features = torch.cat([self.model.features(x)[depth] for x in data[picked].split(self.batch_size)])
@@ -323,7 +240,7 @@ class TreeGrowth:
 
     @torch.no_grad()
     def _negative_elbo(self, data: Tensor) -> Tensor:
-        generator = torch.Generator(data.device).manual_seed(_seed(self.seed, len(self.history), -2))
+        generator = torch.Generator(data.device).manual_seed(combine_seeds(self.seed, len(self.history), -2))
         return torch.cat([-self.model.elbo(x, generator=generator).elbo for x in data.split(self.batch_size)])
 
     # --- saving -------------------------------------------------------------------------------------------
@@ -335,11 +252,3 @@ class TreeGrowth:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the last stage that `state` lists."""
         self.history = [dict(entry) for entry in state["history"]]
-
-
-def _seed(*numbers: int) -> int:
-    """One seed from several numbers, far apart for neighbours."""
-    mixed = 0
-    for number in numbers:
-        mixed = (mixed * 6364136223846793005 + number * 2 + 1442695040888963407) % 2**63
-    return mixed

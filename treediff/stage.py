@@ -1,0 +1,111 @@
+"""One stretch of training: what trains, on which rows, towards which loss; the loop is yours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from treediff.bounds import elbo_of
+from treediff.contrast import TreeContrast
+from treediff.data import batches
+from treediff.layers.annealing import KLAnnealing
+from treediff.noise import combine_seeds
+from treediff.treevae import TreeVAE
+
+__all__ = ["Stage"]
+
+
+@dataclass
+class Stage:
+    """One stretch of training, for a loop of your own.
+
+    Making one sets `requires_grad` throughout the model.
+
+    Args:
+        model: the model that trains.
+        kind: 'initial', 'settle', 'subtree', 'intermediate' or 'final'; see `TreeGrowth`.
+        index: how many stages came before.
+        epochs: how long to train.
+        rows: `(n,)` row indices of the data to train on.
+        annealing: the weight of the KL terms over the stage's epochs.
+        split: id of the leaf that was split, in a settle or subtree stage.
+        above: rows reach the split node with at least this probability.
+        threshold: nodes that an image reaches with less probability are skipped.
+        seed: for the order of rows.
+    """
+
+    model: TreeVAE
+    kind: str
+    index: int
+    epochs: int
+    rows: Tensor
+    annealing: KLAnnealing
+    split: int | None = None
+    above: float = 0.0
+    threshold: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        trained = {id(p) for p in self.parameters()}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains: everything; or the split node's routers and children; or, to settle, these without the cut."""
+        model, split = self.model, self.split
+        if split is None:
+            return list(model.parameters())
+        children = model.topology.children(split)
+        banks = (model.heads, model.transitions, model.decoders)
+        routers = [model.prior_routers.weights_of(split)]
+        if self.kind != "settle":
+            routers.append(model.posterior_routers.weights_of(split))
+        return [
+            *routers,
+            *(bank.weights_of(child) for bank in banks for child in children),
+        ]
+
+    def kl_weight(self, epoch: float) -> float:
+        """Weight of the KL terms at an epoch of this stage, counted from 0; fractions are fine."""
+        return self.annealing(epoch)
+
+    def batches(self, epoch: int, batch_size: int) -> Iterator[Tensor]:
+        """Index tensors that cover `rows` once, in an order that depends on the seed, the stage and the epoch."""
+        generator = torch.Generator().manual_seed(combine_seeds(self.seed, self.index, epoch))
+        for picked in batches(len(self.rows), batch_size, generator=generator):
+            yield self.rows[picked]
+
+    def loss(
+        self,
+        x: Tensor,
+        kl_weight: float = 1.0,
+        *,
+        contrast: TreeContrast | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The scalar to minimise for a batch of observations.
+
+        In a settle or subtree stage only the path to the split node and its two children run, and only the terms that
+        the children and the split's decision take part in count, each weighted by the probability of reaching them.
+
+        Args:
+            x: `(B, *inputs)`; with `contrast`, the first views and then the second ones, each its own target.
+            kl_weight: weight of the KL terms.
+            contrast: adds its terms; in a settle or subtree stage only that of the split's decision.
+            generator: where the noise of the latents comes from.
+
+        Raises:
+            ValueError: if `x` is not what the model takes, or with `contrast` does not consist of two halves.
+        """
+        model, split = self.model, self.split
+        nodes = None if split is None else (*model.topology.path(split), *model.topology.children(split))
+        model.check(x)
+        ladder = model.features(x)
+        visits = model.route(ladder, nodes=nodes, threshold=self.threshold)
+        posterior = model.latents(ladder, visits, generator=generator)
+        depth = None if split is None else model.topology.depth(split)
+        loss = elbo_of(model, posterior, x, from_depth=depth).loss(kl_weight)
+        return loss if contrast is None else loss + contrast(ladder, visits, split=split)
