@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from treediff.layers.annealing import KLAnnealing
-from treediff.layers.blocks import Router
+from treediff.layers.blocks import Router, check_positive
 from treediff.noise import combine_seeds
 from treediff.normalized_cut import normalized_cut
 from treediff.stage import Stage
@@ -56,6 +56,9 @@ _POLICIES: dict[str, Policy] = {
 }
 
 
+_KINDS = ("initial", "settle", "subtree", "intermediate", "final")
+
+
 @dataclass
 class TreeGrowth:
     """Grows a TreeVAE by an iterator of stages; between two stages it can be saved and resumed.
@@ -81,6 +84,11 @@ class TreeGrowth:
         final_annealing: KL weight over the final stage; by default it climbs to 1.
         seed: for the order of rows and the weights of new nodes.
         batch_size: rows at a time when the growth itself looks at the data.
+        history: the stages so far, as `state_dict` saves them.
+
+    Raises:
+        TypeError: if a count is no whole number, or the policy neither a name nor a function.
+        ValueError: if a setting is out of range, or no policy has that name.
 
     Examples:
         >>> model = TreeVAE.for_vectors(4, generator=torch.Generator().manual_seed(0))
@@ -110,17 +118,45 @@ class TreeGrowth:
     batch_size: int = 1024
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        check_positive(
+            max_leaves=self.max_leaves,
+            intermediate_every=self.intermediate_every,
+            min_rows=self.min_rows,
+            batch_size=self.batch_size,
+        )
+        for name in ("epochs", *(f"{kind}_epochs" for kind in _KINDS)):
+            epochs = getattr(self, name)
+            if epochs is not None and epochs < 0:
+                raise ValueError(f"{name} must be at least 0, found {epochs}; 0 skips the stage")
+        for name in ("min_share", "threshold"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
+        if isinstance(self.policy, str) and self.policy not in _POLICIES:
+            raise ValueError(f"policy must be one of {list(_POLICIES)} or a function, found {self.policy!r}")
+        if not isinstance(self.policy, str) and not callable(self.policy):
+            raise TypeError(f"policy must be a name or a function, found {self.policy!r}")
+
     def stages(self, data: Tensor) -> Iterator[Stage]:
         """Yield stages until the tree is done; train each one before asking for the next.
 
         Args:
             data: all observations, `(n, *model.inputs)`.
+
+        Raises:
+            TypeError: if the data have a wrong dtype, or a policy of your own returns no tensor.
+            ValueError: if there are no rows, or the data are not what the model takes; or if a policy of your own does
+                not give a score to each leaf.
         """
+        self.model.check(data)
+        if not len(data):
+            raise ValueError("a tree grows on data: expected at least one row, found none")
         while (stage := self._next(data)) is not None:
-            if stage.epochs:
-                yield stage
+            # Listed before it is trained, so that a state saved at the end of your loop's body counts it as done.
             record = {"kind": stage.kind, "split": stage.split, "epochs": stage.epochs, "above": stage.above}
             self.history.append(record)
+            if stage.epochs:
+                yield stage
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)
 
@@ -194,6 +230,13 @@ class TreeGrowth:
         statistics = self._statistics(data, probs)
         policy = _POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
         score = policy(statistics)
+        if not isinstance(score, Tensor):
+            raise TypeError(f"a policy returns a tensor with a score for each leaf, found {score!r}")
+        if score.shape != statistics.rows.shape:
+            raise ValueError(
+                f"a policy returns one score for each of the {len(statistics.rows)} leaves, found shape "
+                f"{tuple(score.shape)}"
+            )
         deepest = len(self.model.bottom_up)
         room = torch.tensor([tree.depth(leaf) < deepest for leaf in tree.leaves])
         score = torch.where(room & (statistics.rows >= self.min_rows), score, -math.inf)
@@ -216,8 +259,8 @@ class TreeGrowth:
         router = self.model.posterior_routers.module(node)
         if not isinstance(router, Router) or len(rows) < 2:
             return
-        generator = torch.Generator(data.device).manual_seed(combine_seeds(self.seed, len(self.history), -3))
-        picked = rows[torch.randperm(len(rows), generator=generator, device=data.device)[:8192]]
+        generator = torch.Generator().manual_seed(combine_seeds(self.seed, len(self.history), -3))
+        picked = rows[torch.randperm(len(rows), generator=generator)[:8192]]
         depth = self.model.topology.depth(node)
         features = torch.cat([self.model.features(x)[depth] for x in data[picked].split(self.batch_size)])
         router.cut(features, normalized_cut(features))
@@ -241,14 +284,42 @@ class TreeGrowth:
     @torch.no_grad()
     def _negative_elbo(self, data: Tensor) -> Tensor:
         generator = torch.Generator(data.device).manual_seed(combine_seeds(self.seed, len(self.history), -2))
-        return torch.cat([-self.model.elbo(x, generator=generator).elbo for x in data.split(self.batch_size)])
+        return torch.cat([-self.model.elbo(x, generator=generator).elbo for x in data.split(self.batch_size)]).cpu()
 
     # --- saving -------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed growth needs besides the saved model and the same arguments; plain JSON values."""
+        """What a resumed growth needs besides the saved model and the same arguments; plain JSON values.
+
+        Save both when a stage has been trained, at the end of your loop's body: the stage handed out last counts as
+        done.
+        """
         return {"history": [dict(entry) for entry in self.history]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the last stage that `state` lists."""
-        self.history = [dict(entry) for entry in state["history"]]
+        """Continue after the last stage that `state` lists.
+
+        Raises:
+            KeyError: if the state, or a stage in it, lacks an entry; or if the model's tree was not split there.
+            TypeError: if the stages are not a list of mappings.
+            ValueError: if a stage is of an unknown kind.
+        """
+        if not isinstance(state, Mapping) or "history" not in state:
+            raise KeyError(f"expected what state_dict returned, with the entry 'history', found {state!r}")
+        history = state["history"]
+        if not isinstance(history, list) or not all(isinstance(entry, Mapping) for entry in history):
+            raise TypeError(f"history must be a list of stages, each a mapping, found {history!r}")
+        for entry in history:
+            missing = [name for name in ("kind", "split", "epochs", "above") if name not in entry]
+            if missing:
+                raise KeyError(f"a stage in history lacks {missing}, found {dict(entry)}")
+            if entry["kind"] not in _KINDS:
+                raise ValueError(f"a stage is one of {list(_KINDS)}, found {entry['kind']!r}")
+            split = entry["split"]
+            # Pruning, before the final stage, may have taken the node away.
+            if split is not None and history[-1]["kind"] != "final" and split not in self.model.topology.routed:
+                raise KeyError(
+                    f"node {split} was split in this history, but not in the model's tree; load the model that was "
+                    "saved along with it"
+                )
+        self.history = [dict(entry) for entry in history]

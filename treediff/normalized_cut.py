@@ -62,7 +62,11 @@ def _affinity(points: Tensor, neighbours: int) -> Tensor:
     # Points that lie on one another have no scale, and are as close as can be.
     weight = torch.exp(-squared.nan_to_num(nan=0.0, posinf=0.0))
     directed = torch.zeros_like(distances).scatter_(1, index, weight)
-    return 0.5 * (directed + directed.T)
+    # Clusters far apart hang together by no edge, and then any grouping of them would cost nothing. A pull between all
+    # points, far too faint to matter elsewhere, makes the widest gap the cheapest.
+    away = distances.fill_diagonal_(0.0).square()
+    pull = torch.exp(-away / away.mean().clamp_min(torch.finfo(away.dtype).tiny))
+    return 0.5 * (directed + directed.T) + 1e-3 / len(points) * pull
 
 
 def _bisect(weight: Tensor, min_share: float) -> Tensor:

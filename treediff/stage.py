@@ -52,6 +52,9 @@ class Stage:
         trained = {id(p) for p in self.parameters()}
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
+            if not parameter.requires_grad:
+                # What the last stage left behind would still move it, in an optimiser of all parameters.
+                parameter.grad = None
 
     def parameters(self) -> list[nn.Parameter]:
         """What trains: everything; or the split node's routers and children; or, to settle, these without the cut."""

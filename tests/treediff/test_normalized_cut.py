@@ -89,3 +89,13 @@ def test_bad_points_and_settings_are_errors() -> None:
     for settings in ({"neighbours": 0}, {"max_points": 1}, {"min_share": 0.6}):
         with pytest.raises(ValueError, match="min_share between 0 and"):
             normalized_cut(torch.zeros(4, 1), **settings)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_among_clusters_that_no_edge_joins_the_widest_gap_is_cut(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.randint(4, (400,), generator=generator)
+    corners = torch.tensor([[0.0, 0.0], [0.0, 3.0], [5.0, 0.0], [5.0, 3.0]])
+    points = corners[which] + 0.1 * torch.randn(400, 2, generator=generator)
+    side = normalized_cut(points)
+    assert torch.equal(side ^ side[0], (which >= 2) ^ (which[0] >= 2))
