@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -127,6 +128,8 @@ class TreeGrowth:
         )
         for name in ("epochs", *(f"{kind}_epochs" for kind in _KINDS)):
             epochs = getattr(self, name)
+            if not isinstance(epochs, Integral | None):
+                raise TypeError(f"{name} must be a whole number, found {epochs!r}")
             if epochs is not None and epochs < 0:
                 raise ValueError(f"{name} must be at least 0, found {epochs}; 0 skips the stage")
         for name in ("min_share", "threshold"):
@@ -164,7 +167,7 @@ class TreeGrowth:
         everything = torch.arange(len(data))
         if not self.history:
             for node in self.model.topology.routed:
-                self._cut(node, data, everything)
+                self._cut(node, data, (self._reach(data, node) > 0.5).nonzero().squeeze(1))
             return self._stage("initial", everything)
         last = self.history[-1]
         if last["kind"] == "final":
@@ -188,10 +191,8 @@ class TreeGrowth:
 
     def _subtree_stage(self, kind: str, data: Tensor, split: int, above: float) -> Stage:
         """A stage on the rows that reach a node with a probability of at least `above`."""
-        tree = self.model.topology
-        below = [tree.leaves.index(leaf) for leaf in tree.leaves_under(split)]
-        reach = self._leaf_probs(data)[:, below].sum(1)
-        return self._stage(kind, (reach >= above).nonzero().squeeze(1), split=split, above=above)
+        rows = (self._reach(data, split) >= above).nonzero().squeeze(1)
+        return self._stage(kind, rows, split=split, above=above)
 
     def _stage(self, kind: str, rows: Tensor, split: int | None = None, above: float = 0.0) -> Stage:
         named: int | None = getattr(self, f"{kind}_epochs")
@@ -275,6 +276,12 @@ class TreeGrowth:
                 return
             self.model.prune(self.model.topology.leaves[smallest])
             probs = self._leaf_probs(data)
+
+    def _reach(self, data: Tensor, node: int) -> Tensor:
+        """`P(node | x)` of every row."""
+        tree = self.model.topology
+        below = [tree.leaves.index(leaf) for leaf in tree.leaves_under(node)]
+        return self._leaf_probs(data)[:, below].sum(1)
 
     @torch.no_grad()
     def _leaf_probs(self, data: Tensor) -> Tensor:
