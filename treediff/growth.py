@@ -240,7 +240,11 @@ class TreeGrowth:
             )
         deepest = len(self.model.bottom_up)
         room = torch.tensor([tree.depth(leaf) < deepest for leaf in tree.leaves])
-        score = torch.where(room & (statistics.rows >= self.min_rows), score, -math.inf)
+        allowed = room & (statistics.rows >= self.min_rows)
+        score = torch.where(allowed, score.cpu().double(), -math.inf)
+        if score.isnan().any():
+            bad = tree.leaves[int(score.isnan().long().argmax())]
+            raise ValueError(f"a policy gave nan to leaf {bad}, which has rows; give -inf to leaves not to be split")
         best = int(score.argmax())
         return tree.leaves[best] if score[best] > -math.inf else None
 
@@ -309,7 +313,7 @@ class TreeGrowth:
         Raises:
             KeyError: if the state, or a stage in it, lacks an entry; or if the model's tree was not split there.
             TypeError: if the stages are not a list of mappings.
-            ValueError: if a stage is of an unknown kind.
+            ValueError: if a stage is of an unknown kind, or names a split where it should not.
         """
         if not isinstance(state, Mapping) or "history" not in state:
             raise KeyError(f"expected what state_dict returned, with the entry 'history', found {state!r}")
@@ -323,6 +327,8 @@ class TreeGrowth:
             if entry["kind"] not in _KINDS:
                 raise ValueError(f"a stage is one of {list(_KINDS)}, found {entry['kind']!r}")
             split = entry["split"]
+            if (split is None) == (entry["kind"] in ("settle", "subtree")):
+                raise ValueError(f"a {entry['kind']} stage names the node that was split, others do not; found {split}")
             # Pruning, before the final stage, may have taken the node away.
             if split is not None and history[-1]["kind"] != "final" and split not in self.model.topology.routed:
                 raise KeyError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def reach(model: TreeVAE, x: Tensor, node: int) -> Tensor:
     """`P(node | x)`, from the routers on the way there, as plain modules."""
     ladder, tree, total = model.features(x), model.topology, torch.ones(len(x), dtype=torch.float64)
     path = tree.path(node)
-    for above, below in zip(path, path[1:], strict=False):
+    for above, below in pairwise(path):
         children = tree.children(above)
         if len(children) == 2:
             left = torch.sigmoid(model.posterior_routers.module(above)(ladder[tree.depth(above)])).double()
