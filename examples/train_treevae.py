@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from treediff import Stage, TreeGrowth, TreeVAE
+from treediff import Stage, TreeContrast, TreeGrowth, TreeVAE
+from treediff.augment import Augment, RandomAffine, cifar_augment
 from treediff.data import ImageDataset, load_dataset
 from treediff.metrics import (
     ari,
@@ -32,18 +33,23 @@ from treediff.metrics import (
 from treediff.pictures import draw_tree, summarize_tree, write_html
 
 
-def train(stage: Stage, images: Tensor, batch_size: int, learning_rate: float, seed: int) -> None:
+def train(
+    stage: Stage, images: Tensor, args: argparse.Namespace, augment: Augment, contrast: TreeContrast | None
+) -> None:
     """One stage of growth: a plain PyTorch loop."""
+    batch_size = args.batch_size
     steps = stage.epochs * -(-len(stage.rows) // batch_size)
-    optimizer = torch.optim.Adam(stage.parameters(), lr=learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.1)
-    generator = torch.Generator().manual_seed(seed + stage.index)
+    parameters = [*stage.parameters(), *(contrast.parameters() if contrast else ())]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=0.1)
+    generator = torch.Generator().manual_seed(args.seed + stage.index)
     where = f"{stage.kind} {stage.split if stage.split is not None else ''}"
     bar = tqdm(total=steps, desc=f"{stage.index:2d} {where:13s}", mininterval=1.0)
     for epoch in range(stage.epochs):
         for step, rows in enumerate(stage.batches(epoch, batch_size)):
-            progress = epoch + step * batch_size / len(stage.rows)
-            loss = stage.loss(images[rows], stage.kl_weight(progress), generator=generator)
+            x, progress = images[rows], epoch + step * batch_size / len(stage.rows)
+            view = None if contrast is None else augment(x, generator=generator)
+            loss = stage.loss(x, stage.kl_weight(progress), view=view, contrast=contrast, generator=generator)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -89,6 +95,14 @@ def picture(model: TreeVAE, data: ImageDataset, out: Path, seed: int) -> None:
     write_html(summary, out / "tree.html", title=f"{data.name}: a tree of clusters")
 
 
+def schedule(rows: int, args: argparse.Namespace) -> dict[str, int]:
+    """Epochs of each kind of stage; more where an epoch has few steps."""
+    effort = 0.1 if args.quick else args.effort * max(1, min(10, 15_000 // rows))
+    epochs = {"initial": 12, "settle": 3, "intermediate": 3, "final": 25}
+    named = {f"{kind}_epochs": max(1, round(effort * n)) for kind, n in epochs.items()}
+    return {**named, "subtree_epochs": 0, "intermediate_every": 2}
+
+
 def main() -> None:
     """Read the data, grow the tree, measure it, draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,6 +110,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/treevae"), help="folder for results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--leaves", type=int, default=10)
+    parser.add_argument("--effort", type=float, default=1.0, help="factor on the epochs of every stage")
+    parser.add_argument("--contrastive", type=float, default=0.0, metavar="WEIGHT", help="100 in TreeVAE, for colour")
+    parser.add_argument("--network", default="conv", choices=["conv", "mlp", "residual"])
+    parser.add_argument("--likelihood", default="bernoulli", choices=["bernoulli", "gaussian", "gaussian_learned"])
+    parser.add_argument("--latent", type=int, default=8)
+    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs")
     parser.add_argument("--resume", action="store_true", help="go on from the last finished stage in --out")
     parser.add_argument("--batch-size", type=int, default=256)
@@ -109,17 +129,29 @@ def main() -> None:
     images = data.train_images
     channels, *size = images.shape[1:]
     weights, state = args.out / "model.safetensors", args.out / "growth.json"
+    generator = torch.Generator().manual_seed(args.seed)
     model = TreeVAE.for_images(
-        size=(size[0], size[1]), channels=channels, generator=torch.Generator().manual_seed(args.seed)
+        size=(size[0], size[1]),
+        channels=channels,
+        network=args.network,
+        likelihood=args.likelihood,
+        latent=args.latent,
+        width=args.width,
+        generator=generator,
     )
     if args.resume:
         model = TreeVAE.load(weights)
-    growth = TreeGrowth(model, max_leaves=args.leaves, epochs=2 if args.quick else 15, seed=args.seed)
+    growth = TreeGrowth(model, max_leaves=args.leaves, seed=args.seed, **schedule(len(images), args))
     if args.resume:
         growth.load_state_dict(json.loads(state.read_text()))
+    augment = cifar_augment() if channels == 3 else Augment(RandomAffine(degrees=10, translate=0.07, shear=10))
+    contrast = (
+        TreeContrast(model, weight=args.contrastive, hidden=128, generator=generator) if args.contrastive else None
+    )
     start = time.perf_counter()
     for stage in growth.stages(images):
-        train(stage, images, args.batch_size, args.learning_rate, args.seed)
+        # The last stage sees the images as they are, for the sake of the bound.
+        train(stage, images, args, augment, None if stage.kind == "final" else contrast)
         model.save(weights)
         state.write_text(json.dumps(growth.state_dict()))
     seconds = time.perf_counter() - start

@@ -32,8 +32,7 @@ class TreeContrast(nn.Module):
     Features pass through a projection head per level of the ladder; both are thrown away after training. A router's
     term counts each view by the probability with which it reaches the router.
 
-    Give it to `Stage.loss`, whose rows are then `torch.cat(contrastive_views(images))`, and train its parameters along
-    with the stage's.
+    Give it to `Stage.loss` together with a second view of the batch, and train its parameters along with the stage's.
 
     Args:
         model: the TreeVAE whose ladder is projected; only shapes are read.

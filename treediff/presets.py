@@ -51,8 +51,8 @@ def image_parts(
         elif network == "conv":
             encoder, decoder = ConvEncoder(channels, size, features), PatchDecoder(latent, channels, size)
         elif network == "residual":
-            encoder = ResidualEncoder(channels, size, features)
-            decoder = ResidualDecoder(latent, channels, size)
+            encoder = ResidualEncoder(channels, size, features, max(1, width // 4), 2 * width)
+            decoder = ResidualDecoder(latent, channels, size, max(1, width // 8))
         else:
             raise ValueError(f"network must be 'conv', 'mlp' or 'residual', found {network!r}")
     parts = _tree_parts(encoder, features, latent, width, max_depth, generator, device, dtype)

@@ -86,6 +86,7 @@ class Stage:
         x: Tensor,
         kl_weight: float = 1.0,
         *,
+        view: Tensor | None = None,
         contrast: TreeContrast | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -95,20 +96,34 @@ class Stage:
         the children and the split's decision take part in count, each weighted by the probability of reaching them.
 
         Args:
-            x: `(B, *inputs)`; with `contrast`, the first views and then the second ones, each its own target.
+            x: `(B, *inputs)`, what is reconstructed.
             kl_weight: weight of the KL terms.
-            contrast: adds its terms; in a settle or subtree stage only that of the split's decision.
+            view: `(B, *inputs)`, a second look at each observation, which only the encoder and the routers see. TreeVAE
+                reconstructs both views: that is the mean of two losses, with `x` and `view` once in each place.
+            contrast: the terms that join `x` and `view`; in a settle or subtree stage only the one of the split's turn.
             generator: where the noise of the latents comes from.
 
         Raises:
-            ValueError: if `x` is not what the model takes, or with `contrast` does not consist of two halves.
+            ValueError: if `x` or `view` is not what the model takes, their shapes differ, or only one of `view` and
+                `contrast` is given.
         """
         model, split = self.model, self.split
         nodes = None if split is None else (*model.topology.path(split), *model.topology.children(split))
         model.check(x)
-        ladder = model.features(x)
+        if (view is None) != (contrast is None) or (view is not None and view.shape != x.shape):
+            found = "none" if view is None else tuple(view.shape)
+            raise ValueError(
+                f"view and contrast go together, and a view has the shape of x, {tuple(x.shape)}; found a view of "
+                f"{found} and {'no ' if contrast is None else 'a '}contrast"
+            )
+        if view is not None:
+            model.check(view)
+        both = model.features(x if view is None else torch.cat([x, view]))
+        ladder = [d[: len(x)] for d in both]
         visits = model.route(ladder, nodes=nodes, threshold=self.threshold)
         posterior = model.latents(ladder, visits, generator=generator)
         depth = None if split is None else model.topology.depth(split)
         loss = elbo_of(model, posterior, x, from_depth=depth).loss(kl_weight)
-        return loss if contrast is None else loss + contrast(ladder, visits, split=split)
+        if contrast is None:
+            return loss
+        return loss + contrast(both, model.route(both, nodes=nodes, threshold=self.threshold), split=split)

@@ -66,7 +66,7 @@ class TreeVAE(TreeNetworks):
             size: height and width, or one number for both.
             channels: 1 for grey, 3 for colour.
             latent: width of a latent vector, or `(channels, h, w)` for latents that are maps.
-            width: width of features and hidden layers.
+            width: width of features and hidden layers; what a residual network's channels are in proportion to.
             max_depth: greatest depth the tree may grow to.
             network: 'conv' for small images, 'mlp' for tiny ones, 'residual' for colour.
             likelihood: 'bernoulli', 'gaussian' (variance 1/2) or 'gaussian_learned'.

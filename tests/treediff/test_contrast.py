@@ -66,8 +66,10 @@ def test_a_stage_adds_it_to_the_negative_elbo(model: TreeVAE, split: int | None)
     kind = "final" if split is None else "subtree"
     stage = Stage(model, kind, 0, 1, torch.arange(5), KLAnnealing.constant(), split)
     x = views()
+    first, second = x.chunk(2)
     alone, both = (
-        stage.loss(x, 0.5, contrast=extra, generator=torch.Generator().manual_seed(7)) for extra in (None, contrast)
+        stage.loss(first, 0.5, generator=torch.Generator().manual_seed(7), **extra)
+        for extra in ({}, {"view": second, "contrast": contrast})
     )
     ladder = model.features(x)
     nodes = None if split is None else (*TREE.path(split), *TREE.children(split))
@@ -89,6 +91,19 @@ def test_the_same_seed_gives_the_same_heads_and_the_global_state_is_left_alone(m
 def test_no_images_cost_nothing(model: TreeVAE) -> None:
     ladder = model.features(views(0))
     assert TreeContrast(model)(ladder, model.route(ladder)) == 0
+
+
+def test_a_view_and_a_contrast_go_together(model: TreeVAE) -> None:
+    stage = Stage(model, "final", 0, 1, torch.arange(5), KLAnnealing.constant())
+    x, contrast = views()[:5], TreeContrast(model)
+    with pytest.raises(ValueError, match=r"view and contrast go together.* found a view of none and a contrast"):
+        stage.loss(x, contrast=contrast)
+    with pytest.raises(ValueError, match=r"view and contrast go together.* and no contrast"):
+        stage.loss(x, view=x)
+    with pytest.raises(ValueError, match=r"a view has the shape of x, \(5, 3, 8, 8\); found a view of \(4, 3, 8, 8\)"):
+        stage.loss(x, view=x[:4], contrast=contrast)
+    with pytest.raises(ValueError, match="must be finite"):
+        stage.loss(x, view=x * torch.nan, contrast=contrast)
 
 
 def test_rows_without_a_partner_are_an_error(model: TreeVAE) -> None:
