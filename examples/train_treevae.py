@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def picture(model: TreeVAE, data: ImageDataset, out: Path, seed: int) -> None:
     write_html(summary, out / "tree.html", title=f"{data.name}: a tree of clusters")
 
 
-def schedule(rows: int, args: argparse.Namespace) -> dict[str, int]:
+def schedule(rows: int, args: argparse.Namespace) -> dict[str, Any]:
     """Epochs of each kind of stage; more where an epoch has few steps."""
     effort = 0.1 if args.quick else args.effort * max(1, min(10, 15_000 // rows))
     epochs = {"initial": 12, "settle": 3, "intermediate": 3, "final": 25}
@@ -145,9 +146,9 @@ def main() -> None:
     if args.resume:
         growth.load_state_dict(json.loads(state.read_text()))
     augment = cifar_augment() if channels == 3 else Augment(RandomAffine(degrees=10, translate=0.07, shear=10))
-    contrast = (
-        TreeContrast(model, weight=args.contrastive, hidden=128, generator=generator) if args.contrastive else None
-    )
+    contrast = None
+    if args.contrastive:
+        contrast = TreeContrast(model, weight=args.contrastive, hidden=128, generator=generator)
     start = time.perf_counter()
     for stage in growth.stages(images):
         # The last stage sees the images as they are, for the sake of the bound.
@@ -161,7 +162,8 @@ def main() -> None:
     result = evaluate(model, data.test_images, data.test_labels, args.seed)
     for name, value in result.items():
         print(f"{name:20s} {value:10.3f}")
-    about = {"data": data.name, "seed": args.seed, "seconds": seconds, "tree": model.topology.to_json()}
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "resume")}
+    about = {"data": data.name, "seconds": seconds, "tree": model.topology.to_json(), **settings}
     (args.out / "results.json").write_text(json.dumps(about | result, indent=1))
     print(json.dumps(about | result))
 

@@ -126,4 +126,5 @@ class Stage:
         loss = elbo_of(model, posterior, x, from_depth=depth).loss(kl_weight)
         if contrast is None:
             return loss
-        return loss + contrast(both, model.route(both, nodes=nodes, threshold=self.threshold), split=split)
+        extra: Tensor = contrast(both, model.route(both, nodes=nodes, threshold=self.threshold), split=split)
+        return loss + extra
