@@ -77,7 +77,7 @@ class TreeGrowth:
         policy: which leaf to split: 'largest', 'highest_loss', 'highest_entropy', or a function from
             `LeafStatistics` to a score per leaf.
         warm_start: whether new children begin as copies of the leaf they come from.
-        min_share: leaves below this share of the data are pruned before the final stage.
+        min_share: leaves that a smaller share of the rows prefers to all others are pruned before the final stage.
         min_rows: leaves with fewer rows are not split.
         threshold: nodes that an image reaches with less probability are skipped in training.
         annealing: KL weight over the epochs of the stages in between; a small one lets the leaves learn to differ.

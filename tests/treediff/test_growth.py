@@ -171,6 +171,19 @@ def test_only_leaves_with_a_share_count_towards_the_greatest_number() -> None:
     assert 2 not in model.topology.ids  # pruned at the end
 
 
+def test_growth_ends_although_every_split_starves_a_child() -> None:
+    x, model = blobs(60, 60), small(TreeTopology.balanced(0), max_depth=3)
+    growth = growth_of(model, max_leaves=9, min_share=0.05, intermediate_epochs=0)
+    splits = []
+    for stage in growth.stages(x):
+        if stage.kind == "subtree":
+            splits.append(stage.split)
+            send_left(model, stage.split, 50.0)
+    # The child that has everything is split again until it lies too deep; a starved one never is.
+    assert splits == [0, 1, 3]
+    assert len(model.topology.leaves) == 1
+
+
 # --- pruning ------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +251,7 @@ def test_a_tree_that_has_routers_already_begins_with_a_cut_at_each_of_them() -> 
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_children_begin_as_copies_only_of_the_leaf_and_only_if_asked(warm: bool) -> None:
-    x, model, before = blobs(40, 40, 40, 40), small(), {}
+    x, model, before, drawn = blobs(40, 40, 40, 40), small(), {}, []
     for stage in growth_of(model, warm_start=warm).stages(x):
         after = model.state_dict()
         if stage.kind == "settle":
@@ -247,7 +260,9 @@ def test_children_begin_as_copies_only_of_the_leaf_and_only_if_asked(warm: bool)
             for role in ("heads", "decoders"):
                 for child in (left, right):
                     assert torch.equal(after[f"{role}.{child}"], before[f"{role}.{stage.split}"]) == warm
-            assert not torch.equal(after[f"transitions.{left}"], after[f"transitions.{right}"])
+            new = [after[f"transitions.{child}"].clone() for child in (left, right)]
+            assert not any(torch.equal(new[0], other) for other in (new[1], *drawn))
+            drawn += new
             assert warm or not torch.equal(after[f"decoders.{left}"], after[f"decoders.{right}"])
         train(stage, x)
         before = weights(model)

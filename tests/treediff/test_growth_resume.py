@@ -90,7 +90,7 @@ def test_skipped_stages_are_remembered(tmp_path: Path) -> None:
     whole = run(small(), tmp_path, **skipped)
     assert {stage[0][0] for stage in whole} == {"initial", "subtree", "final"}
     for done, (_, _, path, state) in enumerate(whole, start=1):
-        rest = run(TreeVAE.load(path), tmp_path / "..", state, **skipped)
+        rest = run(TreeVAE.load(path), tmp_path, state, **skipped)
         assert [stage[0] for stage in rest] == [stage[0] for stage in whole[done:]]
         assert not rest or same(rest[-1][1], whole[-1][1])
 
