@@ -10,6 +10,8 @@ the loop take turns, and medians are printed. Run nothing beside it.
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import platform
 import resource
@@ -17,21 +19,23 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from treediff import TreeGrowth, TreeVAE
+from treediff import Stage, TreeGrowth, TreeVAE
 from treediff.data import load_dataset
+from treediff.layers import KLAnnealing
 from treediff.metrics import leaf_perplexity
 from treediff.testing import NaiveTreeVAE
 
 KINDS: dict[str, dict[str, Any]] = {"vector": {"latent": 8, "width": 128}, "maps": {"latent": (16, 2, 2), "width": 32}}
 BATCH = 256
+THRESHOLD = 1e-3  # what growth trains with
 
 
 def grow(kind: str, images: Tensor, trees: Path, sizes: list[int]) -> None:
@@ -40,7 +44,9 @@ def grow(kind: str, images: Tensor, trees: Path, sizes: list[int]) -> None:
     if all(path.exists() for path in wanted.values()):
         return
     model = TreeVAE.for_images(size=28, max_depth=8, generator=torch.Generator().manual_seed(0), **KINDS[kind])
-    growth = TreeGrowth(model, max_leaves=max(sizes), epochs=3, settle_epochs=1, intermediate_every=8, min_share=0.002)
+    growth = TreeGrowth(
+        model, max_leaves=max(sizes), epochs=2, settle_epochs=1, subtree_epochs=0, intermediate_every=8, min_share=0.002
+    )
     for stage in growth.stages(images):
         if stage.kind == "final":
             break
@@ -51,7 +57,7 @@ def grow(kind: str, images: Tensor, trees: Path, sizes: list[int]) -> None:
                 stage.loss(images[rows], stage.kl_weight(epoch)).backward()
                 optimizer.step()
         leaves = len(model.topology.leaves)
-        if leaves in wanted and stage.kind == "subtree":
+        if leaves in wanted:
             model.save(wanted[leaves])
 
 
@@ -67,48 +73,52 @@ def take_turns(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def step(
+    parameters: Iterable[nn.Parameter], loss: Callable[[Tensor], Tensor], batches: Sequence[Tensor]
+) -> Callable[[], None]:
+    """One step of training that leaves the weights as they are, on the next batch at every call."""
+    optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True)
+    turn = itertools.cycle(batches)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        loss(next(turn)).backward()
+        optimizer.step()
+
+    return run
+
+
 def row(kind: str, leaves: int, trees: Path, images: Tensor, rounds: int) -> dict[str, object]:
     """All figures of one tree."""
     model = TreeVAE.load(trees / f"{kind}-{leaves}.safetensors")
-    naive = NaiveTreeVAE(model)
+    naive, fresh = NaiveTreeVAE(model), copy.deepcopy(model)
+    for bank in (fresh.posterior_routers, fresh.prior_routers):
+        for node in bank.nodes:
+            torch.nn.init.zeros_(bank.weights_of(node))  # a router that knows nothing sends everything everywhere
     batches = images[: BATCH * 8].split(BATCH)
-    optimizers: dict[TreeVAE | NaiveTreeVAE, torch.optim.Adam] = {
-        m: torch.optim.Adam(m.parameters(), lr=0.0, fused=True) for m in (model, naive)
-    }
-    count = 0
-
-    def step(owner: TreeVAE | NaiveTreeVAE, loss: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            nonlocal count
-            count += 1
-            optimizers[owner].zero_grad()
-            loss(batches[count % len(batches)]).backward()
-            optimizers[owner].step()
-
-        return run
 
     def noise() -> Tensor:
         return torch.randn(BATCH, len(model.topology), *model.latent)
 
     before = peak()
     tasks = {
-        "step_ms": step(model, lambda x: model.elbo(x, threshold=1e-3).loss()),
-        "dense_step_ms": step(model, lambda x: model.elbo(x).loss()),
-        "naive_step_ms": step(naive, lambda x: naive.elbo(x, noise()).loss()),
+        "step_ms": step(model.parameters(), lambda x: model.elbo(x, threshold=THRESHOLD).loss(), batches),
+        "dense_step_ms": step(model.parameters(), lambda x: model.elbo(x).loss(), batches),
+        "untrained_step_ms": step(fresh.parameters(), lambda x: fresh.elbo(x, threshold=THRESHOLD).loss(), batches),
+        "naive_step_ms": step(naive.parameters(), lambda x: naive.elbo(x, noise()).loss(), batches),
     }
     result = take_turns({"step_ms": tasks["step_ms"]}, 3)
     memory = {"step_peak_mib": peak() - before}
     result = take_turns(tasks, rounds)
     with torch.no_grad():
         probs = torch.cat([model.leaf_log_probs(x).exp() for x in images[:10_000].split(1000)])
-        visits = model.posterior(batches[0], threshold=1e-3).visits
+        visits = model.posterior(batches[0], threshold=THRESHOLD).visits
         test = images[:10_000].split(1000)
         result |= take_turns({"cluster_10k_ms": lambda: [model.cluster(x) for x in test]}, 3)
         model.eval()
         result |= take_turns({"generate_256_ms": lambda: model.sample(BATCH)}, rounds)
         model.train()
-    result |= subtree(model, batches, rounds)
-    return {
+    about = {
         "kind": kind,
         "leaves": leaves,
         "depth": model.topology.max_depth,
@@ -116,6 +126,10 @@ def row(kind: str, leaves: int, trees: Path, images: Tensor, rounds: int) -> dic
         "leaf_perplexity": round(leaf_perplexity(probs), 3),
         "visits_per_image": round(len(visits.image) / BATCH, 2),
         "leaves_decoded_per_image": round(len(visits.at_leaves()) / BATCH, 2),
+    }
+    result |= subtree(model, batches, rounds)
+    return {
+        **about,
         **{name: round(value, 2) for name, value in result.items()},
         **memory,
         "times_faster_than_naive": round(result["naive_step_ms"] / result["step_ms"], 2),
@@ -124,20 +138,10 @@ def row(kind: str, leaves: int, trees: Path, images: Tensor, rounds: int) -> dic
 
 def subtree(model: TreeVAE, batches: tuple[Tensor, ...], rounds: int) -> dict[str, float]:
     """The step of a sub-tree stage: split the shallowest leaf and train its children, all else frozen."""
-    growth = TreeGrowth(model, max_leaves=10**6, min_share=0.0, epochs=1)
-    growth.history = [{"kind": "initial", "split": None, "epochs": 1, "above": 0.0}]
-    growth.policy = lambda leaves: leaves.rows.double() * 0 - torch.arange(len(leaves.rows))
-    growth.min_rows = 1
-    stages = growth.stages(torch.cat(batches))
-    stage = next(s for s in stages if s.kind == "subtree")
-    optimizer = torch.optim.Adam(stage.parameters(), lr=0.0, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        stage.loss(batches[0]).backward()
-        optimizer.step()
-
-    return take_turns({"subtree_step_ms": step}, rounds)
+    split = model.topology.leaves[0]
+    model.split(split)
+    stage = Stage(model, "subtree", 0, 1, torch.arange(BATCH), KLAnnealing.constant(), split, threshold=THRESHOLD)
+    return take_turns({"subtree_step_ms": step(stage.parameters(), stage.loss, batches)}, rounds)
 
 
 def peak() -> int:
