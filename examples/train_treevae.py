@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--leaves", type=int, default=10)
     parser.add_argument("--effort", type=float, default=1.0, help="factor on the epochs of every stage")
     parser.add_argument("--contrastive", type=float, default=0.0, metavar="WEIGHT", help="100 in TreeVAE, for colour")
+    parser.add_argument("--decisions", type=float, default=0.0, metavar="WEIGHT", help="contrastive weight of routers")
     parser.add_argument("--network", default="conv", choices=["conv", "mlp", "residual"])
     parser.add_argument("--likelihood", default="bernoulli", choices=["bernoulli", "gaussian", "gaussian_learned"])
     parser.add_argument("--latent", type=int, default=8)
@@ -147,12 +148,14 @@ def main() -> None:
         growth.load_state_dict(json.loads(state.read_text()))
     augment = cifar_augment() if channels == 3 else Augment(RandomAffine(degrees=10, translate=0.07, shear=10))
     contrast = None
-    if args.contrastive:
-        contrast = TreeContrast(model, weight=args.contrastive, hidden=128, generator=generator)
+    if args.contrastive or args.decisions:
+        weights_of_terms = {"weight": args.contrastive, "decision_weight": args.decisions}
+        contrast = TreeContrast(model, **weights_of_terms, hidden=128, generator=generator)
     start = time.perf_counter()
     for stage in growth.stages(images):
-        # The last stage sees the images as they are, for the sake of the bound.
-        train(stage, images, args, augment, None if stage.kind == "final" else contrast)
+        # The last stage is for the bound alone, and where nothing but one split trains there are no features to shape.
+        idle = stage.kind == "final" or (stage.split is not None and not args.decisions)
+        train(stage, images, args, augment, None if idle else contrast)
         model.save(weights)
         state.write_text(json.dumps(growth.state_dict()))
     seconds = time.perf_counter() - start

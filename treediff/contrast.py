@@ -27,7 +27,7 @@ __all__ = ["TreeContrast"]
 
 
 class TreeContrast(nn.Module):
-    """`weight * ( mean over levels of NT-Xent(features) + sum over routers of NT-Xent(decisions) )`.
+    """`weight * mean over levels of NT-Xent(features) + decision_weight * sum over routers of NT-Xent(decisions)`.
 
     Features pass through a projection head per level of the ladder; both are thrown away after training. A router's
     term counts each view by the probability with which it reaches the router.
@@ -36,14 +36,16 @@ class TreeContrast(nn.Module):
 
     Args:
         model: the TreeVAE whose ladder is projected; only shapes are read.
-        weight: of both terms against the negative ELBO in nats; 100 in TreeVAE.
+        weight: of the term on features against the negative ELBO in nats; 100 in TreeVAE.
+        decision_weight: of the term on decisions, `weight` by default as in TreeVAE. It prefers halves: where clusters
+            differ in size it can move a good cut, and 0 leaves routers to the ELBO.
         temperature: of the term on features; the one on decisions has 1.
         hidden: width of the heads' hidden layer.
         out_features: width of their output.
         generator: where initial weights come from.
 
     Raises:
-        ValueError: if the weight is negative or not finite, or a width is below 1.
+        ValueError: if a weight is negative or not finite, or a width is below 1.
 
     Source: TreeVAE (arXiv 2306.08984), section on contrastive losses, with the weights of its reference implementation.
 
@@ -61,15 +63,18 @@ class TreeContrast(nn.Module):
         model: TreeVAE,
         *,
         weight: float = 100.0,
+        decision_weight: float | None = None,
         temperature: float = 0.5,
         hidden: int = 512,
         out_features: int = 64,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"weight must be finite and at least 0, found {weight}")
         self.weight, self.temperature = weight, temperature
+        self.decision_weight = weight if decision_weight is None else decision_weight
+        for name in ("weight", "decision_weight"):
+            if not 0 <= (found := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, found {found}")
         with torch.no_grad():
             ladder = model.features(torch.zeros(1, *model.inputs, device=model.device, dtype=model.dtype))
         with torch.device("meta"):
@@ -78,8 +83,8 @@ class TreeContrast(nn.Module):
         initialize(self.heads, generator=generator)
 
     def extra_repr(self) -> str:
-        """Weight and temperature."""
-        return f"weight={self.weight}, temperature={self.temperature}"
+        """Weights and temperature."""
+        return f"weight={self.weight}, decision_weight={self.decision_weight}, temperature={self.temperature}"
 
     def forward(self, ladder: Sequence[Tensor], visits: Visits, *, split: int | None = None) -> Tensor:
         """The weighted sum of both terms, a scalar in nats.
@@ -101,12 +106,14 @@ class TreeContrast(nn.Module):
             )
         if not rows:
             return ladder[0].sum()
-        total = self._decisions(visits, split)
+        total = ladder[0].new_zeros(())
+        if self.decision_weight:
+            total = self.decision_weight * self._decisions(visits, split)
         if split is None:
             pairs = [head(d).chunk(2) for head, d in zip(self.heads, ladder, strict=True)]
             losses = [nt_xent(first, second, temperature=self.temperature) for first, second in pairs]
-            total = total + torch.stack(losses).mean()
-        return self.weight * total
+            total = total + self.weight * torch.stack(losses).mean()
+        return total
 
     def _decisions(self, visits: Visits, split: int | None) -> Tensor:
         plan, routed = visits.plan, visits.routed

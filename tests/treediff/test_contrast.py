@@ -44,11 +44,14 @@ def naive_decisions(model: TreeVAE, ladder: list[torch.Tensor], only: int | None
     return total
 
 
-def test_both_terms_are_those_of_the_loop(model: TreeVAE) -> None:
-    contrast = TreeContrast(model, weight=3.0, temperature=0.7, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("decision_weight", [None, 0.0, 5.0])
+def test_both_terms_are_those_of_the_loop(model: TreeVAE, decision_weight: float | None) -> None:
+    seed = torch.Generator().manual_seed(0)
+    contrast = TreeContrast(model, weight=3.0, decision_weight=decision_weight, temperature=0.7, generator=seed)
     ladder = model.features(views())
     levels = [nt_xent(*h(d).split(5), temperature=0.7) for h, d in zip(contrast.heads, ladder, strict=True)]
-    expected = 3 * (sum(levels) / len(levels) + naive_decisions(model, ladder))
+    weight = 3.0 if decision_weight is None else decision_weight
+    expected = 3 * sum(levels) / len(levels) + weight * naive_decisions(model, ladder)
     torch.testing.assert_close(contrast(ladder, model.route(ladder)), expected)
 
 
@@ -112,3 +115,5 @@ def test_rows_without_a_partner_are_an_error(model: TreeVAE) -> None:
         contrast(ladder, model.route(ladder))
     with pytest.raises(ValueError, match="weight must be finite and at least 0, found -1"):
         TreeContrast(model, weight=-1)
+    with pytest.raises(ValueError, match="decision_weight must be finite and at least 0, found nan"):
+        TreeContrast(model, decision_weight=torch.nan)
