@@ -26,7 +26,7 @@ def elbo_of(model: TreeVAE, posterior: TreePosterior, x: Tensor, *, from_depth: 
     that a split at that depth takes part in.
     """
     visits, root = posterior.visits, posterior.visits.batch
-    reach = visits.log_reach.exp()
+    reach = visits.reach()
     nodes = reach * posterior.kl_nodes()
     decisions = reach[visits.routed] * posterior.kl_decisions()
     leaves = visits.at_leaves()

@@ -79,7 +79,7 @@ class TreeGrowth:
         warm_start: whether new children begin as copies of the leaf they come from.
         min_share: leaves that a smaller share of the rows prefers to all others are pruned before the final stage.
         min_rows: leaves with fewer rows are not split.
-        threshold: nodes that an image reaches with less probability are skipped in training.
+        threshold: nodes that an image reaches with less probability are visited now and then in training, see `Stage`.
         annealing: KL weight over the epochs of the stages in between; a small one lets the leaves learn to differ.
         initial_annealing: KL weight over the initial stage.
         final_annealing: KL weight over the final stage; by default it climbs to 1.
@@ -111,7 +111,7 @@ class TreeGrowth:
     warm_start: bool = True
     min_share: float = 0.01
     min_rows: int = 64
-    threshold: float = 1e-3
+    threshold: float = 0.01
     annealing: KLAnnealing = field(default_factory=lambda: KLAnnealing.constant(0.1))
     initial_annealing: KLAnnealing = field(default_factory=KLAnnealing.constant)
     final_annealing: KLAnnealing | None = None

@@ -33,7 +33,8 @@ class Stage:
         annealing: the weight of the KL terms over the stage's epochs.
         split: id of the leaf that was split, in a settle or subtree stage.
         above: rows reach the split node with at least this probability.
-        threshold: nodes that an image reaches with less probability are skipped.
+        threshold: nodes that an image reaches with less probability are visited by chance and weighted up in return, so
+            that the loss stays right on average; 0 visits all.
         seed: for the order of rows.
     """
 
@@ -101,7 +102,7 @@ class Stage:
             view: `(B, *inputs)`, a second look at each observation, which only the encoder and the routers see. TreeVAE
                 reconstructs both views: that is the mean of two losses, with `x` and `view` once in each place.
             contrast: the terms that join `x` and `view`; in a settle or subtree stage only the one of the split's turn.
-            generator: where the noise of the latents comes from.
+            generator: where the noise of the latents, and chance below the threshold, come from.
 
         Raises:
             ValueError: if `x` or `view` is not what the model takes, their shapes differ, or only one of `view` and
@@ -120,7 +121,8 @@ class Stage:
             model.check(view)
         both = model.features(x if view is None else torch.cat([x, view]))
         ladder = [d[: len(x)] for d in both]
-        visits = model.route(ladder, nodes=nodes, threshold=self.threshold)
+        chance = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device) if self.threshold else None
+        visits = model.route(ladder, nodes=nodes, threshold=self.threshold, chance=chance)
         posterior = model.latents(ladder, visits, generator=generator)
         depth = None if split is None else model.topology.depth(split)
         loss = elbo_of(model, posterior, x, from_depth=depth).loss(kl_weight)

@@ -162,15 +162,20 @@ class TreeVAE(TreeNetworks):
         return ladder[::-1]
 
     def route(
-        self, features: Sequence[Tensor], *, nodes: Sequence[int] | None = None, threshold: float = 0.0
+        self,
+        features: Sequence[Tensor],
+        *,
+        nodes: Sequence[int] | None = None,
+        threshold: float = 0.0,
+        chance: Tensor | None = None,
     ) -> Visits:
-        """Follow the posterior routers down the tree; nothing but routers runs."""
+        """Follow the posterior routers down the tree; nothing but routers runs. Arguments as for `visits.descend`."""
 
         def logits(depth: int, image: Tensor, groups: Groups, ids: list[int]) -> Tensor:
             return self.posterior_routers(features[depth].index_select(0, image), groups, ids)
 
         plan = self.plan(nodes, features[0].device)
-        return descend(plan, len(features[0]), logits, threshold=threshold, like=features[0])
+        return descend(plan, len(features[0]), logits, threshold=threshold, chance=chance, like=features[0])
 
     def posterior(
         self,

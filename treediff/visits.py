@@ -130,6 +130,7 @@ class Visits:
         routed: `(R,)` the visits where a router decided.
         logits: `(R,)` what it said; positive means left.
         starts: first visit of each level, and at the end `T`.
+        roulette: below this probability a visit took place by chance only, see `descend`; 0 if none did.
     """
 
     plan: TreePlan
@@ -141,6 +142,16 @@ class Visits:
     routed: Tensor
     logits: Tensor
     starts: list[int]
+    roulette: float = 0.0
+
+    def reach(self) -> Tensor:
+        """`(T,)` the probability of reaching the node, over that of the visit where that was left to chance.
+
+        Sums of terms weighted by it are then right on average, and so are their gradients.
+        """
+        if not self.roulette:
+            return self.log_reach.exp()
+        return torch.exp(self.log_reach - (self.log_reach.detach() - math.log(self.roulette)).clamp_max(0))
 
     def groups(self) -> Groups:
         """The visits grouped by node; group = position."""
@@ -177,7 +188,9 @@ class Visits:
         here = keep[self.routed]
         starts = [int(keep[:start].sum()) for start in self.starts]
         columns = self.image[kept], self.node[kept], parent, self.log_reach[kept]
-        return Visits(plan, self.batch, *columns, renumbered[self.routed[here]], self.logits[here], starts)
+        return Visits(
+            plan, self.batch, *columns, renumbered[self.routed[here]], self.logits[here], starts, self.roulette
+        )
 
     def turns_left(self, leaf: Tensor) -> Tensor:
         """`(R,)` whether the way from each routed visit to its image's leaf turns left."""
@@ -197,6 +210,7 @@ def descend(
     route: Callable[[int, Tensor, Groups, list[int]], Tensor],
     *,
     threshold: float = 0.0,
+    chance: Tensor | None = None,
     like: Tensor,
 ) -> Visits:
     """Send a batch down the tree, following every turn whose probability of being reached stays above `threshold`.
@@ -208,6 +222,10 @@ def descend(
             at their nodes.
         threshold: visits reached with less probability than this are left out; 0 keeps all, and then no shape
             depends on the data.
+        chance: `(B,)` uniform numbers in [0, 1): a visit reached with less probability than the threshold then takes
+            place if the ratio of the two is at least the image's number, and is weighted up in return (Russian
+            roulette). Without it, no gradient ever comes from what lies below the threshold, and probabilities pile up
+            just above it, where they cost most.
         like: tensor whose dtype and device log-probabilities take; never less precise than float32, because many are
             added up.
 
@@ -236,7 +254,8 @@ def descend(
             move = plan.everyone_moves(level, plan.levels[depth + 1], batch)
         else:
             child = plan.turns[:, node].flatten()
-            move = ((child >= 0) & (steps.detach() >= floor)).nonzero().squeeze(1)
+            least = floor if chance is None else floor + chance.log()[image].repeat(2)
+            move = ((child >= 0) & (steps.detach() >= least)).nonzero().squeeze(1)
             move = move[child[move].argsort(stable=True)]
         starts.append(starts[-1] + len(image))
         source = move.remainder(len(image))
@@ -246,7 +265,8 @@ def descend(
     image, node, parent, log_reach = (torch.cat(column) for column in zip(*parts, strict=True))
     empty = (image[:0], log_reach[:0])
     routed, logits = (torch.cat(column) for column in zip(*(routed_parts or [empty]), strict=True))
-    return Visits(plan, batch, image, node, parent, log_reach, routed, logits, [*starts, len(image)])
+    roulette = 0.0 if chance is None else threshold
+    return Visits(plan, batch, image, node, parent, log_reach, routed, logits, [*starts, len(image)], roulette)
 
 
 def _steps(
