@@ -147,7 +147,7 @@ def test_a_reconstruction_is_the_mean_of_the_leafs_decoder_at_its_latent(kind: s
 
 
 def test_a_reconstruction_goes_to_the_most_probable_leaf() -> None:
-    model = louder(build(GROWN, seed=8), 20.0, only="routers")
+    model = louder(build(GROWN, seed=12), 20.0, only="routers")
     x = observations(model, 12)
     leaf = model.cluster(x)
     assert len(leaf.unique()) > 1
