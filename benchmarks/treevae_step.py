@@ -35,7 +35,7 @@ from treediff.testing import NaiveTreeVAE
 
 KINDS: dict[str, dict[str, Any]] = {"vector": {"latent": 8, "width": 128}, "maps": {"latent": (16, 2, 2), "width": 32}}
 BATCH = 256
-THRESHOLD = 1e-3  # what growth trains with
+THRESHOLD = 1e-3  # a tenth of what growth trains with
 
 
 def grow(kind: str, images: Tensor, trees: Path, sizes: list[int]) -> None:
