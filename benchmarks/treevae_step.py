@@ -35,7 +35,7 @@ from treediff.testing import NaiveTreeVAE
 
 KINDS: dict[str, dict[str, Any]] = {"vector": {"latent": 8, "width": 128}, "maps": {"latent": (16, 2, 2), "width": 32}}
 BATCH = 256
-THRESHOLD = 1e-3  # a tenth of what growth trains with
+THRESHOLD = TreeGrowth.threshold  # below it nodes are visited by chance, as in training
 
 
 def grow(kind: str, images: Tensor, trees: Path, sizes: list[int]) -> None:
@@ -45,11 +45,11 @@ def grow(kind: str, images: Tensor, trees: Path, sizes: list[int]) -> None:
         return
     model = TreeVAE.for_images(size=28, max_depth=8, generator=torch.Generator().manual_seed(0), **KINDS[kind])
     growth = TreeGrowth(
-        model, max_leaves=max(sizes), epochs=2, settle_epochs=1, subtree_epochs=0, intermediate_every=8, min_share=0.002
+        model, max_leaves=2 * max(sizes), epochs=2, settle_epochs=1, subtree_epochs=0, intermediate_every=8
     )
     images = images[: len(images) // 3]
     for stage in growth.stages(images):
-        if stage.kind == "final":
+        if stage.kind == "final" or all(path.exists() for path in wanted.values()):
             break
         optimizer = torch.optim.Adam(stage.parameters(), lr=1e-3, fused=True)
         for epoch in range(stage.epochs):
@@ -89,6 +89,11 @@ def step(
     return run
 
 
+def whole_tree(model: TreeVAE) -> Stage:
+    """The stage that trains everything."""
+    return Stage(model, "final", 0, 1, torch.arange(BATCH), KLAnnealing.constant(), threshold=THRESHOLD)
+
+
 def row(kind: str, leaves: int, trees: Path, images: Tensor, rounds: int) -> dict[str, object]:
     """All figures of one tree."""
     model = TreeVAE.load(trees / f"{kind}-{leaves}.safetensors")
@@ -103,9 +108,9 @@ def row(kind: str, leaves: int, trees: Path, images: Tensor, rounds: int) -> dic
 
     before = peak()
     tasks = {
-        "step_ms": step(model.parameters(), lambda x: model.elbo(x, threshold=THRESHOLD).loss(), batches),
+        "step_ms": step(model.parameters(), whole_tree(model).loss, batches),
         "dense_step_ms": step(model.parameters(), lambda x: model.elbo(x).loss(), batches),
-        "untrained_step_ms": step(fresh.parameters(), lambda x: fresh.elbo(x, threshold=THRESHOLD).loss(), batches),
+        "untrained_step_ms": step(fresh.parameters(), whole_tree(fresh).loss, batches),
         "naive_step_ms": step(naive.parameters(), lambda x: naive.elbo(x, noise()).loss(), batches),
     }
     result = take_turns({"step_ms": tasks["step_ms"]}, 3)
@@ -113,7 +118,7 @@ def row(kind: str, leaves: int, trees: Path, images: Tensor, rounds: int) -> dic
     result = take_turns(tasks, rounds)
     with torch.no_grad():
         probs = torch.cat([model.leaf_log_probs(x).exp() for x in images[:10_000].split(1000)])
-        visits = model.posterior(batches[0], threshold=THRESHOLD).visits
+        visits = model.route(model.features(batches[0]), threshold=THRESHOLD, chance=torch.rand(BATCH))
         test = images[:10_000].split(1000)
         result |= take_turns({"cluster_10k_ms": lambda: [model.cluster(x) for x in test]}, 3)
         model.eval()

@@ -10,6 +10,7 @@ Everything is here: copy it and change what you like. The last line printed is o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -96,6 +97,20 @@ def picture(model: TreeVAE, data: ImageDataset, out: Path, seed: int) -> None:
     write_html(summary, out / "tree.html", title=f"{data.name}: a tree of clusters")
 
 
+def hold_out(data: ImageDataset, rows: int) -> ImageDataset:
+    """The last training images in place of the test images, to choose settings without looking at the test."""
+    if not rows:
+        return data
+    labels = data.train_labels
+    return dataclasses.replace(
+        data,
+        train_images=data.train_images[:-rows],
+        train_labels=None if labels is None else labels[:-rows],
+        test_images=data.train_images[-rows:],
+        test_labels=None if labels is None else labels[-rows:],
+    )
+
+
 def schedule(rows: int, args: argparse.Namespace) -> dict[str, Any]:
     """Epochs of each kind of stage; more where an epoch has few steps."""
     effort = 0.1 if args.quick else args.effort * max(1, min(10, 15_000 // rows))
@@ -114,10 +129,13 @@ def main() -> None:
     parser.add_argument("--effort", type=float, default=1.0, help="factor on the epochs of every stage")
     parser.add_argument("--contrastive", type=float, default=0.0, metavar="WEIGHT", help="100 in TreeVAE, for colour")
     parser.add_argument("--decisions", type=float, default=0.0, metavar="WEIGHT", help="contrastive weight of routers")
+    parser.add_argument("--cut-on", default="inputs", choices=["inputs", "features"], help="where leaves are split")
+    parser.add_argument("--views", type=int, default=8, help="changed copies of each image that a split looks at")
     parser.add_argument("--network", default="conv", choices=["conv", "mlp", "residual"])
     parser.add_argument("--likelihood", default="bernoulli", choices=["bernoulli", "gaussian", "gaussian_learned"])
     parser.add_argument("--latent", type=int, default=8)
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--holdout", type=int, default=0, help="measure on the last so many training images instead")
     parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs")
     parser.add_argument("--resume", action="store_true", help="go on from the last finished stage in --out")
     parser.add_argument("--batch-size", type=int, default=256)
@@ -127,7 +145,7 @@ def main() -> None:
     # Rows that no image reaches leave Adam with moments too small for a CPU to multiply at full speed.
     torch.set_flush_denormal(True)
 
-    data = load_dataset(args.data)
+    data = hold_out(load_dataset(args.data), args.holdout)
     images = data.train_images
     channels, *size = images.shape[1:]
     weights, state = args.out / "model.safetensors", args.out / "growth.json"
@@ -143,10 +161,18 @@ def main() -> None:
     )
     if args.resume:
         model = TreeVAE.load(weights)
-    growth = TreeGrowth(model, max_leaves=args.leaves, seed=args.seed, **schedule(len(images), args))
+    augment = cifar_augment() if channels == 3 else Augment(RandomAffine(degrees=10, translate=0.07, shear=10))
+    growth = TreeGrowth(
+        model,
+        max_leaves=args.leaves,
+        cut_on=args.cut_on,
+        augment=augment if args.views else None,
+        views=args.views or 1,
+        seed=args.seed,
+        **schedule(len(images), args),
+    )
     if args.resume:
         growth.load_state_dict(json.loads(state.read_text()))
-    augment = cifar_augment() if channels == 3 else Augment(RandomAffine(degrees=10, translate=0.07, shear=10))
     contrast = None
     if args.contrastive or args.decisions:
         weights_of_terms = {"weight": args.contrastive, "decision_weight": args.decisions}

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from treediff.cutting import Augmentation, cut_router
 from treediff.layers.annealing import KLAnnealing
-from treediff.layers.blocks import Router, check_positive
+from treediff.layers.blocks import check_positive
 from treediff.noise import combine_seeds
-from treediff.normalized_cut import normalized_cut
 from treediff.stage import Stage
 from treediff.treevae import TreeVAE
 
@@ -79,6 +79,12 @@ class TreeGrowth:
         warm_start: whether new children begin as copies of the leaf they come from.
         min_share: leaves that a smaller share of the rows prefers to all others are pruned before the final stage.
         min_rows: leaves with fewer rows are not split.
+        cut_on: where a leaf's rows are cut, on the 'inputs' as they are or on the model's 'features' of them, which a
+            contrastive loss can make better than the inputs.
+        augment: changes that a cluster should not depend on, called as `augment(x, generator=generator)`; see
+            `treediff.augment`. None for none.
+        views: changed copies of each row that a cut looks at, if there is `augment`.
+        cut_rows: rows that a cut looks at, at most; its time grows with their square.
         threshold: nodes that an image reaches with less probability are visited now and then in training, see `Stage`.
         annealing: KL weight over the epochs of the stages in between; a small one lets the leaves learn to differ.
         initial_annealing: KL weight over the initial stage.
@@ -111,6 +117,10 @@ class TreeGrowth:
     warm_start: bool = True
     min_share: float = 0.01
     min_rows: int = 64
+    cut_on: str = "inputs"
+    augment: Augmentation | None = None
+    views: int = 8
+    cut_rows: int = 50_000
     threshold: float = 0.01
     annealing: KLAnnealing = field(default_factory=lambda: KLAnnealing.constant(0.1))
     initial_annealing: KLAnnealing = field(default_factory=KLAnnealing.constant)
@@ -124,6 +134,8 @@ class TreeGrowth:
             max_leaves=self.max_leaves,
             intermediate_every=self.intermediate_every,
             min_rows=self.min_rows,
+            views=self.views,
+            cut_rows=self.cut_rows,
             batch_size=self.batch_size,
         )
         for name in ("epochs", *(f"{kind}_epochs" for kind in _KINDS)):
@@ -135,6 +147,8 @@ class TreeGrowth:
         for name in ("min_share", "threshold"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
+        if self.cut_on not in ("inputs", "features"):
+            raise ValueError(f"cut_on must be 'inputs' or 'features', found {self.cut_on!r}")
         if isinstance(self.policy, str) and self.policy not in _POLICIES:
             raise ValueError(f"policy must be one of {list(_POLICIES)} or a function, found {self.policy!r}")
         if not isinstance(self.policy, str) and not callable(self.policy):
@@ -258,18 +272,21 @@ class TreeGrowth:
         mean = members / rows
         return LeafStatistics(rows.long(), probs.mean(0), loss @ mean, entropy @ mean)
 
-    @torch.no_grad()
     def _cut(self, node: int, data: Tensor, rows: Tensor) -> None:
-        """Start a new posterior router as a cut where its rows' features are thin, so that neither child starves."""
-        router = self.model.posterior_routers.module(node)
-        if not isinstance(router, Router) or len(rows) < 2:
-            return
+        """Start a new posterior router as a cut where its rows lie thin, so that neither child starves."""
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, len(self.history), -3))
-        picked = rows[torch.randperm(len(rows), generator=generator)[:8192]]
-        depth = self.model.topology.depth(node)
-        features = torch.cat([self.model.features(x)[depth] for x in data[picked].split(self.batch_size)])
-        router.cut(features, normalized_cut(features))
-        self.model.posterior_routers.assign(node, router)
+        picked = rows[torch.randperm(len(rows), generator=generator)[: self.cut_rows]]
+        if len(picked) > 1:
+            cut_router(
+                self.model,
+                node,
+                data[picked],
+                on=self.cut_on,
+                augment=self.augment,
+                views=self.views,
+                batch_size=self.batch_size,
+                generator=generator,
+            )
 
     def _prune(self, data: Tensor, probs: Tensor) -> None:
         """Remove, one by one, the leaf that fewest rows choose, while that is less than `min_share` of them."""

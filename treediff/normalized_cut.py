@@ -2,35 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from treediff.neighbours import nearest_neighbours
 
 __all__ = ["normalized_cut"]
 
 
-def normalized_cut(points: Tensor, *, neighbours: int = 10, min_share: float = 0.1, max_points: int = 2048) -> Tensor:
+class _Graph(NamedTuple):
+    """Edges `(i, j)` of a symmetric graph, each listed both ways."""
+
+    i: Tensor
+    j: Tensor
+    weight: Tensor
+    nodes: int
+
+    def times(self, x: Tensor) -> Tensor:
+        """The matrix of weights times a vector."""
+        return torch.zeros_like(x).index_add_(0, self.i, self.weight * x[self.j])
+
+
+def normalized_cut(
+    points: Tensor,
+    *,
+    views: Iterable[Tensor] = (),
+    neighbours: int = 10,
+    min_share: float = 0.05,
+    components: int = 48,
+) -> Tensor:
     """Split points into two clusters by a normalised cut of the graph that joins each to its nearest neighbours.
 
     The cut seeks the two sides `A`, `B` with the least `cut(A, B) / vol(A) + cut(A, B) / vol(B)`: few and weak edges
     between them, many inside. The relaxed solution is the second eigenvector of the normalised graph, thresholded where
-    the quotient is least. Edges weigh `exp(-d_ij^2 / (s_i s_j))` with `s_i` the distance to the furthest neighbour.
+    the quotient is least. An edge weighs as much as its ends' neighbourhoods overlap, `|N_i & N_j| / |N_i | N_j|`.
     Unlike k-means, which halves the widest direction and may cut through a class, it goes through gaps whatever the
     shape of the two sides.
 
     Args:
-        points: `(n, ...)`, flattened behind the first axis.
+        points: `(n, ...)`, flattened behind the first axis and projected on their principal components.
+        views: the same points under changes that a cluster should not depend on, such as small shifts of an image; a
+            point's neighbours are those that any of its views comes near. One at a time is looked at, so that a
+            generator of views saves memory.
         neighbours: edges that each point sends.
-        min_share: the smaller side holds at least this share of the points in the graph.
-        max_points: points in the graph, evenly spaced among all; the others follow the majority of their five nearest.
+        min_share: the smaller side holds at least this share of the points.
+        components: how many principal components are kept, where there are more dimensions.
 
     Returns:
         `(n,)` booleans, one side True. Which one is arbitrary, but the same points give the same answer.
 
     Raises:
-        ValueError: if there are fewer than two points, a point is not finite, or a setting is out of range.
+        ValueError: if there are fewer than two points, a point is not finite, a view has another shape, or a setting is
+            out of range.
 
-    Source: Shi and Malik, "Normalized cuts and image segmentation" (2000), eq. 2 and 11; local scales: Zelnik-Manor and
-    Perona, "Self-tuning spectral clustering" (2004).
+    Cost: `n^2 (1 + views)` distances in `components` dimensions; 50,000 points with 8 views take 20 seconds on two
+    cores.
+
+    Source: Shi and Malik, "Normalized cuts and image segmentation" (2000), eq. 2 and 11; weights by shared neighbours:
+    Jarvis and Patrick, "Clustering using a similarity measure based on shared near neighbors" (1973).
 
     Examples:
         >>> normalized_cut(torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1]]), neighbours=2).tolist() in (
@@ -38,65 +70,113 @@ def normalized_cut(points: Tensor, *, neighbours: int = 10, min_share: float = 0
         ... )
         True
     """
-    _check(points, neighbours, min_share, max_points)
-    flat = points.detach().flatten(1).float()
-    # The distances of points far from the origin would lose their digits.
-    flat = flat - flat.mean(0)
-    n, m = len(flat), min(len(flat), max_points)
-    chosen = torch.arange(m, device=flat.device) * n // m
-    corners = flat[chosen]
-    side = _bisect(_affinity(corners, min(neighbours, m - 1)), min_share)
-    if n == m:
-        return side
-    nearest = torch.cdist(flat, corners).topk(min(5, m), largest=False).indices
-    nearest[chosen] = torch.arange(m, device=flat.device)[:, None]
-    return side[nearest].float().mean(1) > 0.5
-
-
-def _affinity(points: Tensor, neighbours: int) -> Tensor:
-    """`(m, m)` symmetric weights of the neighbour graph."""
-    distances = torch.cdist(points, points).fill_diagonal_(torch.inf)
-    near, index = distances.topk(neighbours, largest=False)
-    scale = near[:, -1:]
-    squared = near.square() / (scale * scale[index].squeeze(-1))
-    # Points that lie on one another have no scale, and are as close as can be.
-    weight = torch.exp(-squared.nan_to_num(nan=0.0, posinf=0.0))
-    directed = torch.zeros_like(distances).scatter_(1, index, weight)
-    # Clusters far apart hang together by no edge, and then any grouping of them would cost nothing. A pull between all
-    # points, far too faint to matter elsewhere, makes the widest gap the cheapest.
-    away = distances.fill_diagonal_(0.0).square()
-    pull = torch.exp(-away / away.mean().clamp_min(torch.finfo(away.dtype).tiny))
-    return 0.5 * (directed + directed.T) + 1e-3 / len(points) * pull
-
-
-def _bisect(weight: Tensor, min_share: float) -> Tensor:
-    """The two sides of a graph."""
-    degree = weight.sum(1)
-    root = degree.sqrt()
-    normalised = weight / (root[:, None] * root)
-    # The first eigenvector is known and says nothing. Taken away, it cannot hide among the indicators of
-    # components that hang together by nothing.
-    normalised -= root[:, None] * root / degree.sum()
-    vector = torch.linalg.eigh(normalised).eigenvectors[:, -1] / root
-    order = vector.argsort(stable=True)
-    inside = weight[order][:, order].cumsum(0).cumsum(1).diagonal()
-    volume = degree[order].cumsum(0)
-    cut, rest = volume - inside, degree.sum() - volume
-    quotient = (cut / volume + cut / rest)[:-1]
-    least = max(1, round(min_share * len(order)))
-    first = least - 1 + int(quotient[least - 1 : len(order) - least].argmin())
-    side = torch.zeros(len(order), dtype=torch.bool, device=weight.device)
-    side[order[first + 1 :]] = True
-    return side
-
-
-def _check(points: Tensor, neighbours: int, min_share: float, max_points: int) -> None:
+    if neighbours < 1 or components < 1 or not 0 <= min_share <= 0.5:
+        raise ValueError(
+            "neighbours and components must be at least 1, and min_share between 0 and 0.5; found "
+            f"{neighbours}, {components} and {min_share}"
+        )
     if len(points) < 2:
         raise ValueError(f"two clusters need at least 2 points, found {len(points)}")
+    flat = _flat(points)
+    # Squared distances of points far from the origin would lose their digits.
+    mean = flat.mean(0)
+    flat = flat - mean
+    basis = _principal(flat, components)
+    known = flat if basis is None else flat @ basis
+    looks = []
+    for view in views:
+        if view.shape != points.shape:
+            raise ValueError(f"views have the shape of the points, {tuple(points.shape)}; found {tuple(view.shape)}")
+        look = _flat(view) - mean
+        looks.append(look if basis is None else look @ basis)
+    index = nearest_neighbours(known, min(neighbours, len(known) - 1), views=looks)
+    return _bisect(_graph(index.cpu(), known.cpu().double()), min_share).to(points.device)
+
+
+def _flat(points: Tensor) -> Tensor:
     if not bool(points.isfinite().all()):
         raise ValueError("points must be finite, found NaN or infinity")
-    if neighbours < 1 or max_points < 2 or not 0 <= min_share <= 0.5:
-        raise ValueError(
-            "neighbours must be at least 1, max_points at least 2, and min_share between 0 and 0.5; found "
-            f"{neighbours}, {max_points} and {min_share}"
-        )
+    return points.detach().flatten(1).float()
+
+
+def _principal(points: Tensor, components: int) -> Tensor | None:
+    """`(D, components)`, an orthonormal basis of where centred points vary most, by subspace iteration."""
+    if points.shape[1] <= components:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(points.shape[1], components, generator=generator).to(points)
+    for _ in range(8):
+        basis = torch.linalg.qr(points.T @ (points @ basis)).Q
+    return basis
+
+
+def _graph(index: Tensor, points: Tensor) -> _Graph:
+    """Edges to neighbours, weighed by the neighbours shared; and a faint pull between all."""
+    n, k = index.shape
+    i = torch.arange(n).repeat_interleave(k)
+    hoods = torch.cat([torch.arange(n)[:, None], index], 1)
+    shared = torch.cat(
+        [
+            (hoods[rows][:, None, :, None] == hoods[index[rows]][:, :, None, :]).sum((2, 3))
+            for rows in torch.arange(n).split(4096)
+        ]
+    )
+    overlap = (shared / (2 * (k + 1) - shared)).double().flatten()
+    # Clusters far apart hang together by no edge, and then any grouping of them would cost nothing. A pull between
+    # points at random, far too faint to matter elsewhere, makes the widest gap the cheapest.
+    pulls = 8
+    one = torch.arange(n).repeat_interleave(pulls)
+    other = (one + torch.randint(1, n, one.shape, generator=torch.Generator().manual_seed(0))) % n
+    away = (points[one] - points[other]).square().sum(1)
+    pull = 1e-3 / pulls * torch.exp(-away / away.mean().clamp_min(torch.finfo(away.dtype).tiny))
+    ends = torch.cat([torch.stack([i, index.flatten()]), torch.stack([one, other])], 1)
+    weight = 0.5 * torch.cat([overlap, pull])
+    return _Graph(torch.cat([ends[0], ends[1]]), torch.cat([ends[1], ends[0]]), weight.repeat(2), n)
+
+
+def _second_eigenvector(graph: _Graph, root: Tensor, steps: int = 120) -> Tensor:
+    """Of `D^-1/2 W D^-1/2`, whose first is `root`, the square root of the degrees: Lanczos, reorthogonalised."""
+    # The first eigenvector is known and says nothing. Taken away, it cannot hide among the indicators of
+    # components that hang together by nothing.
+    basis = [root / root.norm()]
+    normalised = graph._replace(weight=graph.weight / (root[graph.i] * root[graph.j]))
+    x = torch.randn(graph.nodes, generator=torch.Generator().manual_seed(0), dtype=root.dtype)
+    diagonal: list[Tensor] = []
+    off: list[Tensor] = []
+    for _ in range(min(steps, graph.nodes - 1)):
+        for _ in range(2):
+            known = torch.stack(basis)
+            x = x - known.T @ (known @ x)
+        length = x.norm()
+        if diagonal and length < 1e-10:
+            break
+        off.append(length)
+        basis.append(x / length)
+        x = normalised.times(basis[-1])
+        diagonal.append(basis[-1] @ x)
+    small = torch.diag(torch.stack(diagonal))
+    if len(off) > 1:
+        beside = torch.stack(off[1:])
+        small += torch.diag(beside, 1) + torch.diag(beside, -1)
+    largest: Tensor = torch.linalg.eigh(small).eigenvectors[:, -1]
+    return largest @ torch.stack(basis[1:])
+
+
+def _bisect(graph: _Graph, min_share: float) -> Tensor:
+    """The two sides of a graph."""
+    n = graph.nodes
+    degree = graph.times(torch.ones(n, dtype=graph.weight.dtype))
+    root = degree.sqrt()
+    order = (_second_eigenvector(graph, root) / root).argsort(stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(n)
+    # Edge (i, j) is cut by the thresholds from the lower of its ranks up to the higher; each is listed twice.
+    low, high = torch.minimum(rank[graph.i], rank[graph.j]), torch.maximum(rank[graph.i], rank[graph.j])
+    change = torch.zeros(n, dtype=degree.dtype).index_add_(0, low, graph.weight).index_add_(0, high, -graph.weight)
+    cut, volume = 0.5 * change.cumsum(0), degree[order].cumsum(0)
+    quotient = (cut / volume + cut / (degree.sum() - volume))[:-1]
+    least = max(1, round(min_share * n))
+    first = least - 1 + int(quotient[least - 1 : n - least].argmin())
+    side = torch.zeros(n, dtype=torch.bool)
+    side[order[first + 1 :]] = True
+    return side

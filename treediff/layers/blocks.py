@@ -125,42 +125,49 @@ class Router(nn.Sequential):
         layers["squeeze"] = nn.Flatten(0)
         super().__init__(OrderedDict(flatten=nn.Flatten(1), **layers))
 
-    @torch.no_grad()
-    def cut(self, x: Tensor, left: Tensor, sharpness: float = 4.0) -> None:
-        """Start as a given cut of some inputs into two.
+    def fit(
+        self,
+        x: Tensor,
+        left: Tensor,
+        *,
+        confidence: float = 0.98,
+        steps: int = 150,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Learn a given cut of some inputs into two, by cross-entropy.
 
-        The hidden layers stay as they are; the last one is fitted by ridge regression to logits of `sharpness`
-        for inputs that go left and `-sharpness` for the others. Children that begin with a share of the inputs
-        each learn different things from the first step; otherwise one of them soon reconstructs everything and
-        the other starves.
+        A router that learns along with the children it serves soon sends everything to the one that happens to be
+        ahead. Children that begin with a share of the inputs each learn different things from the first step.
 
         Args:
             x: `(n, *inputs)`, what the router will see.
             left: `(n,)` booleans, which of them go left.
-            sharpness: size of the logits aimed at.
+            confidence: probability aimed at for the side an input is on, above 1/2 and below 1.
+            steps: of AdamW, on up to 1024 inputs each.
+            generator: where the choice of inputs comes from, a CPU generator.
 
         Raises:
-            ValueError: if there is no input, or not one boolean for each.
+            ValueError: if there is no input, or not one boolean for each; or if the confidence is out of range.
         """
         if not len(x) or left.shape != x.shape[:1]:
             raise ValueError(
                 f"a cut needs at least one input and one boolean for each; found {len(x)} inputs and booleans of shape "
                 f"{tuple(left.shape)}"
             )
-        hidden = x
-        for name, layer in self.named_children():
-            if name == "logit":
-                break
-            hidden = layer(hidden)
-        known = hidden.double()
-        target = sharpness * torch.where(left, 1.0, -1.0).to(known)
-        mean, middle = known.mean(0), target.mean()
-        centred = known - mean
-        ridge = 0.01 * len(known) * torch.eye(known.shape[1], dtype=known.dtype, device=known.device)
-        weight = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (target - middle))
-        logit: nn.Linear = self.logit  # type: ignore[assignment]
-        logit.weight.copy_(weight[None])
-        logit.bias.copy_(middle - mean @ weight)
+        if not 0.5 < confidence < 1:
+            raise ValueError(f"confidence must be above 0.5 and below 1, found {confidence}")
+        x = x.detach()
+        target = torch.where(left, confidence, 1 - confidence).to(x)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=1e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps + 1)
+        with torch.enable_grad():
+            for _ in range(steps):
+                rows = torch.randint(len(x), (min(len(x), 1024),), generator=generator).to(x.device)
+                loss = nn.functional.binary_cross_entropy_with_logits(self(x[rows]), target[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
 
 
 class LogVariance(nn.Module):
