@@ -66,7 +66,8 @@ class TreeGrowth:
 
     Args:
         model: the model, which starts as it is (usually a root with two leaves).
-        max_leaves: stop growing at this many effective leaves, those with a mean probability of at least `min_share`.
+        max_leaves: stop growing at this many effective leaves, those that a share of the rows of at least `min_share`
+            prefers to all others.
         epochs: epochs of every kind of stage that is not named below.
         initial_epochs: epochs of the initial stage.
         settle_epochs: epochs of the stage before it, in which the new router keeps its first cut; 0 skips it.
@@ -237,7 +238,12 @@ class TreeGrowth:
         return min(1 / max(1, self._effective(probs)), 0.5)
 
     def _effective(self, probs: Tensor) -> int:
-        return int((probs.mean(0) >= self.min_share).sum())
+        return int((self._preferring(probs) >= self.min_share * len(probs)).sum())
+
+    @staticmethod
+    def _preferring(probs: Tensor) -> Tensor:
+        """How many rows prefer each leaf to all others."""
+        return probs.argmax(1).bincount(minlength=probs.shape[1])
 
     def _leaf_to_split(self, data: Tensor, probs: Tensor) -> int | None:
         """The leaf with the best score among those that have rows enough and room below; None if there is none."""
@@ -291,7 +297,7 @@ class TreeGrowth:
     def _prune(self, data: Tensor, probs: Tensor) -> None:
         """Remove, one by one, the leaf that fewest rows choose, while that is less than `min_share` of them."""
         while len(self.model.topology.leaves) > 1:
-            counts = probs.argmax(1).bincount(minlength=probs.shape[1])
+            counts = self._preferring(probs)
             smallest = int(counts.argmin())
             if counts[smallest] >= self.min_share * len(data):
                 return

@@ -21,6 +21,8 @@ SETTINGS: dict[str, Any] = {
     "warm_start": True,
     "min_share": 0.0,
     "min_rows": 8,
+    "cut_on": "inputs",
+    "augment": None,
     "threshold": 0.0,
     "annealing": KLAnnealing.constant(0.5),
     "initial_annealing": KLAnnealing.constant(1.0),

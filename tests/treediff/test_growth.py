@@ -91,7 +91,8 @@ def test_the_final_stage_ends_with_the_whole_bound(epochs: int) -> None:
 
 
 def shares(model: TreeVAE, x: Tensor, leaves: tuple[int, ...]) -> list[float]:
-    return [float(reach(model, x, leaf).mean()) for leaf in leaves]
+    preferred = torch.stack([reach(model, x, leaf) for leaf in leaves]).argmax(0).tolist()
+    return [preferred.count(place) / len(x) for place in range(len(leaves))]
 
 
 @pytest.mark.parametrize("min_share", [0.0, 0.2])
