@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--decisions", type=float, default=0.0, metavar="WEIGHT", help="contrastive weight of routers")
     parser.add_argument("--cut-on", default="inputs", choices=["inputs", "features"], help="where leaves are split")
     parser.add_argument("--views", type=int, default=8, help="changed copies of each image that a split looks at")
+    parser.add_argument("--cut-share", type=float, default=0.05, help="least share of the smaller side of a split")
     parser.add_argument("--random-start", action="store_true", help="leaves start at random, not as copies")
     parser.add_argument("--network", default="conv", choices=["conv", "mlp", "residual"])
     parser.add_argument("--likelihood", default="bernoulli", choices=["bernoulli", "gaussian", "gaussian_learned"])
@@ -169,6 +170,7 @@ def main() -> None:
         cut_on=args.cut_on,
         augment=augment if args.views else None,
         views=args.views or 1,
+        cut_share=args.cut_share,
         warm_start=not args.random_start,
         seed=args.seed,
         **schedule(len(images), args),

@@ -32,6 +32,7 @@ def cut_router(
     on: str = "inputs",
     augment: Augmentation | None = None,
     views: int = 8,
+    min_share: float = 0.05,
     batch_size: int = 1024,
     generator: torch.Generator | None = None,
 ) -> None:
@@ -46,6 +47,7 @@ def cut_router(
         on: where they are cut, on the 'inputs' as they are or on the 'features' that the router sees.
         augment: changes that a cluster should not depend on; None for none.
         views: changed copies of each row that the cut looks at, if there is `augment`.
+        min_share: the smaller side holds at least this share of the rows.
         batch_size: rows at a time.
         generator: where changes and the fit's batches come from.
 
@@ -68,6 +70,6 @@ def cut_router(
             yield changed if on == "inputs" else features(changed)
 
     seen = features(x)
-    left = normalized_cut(x if on == "inputs" else seen, views=looks())
+    left = normalized_cut(x if on == "inputs" else seen, views=looks(), min_share=min_share)
     router.fit(seen, left, generator=generator)
     model.posterior_routers.assign(node, router)

@@ -85,6 +85,7 @@ class TreeGrowth:
         augment: changes that a cluster should not depend on, called as `augment(x, generator=generator)`; see
             `treediff.augment`. None for none.
         views: changed copies of each row that a cut looks at, if there is `augment`.
+        cut_share: the smaller side of a cut holds at least this share of the leaf's rows.
         cut_rows: rows that a cut looks at, at most; its time grows with their square.
         threshold: nodes that an image reaches with less probability are visited now and then in training, see `Stage`.
         annealing: KL weight over the epochs of the stages in between; a small one lets the leaves learn to differ.
@@ -121,6 +122,7 @@ class TreeGrowth:
     cut_on: str = "inputs"
     augment: Augmentation | None = None
     views: int = 8
+    cut_share: float = 0.05
     cut_rows: int = 50_000
     threshold: float = 0.01
     annealing: KLAnnealing = field(default_factory=lambda: KLAnnealing.constant(0.1))
@@ -148,6 +150,8 @@ class TreeGrowth:
         for name in ("min_share", "threshold"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
+        if not 0 <= self.cut_share <= 0.5:
+            raise ValueError(f"cut_share must be between 0 and 0.5, found {self.cut_share}")
         if self.cut_on not in ("inputs", "features"):
             raise ValueError(f"cut_on must be 'inputs' or 'features', found {self.cut_on!r}")
         if isinstance(self.policy, str) and self.policy not in _POLICIES:
@@ -290,6 +294,7 @@ class TreeGrowth:
                 on=self.cut_on,
                 augment=self.augment,
                 views=self.views,
+                min_share=self.cut_share,
                 batch_size=self.batch_size,
                 generator=generator,
             )

@@ -38,6 +38,14 @@ def test_a_cut_is_made_where_it_is_asked_for(on: str) -> None:
     assert agreement(sides(model, x), normalized_cut(where)) > 0.98
 
 
+def test_the_smaller_side_has_the_share_asked_for() -> None:
+    x, model = blobs(20, 180), small(width=32)
+    for min_share, least, most in ((0.05, 19, 21), (0.3, 55, 100)):
+        cut_router(model, 0, x, min_share=min_share, generator=seeded(0))
+        left = int(sides(model, x).sum())
+        assert least <= min(left, 200 - left) <= most
+
+
 def test_views_reach_the_cut_batch_by_batch_from_the_generator() -> None:
     x, model = blobs(60, 60, 60, 60), small(width=32)
     wide = x[:, 0] > 0
@@ -54,10 +62,10 @@ def test_views_reach_the_cut_batch_by_batch_from_the_generator() -> None:
 def test_a_growth_hands_its_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr("treediff.growth.cut_router", lambda _, node, x, **given: seen.append({"n": len(x), **given}))
-    growth = growth_of(small(), cut_on="features", augment=shuffled, views=3, cut_rows=50, batch_size=7)
+    growth = growth_of(small(), cut_on="features", augment=shuffled, views=3, cut_share=0.3, cut_rows=50, batch_size=7)
     next(growth.stages(blobs(40, 40)))
     assert [{name: call[name] for name in call if name != "generator"} for call in seen] == [
-        {"n": 50, "on": "features", "augment": shuffled, "views": 3, "batch_size": 7}
+        {"n": 50, "on": "features", "augment": shuffled, "views": 3, "min_share": 0.3, "batch_size": 7}
     ]
 
 

@@ -25,6 +25,7 @@ KINDS = ("initial", "settle", "subtree", "intermediate", "final")
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, found 0"),
         ({"views": 0}, ValueError, "views must be at least 1, found 0"),
         ({"cut_rows": 0}, ValueError, "cut_rows must be at least 1, found 0"),
+        ({"cut_share": 0.6}, ValueError, "cut_share must be between 0 and 0.5, found 0.6"),
         ({"cut_on": "pixels"}, ValueError, "cut_on must be 'inputs' or 'features', found 'pixels'"),
         ({"epochs": -1}, ValueError, "epochs must be at least 0, found -1; 0 skips the stage"),
         ({"epochs": 1.5}, TypeError, "epochs must be a whole number, found 1.5"),

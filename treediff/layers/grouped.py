@@ -20,15 +20,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
+
+from treediff.layers.products import affine, scale_and_shift, sizes_of
 
 __all__ = ["Groups", "grouped_call", "grouped_linear"]
 
@@ -67,7 +67,7 @@ class Groups:
     def sizes(self) -> list[int]:
         """Rows per group, on the host."""
         if "sizes" not in self._derived:
-            self._derived["sizes"] = _sizes(self.ends)
+            self._derived["sizes"] = sizes_of(self.ends)
         sizes: list[int] = self._derived["sizes"]
         return sizes
 
@@ -78,103 +78,6 @@ class Groups:
             self._derived[times] = Groups(self.index.repeat_interleave(times), self.count)
         repeated: Groups = self._derived[times]
         return repeated
-
-
-def _sizes(ends: Tensor) -> list[int]:
-    return [b - a for a, b in pairwise([0, *ends.tolist()])]
-
-
-_FAST = (torch.float32, torch.bfloat16, torch.float16)  # what `grouped_mm` takes
-
-
-def _multiply(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Each group's rows `(T, a)` times its own matrix `(G, b, a)`, transposed: `(T, b)`."""
-    if x.dtype in _FAST:
-        return F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends)
-    parts = zip(x.split(_sizes(ends)), weight, strict=True)
-    return torch.cat([rows @ matrix.T for rows, matrix in parts])
-
-
-def _outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-    """Each group's `x^T y`: `(T, a)` and `(T, b)` to `(G, a, b)`."""
-    if x.dtype in _FAST:
-        return F.grouped_mm(x.contiguous().T, y.contiguous(), offs=ends)
-    parts = zip(x.split(_sizes(ends)), y.split(_sizes(ends)), strict=True)
-    return torch.stack([a.T @ b for a, b in parts])
-
-
-class _GroupedProduct(torch.autograd.Function):
-    """`_multiply` with operands that are contiguous in both passes, as grouped products require."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(x, weight, ends)
-        return _multiply(x, weight, ends)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN401
-        x, weight, ends = ctx.saved_tensors
-        need_x, need_weight, _ = ctx.needs_input_grad
-        return (
-            _multiply(grad, weight.transpose(1, 2), ends) if need_x else None,
-            _outer(grad, x, ends) if need_weight else None,
-            None,
-        )
-
-
-# The same for `torch.compile`, whose tracer (torch 2.13) knows `grouped_mm` for bfloat16 only. In eager mode
-# the function above costs less.
-
-
-@torch.library.custom_op("treediff::multiply", mutates_args=())
-def _traced_multiply(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return _multiply(x, weight, ends)
-
-
-@torch.library.custom_op("treediff::outer", mutates_args=())
-def _traced_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-    return _outer(x, y, ends)
-
-
-@_traced_multiply.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1])
-
-
-@_traced_outer.register_fake
-def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(ends.shape[0], x.shape[1], y.shape[1])
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ANN401
-    ctx.save_for_backward(*inputs)
-
-
-def _traced_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
-    x, weight, ends = ctx.saved_tensors
-    return _traced_multiply(grad, weight.transpose(1, 2), ends), _traced_outer(grad, x, ends), None
-
-
-_traced_multiply.register_autograd(_traced_backward, setup_context=_save)
-
-
-def _product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """Each group's rows `(T, a)` times its own matrix `(G, b, a)`, transposed: `(T, b)`."""
-    # Grouped products want rows of whole 16-byte pieces; zero columns fill the last one.
-    out_features, in_features = weight.shape[1:]
-    multiple = 16 // weight.element_size()
-    pad_out, pad_in = -out_features % multiple, -in_features % multiple
-    if pad_out or pad_in:
-        weight = F.pad(weight, (0, pad_in, 0, pad_out))
-        x = F.pad(x, (0, pad_in))
-    if torch.compiler.is_compiling():
-        y: Tensor = _traced_multiply(x, weight, groups.ends)
-    elif torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        y = _GroupedProduct.apply(x.contiguous(), weight, groups.ends)  # type: ignore[no-untyped-call]
-    else:
-        y = _multiply(x, weight, groups.ends)
-    return y[:, :out_features] if pad_out else y
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
@@ -209,8 +112,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Group
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         low = torch.get_autocast_dtype(device)
         x, weight = x.to(low), weight.to(low)
-    y = _product(x, weight, groups)
-    return y if bias is None else y + bias.index_select(0, groups.index).to(y.dtype)
+    return affine(x, weight, bias, groups.index, groups.ends)
 
 
 def _check(x: Tensor, weight: Tensor, groups: Groups) -> None:
@@ -241,15 +143,13 @@ def _linear(module: nn.Linear, weights: Weights, x: Tensor, groups: Groups) -> T
 def _layer_norm(module: nn.LayerNorm, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
     y = F.layer_norm(x, module.normalized_shape, eps=module.eps)
     shape = (len(x), *[1] * (x.ndim - 1 - len(module.normalized_shape)), *module.normalized_shape)
-    y = y * weights["weight"].index_select(0, groups.index).view(shape)
-    return y + weights["bias"].index_select(0, groups.index).view(shape) if "bias" in weights else y
+    return scale_and_shift(y, weights["weight"], weights.get("bias"), groups.index, shape)
 
 
 def _group_norm(module: nn.GroupNorm, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
     y = F.group_norm(x, module.num_groups, eps=module.eps)
     shape = (len(x), module.num_channels, *[1] * (x.ndim - 2))
-    scale, shift = (weights[name].index_select(0, groups.index).view(shape) for name in ("weight", "bias"))
-    return torch.addcmul(shift, y, scale)
+    return scale_and_shift(y, weights["weight"], weights["bias"], groups.index, shape)
 
 
 def _conv2d(module: nn.Conv2d, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
