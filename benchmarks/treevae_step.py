@@ -51,15 +51,24 @@ def grow(kind: str, images: Tensor, trees: Path, sizes: list[int]) -> None:
     for stage in growth.stages(images):
         if stage.kind == "final" or all(path.exists() for path in wanted.values()):
             break
-        optimizer = torch.optim.Adam(stage.parameters(), lr=1e-3, fused=True)
-        for epoch in range(stage.epochs):
-            for rows in tqdm(list(stage.batches(epoch, BATCH)), desc=f"{kind} {stage.kind}", leave=False):
-                optimizer.zero_grad()
-                stage.loss(images[rows], stage.kl_weight(epoch)).backward()
-                optimizer.step()
+        train(stage, images, f"{kind} {stage.kind}")
         leaves = len(model.topology.leaves)
         if leaves in wanted:
-            model.save(wanted[leaves])
+            trained = copy.deepcopy(model)
+            rows = torch.arange(len(images))
+            final = Stage(trained, "final", 0, 6, rows, KLAnnealing(step=0.2), threshold=THRESHOLD)
+            train(final, images, f"{kind} with {leaves} leaves")
+            trained.save(wanted[leaves])
+
+
+def train(stage: Stage, images: Tensor, name: str) -> None:
+    """One stage of growth."""
+    optimizer = torch.optim.Adam(stage.parameters(), lr=1e-3, fused=True)
+    for epoch in range(stage.epochs):
+        for rows in tqdm(list(stage.batches(epoch, BATCH)), desc=name, leave=False):
+            optimizer.zero_grad()
+            stage.loss(images[rows], stage.kl_weight(epoch)).backward()
+            optimizer.step()
 
 
 def take_turns(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -5,7 +5,8 @@
 """
 
 from treediff.contrast import TreeContrast
-from treediff.growth import LeafStatistics, TreeGrowth
+from treediff.growth import TreeGrowth
+from treediff.policies import LeafStatistics
 from treediff.posterior import ELBO, TreePosterior
 from treediff.stage import Stage
 from treediff.topology import TreeTopology

@@ -13,7 +13,7 @@ that learns from the first step sends everything to the child that happens to be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -25,36 +25,11 @@ from treediff.cutting import Augmentation, cut_router
 from treediff.layers.annealing import KLAnnealing
 from treediff.layers.blocks import check_positive
 from treediff.noise import combine_seeds
+from treediff.policies import POLICIES, LeafStatistics, Policy
 from treediff.stage import Stage
 from treediff.treevae import TreeVAE
 
-__all__ = ["LeafStatistics", "TreeGrowth"]
-
-
-@dataclass(frozen=True)
-class LeafStatistics:
-    """What a policy may look at when it chooses the leaf to split; one entry per leaf, in the topology's order.
-
-    Args:
-        rows: how many rows belong to the leaf (see `TreeGrowth.members`).
-        share: mean probability of the leaf over all rows.
-        loss: mean negative ELBO of the leaf's rows, in nats; nan without rows.
-        entropy: mean entropy of `P(leaf | x)` over the leaf's rows, in nats; nan without rows.
-    """
-
-    rows: Tensor
-    share: Tensor
-    loss: Tensor
-    entropy: Tensor
-
-
-Policy = Callable[[LeafStatistics], Tensor]
-
-_POLICIES: dict[str, Policy] = {
-    "largest": lambda leaves: leaves.rows.double(),
-    "highest_loss": lambda leaves: leaves.loss.double(),
-    "highest_entropy": lambda leaves: leaves.entropy.double(),
-}
+__all__ = ["TreeGrowth"]
 
 
 _KINDS = ("initial", "settle", "subtree", "intermediate", "final")
@@ -154,8 +129,8 @@ class TreeGrowth:
             raise ValueError(f"cut_share must be between 0 and 0.5, found {self.cut_share}")
         if self.cut_on not in ("inputs", "features"):
             raise ValueError(f"cut_on must be 'inputs' or 'features', found {self.cut_on!r}")
-        if isinstance(self.policy, str) and self.policy not in _POLICIES:
-            raise ValueError(f"policy must be one of {list(_POLICIES)} or a function, found {self.policy!r}")
+        if isinstance(self.policy, str) and self.policy not in POLICIES:
+            raise ValueError(f"policy must be one of {list(POLICIES)} or a function, found {self.policy!r}")
         if not isinstance(self.policy, str) and not callable(self.policy):
             raise TypeError(f"policy must be a name or a function, found {self.policy!r}")
 
@@ -253,7 +228,7 @@ class TreeGrowth:
         """The leaf with the best score among those that have rows enough and room below; None if there is none."""
         tree = self.model.topology
         statistics = self._statistics(data, probs)
-        policy = _POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
+        policy = POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
         score = policy(statistics)
         if not isinstance(score, Tensor):
             raise TypeError(f"a policy returns a tensor with a score for each leaf, found {score!r}")

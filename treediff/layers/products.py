@@ -146,7 +146,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, ends: 
         ends: `(G,)` int32, one past the last row of each group.
     """
     if torch.compiler.is_compiling():
-        y = _traced_multiply(_padded(x, -1), _padded(weight, -1, -2), ends)[:, : weight.shape[1]]
+        y: Tensor = _traced_multiply(_padded(x, -1), _padded(weight, -1, -2), ends)[:, : weight.shape[1]]
         return y if bias is None else y + bias.index_select(0, index).to(y.dtype)
     result: Tensor = _Affine.apply(x, weight, bias, index, ends)  # type: ignore[no-untyped-call]
     return result
