@@ -58,8 +58,7 @@ def normalized_cut(
         ValueError: if there are fewer than two points, a point is not finite, a view has another shape, or a setting is
             out of range.
 
-    Cost: `n^2 (1 + views)` distances in `components` dimensions; 50,000 points with 8 views take 20 seconds on two
-    cores.
+    Cost: `n^2 (1 + views)` distances in at most `components` dimensions.
 
     Source: Shi and Malik, "Normalized cuts and image segmentation" (2000), eq. 2 and 11; weights by shared neighbours:
     Jarvis and Patrick, "Clustering using a similarity measure based on shared near neighbors" (1973).
