@@ -179,8 +179,9 @@ def main() -> None:
         growth.load_state_dict(json.loads(state.read_text()))
     contrast = None
     if args.contrastive or args.decisions:
-        weights_of_terms = {"weight": args.contrastive, "decision_weight": args.decisions}
-        contrast = TreeContrast(model, **weights_of_terms, hidden=128, generator=generator)
+        contrast = TreeContrast(
+            model, weight=args.contrastive, decision_weight=args.decisions, hidden=128, generator=generator
+        )
     start = time.perf_counter()
     for stage in growth.stages(images):
         # The last stage is for the bound alone, and where nothing but one split trains there are no features to shape.

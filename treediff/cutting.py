@@ -64,9 +64,8 @@ def cut_router(
         return torch.cat([model.features(part)[depth] for part in rows.split(batch_size)])
 
     def looks() -> Iterator[Tensor]:
-        for _ in range(views if augment else 0):
-            assert augment is not None
-            changed = torch.cat([augment(part, generator=generator) for part in x.split(batch_size)])
+        for change in [augment] * views if augment is not None else []:
+            changed = torch.cat([change(part, generator=generator) for part in x.split(batch_size)])
             yield changed if on == "inputs" else features(changed)
 
     seen = features(x)

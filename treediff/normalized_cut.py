@@ -81,13 +81,15 @@ def normalized_cut(
     mean = flat.mean(0)
     flat = flat - mean
     basis = _principal(flat, components)
-    known = flat if basis is None else flat @ basis
-    looks = []
+
+    def project(centred: Tensor) -> Tensor:
+        return centred if basis is None else centred @ basis
+
+    known, looks = project(flat), []
     for view in views:
         if view.shape != points.shape:
             raise ValueError(f"views have the shape of the points, {tuple(points.shape)}; found {tuple(view.shape)}")
-        look = _flat(view) - mean
-        looks.append(look if basis is None else look @ basis)
+        looks.append(project(_flat(view) - mean))
     index = nearest_neighbours(known, min(neighbours, len(known) - 1), views=looks)
     return _bisect(_graph(index.cpu(), known.cpu().double()), min_share).to(points.device)
 
@@ -130,35 +132,37 @@ def _graph(index: Tensor, points: Tensor) -> _Graph:
     pull = 1e-3 / pulls * torch.exp(-away / away.mean().clamp_min(torch.finfo(away.dtype).tiny))
     ends = torch.cat([torch.stack([i, index.flatten()]), torch.stack([one, other])], 1)
     weight = 0.5 * torch.cat([overlap, pull])
-    return _Graph(torch.cat([ends[0], ends[1]]), torch.cat([ends[1], ends[0]]), weight.repeat(2), n)
+    return _Graph(ends.flatten(), ends.flip(0).flatten(), weight.repeat(2), n)
 
 
 def _second_eigenvector(graph: _Graph, root: Tensor, steps: int = 120) -> Tensor:
     """Of `D^-1/2 W D^-1/2`, whose first is `root`, the square root of the degrees: Lanczos, reorthogonalised."""
     # The first eigenvector is known and says nothing. Taken away, it cannot hide among the indicators of
     # components that hang together by nothing.
-    basis = [root / root.norm()]
+    steps = min(steps, graph.nodes - 1)
+    basis = root.new_empty(steps + 1, graph.nodes)
+    basis[0] = root / root.norm()
     normalised = graph._replace(weight=graph.weight / (root[graph.i] * root[graph.j]))
     x = torch.randn(graph.nodes, generator=torch.Generator().manual_seed(0), dtype=root.dtype)
     diagonal: list[Tensor] = []
     off: list[Tensor] = []
-    for _ in range(min(steps, graph.nodes - 1)):
+    for step in range(1, steps + 1):
+        known = basis[:step]
         for _ in range(2):
-            known = torch.stack(basis)
             x = x - known.T @ (known @ x)
         length = x.norm()
         if diagonal and length < 1e-10:
             break
         off.append(length)
-        basis.append(x / length)
-        x = normalised.times(basis[-1])
-        diagonal.append(basis[-1] @ x)
+        basis[step] = x / length
+        x = normalised.times(basis[step])
+        diagonal.append(basis[step] @ x)
     small = torch.diag(torch.stack(diagonal))
     if len(off) > 1:
         beside = torch.stack(off[1:])
         small += torch.diag(beside, 1) + torch.diag(beside, -1)
     largest: Tensor = torch.linalg.eigh(small).eigenvectors[:, -1]
-    return largest @ torch.stack(basis[1:])
+    return largest @ basis[1 : len(diagonal) + 1]
 
 
 def _bisect(graph: _Graph, min_share: float) -> Tensor:

@@ -9,6 +9,7 @@ Letters: `T` rows in all, sorted by group, `G` groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -53,12 +54,19 @@ def _padded(x: Tensor, *axes: int) -> Tensor:
     return F.pad(x, pad) if any(pad) else x
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, ends: Tensor) -> Tensor:
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    ends: Tensor,
+    multiply: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
     out = weight.shape[1]
     if out == 1:
         y = (x * weight.squeeze(1).index_select(0, index)).sum(1, keepdim=True)
     else:
-        y = _multiply(_padded(x, -1), _padded(weight, -1, -2), ends)
+        y = multiply(_padded(x, -1), _padded(weight, -1, -2), ends)
         y = y if y.shape[1] == out else y[:, :out].contiguous()
     return y if bias is None else y.add_(bias.index_select(0, index))
 
@@ -75,7 +83,7 @@ class _Affine(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, index, ends)
         ctx.bias = None if bias is None else bias.dtype
-        return _forward(x, weight, bias, index, ends)
+        return _forward(x, weight, bias, index, ends, _multiply)
 
     @staticmethod
     @once_differentiable
@@ -146,10 +154,14 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, ends: 
         ends: `(G,)` int32, one past the last row of each group.
     """
     if torch.compiler.is_compiling():
-        y: Tensor = _traced_multiply(_padded(x, -1), _padded(weight, -1, -2), ends)[:, : weight.shape[1]]
-        return y if bias is None else y + bias.index_select(0, index).to(y.dtype)
+        return _forward(x, weight, bias, index, ends, _traced_multiply)
     result: Tensor = _Affine.apply(x, weight, bias, index, ends)  # type: ignore[no-untyped-call]
     return result
+
+
+def _scaled(x: Tensor, scale: Tensor, shift: Tensor | None, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    y = x * scale.index_select(0, index).view(shape)
+    return y if shift is None else y.add_(shift.index_select(0, index).view(shape))
 
 
 class _ScaleAndShift(torch.autograd.Function):
@@ -164,8 +176,7 @@ class _ScaleAndShift(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, index)
         ctx.shape = shape
-        y = x * scale.index_select(0, index).view(shape)
-        return y if shift is None else y.add_(shift.index_select(0, index).view(shape))
+        return _scaled(x, scale, shift, index, shape)
 
     @staticmethod
     @once_differentiable
@@ -197,7 +208,6 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor | None, index: Tenso
         shape: of the scales of all rows, `(T, ...)` with ones where they are alike.
     """
     if torch.compiler.is_compiling():
-        y = x * scale.index_select(0, index).view(shape)
-        return y if shift is None else y + shift.index_select(0, index).view(shape)
+        return _scaled(x, scale, shift, index, shape)
     result: Tensor = _ScaleAndShift.apply(x, scale, shift, index, shape)  # type: ignore[no-untyped-call]
     return result
