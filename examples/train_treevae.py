@@ -184,8 +184,8 @@ def main() -> None:
         )
     start = time.perf_counter()
     for stage in growth.stages(images):
-        # The last stage is for the bound alone, and where nothing but one split trains there are no features to shape.
-        idle = stage.kind == "final" or (stage.split is not None and not args.decisions)
+        # The last stage is for the bound alone; while children settle neither features nor posterior routers train.
+        idle = stage.kind in ("settle", "final") or (stage.split is not None and not args.decisions)
         train(stage, images, args, augment, None if idle else contrast)
         model.save(weights)
         state.write_text(json.dumps(growth.state_dict()))

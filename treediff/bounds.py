@@ -62,13 +62,13 @@ def iwae(
     total = x.new_full((len(x),), -math.inf)
     for start in range(0, samples, chunk):
         k = min(chunk, samples - start)
-        repeated = [d.repeat_interleave(k, 0) for d in features]
+        repeated = features.repeat_interleave(k, 1)
         weights = _log_weights(model, repeated, x.repeat_interleave(k, 0), generator).view(len(x), k)
         total = torch.logaddexp(total, weights.logsumexp(1))
     return total - math.log(samples)
 
 
-def _log_weights(model: TreeVAE, features: list[Tensor], x: Tensor, generator: torch.Generator | None) -> Tensor:
+def _log_weights(model: TreeVAE, features: Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor:
     """`(B,)` log importance weights of one path and one set of latents per row."""
     everyone = model.route(features)
     uniform = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device)

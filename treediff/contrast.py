@@ -10,7 +10,6 @@ Letters: `B` pairs of views, so `2B` rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,7 +85,7 @@ class TreeContrast(nn.Module):
         """Weights and temperature."""
         return f"weight={self.weight}, decision_weight={self.decision_weight}, temperature={self.temperature}"
 
-    def forward(self, ladder: Sequence[Tensor], visits: Visits, *, split: int | None = None) -> Tensor:
+    def forward(self, ladder: Tensor, visits: Visits, *, split: int | None = None) -> Tensor:
         """The weighted sum of both terms, a scalar in nats.
 
         Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
@@ -159,24 +160,24 @@ def sample_leaves(
     ids = torch.tensor(plan.nodes, device=device)
     index = torch.arange(first_index, first_index + n, device=device)
     levels = [temperature * counter_normal(seed, index, model.latent, draw=plan.nodes[0], dtype=dtype)]
-
-    def route(depth: int, image: Tensor, groups: Groups, nodes: list[int]) -> Tensor:
-        """The latents of a level exist once its parents' do, so they are drawn on the way down."""
-        level = plan.levels[depth]
-        rows = plan.everyone([p for p in level if plan.nodes[p] in nodes], level.start, n)
-        return model.prior_routers(levels[depth][rows], groups, nodes)
-
-    for depth, level in enumerate(plan.levels[1:]):
-        moves = plan.everyone_moves(plan.levels[depth], level, n)
-        parents = levels[-1][moves.remainder(len(levels[-1]))]
-        node = torch.arange(level.start, level.stop, device=device).repeat_interleave(n)
-        prior = model.transitions(parents, Groups(node - level.start, len(level)), plan.ids(level))
-        noise = counter_normal(seed, index.repeat(len(level)), model.latent, draw=ids[node], dtype=dtype)
+    for above, level in pairwise(plan.levels):
+        parents = plan.parent[level.start : level.stop] - above.start
+        groups = Groups(torch.arange(len(level), device=device).repeat_interleave(n), len(level))
+        prior = model.transitions(
+            levels[-1].unflatten(0, (len(above), n))[parents].flatten(0, 1), groups, plan.ids(level)
+        )
+        draw = ids[groups.index + level.start]
+        noise = counter_normal(seed, index.repeat(len(level)), model.latent, draw=draw, dtype=dtype)
         mean, logvar = prior.chunk(2, 1)
         levels.append(reparameterize(mean, logvar, temperature * noise))
-    visits = descend(plan, n, route, like=levels[0])
+    z = torch.cat(levels)
+
+    def route(image: Tensor, node: Tensor, groups: Groups, nodes: list[int]) -> Tensor:
+        return model.prior_routers(z[node * n + image], groups, nodes)
+
+    visits = descend(plan, n, route, like=z)
     leaves = visits.at_leaves()
     groups = Groups(plan.leaf_rank[visits.node[leaves]], len(plan.leaves))
-    images = model.likelihood.mean(model.decoders(torch.cat(levels)[leaves], groups, plan.ids(plan.leaves)))
+    images = model.likelihood.mean(model.decoders(z[leaves], groups, plan.ids(plan.leaves)))
     log_probs = F.log_softmax(visits.log_reach[leaves].view(len(plan.leaves), n).T, dim=1)
     return LeafSamples(images.view(len(plan.leaves), n, *model.inputs).transpose(0, 1), log_probs)

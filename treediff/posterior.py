@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from treediff.probability import bernoulli_kl_with_logits, gaussian_kl, gaussian_log_prob
+from treediff.layers.gaussians import kl
+from treediff.probability import bernoulli_kl_with_logits, gaussian_log_prob
 from treediff.visits import Visits
 
 __all__ = ["ELBO", "TreePosterior"]
@@ -24,20 +25,36 @@ class TreePosterior:
     Args:
         visits: which image is at which node, with `log_reach` and the posterior routers' `logits`.
         z: `(T, D, ...)` a sample of each visited node's latent.
-        mean: `(T, D, ...)` of the posterior `q(z_i | z_parent, x)`.
-        logvar: `(T, D, ...)` its log-variance.
-        prior_mean: `(T, D, ...)` of the prior `p(z_i | z_parent)`; 0 at the root.
-        prior_logvar: `(T, D, ...)` its log-variance; 0 at the root.
+        posterior: `(T, 2D, ...)` mean and log-variance of `q(z_i | z_parent, x)`.
+        prior: `(T, 2D, ...)` mean and log-variance of `p(z_i | z_parent)`; 0 at the root.
         prior_logits: `(R,)` what the prior routers `p(c | z)` say at the routed visits.
     """
 
     visits: Visits
     z: Tensor
-    mean: Tensor
-    logvar: Tensor
-    prior_mean: Tensor
-    prior_logvar: Tensor
+    posterior: Tensor
+    prior: Tensor
     prior_logits: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """`(T, D, ...)` of the posterior."""
+        return self.posterior.chunk(2, 1)[0]
+
+    @property
+    def logvar(self) -> Tensor:
+        """`(T, D, ...)` of the posterior."""
+        return self.posterior.chunk(2, 1)[1]
+
+    @property
+    def prior_mean(self) -> Tensor:
+        """`(T, D, ...)` of the prior."""
+        return self.prior.chunk(2, 1)[0]
+
+    @property
+    def prior_logvar(self) -> Tensor:
+        """`(T, D, ...)` of the prior."""
+        return self.prior.chunk(2, 1)[1]
 
     def leaf_log_probs(self) -> Tensor:
         """`log P(leaf | x)`, `(B, K)` in the order of the topology's leaves; -inf where a visit was left out."""
@@ -57,7 +74,7 @@ class TreePosterior:
 
     def kl_nodes(self) -> Tensor:
         """`(T,)` analytic KL of each visit's posterior from its prior, not yet weighted by the reach, in nats."""
-        return gaussian_kl(self.mean, self.logvar, self.prior_mean, self.prior_logvar)
+        return kl(self.posterior, self.prior)
 
     def kl_decisions(self) -> Tensor:
         """`(R,)` KL of each decision's posterior from its prior, not yet weighted, in nats."""

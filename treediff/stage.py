@@ -120,7 +120,7 @@ class Stage:
         if view is not None:
             model.check(view)
         both = model.features(x if view is None else torch.cat([x, view]))
-        ladder = [d[: len(x)] for d in both]
+        ladder = both[:, : len(x)]
         chance = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device) if self.threshold else None
         visits = model.route(ladder, nodes=nodes, threshold=self.threshold, chance=chance)
         posterior = model.latents(ladder, visits, generator=generator)

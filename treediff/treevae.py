@@ -21,11 +21,12 @@ from torch import Tensor
 from treediff.bounds import elbo_of, iwae
 from treediff.generation import LeafSamples, TreeSample, sample, sample_leaves
 from treediff.layers.blocks import check_shape, check_size
+from treediff.layers.gaussians import merge_and_sample
 from treediff.layers.grouped import Groups
 from treediff.networks import TreeNetworks
 from treediff.posterior import ELBO, TreePosterior, leaf_log_probs_of
 from treediff.presets import image_parts, vector_parts
-from treediff.probability import precision_weighted_merge, reparameterize
+from treediff.probability import reparameterize
 from treediff.topology import TreeTopology
 from treediff.visits import Visits, descend
 
@@ -154,28 +155,29 @@ class TreeVAE(TreeNetworks):
 
     # --- one traversal ------------------------------------------------------------------------------------
 
-    def features(self, x: Tensor) -> list[Tensor]:
-        """The bottom-up ladder: features `d_h` for the depths 0 (root) to `len(bottom_up)`."""
+    def features(self, x: Tensor) -> Tensor:
+        """The bottom-up ladder: features `d_h` for the depths 0 (root) to `len(bottom_up)`, `(depths, B, ...)`."""
         ladder = [self.encoder(x)]
         for block in self.bottom_up:
             ladder.append(block(ladder[-1]))
-        return ladder[::-1]
+        return torch.stack(ladder[::-1])
 
     def route(
         self,
-        features: Sequence[Tensor],
+        features: Tensor,
         *,
         nodes: Sequence[int] | None = None,
         threshold: float = 0.0,
         chance: Tensor | None = None,
     ) -> Visits:
         """Follow the posterior routers down the tree; nothing but routers runs. Arguments as for `visits.descend`."""
+        batch, rows = features.shape[1], features.flatten(0, 1)
+        plan = self.plan(nodes, features.device)
 
-        def logits(depth: int, image: Tensor, groups: Groups, ids: list[int]) -> Tensor:
-            return self.posterior_routers(features[depth].index_select(0, image), groups, ids)
+        def logits(image: Tensor, node: Tensor, groups: Groups, ids: list[int]) -> Tensor:
+            return self.posterior_routers(rows.index_select(0, plan.depth[node] * batch + image), groups, ids)
 
-        plan = self.plan(nodes, features[0].device)
-        return descend(plan, len(features[0]), logits, threshold=threshold, chance=chance, like=features[0])
+        return descend(plan, batch, logits, threshold=threshold, chance=chance, like=features)
 
     def posterior(
         self,
@@ -215,18 +217,18 @@ class TreeVAE(TreeNetworks):
 
     def latents(
         self,
-        features: Sequence[Tensor],
+        features: Tensor,
         visits: Visits,
         *,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> TreePosterior:
         """The second half of `posterior`: Gaussians, samples and prior decisions for visits already found."""
-        ladder = torch.stack(list(features[: len(visits.plan.levels)]))
-        rows = ladder[_depths(visits), visits.image]
-        mean_hat, logvar_hat = self.heads(rows, visits.groups(), visits.plan.nodes).chunk(2, 1)
+        rows = features.flatten(0, 1).index_select(0, visits.levels)
+        hats = self.heads(rows, visits.groups(), visits.plan.nodes)
         if noise is None:
-            noise = torch.randn(mean_hat.shape, generator=generator, dtype=rows.dtype, device=rows.device)
+            shape = (len(rows), *self.latent)
+            noise = torch.randn(shape, generator=generator, dtype=hats.dtype, device=rows.device)
         else:
             wanted = (visits.batch, len(self.topology), *self.latent)
             if noise.shape != wanted:
@@ -234,31 +236,30 @@ class TreeVAE(TreeNetworks):
                     f"noise must have one standard normal latent for each image and node, shape {wanted}; found "
                     f"{tuple(noise.shape)}"
                 )
-            noise = noise[visits.image, visits.plan.rank[visits.node]].to(rows.dtype)
-        return self._top_down(visits, mean_hat, logvar_hat, noise)
+            noise = noise[visits.image, visits.plan.rank[visits.node]].to(hats.dtype)
+        return self._top_down(visits, hats, noise)
 
-    def _top_down(self, visits: Visits, mean_hat: Tensor, logvar_hat: Tensor, noise: Tensor) -> TreePosterior:
+    def _top_down(self, visits: Visits, hats: Tensor, noise: Tensor) -> TreePosterior:
         """Priors from sampled parents, merged with what the heads say, level by level."""
-        plan, first = visits.plan, slice(0, visits.starts[1])
-        zeros = torch.zeros_like(mean_hat[first])
-        levels = [(mean_hat[first], logvar_hat[first], zeros, zeros)]
-        samples = [reparameterize(mean_hat[first], logvar_hat[first], noise[first])]
-        for depth, level in enumerate(plan.levels[1:], start=1):
-            here = slice(visits.starts[depth], visits.starts[depth + 1])
-            parents = samples[-1].index_select(0, visits.parent[here] - visits.starts[depth - 1])
-            groups = Groups(visits.node[here] - level.start, len(level))
-            prior_mean, prior_logvar = self.transitions(parents, groups, plan.ids(level)).chunk(2, 1)
-            mean, logvar = precision_weighted_merge(mean_hat[here], logvar_hat[here], prior_mean, prior_logvar)
-            levels.append((mean, logvar, prior_mean, prior_logvar))
-            samples.append(reparameterize(mean, logvar, noise[here]))
+        plan, sizes = visits.plan, [stop - start for start, stop in pairwise(visits.starts)]
+        columns = (hats, noise, visits.node, visits.parent)
+        (hat, own_noise, _, _), *below = zip(*(column.split(sizes) for column in columns), strict=True)
+        mean, logvar = hat.chunk(2, 1)
+        samples, posteriors, priors = [reparameterize(mean, logvar, own_noise)], [hat], [torch.zeros_like(hat)]
+        for level, start, (hat, own_noise, node, parent) in zip(plan.levels[1:], visits.starts, below, strict=False):
+            parents = samples[-1].index_select(0, parent - start)
+            prior = self.transitions(parents, Groups(node - level.start, len(level)), plan.ids(level))
+            z, posterior = merge_and_sample(hat, prior, own_noise)
+            samples.append(z)
+            posteriors.append(posterior)
+            priors.append(prior)
         z = torch.cat(samples)
-        mean, logvar, prior_mean, prior_logvar = (torch.cat(part) for part in zip(*levels, strict=True))
         prior_logits = visits.logits
         if plan.routed:
             prior_logits = self.prior_routers(
                 z.index_select(0, visits.routed), visits.routed_groups(), plan.ids(plan.routed)
             )
-        return TreePosterior(visits, z, mean, logvar, prior_mean, prior_logvar, prior_logits)
+        return TreePosterior(visits, z, torch.cat(posteriors), torch.cat(priors), prior_logits)
 
     # --- reading the posterior ----------------------------------------------------------------------------
 
@@ -386,9 +387,3 @@ class TreeVAE(TreeNetworks):
         Column `k` holds the pictures that `sample(n, node=topology.leaves[k])` gives for the same generator state.
         """
         return sample_leaves(self, n, temperature=temperature, first_index=first_index, generator=generator)
-
-
-def _depths(visits: Visits) -> Tensor:
-    """`(T,)` the depth of each visit."""
-    sizes = torch.tensor([stop - start for start, stop in pairwise(visits.starts)])
-    return torch.repeat_interleave(sizes, output_size=visits.starts[-1]).to(visits.image.device)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,6 +44,12 @@ class TreePlan:
         routed: positions where a router decides, in level order.
         leaves: positions of the tree's leaves, in level order.
         rank: `(N,)` where each position stands among all nodes of the tree, in level order.
+        positions: `(I,)` the same as `routed`, as a tensor.
+        depth: `(N,)` steps from the root.
+        parent: `(N,)` the position above; -1 at the root.
+        side: `(N, 1)` 1 where a left turn leads, and at the root; -1 where a right one does.
+        decider: `(N,)` rank among `routed` of the node above; -1 where none decides.
+        turns: `(2, N)` where a left and a right turn lead; -1 is nowhere.
     """
 
     def __init__(
@@ -73,11 +80,18 @@ class TreePlan:
         self.routed = [p for p, n in enumerate(self.nodes) if n in two and max(turns[p]) >= 0]
         self.leaves = [p for p, n in enumerate(self.nodes) if not topology.children(n)]
         self.device = torch.device(device) if device is not None else torch.device("cpu")
-        self._turns = turns
         self.turns = self._tensor(turns).T.contiguous()
         self.rank = self._tensor([i for i, n in enumerate(topology.ids) if n in wanted])
+        self.positions = self._tensor(self.routed)
+        self.depth = self._tensor([depth for depth, level in enumerate(self.levels) for _ in level])
         self.routed_rank = self._ranks(self.routed)
+        routed_rank = self.routed_rank.tolist()
         self.leaf_rank = self._ranks(self.leaves)
+        right = {turn[1] for turn in turns}
+        self.side = torch.tensor([[-1.0 if p in right else 1.0] for p in range(len(self.nodes))], device=self.device)
+        above = {child: p for p, turn in enumerate(turns) for child in turn if child >= 0}
+        self.parent = self._tensor([above.get(p, -1) for p in range(len(self.nodes))])
+        self.decider = self._tensor([routed_rank[above[p]] if p in above else -1 for p in range(len(self.nodes))])
 
     @cached_property
     def leads_to(self) -> Tensor:
@@ -99,21 +113,9 @@ class TreePlan:
         """Node ids of some positions."""
         return [self.nodes[p] for p in positions]
 
-    def everyone(self, positions: Sequence[int], start: int, batch: int) -> Tensor:
-        """Visits to `positions` when every image visits every node: level by level, node by node, image by image."""
-        first = self._tensor([p - start for p in positions])[:, None] * batch
-        return (first + torch.arange(batch, device=self.device)).flatten()
-
-    def everyone_moves(self, level: range, below: range, batch: int) -> Tensor:
-        """Index into the `(2, visits)` turns of a level for each visit of the level below, all images moving."""
-        source = {
-            child: side * len(level) + p - level.start
-            for p in level
-            for side, child in enumerate(self._turns[p])
-            if child >= 0
-        }
-        first = self._tensor([source[child] for child in below])[:, None] * batch
-        return (first + torch.arange(batch, device=self.device)).flatten()
+    def everyone(self, positions: Sequence[int], batch: int) -> Tensor:
+        """Visits to `positions` when every image visits every node: node by node, image by image."""
+        return (self._tensor(positions)[:, None] * batch + torch.arange(batch, device=self.device)).flatten()
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,11 @@ class Visits:
             return self.log_reach.exp()
         return torch.exp(self.log_reach - (self.log_reach.detach() - math.log(self.roulette)).clamp_max(0))
 
+    @property
+    def levels(self) -> Tensor:
+        """`(T,)` the row of each visit in what is kept per depth and image, `(depths, B, ...)` with its axes joined."""
+        return self.plan.depth[self.node] * self.batch + self.image
+
     def groups(self) -> Groups:
         """The visits grouped by node; group = position."""
         return Groups(self.node, len(self.plan.nodes))
@@ -164,7 +171,7 @@ class Visits:
     def at_leaves(self) -> Tensor:
         """`(L,)` the visits at leaves of the tree."""
         if self.dense:
-            return self.plan.everyone(self.plan.leaves, 0, self.batch)
+            return self.plan.everyone(self.plan.leaves, self.batch)
         return (self.plan.leaf_rank[self.node] >= 0).nonzero().squeeze(1)
 
     @property
@@ -204,10 +211,13 @@ class Visits:
         return values.new_zeros(self.batch).index_add(0, image, values)
 
 
+Route = Callable[[Tensor, Tensor, Groups, list[int]], Tensor]
+
+
 def descend(
     plan: TreePlan,
     batch: int,
-    route: Callable[[int, Tensor, Groups, list[int]], Tensor],
+    route: Route,
     *,
     threshold: float = 0.0,
     chance: Tensor | None = None,
@@ -215,11 +225,13 @@ def descend(
 ) -> Visits:
     """Send a batch down the tree, following every turn whose probability of being reached stays above `threshold`.
 
+    Where to go is found level by level without gradients; then all decisions are made at once, with them.
+
     Args:
         plan: the nodes to visit.
         batch: number of images.
-        route: `(depth, image (R,), groups, node ids) -> logits (R,)`: what the routers of one depth say of the images
-            at their nodes.
+        route: `(image (R,), node (R,), groups, node ids) -> logits (R,)`: what routers say of some images at their
+            nodes, which are positions.
         threshold: visits reached with less probability than this are left out; 0 keeps all, and then no shape
             depends on the data.
         chance: `(B,)` uniform numbers in [0, 1): a visit reached with less probability than the threshold then takes
@@ -237,66 +249,71 @@ def descend(
     """
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold is a probability, at least 0 and below 1; found {threshold}")
-    floor = math.log(threshold) if threshold > 0 else -math.inf
-    image = torch.arange(batch, device=plan.device)
-    node = torch.zeros_like(image)
-    parent = torch.full_like(image, -1)
-    log_reach = like.new_zeros(batch, dtype=torch.promote_types(like.dtype, torch.float32))
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = [(image, node, parent, log_reach)]
-    routed_parts: list[tuple[Tensor, Tensor]] = []
-    starts = [0]
-    for depth, level in enumerate(plan.levels):
-        deciders = [p for p in plan.routed if p in level]
-        steps = _steps(plan, depth, level, deciders, image, node, log_reach, route, routed_parts, starts[-1], floor)
-        if depth + 1 == len(plan.levels):
-            break
-        if floor == -math.inf:
-            move = plan.everyone_moves(level, plan.levels[depth + 1], batch)
-        else:
-            child = plan.turns[:, node].flatten()
-            least = floor if chance is None else floor + chance.log()[image].repeat(2)
-            move = ((child >= 0) & (steps.detach() >= least)).nonzero().squeeze(1)
-            move = move[child[move].argsort(stable=True)]
-        starts.append(starts[-1] + len(image))
-        source = move.remainder(len(image))
-        node, log_reach = plan.turns[:, node].flatten()[move], steps[move]
-        image, parent = image[source], source + starts[-2]
-        parts.append((image, node, parent, log_reach))
-    image, node, parent, log_reach = (torch.cat(column) for column in zip(*parts, strict=True))
-    empty = (image[:0], log_reach[:0])
-    routed, logits = (torch.cat(column) for column in zip(*(routed_parts or [empty]), strict=True))
-    roulette = 0.0 if chance is None else threshold
-    return Visits(plan, batch, image, node, parent, log_reach, routed, logits, [*starts, len(image)], roulette)
-
-
-def _steps(
-    plan: TreePlan,
-    depth: int,
-    level: range,
-    deciders: list[int],
-    image: Tensor,
-    node: Tensor,
-    log_reach: Tensor,
-    route: Callable[[int, Tensor, Groups, list[int]], Tensor],
-    routed_parts: list[tuple[Tensor, Tensor]],
-    start: int,
-    floor: float,
-) -> Tensor:
-    """Log-probability of reaching the left and the right child of every visit of a level: `(2 * visits,)`."""
-    if not deciders:
-        return log_reach.repeat(2)
-    everywhere = len(deciders) == len(level)
-    if everywhere:
-        routed = torch.arange(len(image), device=image.device)
-    elif floor == -math.inf:
-        routed = plan.everyone(deciders, level.start, len(image) // len(level))
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if threshold == 0:
+        node = torch.arange(len(plan.nodes), device=plan.device).repeat_interleave(batch)
+        image = torch.arange(batch, device=plan.device).repeat(len(plan.nodes))
+        parent = torch.where(node == 0, -1, plan.parent[node] * batch + image)
+        starts = [batch * n for n in (*(level.start for level in plan.levels), len(plan.nodes))]
+        routed = plan.everyone(plan.routed, batch)
     else:
+        least = like.new_full((batch,), math.log(threshold), dtype=dtype)
+        if chance is not None:
+            least = least + chance.log()
+        image, node, parent, starts = _reached(plan, least, route)
         routed = (plan.routed_rank[node] >= 0).nonzero().squeeze(1)
-    ranks = plan.routed_rank[node if everywhere else node[routed]] - plan.routed.index(deciders[0])
-    chosen = image if everywhere else image[routed]
-    logits = route(depth, chosen, Groups(ranks, len(deciders)), plan.ids(deciders)).to(log_reach.dtype)
-    routed_parts.append((routed + start, logits))
-    turn = F.logsigmoid(torch.stack([logits, -logits]))
-    if not everywhere:
-        turn = log_reach.new_zeros(2, len(image)).index_copy(1, routed, turn)
-    return (log_reach + turn).flatten()
+    decisions, logits = _undecided(plan, batch, like, dtype), like.new_zeros(0, dtype=dtype)
+    if plan.routed:
+        where, who = node[routed], image[routed]
+        rank = plan.routed_rank[where]
+        logits = route(who, where, Groups(rank, len(plan.routed)), plan.ids(plan.routed)).to(dtype)
+        decisions = decisions.index_put((rank, who), logits)
+    reach = _sums_of_paths(_turns(plan, decisions, slice(None)), plan)
+    log_reach = reach.flatten().index_select(0, node * batch + image)
+    roulette = 0.0 if chance is None else threshold
+    return Visits(plan, batch, image, node, parent, log_reach, routed, logits, starts, roulette)
+
+
+@torch.no_grad()
+def _reached(plan: TreePlan, least: Tensor, route: Route) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Image, node and parent of the visits whose log-probability is at least the image's `least`; starts of levels."""
+    batch, reach = len(least), [least.new_zeros(1, len(least))]
+    decisions = _undecided(plan, batch, least, least.dtype)
+    for level, below in pairwise(plan.levels):
+        deciders = [p for p in plan.routed if p in level]
+        if deciders:
+            here = reach[-1] if len(deciders) == len(level) else reach[-1][[p - level.start for p in deciders]]
+            rank, image = (here >= least).nonzero(as_tuple=True)
+            first = plan.routed.index(deciders[0])
+            node = rank + deciders[0] if here is reach[-1] else plan.positions[rank + first]
+            logits = route(image, node, Groups(rank, len(deciders)), plan.ids(deciders))
+            decisions[rank + first, image] = logits.to(decisions.dtype)
+        children = slice(below.start, below.stop)
+        reach.append(reach[-1][plan.parent[children] - level.start] + _turns(plan, decisions, children))
+    keep = torch.cat(reach) >= least
+    node, image = keep.nonzero(as_tuple=True)
+    visits = keep.flatten().cumsum(0)
+    parent = torch.where(node == 0, -1, visits[plan.parent[node] * batch + image] - 1)
+    return image, node, parent, [0, *(keep.sum(1).cumsum(0)[[level.stop - 1 for level in plan.levels]].tolist())]
+
+
+def _undecided(plan: TreePlan, batch: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(I + 1, B)` logits of all decisions, and a last row for nodes without one, which surely pass images on."""
+    decisions = like.new_zeros(len(plan.routed) + 1, batch, dtype=dtype)
+    decisions[-1] = math.inf
+    return decisions
+
+
+def _turns(plan: TreePlan, decisions: Tensor, nodes: slice) -> Tensor:
+    """`(n, B)` log-probability of the turn that leads to each of some nodes; 0 for the root."""
+    return F.logsigmoid(decisions[plan.decider[nodes]] * plan.side[nodes])
+
+
+def _sums_of_paths(values: Tensor, plan: TreePlan) -> Tensor:
+    """Sum the rows `(N, B)` of all nodes on the way from the root to each node."""
+    # Each round doubles how much of its path a sum covers: three rounds for a tree of depth 8. The root adds 0.
+    above = plan.parent.clamp_min(0)
+    for _ in range((len(plan.levels) - 2).bit_length() if len(plan.levels) > 1 else 0):
+        values = values + values[above]
+        above = above[above]
+    return values

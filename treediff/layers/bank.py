@@ -6,15 +6,15 @@ Letters: `T` rows, `G` groups (the nodes asked for), `P` numbers in one node's w
 from __future__ import annotations
 
 import copy
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from treediff.layers.grouped import Groups, grouped_call
+from treediff.layers.grouped import Groups, apply_layers, check_rows, layers_of
 from treediff.layers.init import initialize
 
 __all__ = ["NodeBank"]
@@ -30,6 +30,30 @@ class _Packed(NamedTuple):
     weights: list[Tensor]
     state: list[tuple[int, int]]
     flat: Tensor
+
+
+class _Stack(torch.autograd.Function):
+    """Stack flat weights and part them by name; backwards all gradients meet in one tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        views: Callable[[Tensor], dict[str, Tensor]],
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.views, ctx.shape = views, (len(weights), len(weights[0]))
+        ctx.set_materialize_grads(False)
+        return tuple(views(torch.stack(weights)).values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        found = next(grad for grad in grads if grad is not None)
+        flat = found.new_zeros(ctx.shape)
+        for view, grad in zip(ctx.views(flat).values(), grads, strict=True):
+            if grad is not None:
+                view.copy_(grad)
+        return None, *flat.unbind()
 
 
 class NodeBank(nn.Module):
@@ -82,10 +106,11 @@ class NodeBank(nn.Module):
         found = next((p for p in parameters.values() if not p.is_meta), torch.empty(0))
         stored = dtype or next((p.dtype for p in parameters.values()), found.dtype)
         self._factory: dict[str, Any] = {"device": torch.device(device or found.device), "dtype": stored}
-        self._shapes = {name: p.shape for name, p in parameters.items()}
+        self._shapes = {name: (p.shape, p.numel()) for name, p in parameters.items()}
         self._sizes = [p.numel() + -p.numel() % _ALIGNMENT for p in parameters.values()]
         # In a tuple, so that the template's own weights are not registered as this module's.
         self._template = (copy.deepcopy(template).to("meta", stored).train(),)
+        self._layers = layers_of(self.template)
         self._packed: _Packed | None = None
 
     @property
@@ -100,7 +125,7 @@ class NodeBank(nn.Module):
 
     def extra_repr(self) -> str:
         """Nodes and numbers per node; then the template."""
-        size = sum(math.prod(shape) for shape in self._shapes.values())
+        size = sum(size for _, size in self._shapes.values())
         return f"nodes={list(self.nodes)}, parameters_per_node={size},\ntemplate={self.template}"
 
     def train(self, mode: bool = True) -> NodeBank:
@@ -215,7 +240,16 @@ class NodeBank(nn.Module):
             KeyError: if a node has no weights.
             ValueError: if `nodes` is empty, or rows, groups and nodes do not belong together.
         """
-        return grouped_call(self.template, self._views(self.packed(nodes)), x, groups)
+        check_rows(x, len(nodes), groups)
+        return apply_layers(self._layers, self._stacked(nodes), x, groups)
+
+    def _stacked(self, nodes: Sequence[int]) -> dict[str, Tensor]:
+        """The weights of several nodes by the template's names, each with a leading axis `G`."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._views(self.packed(nodes))
+        self._packed = None
+        views = _Stack.apply(self._views, *self._weights_of_all(nodes))  # type: ignore[no-untyped-call]
+        return dict(zip(self._shapes, views, strict=True))
 
     def packed(self, nodes: Sequence[int]) -> Tensor:
         """The flat weights of several nodes, stacked: `(G, P)`.
@@ -228,9 +262,7 @@ class NodeBank(nn.Module):
             KeyError: if a node has no weights.
             ValueError: if `nodes` is empty.
         """
-        weights: list[Tensor] = [self.weights_of(node) for node in nodes]
-        if not weights:
-            raise ValueError("expected at least one node; without one there is no network to apply")
+        weights = self._weights_of_all(nodes)
         if torch.compiler.is_compiling():
             return torch.stack(weights)
         if self.training or torch.is_grad_enabled() or any(w.is_inference() for w in weights):
@@ -243,14 +275,16 @@ class NodeBank(nn.Module):
             kept = self._packed = _Packed(weights, state, torch.stack(weights))
         return kept.flat
 
+    def _weights_of_all(self, nodes: Sequence[int]) -> list[Tensor]:
+        if not nodes:
+            raise ValueError("expected at least one node; without one there is no network to apply")
+        return [self.weights_of(node) for node in nodes]
+
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        pieces = flat.split(self._sizes, dim=1)
-        return {
-            name: piece[:, : math.prod(shape)].view(len(flat), *shape)
-            if math.prod(shape) != piece.shape[1]
-            else piece.view(len(flat), *shape)
-            for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)
-        }
+        groups, views = len(flat), {}
+        for (name, (shape, size)), piece in zip(self._shapes.items(), flat.split(self._sizes, dim=1), strict=True):
+            views[name] = (piece if piece.shape[1] == size else piece[:, :size]).view(groups, *shape)
+        return views
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NodeBank:
         """What `.to`, `.double` and their like do; nodes that are added later follow."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treediff.probability import log_softplus
+from treediff.layers.gaussians import log_variance
 
 __all__ = ["BottomUpBlock", "GaussianHead", "LatentTransition", "Router"]
 
@@ -175,8 +175,7 @@ class LogVariance(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, 2D, ...)` to `(B, 2D, ...)`: the mean unchanged, then the log-variance."""
-        mean, raw = x.chunk(2, dim=1)
-        return torch.cat([mean, log_softplus(raw)], dim=1)
+        return log_variance(x)
 
 
 class GaussianHead(nn.Sequential):

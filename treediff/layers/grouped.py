@@ -17,10 +17,10 @@ Letters: `T` rows in all, `G` groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -33,6 +33,8 @@ from treediff.layers.products import affine, scale_and_shift, sizes_of
 __all__ = ["Groups", "grouped_call", "grouped_linear"]
 
 Weights = Mapping[str, Tensor]
+
+_FEW = 64  # numbers that a norm covers
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +104,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Group
                 [5.],
                 [5.]])
     """
-    _check(x, weight, groups)
+    check_rows(x, len(weight), groups)
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2]:
         raise ValueError(
             "expected rows (T, in_features) and weights (groups, out_features, in_features), found "
@@ -115,12 +117,12 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Group
     return affine(x, weight, bias, groups.index, groups.ends)
 
 
-def _check(x: Tensor, weight: Tensor, groups: Groups) -> None:
-    if len(x) != len(groups.index) or len(weight) != groups.count:
+def check_rows(x: Tensor, sets: int, groups: Groups) -> None:
+    """Raise ValueError unless rows, groups and sets of weights belong together."""
+    if len(x) != len(groups.index) or sets != groups.count:
         raise ValueError(
             f"expected a group for each row and weights for each group, found {len(x)} rows with "
-            f"{len(groups.index)} entries in groups.index, and {len(weight)} sets of weights for "
-            f"{groups.count} groups"
+            f"{len(groups.index)} entries in groups.index, and {sets} sets of weights for {groups.count} groups"
         )
 
 
@@ -147,7 +149,12 @@ def _layer_norm(module: nn.LayerNorm, weights: Weights, x: Tensor, groups: Group
 
 
 def _group_norm(module: nn.GroupNorm, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
-    y = F.group_norm(x, module.num_groups, eps=module.eps)
+    inside = x[:1].numel() // module.num_groups if len(x) else 1
+    if inside <= _FEW and not x.shape[1] % module.num_groups:
+        # The same numbers; on a CPU the gradient of a group norm takes several times that of a layer norm.
+        y = F.layer_norm(x.reshape(len(x), module.num_groups, inside), (inside,), eps=module.eps).view_as(x)
+    else:
+        y = F.group_norm(x, module.num_groups, eps=module.eps)
     shape = (len(x), module.num_channels, *[1] * (x.ndim - 2))
     return scale_and_shift(y, weights["weight"], weights["bias"], groups.index, shape)
 
@@ -244,19 +251,6 @@ def _add_channels(y: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
     return y if bias is None else y + bias.index_select(0, groups.index)[:, :, None, None].to(y.dtype)
 
 
-def _sequential(module: nn.Sequential, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
-    # Not `named_children`, which leaves out a layer that stands in the network a second time.
-    for name, child in module._modules.items():
-        if child is not None:
-            x = grouped_call(child, _below(weights, name), x, groups)
-    return x
-
-
-def _below(weights: Weights, name: str) -> Weights:
-    prefix = f"{name}."
-    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-
-
 def _each_group(module: nn.Module, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
     """The plain loop: one call of the module per group. Slow, obvious, right for any module."""
 
@@ -275,7 +269,6 @@ _RULES: dict[Any, Callable[..., Tensor]] = {
     nn.GroupNorm.forward: _group_norm,
     nn.Conv2d.forward: _conv2d,
     nn.ConvTranspose2d.forward: _conv_transpose2d,
-    nn.Sequential.forward: _sequential,
 }
 
 
@@ -292,6 +285,31 @@ def _rule(module: nn.Module) -> Callable[..., Tensor]:
         if not (plain and within):
             return _each_group
     return rule
+
+
+class Layer(NamedTuple):
+    """One layer of a template: its module, how to compute all groups of it, and what the template calls its weights."""
+
+    module: nn.Module
+    rule: Callable[..., Tensor]
+    names: dict[str, str]
+
+
+def layers_of(module: nn.Module, prefix: str = "") -> list[Layer]:
+    """A network as the layers that run one after the other; a `Sequential` is looked into, however deep."""
+    if type(module).forward is nn.Sequential.forward and not is_parametrized(module):
+        # Not `named_children`, which leaves out a layer that stands in the network a second time.
+        inside = [layers_of(child, f"{prefix}{name}.") for name, child in module._modules.items() if child is not None]
+        return [layer for layers in inside for layer in layers]
+    names = {name: prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return [Layer(module, _rule(module), names)]
+
+
+def apply_layers(layers: Sequence[Layer], weights: Weights, x: Tensor, groups: Groups) -> Tensor:
+    """`grouped_call` of a network whose layers are known."""
+    for module, rule, names in layers:
+        x = rule(module, {name: weights[full] for name, full in names.items()}, x, groups) if names else module(x)
+    return x
 
 
 def grouped_call(module: nn.Module, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
@@ -320,10 +338,10 @@ def grouped_call(module: nn.Module, weights: Weights, x: Tensor, groups: Groups)
         tensor([[0.],
                 [9.]])
     """
-    if not weights:
-        if next(module.parameters(), None) is not None:
-            raise ValueError(f"there are no weights for {module}; a layer must not stand in a network twice")
-        result: Tensor = module(x)
-        return result
-    _check(x, next(iter(weights.values())), groups)
-    return _rule(module)(module, weights, x, groups)
+    layers = layers_of(module)
+    missing = [layer.module for layer in layers if not weights.keys() >= set(layer.names.values())]
+    if missing:
+        raise ValueError(f"there are no weights for {missing[0]}; a layer must not stand in a network twice")
+    for weight in weights.values():
+        check_rows(x, len(weight), groups)
+    return apply_layers(layers, weights, x, groups)
