@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from treediff.layers.bank import NodeBank
-from treediff.layers.grouped import Groups
+from treediff.layers.groups import Groups
 from treediff.noise import counter_normal, counter_uniform, seed_from
 from treediff.probability import reparameterize
 from treediff.visits import TreePlan, descend

@@ -22,7 +22,7 @@ from treediff.bounds import elbo_of, iwae
 from treediff.generation import LeafSamples, TreeSample, sample, sample_leaves
 from treediff.layers.blocks import check_shape, check_size
 from treediff.layers.gaussians import merge_and_sample
-from treediff.layers.grouped import Groups
+from treediff.layers.groups import Groups
 from treediff.networks import TreeNetworks
 from treediff.posterior import ELBO, TreePosterior, leaf_log_probs_of
 from treediff.presets import image_parts, vector_parts

@@ -9,19 +9,41 @@ Letters: `B` batch, `T` visits, `R` visits to routed nodes, `N` nodes, `K` leave
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treediff.layers.grouped import Groups
+from treediff.layers.groups import Groups
 from treediff.topology import TreeTopology
 
 __all__ = ["TreePlan", "Visits", "descend"]
+
+
+# Levels whose routers run together in the search for visits: a third as many stops to see who got where, for a few
+# rows too many.
+_BAND = 3
+
+
+class Band(NamedTuple):
+    """Some levels of a tree, one below the other.
+
+    Attributes:
+        ids: nodes that decide in it.
+        first: rank of the first of them among all that decide.
+        above: where the node above each, in the band's first level, stands in that level.
+        steps: each level of the band and the level below it.
+    """
+
+    ids: list[int]
+    first: int
+    above: Tensor
+    steps: list[tuple[range, range]]
 
 
 class TreePlan:
@@ -49,6 +71,7 @@ class TreePlan:
         parent: `(N,)` the position above; -1 at the root.
         side: `(N, 1)` 1 where a left turn leads, and at the root; -1 where a right one does.
         decider: `(N,)` rank among `routed` of the node above; -1 where none decides.
+        bands: the levels again, a few at a time.
         turns: `(2, N)` where a left and a right turn lead; -1 is nowhere.
     """
 
@@ -91,7 +114,17 @@ class TreePlan:
         self.side = torch.tensor([[-1.0 if p in right else 1.0] for p in range(len(self.nodes))], device=self.device)
         above = {child: p for p, turn in enumerate(turns) for child in turn if child >= 0}
         self.parent = self._tensor([above.get(p, -1) for p in range(len(self.nodes))])
+        self.bands = [self._band(top, above) for top in range(0, len(self.levels) - 1, _BAND)]
         self.decider = self._tensor([routed_rank[above[p]] if p in above else -1 for p in range(len(self.nodes))])
+
+    def _band(self, top: int, parents: Mapping[int, int]) -> Band:
+        start, steps = self.levels[top].start, list(pairwise(self.levels[top : top + _BAND + 1]))
+        deciders = [p for p in self.routed if start <= p < steps[-1][1].start]
+        above = list(deciders)
+        while max(above, default=0) >= steps[0][1].start:
+            above = [p if p < steps[0][1].start else parents[p] for p in above]
+        first = self.routed.index(deciders[0]) if deciders else 0
+        return Band(self.ids(deciders), first, self._tensor([p - start for p in above]), steps)
 
     @cached_property
     def leads_to(self) -> Tensor:
@@ -279,17 +312,15 @@ def _reached(plan: TreePlan, least: Tensor, route: Route) -> tuple[Tensor, Tenso
     """Image, node and parent of the visits whose log-probability is at least the image's `least`; starts of levels."""
     batch, reach = len(least), [least.new_zeros(1, len(least))]
     decisions = _undecided(plan, batch, least, least.dtype)
-    for level, below in pairwise(plan.levels):
-        deciders = [p for p in plan.routed if p in level]
-        if deciders:
-            here = reach[-1] if len(deciders) == len(level) else reach[-1][[p - level.start for p in deciders]]
-            rank, image = (here >= least).nonzero(as_tuple=True)
-            first = plan.routed.index(deciders[0])
-            node = rank + deciders[0] if here is reach[-1] else plan.positions[rank + first]
-            logits = route(image, node, Groups(rank, len(deciders)), plan.ids(deciders))
-            decisions[rank + first, image] = logits.to(decisions.dtype)
-        children = slice(below.start, below.stop)
-        reach.append(reach[-1][plan.parent[children] - level.start] + _turns(plan, decisions, children))
+    for band in plan.bands:
+        if band.ids:
+            rank, image = (reach[-1][band.above] >= least).nonzero(as_tuple=True)
+            node = plan.positions[rank + band.first]
+            logits = route(image, node, Groups(rank, len(band.ids)), band.ids)
+            decisions[rank + band.first, image] = logits.to(decisions.dtype)
+        for level, below in band.steps:
+            nodes = slice(below.start, below.stop)
+            reach.append(reach[-1][plan.parent[nodes] - level.start] + _turns(plan, decisions, nodes))
     keep = torch.cat(reach) >= least
     node, image = keep.nonzero(as_tuple=True)
     visits = keep.flatten().cumsum(0)

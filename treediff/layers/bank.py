@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from treediff.layers.grouped import Groups, apply_layers, check_rows, layers_of
+from treediff.layers.grouped import apply_layers, layers_of
+from treediff.layers.groups import Groups, check_rows
 from treediff.layers.init import initialize
 
 __all__ = ["NodeBank"]

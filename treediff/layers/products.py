@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["affine", "scale_and_shift", "sizes_of"]
+__all__ = ["affine", "scale_and_shift", "sizes_of", "to_matrix"]
 
 
 def sizes_of(ends: Tensor) -> list[int]:
@@ -63,12 +63,23 @@ def _forward(
     multiply: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     out = weight.shape[1]
-    if out == 1:
+    if out == 1 and x.ndim == 2:
         y = (x * weight.squeeze(1).index_select(0, index)).sum(1, keepdim=True)
     else:
-        y = multiply(_padded(x, -1), _padded(weight, -1, -2), ends)
+        y = multiply(_padded(x.flatten(0, -2), -1), _padded(weight, -1, -2), _flat_ends(x, ends))
         y = y if y.shape[1] == out else y[:, :out].contiguous()
-    return y if bias is None else y.add_(bias.index_select(0, index))
+        y = y if x.ndim == 2 else y.view(len(x), x.shape[1], out)
+    return y if bias is None else y.add_(_per_row(bias.index_select(0, index), y))
+
+
+def _flat_ends(x: Tensor, ends: Tensor) -> Tensor:
+    """`ends` when each of a row's vectors is a row of its own."""
+    return ends if x.ndim == 2 else ends * x.shape[1]
+
+
+def _per_row(values: Tensor, like: Tensor) -> Tensor:
+    """`(T, b)` as what can be added to `(T, b)` or `(T, n, b)`."""
+    return values if like.ndim == 2 else values.unsqueeze(1)
 
 
 class _Affine(torch.autograd.Function):
@@ -92,18 +103,19 @@ class _Affine(torch.autograd.Function):
         (count, out, inside), need = weight.shape, ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if need[2]:
-            grad_bias = grad.new_zeros(count, out, dtype=ctx.bias).index_add_(0, index, grad.to(ctx.bias))
-        if out == 1:
+            rows = grad if grad.ndim == 2 else grad.sum(1)
+            grad_bias = grad.new_zeros(count, out, dtype=ctx.bias).index_add_(0, index, rows.to(ctx.bias))
+        if out == 1 and x.ndim == 2:
             if need[0]:
                 grad_x = grad * weight.squeeze(1).index_select(0, index)
             if need[1]:
                 grad_weight = torch.zeros_like(weight.squeeze(1)).index_add_(0, index, grad * x).unsqueeze(1)
             return grad_x, grad_weight, grad_bias, None, None
-        padded = _padded(grad, -1)
+        padded, ends = _padded(grad.flatten(0, -2), -1), _flat_ends(x, ends)
         if need[0]:
-            grad_x = _multiply(padded, _padded(weight, -1, -2).transpose(1, 2), ends)[:, :inside]
+            grad_x = _multiply(padded, _padded(weight, -1, -2).transpose(1, 2), ends)[:, :inside].view_as(x)
         if need[1]:
-            grad_weight = _outer(padded, _padded(x, -1), ends)[:, :out, :inside]
+            grad_weight = _outer(padded, _padded(x.flatten(0, -2), -1), ends)[:, :out, :inside]
         return grad_x, grad_weight, grad_bias, None, None
 
 
@@ -147,11 +159,14 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, ends: 
     """`y[t] = weight[g] x[t] + bias[g]` for the group `g = index[t]`; a gradient for each but not for gradients.
 
     Args:
-        x: `(T, a)`.
+        x: `(T, a)`, or `(T, n, a)` with several vectors per row.
         weight: `(G, b, a)`, of the dtype of `x`.
         bias: `(G, b)` or None.
         index: `(T,)` int64, ascending.
         ends: `(G,)` int32, one past the last row of each group.
+
+    Returns:
+        `(T, b)` or `(T, n, b)`.
     """
     if torch.compiler.is_compiling():
         return _forward(x, weight, bias, index, ends, _traced_multiply)
@@ -210,4 +225,44 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor | None, index: Tenso
     if torch.compiler.is_compiling():
         return _scaled(x, scale, shift, index, shape)
     result: Tensor = _ScaleAndShift.apply(x, scale, shift, index, shape)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _to_matrix(weight: Tensor, touches: Tensor) -> Tensor:
+    groups, out, inside, _ = weight.shape
+    positions = touches.shape[:2]
+    full = (weight.reshape(-1, touches.shape[2]) @ touches.flatten(0, 1).T).view(groups, out, inside, *positions)
+    return full.transpose(2, 3).reshape(groups, out * positions[0], inside * positions[1])
+
+
+class _ToMatrix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, touches: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(touches)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        return _to_matrix(weight, touches)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        (touches,) = ctx.saved_tensors
+        groups, out, inside, _ = ctx.shape
+        to, of, elements = touches.shape
+        full = grad.view(groups, out, to, inside, of).transpose(2, 3).reshape(-1, to * of)
+        return (full @ touches.view(-1, elements).to(full.dtype)).view(ctx.shape).to(ctx.dtype), None
+
+
+def to_matrix(weight: Tensor, touches: Tensor) -> Tensor:
+    """A convolution as the matrix from every input position to every output position.
+
+    Args:
+        weight: `(G, out_channels, in_channels, kernel elements)`.
+        touches: 0/1 `(out positions, in positions, kernel elements)`, which weight joins which two positions.
+
+    Returns:
+        `(G, out_channels * out positions, in_channels * in positions)`.
+    """
+    if torch.compiler.is_compiling():
+        return _to_matrix(weight, touches)
+    result: Tensor = _ToMatrix.apply(weight, touches)  # type: ignore[no-untyped-call]
     return result
