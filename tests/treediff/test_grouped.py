@@ -210,7 +210,7 @@ def test_rules_are_used_where_they_should_be() -> None:
     """Equality alone would not notice that everything had become slow."""
 
     def looped(module: nn.Module) -> bool:
-        return any(layer.rule is grouped._each_group for layer in grouped.layers_of(module) if layer.names)
+        return any(part.names and not part.links for part in grouped.parts_of(module))
 
     assert {name for name, (build, _) in CASES.items() if looped(build())} == LOOPED.keys()
 

@@ -6,8 +6,8 @@ from treediff.layers.blocks import BottomUpBlock, GaussianHead, LatentTransition
 from treediff.layers.contrastive import ProjectionHead, decision_nt_xent, nt_xent
 from treediff.layers.decoders import ConvDecoder, MLPDecoder, PatchDecoder, ResidualDecoder
 from treediff.layers.encoders import ConvEncoder, MLPEncoder, ResidualBlock, ResidualEncoder
-from treediff.layers.grouped import grouped_call
-from treediff.layers.groups import Groups, grouped_linear
+from treediff.layers.grouped import grouped_call, grouped_linear
+from treediff.layers.groups import Groups
 from treediff.layers.init import initialize
 from treediff.layers.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood
 

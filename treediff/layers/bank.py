@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from treediff.layers.grouped import apply_layers, layers_of
+from treediff.layers.grouped import apply_parts, parts_of
 from treediff.layers.groups import Groups, check_rows
 from treediff.layers.init import initialize
 
@@ -33,27 +34,37 @@ class _Packed(NamedTuple):
     flat: Tensor
 
 
+def _part(flat: Tensor, sizes: list[tuple[torch.Size, int]]) -> tuple[Tensor, ...]:
+    """Flat weights `(G, P)` as views of the shapes that lie in them one after the other, each `(G, ...)`."""
+    pieces = flat.split([size for _, size in sizes], 1)
+    return tuple(
+        (piece if size == shape.numel() else piece[:, : shape.numel()]).view(len(flat), *shape)
+        for piece, (shape, size) in zip(pieces, sizes, strict=True)
+    )
+
+
 class _Stack(torch.autograd.Function):
     """Stack flat weights and part them by name; backwards all gradients meet in one tensor."""
 
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
-        views: Callable[[Tensor], dict[str, Tensor]],
+        sizes: list[tuple[torch.Size, int]],
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.views, ctx.shape = views, (len(weights), len(weights[0]))
+        ctx.sizes, ctx.count = sizes, len(weights)
         ctx.set_materialize_grads(False)
-        return tuple(views(torch.stack(weights)).values())
+        return _part(torch.stack(weights), sizes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         found = next(grad for grad in grads if grad is not None)
-        flat = found.new_zeros(ctx.shape)
-        for view, grad in zip(ctx.views(flat).values(), grads, strict=True):
-            if grad is not None:
-                view.copy_(grad)
+        pieces = []
+        for grad, (shape, size) in zip(grads, ctx.sizes, strict=True):
+            piece = found.new_zeros(ctx.count, size) if grad is None else grad.reshape(ctx.count, shape.numel())
+            pieces.append(piece if piece.shape[1] == size else F.pad(piece, (0, size - piece.shape[1])))
+        flat = torch.cat(pieces, 1)
         return None, *flat.unbind()
 
 
@@ -107,11 +118,12 @@ class NodeBank(nn.Module):
         found = next((p for p in parameters.values() if not p.is_meta), torch.empty(0))
         stored = dtype or next((p.dtype for p in parameters.values()), found.dtype)
         self._factory: dict[str, Any] = {"device": torch.device(device or found.device), "dtype": stored}
-        self._shapes = {name: (p.shape, p.numel()) for name, p in parameters.items()}
-        self._sizes = [p.numel() + -p.numel() % _ALIGNMENT for p in parameters.values()]
+        self._names = tuple(parameters)
+        # What each weight looks like, and how much room it takes.
+        self._sizes = [(p.shape, p.numel() + -p.numel() % _ALIGNMENT) for p in parameters.values()]
         # In a tuple, so that the template's own weights are not registered as this module's.
         self._template = (copy.deepcopy(template).to("meta", stored).train(),)
-        self._layers = layers_of(self.template)
+        self._parts = parts_of(self.template)
         self._packed: _Packed | None = None
 
     @property
@@ -126,7 +138,7 @@ class NodeBank(nn.Module):
 
     def extra_repr(self) -> str:
         """Nodes and numbers per node; then the template."""
-        size = sum(size for _, size in self._shapes.values())
+        size = sum(shape.numel() for shape, _ in self._sizes)
         return f"nodes={list(self.nodes)}, parameters_per_node={size},\ntemplate={self.template}"
 
     def train(self, mode: bool = True) -> NodeBank:
@@ -213,7 +225,7 @@ class NodeBank(nn.Module):
     def _fresh(self, generator: torch.Generator | None) -> Tensor:
         module = copy.deepcopy(self.template).to_empty(device=self._factory["device"])
         initialize(module, generator=generator)
-        flat = torch.zeros(sum(self._sizes), **self._factory)
+        flat = torch.zeros(sum(size for _, size in self._sizes), **self._factory)
         views = self._views(flat[None])
         for name, parameter in module.named_parameters():
             views[name][0].copy_(parameter.detach())
@@ -242,15 +254,15 @@ class NodeBank(nn.Module):
             ValueError: if `nodes` is empty, or rows, groups and nodes do not belong together.
         """
         check_rows(x, len(nodes), groups)
-        return apply_layers(self._layers, self._stacked(nodes), x, groups)
+        return apply_parts(self._parts, self._stacked(nodes), x, groups)
 
     def _stacked(self, nodes: Sequence[int]) -> dict[str, Tensor]:
         """The weights of several nodes by the template's names, each with a leading axis `G`."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._views(self.packed(nodes))
         self._packed = None
-        views = _Stack.apply(self._views, *self._weights_of_all(nodes))  # type: ignore[no-untyped-call]
-        return dict(zip(self._shapes, views, strict=True))
+        views = _Stack.apply(self._sizes, *self._weights_of_all(nodes))  # type: ignore[no-untyped-call]
+        return dict(zip(self._names, views, strict=True))
 
     def packed(self, nodes: Sequence[int]) -> Tensor:
         """The flat weights of several nodes, stacked: `(G, P)`.
@@ -282,10 +294,7 @@ class NodeBank(nn.Module):
         return [self.weights_of(node) for node in nodes]
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        groups, views = len(flat), {}
-        for (name, (shape, size)), piece in zip(self._shapes.items(), flat.split(self._sizes, dim=1), strict=True):
-            views[name] = (piece if piece.shape[1] == size else piece[:, :size]).view(groups, *shape)
-        return views
+        return dict(zip(self._names, _part(flat, self._sizes), strict=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NodeBank:
         """What `.to`, `.double` and their like do; nodes that are added later follow."""

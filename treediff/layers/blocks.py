@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treediff.layers.gaussians import log_variance
+from treediff.layers.gaussians import LogVariance
 
 __all__ = ["BottomUpBlock", "GaussianHead", "LatentTransition", "Router"]
 
@@ -168,14 +168,6 @@ class Router(nn.Sequential):
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-
-
-class LogVariance(nn.Module):
-    """Reads the second half of the channels as `softplus^-1` of a variance and returns its logarithm."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, 2D, ...)` to `(B, 2D, ...)`: the mean unchanged, then the log-variance."""
-        return log_variance(x)
 
 
 class GaussianHead(nn.Sequential):

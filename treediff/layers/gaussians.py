@@ -12,43 +12,35 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from treediff.probability import gaussian_kl, log_softplus, precision_weighted_merge, reparameterize
 
-__all__ = ["kl", "log_variance", "merge_and_sample"]
-
-
-def _log_variance(x: Tensor) -> Tensor:
-    mean, raw = x.chunk(2, 1)
-    return torch.cat([mean, log_softplus(raw)], 1)
-
-
-class _LogVariance(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ANN401
-        y = _log_variance(x)
-        ctx.save_for_backward(x, y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ANN401
-        x, y = ctx.saved_tensors
-        mean, logvar = grad.chunk(2, 1)
-        # The derivative of log softplus is sigmoid over softplus, both of which underflow; their logarithms do not.
-        slope = torch.exp(F.logsigmoid(x.chunk(2, 1)[1]) - y.chunk(2, 1)[1])
-        return torch.cat([mean, logvar * slope], 1)
+__all__ = ["LogVariance", "kl", "log_variance", "log_variance_gradient", "merge_and_sample"]
 
 
 def log_variance(x: Tensor) -> Tensor:
     """`(T, 2D, ...)`: the mean as it is, then `log softplus` of the rest; see `log_softplus`."""
-    if torch.compiler.is_compiling():
-        return _log_variance(x)
-    result: Tensor = _LogVariance.apply(x)  # type: ignore[no-untyped-call]
-    return result
+    mean, raw = x.chunk(2, 1)
+    return torch.cat([mean, log_softplus(raw)], 1)
+
+
+def log_variance_gradient(x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of `x` from that of `y = log_variance(x)`."""
+    mean, logvar = grad.chunk(2, 1)
+    # The derivative of log softplus is sigmoid over softplus, both of which underflow; their logarithms do not.
+    slope = torch.exp(F.logsigmoid(x.chunk(2, 1)[1]) - y.chunk(2, 1)[1])
+    return torch.cat([mean, logvar * slope], 1)
+
+
+class LogVariance(nn.Module):
+    """Reads the second half of the channels as `softplus^-1` of a variance and returns its logarithm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, 2D, ...)` to `(B, 2D, ...)`: the mean unchanged, then the log-variance."""
+        return log_variance(x)
 
 
 def _merge_and_sample(a: Tensor, b: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

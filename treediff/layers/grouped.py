@@ -6,55 +6,60 @@ sorted by node and each layer is computed for all nodes at once: the cost follow
 nodes.
 
 `grouped_call` runs an ordinary `nn.Module` (the *template*) with a different set of weights for each group of
-rows. Linear layers, 2d convolutions, layer and group norms have a rule that computes all groups together; a
-layer without parameters simply runs on all rows; any other module runs in a loop over groups, which is right
-and slow. So do convolutions with `groups` other than 1, with padding that is a word or not zeros, and
-transposed ones with an output padding as large as the stride.
+rows. Linear layers, 2d convolutions, layer and group norms are computed for all groups together, see
+`treediff.layers.steps`; a layer without parameters simply runs on all rows; any other module runs in a loop over
+groups, which is right and slow. So do convolutions with `groups` other than 1, with padding that is a word or not
+zeros, and transposed ones with an output padding as large as the stride.
 
 Letters: `T` rows in all, `G` groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
-from treediff.layers.convolutions import conv2d, conv_transpose2d
-from treediff.layers.groups import Groups, Weights, check_rows, grouped_linear
-from treediff.layers.products import scale_and_shift
+from treediff.layers.chain import Link, Step, run
+from treediff.layers.groups import Groups, check_rows
+from treediff.layers.steps import STEPS
 
 __all__ = ["Groups", "grouped_call", "grouped_linear"]
 
-_FEW = 64  # numbers that a norm covers
+_LINEAR = {weights: Link(STEPS[nn.Linear.forward], nn.Identity(), weights) for weights in (1, 2)}
 
 
-def _linear(module: nn.Linear, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
-    return grouped_linear(x, weights["weight"], weights.get("bias"), groups)
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
+    """A linear layer per group: `y[t] = weight[g] x[t] + bias[g]` where `g` is the group of row `t`.
+
+    Args:
+        x: `(T, ..., in_features)`, sorted by group; a row may hold several vectors.
+        weight: `(G, out_features, in_features)`.
+        bias: `(G, out_features)` or None.
+        groups: the groups of the rows.
+
+    Returns:
+        `(T, ..., out_features)`.
+
+    Raises:
+        ValueError: if rows, weights and groups do not belong together.
+
+    Examples:
+        >>> groups = Groups(torch.tensor([0, 1, 1]), count=2)
+        >>> grouped_linear(torch.ones(3, 4), torch.ones(2, 1, 4), torch.tensor([[0.0], [1.0]]), groups)
+        tensor([[4.],
+                [5.],
+                [5.]])
+    """
+    check_rows(x, len(weight), groups)
+    weights = [weight] if bias is None else [weight, bias]
+    return run([_LINEAR[len(weights)]], weights, x, groups)
 
 
-def _layer_norm(module: nn.LayerNorm, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
-    y = F.layer_norm(x, module.normalized_shape, eps=module.eps)
-    shape = (len(x), *[1] * (x.ndim - 1 - len(module.normalized_shape)), *module.normalized_shape)
-    return scale_and_shift(y, weights["weight"], weights.get("bias"), groups.index, shape)
-
-
-def _group_norm(module: nn.GroupNorm, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
-    inside = x[:1].numel() // module.num_groups if len(x) else 1
-    if inside <= _FEW and not x.shape[1] % module.num_groups:
-        # The same numbers; on a CPU the gradient of a group norm takes several times that of a layer norm.
-        y = F.layer_norm(x.reshape(len(x), module.num_groups, inside), (inside,), eps=module.eps).view_as(x)
-    else:
-        y = F.group_norm(x, module.num_groups, eps=module.eps)
-    shape = (len(x), module.num_channels, *[1] * (x.ndim - 2))
-    return scale_and_shift(y, weights["weight"], weights["bias"], groups.index, shape)
-
-
-def _each_group(module: nn.Module, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
+def _each_group(module: nn.Module, weights: Mapping[str, Tensor], x: Tensor, groups: Groups) -> Tensor:
     """The plain loop: one call of the module per group. Slow, obvious, right for any module."""
 
     def call(g: int, rows: Tensor) -> Tensor:
@@ -66,56 +71,73 @@ def _each_group(module: nn.Module, weights: Weights, x: Tensor, groups: Groups) 
     return torch.cat(parts) if parts else call(0, x)
 
 
-_RULES: dict[Any, Callable[..., Tensor]] = {
-    nn.Linear.forward: _linear,
-    nn.LayerNorm.forward: _layer_norm,
-    nn.GroupNorm.forward: _group_norm,
-    nn.Conv2d.forward: conv2d,
-    nn.ConvTranspose2d.forward: conv_transpose2d,
-}
-
-
-def _rule(module: nn.Module) -> Callable[..., Tensor]:
+def step_of(module: nn.Module) -> Step | None:
     """How to compute all groups of a module together, if anyone knows."""
-    # Looked up by what runs, so that a subclass which changes `forward` is never mistaken for its parent.
-    rule = _RULES.get(type(module).forward, _each_group)
     if is_parametrized(module):
-        return _each_group
+        return None
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
         # What lies past the last patch is out of reach of `fold`.
         within = all(e < s for e, s in zip(module.output_padding, module.stride, strict=True))
         if not (plain and within):
-            return _each_group
-    return rule
+            return None
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is None:
+        return None  # without weights it simply runs
+    # Looked up by what runs, so that a subclass which changes `forward` is never mistaken for its parent.
+    return STEPS.get(type(module).forward)
 
 
-class Layer(NamedTuple):
-    """One layer of a template: its module, how to compute all groups of it, and what the template calls its weights."""
+class Part(NamedTuple):
+    """Some layers of a template that follow each other.
 
-    module: nn.Module
-    rule: Callable[..., Tensor]
-    names: dict[str, str]
+    Attributes:
+        modules: a chain of layers, or one that no step is known for.
+        links: how a chain runs; empty if it is none.
+        names: what the template calls the weights, by what the layers call them.
+    """
 
-
-def layers_of(module: nn.Module, prefix: str = "") -> list[Layer]:
-    """A network as the layers that run one after the other; a `Sequential` is looked into, however deep."""
-    if type(module).forward is nn.Sequential.forward and not is_parametrized(module):
-        # Not `named_children`, which leaves out a layer that stands in the network a second time.
-        inside = [layers_of(child, f"{prefix}{name}.") for name, child in module._modules.items() if child is not None]
-        return [layer for layers in inside for layer in layers]
-    names = {name: prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
-    return [Layer(module, _rule(module), names)]
+    modules: list[nn.Module]
+    links: list[Link]
+    names: list[tuple[str, str]]
 
 
-def apply_layers(layers: Sequence[Layer], weights: Weights, x: Tensor, groups: Groups) -> Tensor:
-    """`grouped_call` of a network whose layers are known."""
-    for module, rule, names in layers:
-        x = rule(module, {name: weights[full] for name, full in names.items()}, x, groups) if names else module(x)
+def parts_of(module: nn.Module) -> list[Part]:
+    """A network as chains of layers, as long as they can be; a `Sequential` is looked into, however deep."""
+    parts: list[Part] = []
+    for layer, prefix in _layers(module, ""):
+        step = step_of(layer)
+        names = [(name, prefix + name) for name, _ in layer.named_parameters(remove_duplicate=False)]
+        if step is None or not parts or not parts[-1].links:
+            parts.append(Part([], [], []))
+        parts[-1].modules.append(layer)
+        parts[-1].names.extend(names)
+        if step is not None:
+            parts[-1].links.append(Link(step, layer, len(names)))
+    return parts
+
+
+def _layers(module: nn.Module, prefix: str) -> list[tuple[nn.Module, str]]:
+    """The layers that run one after the other, each with what stands before the names of its weights."""
+    if type(module).forward is not nn.Sequential.forward or is_parametrized(module):
+        return [(module, prefix)]
+    # Not `named_children`, which leaves out a layer that stands in the network a second time.
+    children = [(child, f"{prefix}{name}.") for name, child in module._modules.items() if child is not None]
+    return [layer for child, name in children for layer in _layers(child, name)]
+
+
+def apply_parts(parts: Sequence[Part], weights: Mapping[str, Tensor], x: Tensor, groups: Groups) -> Tensor:
+    """`grouped_call` of a network whose parts are known."""
+    for modules, links, names in parts:
+        if links:
+            x = run(links, [weights[full] for _, full in names], x, groups)
+        elif names:
+            x = _each_group(modules[0], {name: weights[full] for name, full in names}, x, groups)
+        else:
+            x = modules[0](x)
     return x
 
 
-def grouped_call(module: nn.Module, weights: Weights, x: Tensor, groups: Groups) -> Tensor:
+def grouped_call(module: nn.Module, weights: Mapping[str, Tensor], x: Tensor, groups: Groups) -> Tensor:
     """Apply `module` to every row of `x`, with the weights of the row's group.
 
     Equal, to rounding, to `torch.cat([functional_call(module, weights of g, rows of g) for g in groups])`.
@@ -141,10 +163,10 @@ def grouped_call(module: nn.Module, weights: Weights, x: Tensor, groups: Groups)
         tensor([[0.],
                 [9.]])
     """
-    layers = layers_of(module)
-    missing = [layer.module for layer in layers if not weights.keys() >= set(layer.names.values())]
+    parts = parts_of(module)
+    missing = [part.modules[0] for part in parts if not weights.keys() >= {full for _, full in part.names}]
     if missing:
         raise ValueError(f"there are no weights for {missing[0]}; a layer must not stand in a network twice")
     for weight in weights.values():
         check_rows(x, len(weight), groups)
-    return apply_layers(layers, weights, x, groups)
+    return apply_parts(parts, weights, x, groups)

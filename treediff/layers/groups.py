@@ -1,22 +1,19 @@
-"""Rows that belong to groups, and a linear layer per group.
+"""Rows that belong to groups.
 
 Letters: `T` rows in all, `G` groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from treediff.layers.products import affine, sizes_of
+from treediff.layers.products import sizes_of
 
-__all__ = ["Groups", "Weights", "check_rows", "grouped_linear"]
-
-Weights = Mapping[str, Tensor]
+__all__ = ["Groups", "check_rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,43 +51,6 @@ class Groups:
             self._derived["sizes"] = sizes_of(self.ends)
         sizes: list[int] = self._derived["sizes"]
         return sizes
-
-
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
-    """A linear layer per group: `y[t] = weight[g] x[t] + bias[g]` where `g` is the group of row `t`.
-
-    Args:
-        x: `(T, ..., in_features)`, sorted by group; a row may hold several vectors.
-        weight: `(G, out_features, in_features)`.
-        bias: `(G, out_features)` or None.
-        groups: the groups of the rows.
-
-    Returns:
-        `(T, ..., out_features)`.
-
-    Raises:
-        ValueError: if rows, weights and groups do not belong together.
-
-    Examples:
-        >>> groups = Groups(torch.tensor([0, 1, 1]), count=2)
-        >>> grouped_linear(torch.ones(3, 4), torch.ones(2, 1, 4), torch.tensor([[0.0], [1.0]]), groups)
-        tensor([[4.],
-                [5.],
-                [5.]])
-    """
-    check_rows(x, len(weight), groups)
-    if x.ndim < 2 or weight.ndim != 3 or x.shape[-1] != weight.shape[2]:
-        raise ValueError(
-            "expected rows (T, ..., in_features) and weights (groups, out_features, in_features), found "
-            f"{tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        low = torch.get_autocast_dtype(device)
-        x, weight = x.to(low), weight.to(low)
-    rows = x if x.ndim < 4 else x.flatten(1, -2)
-    y = affine(rows, weight, bias, groups.index, groups.ends)
-    return y if rows is x else y.view(*x.shape[:-1], weight.shape[1])
 
 
 def check_rows(x: Tensor, sets: int, groups: Groups) -> None:

@@ -1,24 +1,31 @@
-"""A matrix, a scale and a shift per group of rows, with both passes written out.
+"""Matrices, scales and shifts per group of rows: products and their gradients, written out.
 
 `grouped_mm` multiplies all groups in one call. What a layer adds to it, a bias or a norm's weights, is gathered row by
-row; in one function of autograd each, because on small groups the bookkeeping of single operations costs more than the
-operations.
+row. Nothing here is known to autograd; `treediff.layers.chain` puts both passes together.
 
 Letters: `T` rows in all, sorted by group, `G` groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["affine", "scale_and_shift", "sizes_of", "to_matrix"]
+__all__ = [
+    "Need",
+    "affine",
+    "affine_gradients",
+    "from_matrix",
+    "rows_of",
+    "scale_and_shift_gradients",
+    "sizes_of",
+    "sum_of_groups",
+    "to_matrix",
+]
 
 
 def sizes_of(ends: Tensor) -> list[int]:
@@ -47,80 +54,13 @@ def _outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 
 def _padded(x: Tensor, *axes: int) -> Tensor:
     """Zeros at the end of the last axes, for rows of whole 16-byte pieces, which grouped products want."""
-    if x.dtype not in _FAST:
+    size = x.element_size()
+    if not any(x.shape[axis] * size % 16 for axis in axes) or x.dtype not in _FAST:
         return x
-    multiple = 16 // x.element_size()
-    pad = [n for axis in axes for n in (0, -x.shape[axis] % multiple)]
-    return F.pad(x, pad) if any(pad) else x
+    return F.pad(x, [n for axis in axes for n in (0, -x.shape[axis] % (16 // size))])
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    ends: Tensor,
-    multiply: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    out = weight.shape[1]
-    if out == 1 and x.ndim == 2:
-        y = (x * weight.squeeze(1).index_select(0, index)).sum(1, keepdim=True)
-    else:
-        y = multiply(_padded(x.flatten(0, -2), -1), _padded(weight, -1, -2), _flat_ends(x, ends))
-        y = y if y.shape[1] == out else y[:, :out].contiguous()
-        y = y if x.ndim == 2 else y.view(len(x), x.shape[1], out)
-    return y if bias is None else y.add_(_per_row(bias.index_select(0, index), y))
-
-
-def _flat_ends(x: Tensor, ends: Tensor) -> Tensor:
-    """`ends` when each of a row's vectors is a row of its own."""
-    return ends if x.ndim == 2 else ends * x.shape[1]
-
-
-def _per_row(values: Tensor, like: Tensor) -> Tensor:
-    """`(T, b)` as what can be added to `(T, b)` or `(T, n, b)`."""
-    return values if like.ndim == 2 else values.unsqueeze(1)
-
-
-class _Affine(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        index: Tensor,
-        ends: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, index, ends)
-        ctx.bias = None if bias is None else bias.dtype
-        return _forward(x, weight, bias, index, ends, _multiply)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        x, weight, index, ends = ctx.saved_tensors
-        (count, out, inside), need = weight.shape, ctx.needs_input_grad
-        grad_x = grad_weight = grad_bias = None
-        if need[2]:
-            rows = grad if grad.ndim == 2 else grad.sum(1)
-            grad_bias = grad.new_zeros(count, out, dtype=ctx.bias).index_add_(0, index, rows.to(ctx.bias))
-        if out == 1 and x.ndim == 2:
-            if need[0]:
-                grad_x = grad * weight.squeeze(1).index_select(0, index)
-            if need[1]:
-                grad_weight = torch.zeros_like(weight.squeeze(1)).index_add_(0, index, grad * x).unsqueeze(1)
-            return grad_x, grad_weight, grad_bias, None, None
-        padded, ends = _padded(grad.flatten(0, -2), -1), _flat_ends(x, ends)
-        if need[0]:
-            grad_x = _multiply(padded, _padded(weight, -1, -2).transpose(1, 2), ends)[:, :inside].view_as(x)
-        if need[1]:
-            grad_weight = _outer(padded, _padded(x.flatten(0, -2), -1), ends)[:, :out, :inside]
-        return grad_x, grad_weight, grad_bias, None, None
-
-
-# The same for `torch.compile`, whose tracer (torch 2.13) knows `grouped_mm` for bfloat16 only. In eager mode
-# the function above costs less.
+# The same for `torch.compile`, whose tracer (torch 2.13) knows `grouped_mm` for bfloat16 only.
 
 
 @torch.library.custom_op("treediff::multiply", mutates_args=())
@@ -156,7 +96,7 @@ _traced_multiply.register_autograd(_traced_backward, setup_context=_save)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, ends: Tensor) -> Tensor:
-    """`y[t] = weight[g] x[t] + bias[g]` for the group `g = index[t]`; a gradient for each but not for gradients.
+    """`y[t] = weight[g] x[t] + bias[g]` for the group `g = index[t]`.
 
     Args:
         x: `(T, a)`, or `(T, n, a)` with several vectors per row.
@@ -168,88 +108,76 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, ends: 
     Returns:
         `(T, b)` or `(T, n, b)`.
     """
-    if torch.compiler.is_compiling():
-        return _forward(x, weight, bias, index, ends, _traced_multiply)
-    result: Tensor = _Affine.apply(x, weight, bias, index, ends)  # type: ignore[no-untyped-call]
-    return result
+    out = weight.shape[1]
+    if out == 1 and x.ndim == 2:
+        y = (x * weight.squeeze(1).index_select(0, index)).sum(1, keepdim=True)
+    else:
+        multiply = _traced_multiply if torch.compiler.is_compiling() else _multiply
+        y = multiply(_padded(x.flatten(0, -2), -1), _padded(weight, -1, -2), _flat_ends(x, ends))
+        y = y if y.shape[1] == out else y[:, :out].contiguous()
+        y = y if x.ndim == 2 else y.view(len(x), x.shape[1], out)
+    if bias is None:
+        return y
+    offset = bias.index_select(0, index)
+    return y.add_(offset if y.ndim == 2 else offset.unsqueeze(1))
 
 
-def _scaled(x: Tensor, scale: Tensor, shift: Tensor | None, index: Tensor, shape: tuple[int, ...]) -> Tensor:
-    y = x * scale.index_select(0, index).view(shape)
-    return y if shift is None else y.add_(shift.index_select(0, index).view(shape))
+class Need(NamedTuple):
+    """Which gradients are wanted."""
+
+    input: bool
+    weights: bool
 
 
-class _ScaleAndShift(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        x: Tensor,
-        scale: Tensor,
-        shift: Tensor | None,
-        index: Tensor,
-        shape: tuple[int, ...],
-    ) -> Tensor:
-        ctx.save_for_backward(x, scale, index)
-        ctx.shape = shape
-        return _scaled(x, scale, shift, index, shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        x, scale, index = ctx.saved_tensors
-        grad_x = grad_scale = grad_shift = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad * scale.index_select(0, index).view(ctx.shape)).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_scale = _sum_of_groups(grad * x, ctx.shape, scale, index)
-        if ctx.needs_input_grad[2]:
-            grad_shift = _sum_of_groups(grad, ctx.shape, scale, index)
-        return grad_x, grad_scale, grad_shift, None, None
+def affine_gradients(
+    x: Tensor, weight: Tensor, index: Tensor, ends: Tensor, grad: Tensor, need: Need
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Gradients of `x`, and of the weight and a bias if they are needed, from that of `affine`'s result."""
+    count, out, inside = weight.shape
+    single, padded, flat_ends = out == 1 and x.ndim == 2, _padded(grad.flatten(0, -2), -1), _flat_ends(x, ends)
+    grad_x = None
+    if need.input and single:
+        grad_x = grad * weight.squeeze(1).index_select(0, index)
+    elif need.input:
+        grad_x = _multiply(padded, _padded(weight, -1, -2).transpose(1, 2), flat_ends)[:, :inside].view_as(x)
+    if not need.weights:
+        return grad_x, []
+    grad_bias = sum_of_groups(grad if grad.ndim == 2 else grad.sum(1), index, count)
+    if single:
+        return grad_x, [sum_of_groups(grad * x, index, count).unsqueeze(1), grad_bias]
+    return grad_x, [_outer(padded, _padded(x.flatten(0, -2), -1), flat_ends)[:, :out, :inside], grad_bias]
 
 
-def _sum_of_groups(values: Tensor, shape: tuple[int, ...], like: Tensor, index: Tensor) -> Tensor:
-    rows = values.sum_to_size(shape).reshape(-1, *like.shape[1:]).to(like.dtype)
-    return torch.zeros_like(like).index_add_(0, index, rows)
+def _flat_ends(x: Tensor, ends: Tensor) -> Tensor:
+    """`ends` when each of a row's vectors is a row of its own."""
+    return ends if x.ndim == 2 else ends * x.shape[1]
 
 
-def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor | None, index: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`y[t] = scale[g] x[t] + shift[g]` for the group `g = index[t]`; a gradient for each but not for gradients.
+def rows_of(values: Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What `(G, ...)` holds for the group of each row, as `shape`, `(T, ...)` with ones where it is alike."""
+    return values.index_select(0, index).view(shape)
+
+
+def scale_and_shift_gradients(x: Tensor, scale: Tensor, weight: Tensor, index: Tensor, grad: Tensor) -> list[Tensor]:
+    """Gradients of a scale and a shift per group, shaped like `weight`, from that of `scale * x + shift`.
 
     Args:
         x: `(T, ...)`.
-        scale: `(G, ...)`.
-        shift: as `scale`, or None.
-        index: `(T,)` int64, ascending.
-        shape: of the scales of all rows, `(T, ...)` with ones where they are alike.
+        scale: `rows_of(weight, index, shape)`.
+        weight: `(G, ...)`.
+        index: `(T,)` the group of each row.
+        grad: as `x`.
     """
-    if torch.compiler.is_compiling():
-        return _scaled(x, scale, shift, index, shape)
-    result: Tensor = _ScaleAndShift.apply(x, scale, shift, index, shape)  # type: ignore[no-untyped-call]
-    return result
+    width = weight[0].numel()
+    sums = [values.sum_to_size(scale.shape).reshape(len(x), width) for values in (grad * x, grad)]
+    return [sum_of_groups(rows, index, len(weight)).view(weight.shape) for rows in sums]
 
 
-def _to_matrix(weight: Tensor, touches: Tensor) -> Tensor:
-    groups, out, inside, _ = weight.shape
-    positions = touches.shape[:2]
-    full = (weight.reshape(-1, touches.shape[2]) @ touches.flatten(0, 1).T).view(groups, out, inside, *positions)
-    return full.transpose(2, 3).reshape(groups, out * positions[0], inside * positions[1])
-
-
-class _ToMatrix(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, touches: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(touches)
-        ctx.shape, ctx.dtype = weight.shape, weight.dtype
-        return _to_matrix(weight, touches)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        (touches,) = ctx.saved_tensors
-        groups, out, inside, _ = ctx.shape
-        to, of, elements = touches.shape
-        full = grad.view(groups, out, to, inside, of).transpose(2, 3).reshape(-1, to * of)
-        return (full @ touches.view(-1, elements).to(full.dtype)).view(ctx.shape).to(ctx.dtype), None
+def sum_of_groups(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """The sum of each group's rows `(T, a)`: `(G, a)`, in float32 at least."""
+    if rows.dtype not in (torch.float32, torch.float64):
+        rows = rows.float()
+    return rows.new_zeros(count, rows.shape[1]).index_add_(0, index, rows)
 
 
 def to_matrix(weight: Tensor, touches: Tensor) -> Tensor:
@@ -262,7 +190,15 @@ def to_matrix(weight: Tensor, touches: Tensor) -> Tensor:
     Returns:
         `(G, out_channels * out positions, in_channels * in positions)`.
     """
-    if torch.compiler.is_compiling():
-        return _to_matrix(weight, touches)
-    result: Tensor = _ToMatrix.apply(weight, touches)  # type: ignore[no-untyped-call]
-    return result
+    groups, out, inside, elements = weight.shape
+    to, of, _ = touches.shape
+    full = (weight.reshape(-1, elements) @ touches.view(-1, elements).T).view(groups, out, inside, to, of)
+    return full.transpose(2, 3).reshape(groups, out * to, inside * of)
+
+
+def from_matrix(grad: Tensor, touches: Tensor, shape: torch.Size) -> Tensor:
+    """Gradient of the weight, which has a `shape`, from that of `to_matrix`'s result."""
+    groups, out, inside, elements = shape
+    to, of, _ = touches.shape
+    full = grad.reshape(groups, out, to, inside, of).transpose(2, 3).reshape(-1, to * of)
+    return (full @ touches.view(-1, elements)).view(shape)
