@@ -82,7 +82,7 @@ class TreeNetworks(nn.Module):
         self.transitions = NodeBank(transition, device=device, dtype=dtype)
         self.posterior_routers = NodeBank(posterior_router, device=device, dtype=dtype)
         self.prior_routers = NodeBank(prior_router, device=device, dtype=dtype)
-        self.decoders = NodeBank(decoder, device=device, dtype=dtype)
+        self.decoders = NodeBank(decoder, device=device, dtype=dtype, block=512)
         self.likelihood = likelihood
         self.config: dict[str, Any] | None = None
         self._plans: dict[tuple[int, ...], TreePlan] = {}

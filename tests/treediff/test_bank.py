@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor, nn
 
 from treediff.layers import Groups, NodeBank, ResidualBlock, initialize
+from treediff.layers import bank as bank_module
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -564,3 +565,25 @@ def test_refuses_rows_that_do_not_fit_the_nodes() -> None:
 def test_refuses_layers_that_cannot_be_drawn() -> None:
     with pytest.raises(TypeError, match="PReLU owns the parameters"):
         NodeBank(nn.PReLU()).add(0)
+
+
+# --- blocks of rows -----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=6))
+def test_blocks_of_rows_give_what_all_rows_give(sizes: list[int]) -> None:
+    whole, blocks = bank_of(*range(len(sizes))), NodeBank(small(), block=3)
+    for node in whole.nodes:
+        blocks.add(node, generator=seeded(node))
+    groups = Groups(torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)), len(sizes))
+    x, results = normal(sum(sizes), 3), []
+    for bank in (whole, blocks):
+        leaf = x.clone().requires_grad_()
+        y = bank(leaf, groups, bank.nodes)
+        (y * torch.arange(len(y))[:, None]).sum().backward()
+        results.append([y, leaf.grad, *(torch.zeros(1) if p.grad is None else p.grad for p in bank.parameters())])
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_a_block_is_of_whole_groups() -> None:
+    assert bank_module._blocks([2, 1, 4, 0, 9, 1], 3) == [(3, 2), (4, 1), (0, 1), (9, 1), (1, 1)]

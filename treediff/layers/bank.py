@@ -34,6 +34,17 @@ class _Packed(NamedTuple):
     flat: Tensor
 
 
+def _blocks(sizes: Sequence[int], rows: int) -> list[tuple[int, int]]:
+    """Rows and number of groups of blocks of whole groups, each with as many as fit into `rows`, or one."""
+    blocks: list[tuple[int, int]] = []
+    for size in sizes:
+        if blocks and blocks[-1][0] + size <= rows:
+            blocks[-1] = (blocks[-1][0] + size, blocks[-1][1] + 1)
+        else:
+            blocks.append((size, 1))
+    return blocks
+
+
 def _part(flat: Tensor, sizes: list[tuple[torch.Size, int]]) -> tuple[Tensor, ...]:
     """Flat weights `(G, P)` as views of the shapes that lie in them one after the other, each `(G, ...)`."""
     pieces = flat.split([size for _, size in sizes], 1)
@@ -80,6 +91,8 @@ class NodeBank(nn.Module):
             row. It is copied without its weights, so it may live on the meta device.
         device: where weights of new nodes live; the template's, unless that is meta.
         dtype: what they are stored as; the template's by default.
+        block: on a CPU, about how many rows to compute at a time, for networks whose activations are many times their
+            input: what does not fit into a cache takes longer. All at once if not given.
 
     Raises:
         ValueError: if the template has buffers, such as the running statistics of a batch norm, which would
@@ -100,8 +113,10 @@ class NodeBank(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        block: int | None = None,
     ) -> None:
         super().__init__()
+        self.block = block
         names = [name for name, _ in template.named_buffers()]
         if names:
             raise ValueError(
@@ -254,7 +269,16 @@ class NodeBank(nn.Module):
             ValueError: if `nodes` is empty, or rows, groups and nodes do not belong together.
         """
         check_rows(x, len(nodes), groups)
-        return apply_parts(self._parts, self._stacked(nodes), x, groups)
+        # Looking at the sizes of groups would stop an accelerator's stream.
+        if self.block is None or len(x) <= 2 * self.block or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return apply_parts(self._parts, self._stacked(nodes), x, groups)
+        results, start, group = [], 0, 0
+        for rows, count in _blocks(groups.sizes, self.block):
+            own = Groups(groups.index[start : start + rows] - group, count)
+            weights = self._stacked(nodes[group : group + count])
+            results.append(apply_parts(self._parts, weights, x[start : start + rows], own))
+            start, group = start + rows, group + count
+        return torch.cat(results)
 
     def _stacked(self, nodes: Sequence[int]) -> dict[str, Tensor]:
         """The weights of several nodes by the template's names, each with a leading axis `G`."""

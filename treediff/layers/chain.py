@@ -94,25 +94,20 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        needed, saved, gradients = any(ctx.needs_input_grad[3:]), ctx.saved_tensors, []
-        shares = _shares(ctx.links, saved)
-        for i in reversed(range(len(ctx.links))):
-            link, own, (shape, dtype) = ctx.links[i], shares[i], ctx.inputs[i]
-            need = Need(i > 0 or ctx.needs_input_grad[2], needed)
+        of_x, of_weights = ctx.needs_input_grad[2], any(ctx.needs_input_grad[3:])
+        saved = ctx.saved_tensors
+        gradients: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
+        for i, own in reversed(list(enumerate(_shares(ctx.links, saved)))):
+            link, (shape, dtype), first = ctx.links[i], ctx.inputs[i], sum(link.weights for link in ctx.links[:i])
+            need = Need(of_x or (of_weights and first > 0), of_weights)
             grad, found = link.step.backward(link.module, own, saved[ctx.kept[i]], shape, grad, ctx.groups, need)
-            if grad is not None:
-                grad = _like(grad, shape, dtype)
-            gradients.append([_like(g, w.shape, w.dtype) for g, w in zip(found, own, strict=needed)])
-        return (
-            None,
-            None,
-            grad,
-            *(
-                (g for found in reversed(gradients) for g in found)
-                if needed
-                else [None] * len(ctx.needs_input_grad[3:])
-            ),
-        )
+            gradients[first : first + len(found)] = [
+                _like(g, w.shape, w.dtype) for g, w in zip(found, own, strict=of_weights)
+            ]
+            if not need.input:
+                return None, None, None, *gradients
+            grad = _like(grad, shape, dtype)
+        return None, None, grad, *gradients
 
 
 def _like(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
