@@ -4,8 +4,8 @@
 
 Trees are trained first, one growth per kind of latent, and kept in --trees; a time on an untrained tree says little,
 because an untrained router sends every image everywhere. Each row runs in a process of its own; inside, the model, the
-loop and a tree of two leaves take turns of five steps. Times are medians, ratios are medians over the turns. Run nothing
-beside it.
+loop and a tree of two leaves take turns of five steps. Times are medians, ratios are medians over the turns. Run
+nothing beside it.
 """
 
 from __future__ import annotations
