@@ -11,29 +11,25 @@ Letters: `B` batch, `C H W` image, `N` nodes, `I` routed nodes, `K` leaves, `D` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from treediff.bounds import elbo_of, iwae
 from treediff.generation import LeafSamples, TreeSample, sample, sample_leaves
-from treediff.layers.blocks import check_shape, check_size
 from treediff.layers.gaussians import merge_and_sample
 from treediff.layers.groups import Groups
-from treediff.networks import TreeNetworks
 from treediff.posterior import ELBO, TreePosterior, leaf_log_probs_of
-from treediff.presets import image_parts, vector_parts
+from treediff.presets import PresetNetworks
 from treediff.probability import reparameterize
-from treediff.topology import TreeTopology
 from treediff.visits import Visits, descend
 
 __all__ = ["TreeVAE"]
 
 
-class TreeVAE(TreeNetworks):
+class TreeVAE(PresetNetworks):
     """A tree of latent variables with one decoder per leaf.
 
     Built from parts (see `TreeNetworks` for what they are); `TreeVAE.for_images` and `TreeVAE.for_vectors` choose good
@@ -44,114 +40,6 @@ class TreeVAE(TreeNetworks):
         >>> model.cluster(torch.rand(3, 1, 8, 8)).shape
         torch.Size([3])
     """
-
-    @classmethod
-    def for_images(
-        cls,
-        *,
-        size: int | tuple[int, int],
-        channels: int = 1,
-        latent: int | tuple[int, ...] = 8,
-        width: int = 128,
-        max_depth: int = 8,
-        network: str = "conv",
-        likelihood: str = "bernoulli",
-        topology: TreeTopology | None = None,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> TreeVAE:
-        """A model for images in [0, 1] with parts chosen for you.
-
-        Args:
-            size: height and width, or one number for both.
-            channels: 1 for grey, 3 for colour.
-            latent: width of a latent vector, or `(channels, h, w)` for latents that are maps.
-            width: width of features and hidden layers; what a residual network's channels are in proportion to.
-            max_depth: greatest depth the tree may grow to.
-            network: 'conv' for small images, 'mlp' for tiny ones, 'residual' for colour.
-            likelihood: 'bernoulli', 'gaussian' (variance 1/2) or 'gaussian_learned'.
-            topology: the tree to start with; a lone root by default, which growth splits.
-            generator: where initial weights come from; PyTorch's default generator if not given.
-            device: where the model lives.
-            dtype: what weights are stored as.
-
-        Examples:
-            >>> model = TreeVAE.for_images(size=28, topology=TreeTopology.balanced(1))
-            >>> model.elbo(torch.rand(4, 1, 28, 28)).elbo.shape
-            torch.Size([4])
-        """
-        size = (size, size) if isinstance(size, int) else check_size("size", size)
-        latent = (latent,) if isinstance(latent, int) else check_shape("latent", latent)
-        config: dict[str, Any] = {
-            "size": list(size),
-            "channels": channels,
-            "latent": list(latent),
-            "width": width,
-            "max_depth": max_depth,
-            "network": network,
-            "likelihood": likelihood,
-        }
-        settings: dict[str, Any] = {**config, "size": size, "latent": latent}
-        parts = image_parts(**settings, generator=generator, device=device, dtype=dtype)
-        model = cls(topology=topology or TreeTopology.balanced(0), **parts)
-        model.config = {"for_images": config}
-        return model
-
-    @classmethod
-    def for_vectors(
-        cls,
-        features: int,
-        *,
-        latent: int = 8,
-        width: int = 128,
-        max_depth: int = 8,
-        likelihood: str = "gaussian_learned",
-        topology: TreeTopology | None = None,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> TreeVAE:
-        """A model for vectors of `features` numbers: tables, text features; other arguments as for `for_images`.
-
-        Examples:
-            >>> model = TreeVAE.for_vectors(5)
-            >>> model.cluster(torch.randn(3, 5))
-            tensor([0, 0, 0])
-        """
-        config: dict[str, Any] = {
-            "features": features,
-            "latent": latent,
-            "width": width,
-            "max_depth": max_depth,
-            "likelihood": likelihood,
-        }
-        settings: dict[str, Any] = {**config, "latent": (latent,) if isinstance(latent, int) else latent}
-        parts = vector_parts(**settings, generator=generator, device=device, dtype=dtype)
-        model = cls(topology=topology or TreeTopology.balanced(0), **parts)
-        model.config = {"for_vectors": config}
-        return model
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> TreeVAE:
-        """The untrained model that `model.config` describes; global random state is left alone.
-
-        Raises:
-            ValueError: if it is not what a factory of this class wrote.
-        """
-        factories = ("for_images", "for_vectors")
-        entries = list(config.items()) if isinstance(config, Mapping) else []
-        if len(entries) != 1 or entries[0][0] not in factories or not isinstance(entries[0][1], Mapping):
-            raise ValueError(
-                f"expected a configuration {{name: arguments}} of {' or '.join(factories)}, found {config!r}"
-            )
-        factory, arguments = entries[0]
-        fixed = {key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
-        try:
-            model: TreeVAE = getattr(cls, factory)(**fixed, generator=torch.Generator().manual_seed(0))
-        except TypeError as error:
-            raise ValueError(f"the configuration {config!r} does not fit {factory}: {error}") from error
-        return model
 
     # --- one traversal ------------------------------------------------------------------------------------
 
