@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from treediff.layers.bank import NodeBank
 from treediff.layers.groups import Groups
 from treediff.noise import counter_normal, counter_uniform, seed_from
+from treediff.plan import TreePlan
 from treediff.probability import reparameterize
-from treediff.visits import TreePlan, descend
+from treediff.visits import descend
 
 if TYPE_CHECKING:
     from treediff.treevae import TreeVAE

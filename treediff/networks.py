@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from treediff.io import load_into, read_header, save_model
 from treediff.layers.bank import NodeBank
 from treediff.layers.likelihood import Likelihood
+from treediff.plan import TreePlan
 from treediff.topology import TreeTopology
-from treediff.visits import TreePlan
 
 __all__ = ["TreeNetworks"]
 
