@@ -36,6 +36,7 @@ class TreeVAE(PresetNetworks):
     ones. A lone root is a plain VAE, a chain a LadderVAE (arXiv 1602.02282).
 
     Examples:
+        >>> from treediff import TreeTopology
         >>> model = TreeVAE.for_images(size=8, topology=TreeTopology.balanced(1))
         >>> model.cluster(torch.rand(3, 1, 8, 8)).shape
         torch.Size([3])
