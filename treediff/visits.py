@@ -129,7 +129,7 @@ def descend(
 ) -> Visits:
     """Send a batch down the tree, following every turn whose probability of being reached stays above `threshold`.
 
-    Where to go is found level by level without gradients; then all decisions are made at once, with them.
+    Where to go is found a few levels at a time without gradients; then all decisions are made at once, with them.
 
     Args:
         plan: the nodes to visit.
