@@ -141,3 +141,7 @@ class TreePlan:
     def everyone(self, positions: Sequence[int], batch: int) -> Tensor:
         """Visits to `positions` when every image visits every node: node by node, image by image."""
         return (self._tensor(positions)[:, None] * batch + torch.arange(batch, device=self.device)).flatten()
+
+    def ladder_rows(self, image: Tensor, node: Tensor, batch: int) -> Tensor:
+        """Where some images at some nodes stand in what is kept per depth and image, `(depths, B, ...)` flattened."""
+        return self.depth[node] * batch + image

@@ -64,7 +64,7 @@ class TreeVAE(PresetNetworks):
         plan = self.plan(nodes, features.device)
 
         def logits(image: Tensor, node: Tensor, groups: Groups, ids: list[int]) -> Tensor:
-            return self.posterior_routers(rows.index_select(0, plan.depth[node] * batch + image), groups, ids)
+            return self.posterior_routers(rows.index_select(0, plan.ladder_rows(image, node, batch)), groups, ids)
 
         return descend(plan, batch, logits, threshold=threshold, chance=chance, like=features)
 
@@ -113,7 +113,8 @@ class TreeVAE(PresetNetworks):
         generator: torch.Generator | None = None,
     ) -> TreePosterior:
         """The second half of `posterior`: Gaussians, samples and prior decisions for visits already found."""
-        rows = features.flatten(0, 1).index_select(0, visits.levels)
+        where = visits.plan.ladder_rows(visits.image, visits.node, visits.batch)
+        rows = features.flatten(0, 1).index_select(0, where)
         hats = self.heads(rows, visits.groups(), visits.plan.nodes)
         if noise is None:
             shape = (len(rows), *self.latent)

@@ -59,11 +59,6 @@ class Visits:
             return self.log_reach.exp()
         return torch.exp(self.log_reach - (self.log_reach.detach() - math.log(self.roulette)).clamp_max(0))
 
-    @property
-    def levels(self) -> Tensor:
-        """`(T,)` the row of each visit in what is kept per depth and image, `(depths, B, ...)` with its axes joined."""
-        return self.plan.depth[self.node] * self.batch + self.image
-
     def groups(self) -> Groups:
         """The visits grouped by node; group = position."""
         return Groups(self.node, len(self.plan.nodes))

@@ -19,9 +19,29 @@ from torch.autograd.function import once_differentiable
 from treediff.layers.groups import Groups
 from treediff.layers.products import Need
 
-__all__ = ["Kept", "Link", "Need", "Step", "run"]
+__all__ = ["Done", "Kept", "Link", "Step", "run"]
 
 Kept = tuple[Tensor, ...]
+
+
+class Done(NamedTuple):
+    """What a layer's backward pass knows of its forward pass.
+
+    Attributes:
+        module: the layer.
+        weights: its weights, each `(G, ...)`.
+        kept: the tensors that `Step.forward` kept.
+        shape: of the input.
+        groups: the groups of the rows.
+        need: which gradients are wanted.
+    """
+
+    module: Any
+    weights: Sequence[Tensor]
+    kept: Kept
+    shape: torch.Size
+    groups: Groups
+    need: Need
 
 
 class Step(Protocol):
@@ -31,17 +51,8 @@ class Step(Protocol):
         """The layer's output, and the tensors to keep until it is undone."""
         ...
 
-    def backward(
-        self,
-        module: Any,  # noqa: ANN401
-        weights: Sequence[Tensor],
-        kept: Kept,
-        shape: torch.Size,
-        grad: Tensor,
-        groups: Groups,
-        need: Need,
-    ) -> tuple[Tensor | None, Kept]:
-        """Gradients of the input, which had a `shape`, and of each weight, as needed, from that of the output."""
+    def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
+        """Gradients of the input and of each weight, as needed, from that of the output."""
         ...
 
 
@@ -97,10 +108,13 @@ class _Chain(torch.autograd.Function):
         of_x, of_weights = ctx.needs_input_grad[2], any(ctx.needs_input_grad[3:])
         saved = ctx.saved_tensors
         gradients: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
+        first = len(gradients)
         for i, own in reversed(list(enumerate(_shares(ctx.links, saved)))):
-            link, (shape, dtype), first = ctx.links[i], ctx.inputs[i], sum(link.weights for link in ctx.links[:i])
+            link, (shape, dtype) = ctx.links[i], ctx.inputs[i]
+            first -= link.weights
             need = Need(of_x or (of_weights and first > 0), of_weights)
-            grad, found = link.step.backward(link.module, own, saved[ctx.kept[i]], shape, grad, ctx.groups, need)
+            done = Done(link.module, own, saved[ctx.kept[i]], shape, ctx.groups, need)
+            grad, found = link.step.backward(done, grad)
             gradients[first : first + len(found)] = [
                 _like(g, w.shape, w.dtype) for g, w in zip(found, own, strict=of_weights)
             ]

@@ -58,17 +58,16 @@ def transposed_map_size(module: nn.ConvTranspose2d, shape: torch.Size) -> tuple[
     return out
 
 
-def touches_of(module: nn.Conv2d, shape: torch.Size) -> Tensor | None:
+def touches_of(module: nn.Conv2d, size: tuple[int, ...], out: tuple[int, ...]) -> Tensor | None:
     """0/1 `(out positions, in positions, kernel elements)`: which weight joins which two pixels.
 
     None for a map on which unfolding patches costs less than a product with every pixel.
     """
-    size = tuple(shape[2:])
     if math.prod(size) > 2 * math.prod(module.kernel_size):
         return None
     padding: Any = module.padding
     table = _touches if torch.compiler.is_compiling() else _kept_touches
-    return table(size, map_size(module, shape), module.kernel_size, padding, module.stride, module.dilation)
+    return table(tuple(size), tuple(out), module.kernel_size, padding, module.stride, module.dilation)
 
 
 def _touches(

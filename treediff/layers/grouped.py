@@ -27,7 +27,7 @@ from treediff.layers.chain import Link, Step, run
 from treediff.layers.groups import Groups, check_rows
 from treediff.layers.steps import STEPS
 
-__all__ = ["Groups", "grouped_call", "grouped_linear"]
+__all__ = ["grouped_call", "grouped_linear"]
 
 _LINEAR = {weights: Link(STEPS[nn.Linear.forward], nn.Identity(), weights) for weights in (1, 2)}
 

@@ -21,7 +21,6 @@ __all__ = [
     "affine_gradients",
     "from_matrix",
     "rows_of",
-    "scale_and_shift_gradients",
     "sizes_of",
     "sum_of_groups",
     "to_matrix",
@@ -131,21 +130,22 @@ class Need(NamedTuple):
 
 def affine_gradients(
     x: Tensor, weight: Tensor, index: Tensor, ends: Tensor, grad: Tensor, need: Need
-) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of `x`, and of the weight and a bias if they are needed, from that of `affine`'s result."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `x` and of the weight, as needed, from that of `affine`'s result."""
     count, out, inside = weight.shape
-    single, padded, flat_ends = out == 1 and x.ndim == 2, _padded(grad.flatten(0, -2), -1), _flat_ends(x, ends)
-    grad_x = None
-    if need.input and single:
-        grad_x = grad * weight.squeeze(1).index_select(0, index)
-    elif need.input:
-        grad_x = _multiply(padded, _padded(weight, -1, -2).transpose(1, 2), flat_ends)[:, :inside].view_as(x)
-    if not need.weights:
-        return grad_x, []
-    grad_bias = sum_of_groups(grad if grad.ndim == 2 else grad.sum(1), index, count)
-    if single:
-        return grad_x, [sum_of_groups(grad * x, index, count).unsqueeze(1), grad_bias]
-    return grad_x, [_outer(padded, _padded(x.flatten(0, -2), -1), flat_ends)[:, :out, :inside], grad_bias]
+    grad_x = grad_weight = None
+    if out == 1 and x.ndim == 2:
+        if need.input:
+            grad_x = grad * weight.squeeze(1).index_select(0, index)
+        if need.weights:
+            grad_weight = sum_of_groups(grad * x, index, count).unsqueeze(1)
+        return grad_x, grad_weight
+    padded, ends = _padded(grad.flatten(0, -2), -1), _flat_ends(x, ends)
+    if need.input:
+        grad_x = _multiply(padded, _padded(weight, -1, -2).transpose(1, 2), ends)[:, :inside].view_as(x)
+    if need.weights:
+        grad_weight = _outer(padded, _padded(x.flatten(0, -2), -1), ends)[:, :out, :inside]
+    return grad_x, grad_weight
 
 
 def _flat_ends(x: Tensor, ends: Tensor) -> Tensor:
@@ -158,23 +158,9 @@ def rows_of(values: Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     return values.index_select(0, index).view(shape)
 
 
-def scale_and_shift_gradients(x: Tensor, scale: Tensor, weight: Tensor, index: Tensor, grad: Tensor) -> list[Tensor]:
-    """Gradients of a scale and a shift per group, shaped like `weight`, from that of `scale * x + shift`.
-
-    Args:
-        x: `(T, ...)`.
-        scale: `rows_of(weight, index, shape)`.
-        weight: `(G, ...)`.
-        index: `(T,)` the group of each row.
-        grad: as `x`.
-    """
-    width = weight[0].numel()
-    sums = [values.sum_to_size(scale.shape).reshape(len(x), width) for values in (grad * x, grad)]
-    return [sum_of_groups(rows, index, len(weight)).view(weight.shape) for rows in sums]
-
-
 def sum_of_groups(rows: Tensor, index: Tensor, count: int) -> Tensor:
-    """The sum of each group's rows `(T, a)`: `(G, a)`, in float32 at least."""
+    """The sum of each group's rows `(T, a)` or `(T, n, a)`: `(G, a)`, in float32 at least; the gradient of a bias."""
+    rows = rows if rows.ndim == 2 else rows.sum(1)
     if rows.dtype not in (torch.float32, torch.float64):
         rows = rows.float()
     return rows.new_zeros(count, rows.shape[1]).index_add_(0, index, rows)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from treediff.layers.chain import Kept, Need, Step
+from treediff.layers.chain import Done, Kept, Step
 from treediff.layers.convolutions import geometry, map_size, touches_of, transposed_map_size
 from treediff.layers.gaussians import LogVariance, log_variance, log_variance_gradient
 from treediff.layers.groups import Groups
@@ -22,7 +22,6 @@ from treediff.layers.products import (
     affine_gradients,
     from_matrix,
     rows_of,
-    scale_and_shift_gradients,
     sum_of_groups,
     to_matrix,
 )
@@ -45,6 +44,14 @@ def _lowered(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x, weight
 
 
+def _gradients(of_weight: Tensor | None, of_y: Tensor, done: Done) -> list[Tensor]:
+    """Gradients of the weight and, if there is one, of a bias that is added to every vector of `y`."""
+    if of_weight is None:
+        return []
+    biases = done.weights[1:]
+    return [of_weight, *(sum_of_groups(of_y, done.groups.index, done.groups.count) for _ in biases)]
+
+
 class LinearStep:
     """`nn.Linear` on rows of one vector or several."""
 
@@ -59,21 +66,12 @@ class LinearStep:
         y = affine(rows, weight, _bias(weights), groups.index, groups.ends)
         return y if rows.ndim == x.ndim else y.view(*x.shape[:-1], y.shape[-1]), (rows,)
 
-    def backward(
-        self,
-        _: Any,  # noqa: ANN401
-        weights: Weights,
-        kept: Kept,
-        shape: torch.Size,
-        grad: Tensor,
-        groups: Groups,
-        need: Need,
-    ) -> tuple[Tensor | None, Kept]:
+    def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
         """See `Step`."""
-        rows = kept[0]
+        rows, weights, where = done.kept[0], done.weights, (done.groups.index, done.groups.ends)
         grad = grad.reshape(*rows.shape[:-1], grad.shape[-1])
-        of_x, found = affine_gradients(rows, weights[0].to(rows.dtype), groups.index, groups.ends, grad, need)
-        return of_x, tuple(found[: len(weights)])
+        of_x, of_weight = affine_gradients(rows, weights[0].to(rows.dtype), *where, grad, done.need)
+        return of_x, _gradients(of_weight, grad, done)
 
 
 class NormStep:
@@ -92,25 +90,19 @@ class NormStep:
             y += rows_of(shift, groups.index, scale)
         return y, (rows, plain, mean, rstd, factor)
 
-    def backward(
-        self,
-        module: nn.LayerNorm | nn.GroupNorm,
-        weights: Weights,
-        kept: Kept,
-        shape: torch.Size,
-        grad: Tensor,
-        groups: Groups,
-        need: Need,
-    ) -> tuple[Tensor | None, Kept]:
+    def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
         """See `Step`."""
-        rows, plain, mean, rstd, factor = kept
-        seen, inside, _ = self._shapes(module, shape)
+        rows, plain, mean, rstd, factor = done.kept
+        seen, inside, _ = self._shapes(done.module, done.shape)
         of_plain = (grad * factor).to(rows.dtype)
-        found = scale_and_shift_gradients(plain, factor, weights[0], groups.index, grad) if need.weights else []
         of_x = torch.ops.aten.native_layer_norm_backward(
             of_plain.reshape(seen), rows, inside, mean, rstd, None, None, [True, False, False]
         )[0]
-        return of_x, tuple(found[: len(weights)])
+        if not done.need.weights:
+            return of_x, ()
+        weight, index, width = done.weights[0], done.groups.index, done.weights[0][0].numel()
+        sums = [values.sum_to_size(factor.shape).reshape(-1, width) for values in (grad * plain, grad)]
+        return of_x, [sum_of_groups(rows, index, len(weight)) for rows in sums[: len(done.weights)]]
 
     @staticmethod
     def _shapes(
@@ -130,7 +122,8 @@ class Conv2dStep:
 
     def forward(self, module: nn.Conv2d, weights: Weights, x: Tensor, groups: Groups) -> tuple[Tensor, Kept]:
         """See `Step`."""
-        out, touches = map_size(module, x.shape), touches_of(module, x.shape)
+        out = map_size(module, x.shape)
+        touches = touches_of(module, x.shape[2:], out)
         shape = (len(x), module.out_channels, *out)
         x, weight = _lowered(x, weights[0].flatten(3))
         bias, where = _bias(weights), (groups.index, groups.ends)
@@ -141,30 +134,20 @@ class Conv2dStep:
         offsets = None if bias is None else bias.repeat_interleave(math.prod(out), 1)
         return affine(rows, matrix, offsets, *where).view(shape), (rows, matrix)
 
-    def backward(
-        self,
-        module: nn.Conv2d,
-        weights: Weights,
-        kept: Kept,
-        shape: torch.Size,
-        grad: Tensor,
-        groups: Groups,
-        need: Need,
-    ) -> tuple[Tensor | None, Kept]:
+    def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
         """See `Step`."""
-        rows, touches, where = kept[0], touches_of(module, shape), (groups.index, groups.ends)
-        count, out = weights[0].shape[:2]
+        rows, weights, where = done.kept[0], done.weights, (done.groups.index, done.groups.ends)
+        touches = touches_of(done.module, done.shape[2:], grad.shape[2:])
+        of_y = grad.flatten(2).transpose(1, 2)
         if touches is None:
-            weight, of_y = weights[0].flatten(2).to(rows.dtype), grad.flatten(2).transpose(1, 2)
-            of_rows, found = affine_gradients(rows, weight, *where, of_y, need)
-            of_x = None if of_rows is None else F.fold(of_rows.transpose(1, 2), shape[2:], **geometry(module))
+            weight = weights[0].flatten(2).to(rows.dtype)
+            of_rows, of_weight = affine_gradients(rows, weight, *where, of_y, done.need)
+            of_x = None if of_rows is None else F.fold(of_rows.transpose(1, 2), done.shape[2:], **geometry(done.module))
         else:
-            of_x, found = affine_gradients(rows, kept[1], *where, grad.flatten(1), need)
-            if need.weights:
-                of_matrix, offsets = found
-                of_weight = from_matrix(of_matrix, touches.to(of_matrix), weights[0].flatten(3).shape)
-                found = [of_weight, offsets.view(count, out, -1).sum(2)]
-        return of_x, tuple(g.reshape(w.shape) for g, w in zip(found, weights, strict=False))
+            of_x, of_weight = affine_gradients(rows, done.kept[1], *where, grad.flatten(1), done.need)
+            if of_weight is not None:
+                of_weight = from_matrix(of_weight, touches.to(of_weight), weights[0].flatten(3).shape)
+        return of_x, _gradients(of_weight, of_y, done)
 
 
 class ConvTranspose2dStep:
@@ -178,27 +161,15 @@ class ConvTranspose2dStep:
         y = F.fold(patches.transpose(1, 2), out, **geometry(module))
         return y if bias is None else y + bias.index_select(0, groups.index)[:, :, None, None].to(y.dtype), (rows,)
 
-    def backward(
-        self,
-        module: nn.ConvTranspose2d,
-        weights: Weights,
-        kept: Kept,
-        shape: torch.Size,
-        grad: Tensor,
-        groups: Groups,
-        need: Need,
-    ) -> tuple[Tensor | None, Kept]:
+    def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
         """See `Step`."""
-        rows = kept[0]
-        weight = weights[0].flatten(2).transpose(1, 2).to(rows.dtype)
-        of_patches = F.unfold(grad, **geometry(module)).transpose(1, 2)
-        of_x, found = affine_gradients(rows, weight, groups.index, groups.ends, of_patches, need)
+        rows, where = done.kept[0], (done.groups.index, done.groups.ends)
+        weight = done.weights[0].flatten(2).transpose(1, 2).to(rows.dtype)
+        of_patches = F.unfold(grad, **geometry(done.module)).transpose(1, 2)
+        of_x, of_weight = affine_gradients(rows, weight, *where, of_patches, done.need)
+        of_weight = None if of_weight is None else of_weight.transpose(1, 2)
         of_x = None if of_x is None else of_x.transpose(1, 2)
-        if not need.weights:
-            return of_x, ()
-        of_weight = found[0].transpose(1, 2).reshape(weights[0].shape)
-        of_bias = sum_of_groups(grad.sum((2, 3)), groups.index, len(weight))
-        return of_x, (of_weight, of_bias)[: len(weights)]
+        return of_x, _gradients(of_weight, grad.flatten(2).transpose(1, 2), done)
 
 
 class SiLUStep:
@@ -208,11 +179,9 @@ class SiLUStep:
         """See `Step`."""
         return F.silu(x), (x,)
 
-    def backward(
-        self, module: nn.SiLU, _: Weights, kept: Kept, shape: torch.Size, grad: Tensor, groups: Groups, need: Need
-    ) -> tuple[Tensor | None, Kept]:
+    def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
         """See `Step`."""
-        return torch.ops.aten.silu_backward(grad, kept[0]), ()
+        return torch.ops.aten.silu_backward(grad, done.kept[0]), ()
 
 
 class ReshapeStep:
@@ -222,9 +191,7 @@ class ReshapeStep:
         """See `Step`."""
         return module(x), ()
 
-    def backward(
-        self, module: nn.Module, _: Weights, kept: Kept, shape: torch.Size, grad: Tensor, groups: Groups, need: Need
-    ) -> tuple[Tensor | None, Kept]:
+    def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
         """See `Step`."""
         return grad, ()
 
@@ -237,11 +204,9 @@ class LogVarianceStep:
         y = log_variance(x)
         return y, (x, y)
 
-    def backward(
-        self, module: LogVariance, _: Weights, kept: Kept, shape: torch.Size, grad: Tensor, groups: Groups, need: Need
-    ) -> tuple[Tensor | None, Kept]:
+    def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
         """See `Step`."""
-        return log_variance_gradient(kept[0], kept[1], grad), ()
+        return log_variance_gradient(done.kept[0], done.kept[1], grad), ()
 
 
 STEPS: dict[Any, Step] = {
