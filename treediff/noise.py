@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["combine_seeds", "counter_normal", "counter_uniform", "seed_from"]
+__all__ = ["NoiseStream", "combine_seeds", "counter_normal", "counter_uniform", "seed_from"]
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -140,3 +141,29 @@ def counter_normal(
     radius = ((_shift_right(bits, 32).to(torch.float64) + 0.5) * 2.0**-32).log().mul(-2).sqrt()
     angle = (bits & 0xFFFFFFFF).to(torch.float64) * (2.0**-32 * 2 * math.pi)
     return (radius * angle.cos()).to(dtype).view(len(index), *shape)
+
+
+@dataclass(frozen=True)
+class NoiseStream:
+    """Standard normal noise for a batch, one stream per image: draw `i` of an image depends on nothing but its index.
+
+    Args:
+        seed: any int of 64 bits.
+        index: `(B,)` int64, which image each row is.
+        shape: of one image.
+        dtype: of the noise; PyTorch's default one if not given.
+
+    Examples:
+        >>> all_four = NoiseStream(0, torch.arange(4), (1, 2, 2))(7)
+        >>> bool((NoiseStream(0, torch.tensor([3]), (1, 2, 2))(7) == all_four[3:]).all())
+        True
+    """
+
+    seed: int
+    index: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+    def __call__(self, draw: int) -> Tensor:
+        """`(B, *shape)`."""
+        return counter_normal(self.seed, self.index, self.shape, draw=draw, dtype=self.dtype)

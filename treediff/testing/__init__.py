@@ -2,15 +2,17 @@
 
 `GaussianTree` is the generative model of TreeVAE with linear Gaussians everywhere and decisions that do not
 look at the latent. Summing out the latents leaves one Gaussian per leaf, so the data follow a
-`GaussianMixture` and density and posteriors are exact, up to rounding in float64. `NaiveTreeVAE` is the plain loop over
-nodes that the batched model must agree with.
+`GaussianMixture` and density and posteriors are exact, up to rounding in float64, and so are the score and the denoiser
+at every noise level (`ExactDenoiser`). `NaiveTreeVAE` is the plain loop over nodes that the batched model must agree
+with.
 
 Letters: `B` batch, `N` nodes, `K` leaves or components, `D` latent width, `F` features.
 """
 
+from treediff.testing.denoiser import ExactDenoiser
 from treediff.testing.gaussian_tree import GaussianTree
 from treediff.testing.hierarchy import same_hierarchy
 from treediff.testing.mixture import GaussianMixture
 from treediff.testing.naive import NaiveTreeVAE
 
-__all__ = ["GaussianMixture", "GaussianTree", "NaiveTreeVAE", "same_hierarchy"]
+__all__ = ["ExactDenoiser", "GaussianMixture", "GaussianTree", "NaiveTreeVAE", "same_hierarchy"]

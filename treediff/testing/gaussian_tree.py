@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from treediff.diffusion.schedule import NoiseSchedule
 from treediff.probability import leaf_log_probs
 from treediff.testing._nodes import checked_copies, require_nodes
+from treediff.testing.denoiser import ExactDenoiser
 from treediff.testing.mixture import GaussianMixture
 from treediff.topology import TreeTopology
 
@@ -225,6 +227,29 @@ class GaussianTree:
         column = {leaf: i for i, leaf in enumerate(self.topology.leaves)}
         under = [[column[leaf] for leaf in self.topology.leaves_under(node)] for node in self.topology]
         return torch.stack([posterior[:, columns].logsumexp(1) for columns in under], 1)
+
+    def at(self, node: int) -> GaussianMixture:
+        """The distribution of `x` given that its path passes a node: the mixture of the leaves under it.
+
+        Raises:
+            KeyError: if there is no such node.
+        """
+        column = {leaf: i for i, leaf in enumerate(self.topology.leaves)}
+        return self.mixture.at([column[leaf] for leaf in self.topology.leaves_under(node)])
+
+    def denoiser(self, schedule: NoiseSchedule, node: int | None = None) -> ExactDenoiser:
+        """The perfect denoiser of all data, or of the data whose paths pass a node.
+
+        Raises:
+            KeyError: if there is no such node.
+
+        Examples:
+            >>> from treediff.diffusion.schedule import LinearSchedule
+            >>> world = GaussianTree.random(TreeTopology.balanced(1), latent=2, features=3)
+            >>> world.denoiser(LinearSchedule(), node=1)(torch.zeros(4, 3), 0.5).shape
+            torch.Size([4, 3])
+        """
+        return ExactDenoiser(self.mixture if node is None else self.at(node), schedule)
 
     def _marginal(self) -> GaussianMixture:
         """Sum out the latents: moments go down the tree, then through the decoders."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -72,3 +73,33 @@ class GaussianMixture:
     def log_posterior(self, x: Tensor) -> Tensor:
         """Bayes' rule: log-probability of each component given `x`, `(B, F)` to `(B, K)`; `exp` sums to 1."""
         return (self.log_weights + self.component_log_prob(x)).log_softmax(1)
+
+    def at(self, components: Sequence[int]) -> GaussianMixture:
+        """The mixture given that `x` comes from one of some components."""
+        picked = list(components)
+        return GaussianMixture(self.log_weights[picked].log_softmax(0), self.means[picked], self.covariances[picked])
+
+    def noised(self, alpha: float, sigma: float) -> GaussianMixture:
+        """The distribution of `x_t = alpha x_0 + sigma eps` with standard normal `eps`: again a mixture."""
+        eye = torch.eye(self.means.shape[1], dtype=torch.float64)
+        return GaussianMixture(self.log_weights, alpha * self.means, alpha**2 * self.covariances + sigma**2 * eye)
+
+    def _pull(self, x: Tensor) -> Tensor:
+        """`covariance_k^-1 (x - mean_k)`, `(B, F)` to `(B, K, F)`."""
+        difference = (x.to(torch.float64)[:, None] - self.means).permute(1, 2, 0)
+        return torch.cholesky_solve(difference, self._factors).permute(2, 0, 1)
+
+    def score(self, x: Tensor) -> Tensor:
+        """The gradient of the log-density, `(B, F)` to `(B, F)`: `-sum_k P(k | x) covariance_k^-1 (x - mean_k)`."""
+        return -(self.log_posterior(x).exp()[:, :, None] * self._pull(x)).sum(1)
+
+    def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+        """`E[x_0 | x_t]` of `x_t = alpha x_0 + sigma eps`, `(B, F)` to `(B, F)`.
+
+        Each component gives `mean_k + alpha covariance_k (alpha^2 covariance_k + sigma^2 I)^-1 (x_t - alpha mean_k)`,
+        and components count by their posterior given `x_t`.
+        """
+        noised = self.noised(alpha, sigma)
+        posterior = noised.log_posterior(x_t).exp()
+        each = self.means + alpha * (self.covariances @ noised._pull(x_t)[..., None]).squeeze(-1)
+        return (posterior[:, :, None] * each).sum(1)

@@ -1,0 +1,1 @@
+"""Diffusion models: schedules, denoisers, samplers, guidance, and the network they share."""
