@@ -1,0 +1,39 @@
+"""Metrics of clustering and of generation. Each docstring says the range and which end is best.
+
+`clustering` compares leaves with labels. `frechet` measures how far generated images are from real ones,
+`specificity` how well they keep to the leaf they were drawn from; both look through the features and predictions of a
+network such as the `FeatureClassifier` here, trained on the real images.
+"""
+
+from treediff.metrics.classifier import FeatureClassifier
+from treediff.metrics.clustering import (
+    ari,
+    cluster_accuracy,
+    contingency,
+    dendrogram_purity,
+    effective_leaves,
+    leaf_perplexity,
+    leaf_purity,
+    nmi,
+)
+from treediff.metrics.frechet import FeatureStatistics, frechet_bootstrap, frechet_distance
+from treediff.metrics.specificity import ClusterSpecificity, ReturnRate, cluster_specificity, return_rate
+
+__all__ = [
+    "ClusterSpecificity",
+    "FeatureClassifier",
+    "FeatureStatistics",
+    "ReturnRate",
+    "ari",
+    "cluster_accuracy",
+    "cluster_specificity",
+    "contingency",
+    "dendrogram_purity",
+    "effective_leaves",
+    "frechet_bootstrap",
+    "frechet_distance",
+    "leaf_perplexity",
+    "leaf_purity",
+    "nmi",
+    "return_rate",
+]
