@@ -1,1 +1,81 @@
-"""Diffusion models: schedules, denoisers, samplers, guidance, and the network they share."""
+"""Diffusion models in parts: schedules, predictions, samplers, guidance, conditioners, and a U-Net.
+
+A *schedule* says how much noise there is at a time, a *denoiser* estimates the clean image under it, a *sampler* takes
+noise to images along a *grid* of times, and *guidance* is a denoiser around denoisers. A *conditioner* turns a place in
+a tree into what the *U-Net* is told.
+"""
+
+from treediff.diffusion.condition import NodeIndex, TreeCondition
+from treediff.diffusion.conditioning import (
+    Conditioner,
+    Conditioners,
+    LeafWeightsEmbedding,
+    NodeEmbedding,
+    ReconstructionConcat,
+    Signal,
+)
+from treediff.diffusion.continuous import (
+    CosineSchedule,
+    CustomSchedule,
+    LinearSchedule,
+    ScaledLinearSchedule,
+    SigmoidSchedule,
+)
+from treediff.diffusion.discrete import DiscreteSchedule, rescale_zero_terminal_snr
+from treediff.diffusion.grids import karras, quadratic, trailing, uniform
+from treediff.diffusion.guidance import ClippedDenoiser, GuidedDenoiser
+from treediff.diffusion.parameterization import as_noise, as_x0, target
+from treediff.diffusion.paths import LatentEmbedding, PathEncoder, PathTokens
+from treediff.diffusion.samplers import (
+    DDIMSampler,
+    DDPMSampler,
+    Denoiser,
+    DPMSolverSampler,
+    HeunSampler,
+    Progress,
+    Sampler,
+)
+from treediff.diffusion.schedule import NoiseSchedule
+from treediff.diffusion.unet import UNet
+from treediff.diffusion.weighting import min_snr, simple
+
+__all__ = [
+    "ClippedDenoiser",
+    "Conditioner",
+    "Conditioners",
+    "CosineSchedule",
+    "CustomSchedule",
+    "DDIMSampler",
+    "DDPMSampler",
+    "DPMSolverSampler",
+    "Denoiser",
+    "DiscreteSchedule",
+    "GuidedDenoiser",
+    "HeunSampler",
+    "LatentEmbedding",
+    "LeafWeightsEmbedding",
+    "LinearSchedule",
+    "NodeEmbedding",
+    "NodeIndex",
+    "NoiseSchedule",
+    "PathEncoder",
+    "PathTokens",
+    "Progress",
+    "ReconstructionConcat",
+    "Sampler",
+    "ScaledLinearSchedule",
+    "SigmoidSchedule",
+    "Signal",
+    "TreeCondition",
+    "UNet",
+    "as_noise",
+    "as_x0",
+    "karras",
+    "min_snr",
+    "quadratic",
+    "rescale_zero_terminal_snr",
+    "simple",
+    "target",
+    "trailing",
+    "uniform",
+]

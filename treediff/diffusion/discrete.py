@@ -17,8 +17,8 @@ __all__ = ["DiscreteSchedule", "rescale_zero_terminal_snr"]
 class DiscreteSchedule(NoiseSchedule):
     """`alpha^2` at knot `n` is the product of `1 - beta` over the first `n` betas (Ho et al., arXiv 2006.11239, eq. 4).
 
-    Between knots `alpha` is linear in time. So times need not be whole steps, while at the knots the numbers are exactly
-    those of the betas.
+    Between knots `alpha` is linear in time. So times need not be whole steps, while at the knots the numbers are
+    exactly those of the betas.
 
     Args:
         betas: `(T,)`, the variance each step adds: above 0 and below 1, or 1 for the last if nothing is to be left.
@@ -73,7 +73,7 @@ class DiscreteSchedule(NoiseSchedule):
             ValueError: if it is below 1.
 
         Examples:
-            >>> from treediff.diffusion.schedule import CosineSchedule
+            >>> from treediff.diffusion.continuous import CosineSchedule
             >>> DiscreteSchedule.sampled(CosineSchedule(end=1.0), 4).alpha(torch.tensor([0.5, 1.0]))
             tensor([0.7027, 0.0120])
         """

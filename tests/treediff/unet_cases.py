@@ -1,0 +1,84 @@
+"""Parts of the U-Net with weights away from where they start, and what to call them with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from treediff.diffusion.blocks import AdaGroupNorm, TimestepEmbedding, UNetBlock
+from treediff.diffusion.map_attention import CrossAttention2d, SelfAttention2d
+from treediff.diffusion.resampling import Downsample2d, Upsample2d
+from treediff.diffusion.unet import UNet
+from treediff.diffusion.unet_layers import UNetLayer
+
+MASK = torch.tensor([[True, False, True], [True, True, True], [False, False, False], [False, True, False]])
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def perturb(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Move all parameters away from the special values that they start with."""
+    with torch.no_grad():
+        for i, parameter in enumerate(module.parameters()):
+            parameter.add_(normal(*parameter.shape, seed=seed + i).to(parameter), alpha=0.1)
+    return module
+
+
+@dataclass
+class Case:
+    """A module, the shapes of one row of its inputs and of its output, and what else it is called with."""
+
+    build: Callable[..., Any]
+    inputs: tuple[tuple[int, ...], ...]
+    outputs: tuple[int, ...]
+    extra: Callable[[int], tuple[Any, ...]] = lambda batch: ()
+    flops: tuple[int, ...] | None = None
+
+    def make(self, seed: int = 0, **factory: Any) -> Any:  # noqa: ANN401
+        return perturb(self.build(**factory), seed)
+
+    def rows(self, batch: int = 4, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return [normal(batch, *shape, seed=i, dtype=dtype) for i, shape in enumerate(self.inputs)]
+
+    def call(self, module: nn.Module, rows: list[Tensor]) -> Tensor:
+        y: Tensor = module(*rows, *self.extra(len(rows[0])))
+        return y
+
+
+def layer(**factory: Any) -> UNetLayer:  # noqa: ANN401
+    return UNetLayer(
+        block=UNetBlock(8, 32, 6, **factory),
+        attention=SelfAttention2d(32, **factory),
+        cross_attention=CrossAttention2d(32, 6, **factory),
+    )
+
+
+def unet(**factory: Any) -> UNet:  # noqa: ANN401
+    options = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attention": (7,), "context": 6}
+    return UNet(2, 3, size=(7, 6), **options, **factory)  # type: ignore[arg-type]
+
+
+CASES = {
+    "TimestepEmbedding": Case(lambda **f: TimestepEmbedding(6, 4, **f), ((),), (6,), flops=()),
+    "AdaGroupNorm": Case(lambda **f: AdaGroupNorm(32, 6, **f), ((32, 5, 4), (6,)), (32, 5, 4)),
+    "UNetBlock": Case(lambda **f: UNetBlock(32, 32, 6, **f), ((32, 5, 4), (6,)), (32, 5, 4), flops=(20,)),
+    "UNetBlock to more channels": Case(
+        lambda **f: UNetBlock(8, 32, 6, **f), ((8, 5, 4), (6,)), (32, 5, 4), flops=(20,)
+    ),
+    "SelfAttention2d": Case(lambda **f: SelfAttention2d(32, **f), ((32, 5, 4),), (32, 5, 4), flops=(20,)),
+    "CrossAttention2d": Case(
+        lambda **f: CrossAttention2d(32, 6, **f),
+        ((32, 5, 4), (3, 6)),
+        (32, 5, 4),
+        lambda batch: (MASK[:batch],),
+        flops=(20, 3),
+    ),
+    "Downsample2d": Case(lambda **f: Downsample2d(8, **f), ((8, 5, 4),), (8, 3, 2), flops=(6,)),
+    "Upsample2d": Case(lambda **f: Upsample2d(8, **f), ((8, 3, 2),), (8, 5, 4), lambda _: ((5, 4),), flops=(6,)),
+    "UNetLayer": Case(layer, ((8, 5, 4), (6,), (3, 6)), (32, 5, 4), lambda batch: (MASK[:batch],), flops=(20, 3)),
+    "UNet": Case(unet, ((2, 7, 6), (), (64,), (3, 6)), (3, 7, 6), lambda batch: (MASK[:batch],), flops=(3,)),
+}

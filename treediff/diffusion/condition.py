@@ -1,0 +1,205 @@
+"""Where in the tree an image belongs, as data: what conditioners read.
+
+Letters: `B` batch, `N` nodes, `K` leaves, `S` depth of the tree, `D` latent, `C H W` image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from treediff.topology import TreeTopology
+
+__all__ = ["NodeIndex", "TreeCondition"]
+
+
+@dataclass(frozen=True)
+class TreeCondition:
+    """A node for each image and, where it is known, what lies on the way to it.
+
+    A row with only a node says "an image of this cluster": at a leaf one of that leaf, at an inner node one of any leaf
+    under it, at the root any image. A row with details says which image of the cluster.
+
+    Args:
+        node: `(B,)` node ids.
+        z: `(B, S + 1, D, ...)` latents along the path from the root to the node; what comes after is ignored.
+        image: `(B, C, H, W)` in [0, 1], what the leaf's decoder makes of them.
+        weights: `(B, K)` probabilities of the leaves, in the order of the topology.
+        known: `(B,)` booleans, whether a row has its details; every row by default, if there are any.
+        noise_level: `(B,)` from 0 to 1, how much noise was put on `image`; none by default.
+
+    Raises:
+        TypeError: if `node` is no tensor of integers.
+        ValueError: if a part has another number of rows.
+
+    Examples:
+        >>> TreeCondition.at(3, 2).node
+        tensor([3, 3])
+    """
+
+    node: Tensor
+    z: Tensor | None = None
+    image: Tensor | None = None
+    weights: Tensor | None = None
+    known: Tensor | None = None
+    noise_level: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.node, Tensor) or self.node.dtype != torch.int64 or self.node.ndim != 1:
+            found = getattr(self.node, "dtype", type(self.node).__name__), tuple(getattr(self.node, "shape", ()))
+            raise TypeError(
+                f"node must be (B,) int64 node ids, found {found[0]} of shape {found[1]}; "
+                "TreeCondition.at(node, n) makes one for n images"
+            )
+        for name, part in self._parts():
+            if len(part) != len(self):
+                raise ValueError(f"{name} must have a row for each of the {len(self)} nodes, found {len(part)}")
+
+    @classmethod
+    def at(
+        cls,
+        node: int | Sequence[int] | Tensor,
+        n: int = 1,
+        *,
+        device: torch.device | str | None = None,
+    ) -> TreeCondition:
+        """Only a place: one node for `n` images, or a list with a node for each."""
+        nodes = torch.as_tensor(node, dtype=torch.int64, device=device)
+        return cls(nodes.expand(n) if nodes.ndim == 0 else nodes)
+
+    def _parts(self) -> list[tuple[str, Tensor]]:
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return [(name, value) for name, value in values if value is not None]
+
+    def __len__(self) -> int:
+        return len(self.node)
+
+    def __getitem__(self, rows: Tensor | slice) -> TreeCondition:
+        """Some of the rows."""
+        return replace(self, **{name: part[rows] for name, part in self._parts()})
+
+    def is_known(self) -> Tensor:
+        """`(B,)` booleans, whether a row has its details."""
+        if self.known is not None:
+            return self.known
+        has_details = not (self.z is None and self.image is None and self.weights is None)
+        return torch.full_like(self.node, has_details, dtype=torch.bool)
+
+    def require_image(self) -> Tensor:
+        """The image.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.image is None:
+            raise ValueError("this condition has no image; make one with a TreeVAE, or pass image=")
+        return self.image
+
+    def coarser(self, index: NodeIndex, where: Tensor, level: Tensor) -> TreeCondition:
+        """Forget details of some rows, and go up from their nodes.
+
+        Args:
+            index: the tree.
+            where: `(B,)` booleans, which rows.
+            level: `(B,)` uniform numbers in [0, 1): how far down the path from the root to the node the new place is;
+                just below 1 is the node itself, without its details.
+        """
+        path = index.paths[index.rank_of(self.node)]
+        place = (level * (path >= 0).sum(1)).to(torch.int64)
+        above = path.gather(1, place[:, None]).squeeze(1)
+        return replace(self, node=torch.where(where, above, self.node), known=self.is_known() & ~where)
+
+    def noised(self, level: Tensor, noise: Tensor) -> TreeCondition:
+        """Put noise on the image, `sqrt(1 - level^2) image + level noise` on the scale from -1 to 1.
+
+        A denoiser trained on reconstructions that are a little too good learns to trust them less (Ho et al., arXiv
+        2106.15282, section 4.2). The result leaves [0, 1], as it must.
+
+        Args:
+            level: `(B,)` from 0 to 1.
+            noise: standard normal, shaped like the image.
+
+        Raises:
+            ValueError: if there is no image.
+        """
+        size = level.view(-1, 1, 1, 1)
+        image = torch.sqrt(1 - size**2) * (2 * self.require_image() - 1) + size * noise
+        return replace(self, image=(image + 1) / 2, noise_level=level)
+
+
+class NodeIndex(nn.Module):
+    """A tree as tables of its node ids; no parameters, nothing in the state.
+
+    Args:
+        topology: the tree.
+
+    Attributes:
+        topology: the tree.
+        paths: `(N, S + 1)` ids from the root to each node, in the order of `topology.ids`; -1 after it.
+        depth: `(N,)` steps from the root.
+        sibling: `(N,)` id of the parent's other child; the parent of an only child; the root of the root.
+        parent: `(N,)` id of the parent; the root of the root.
+
+    Examples:
+        >>> index = NodeIndex(TreeTopology.balanced(1).split(2))
+        >>> index.paths.tolist()
+        [[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 2, 3], [0, 2, 4]]
+        >>> index.rank_of(torch.tensor([4, 0]))
+        tensor([4, 0])
+    """
+
+    ranks: Tensor
+    paths: Tensor
+    depth: Tensor
+    sibling: Tensor
+    parent: Tensor
+
+    def __init__(self, topology: TreeTopology) -> None:
+        super().__init__()
+        self.topology = topology
+        ranks = [-1] * (max(topology.ids) + 2)  # the last one answers for what is not in the tree
+        for rank, node in enumerate(topology.ids):
+            ranks[node] = rank
+        longest = topology.max_depth + 1
+        paths = [[*path, *[-1] * (longest - len(path))] for path in map(topology.path, topology.ids)]
+        tables = {
+            "ranks": ranks,
+            "paths": paths,
+            "depth": [topology.depth(node) for node in topology.ids],
+            "sibling": [_sibling(topology, node) for node in topology.ids],
+            "parent": [_parent(topology, node) for node in topology.ids],
+        }
+        for name, table in tables.items():
+            # On the CPU even where a meta device is the default: tables are not weights.
+            self.register_buffer(name, torch.tensor(table, device="cpu"), persistent=False)
+
+    def rank_of(self, node: Tensor) -> Tensor:
+        """Where nodes stand in `topology.ids`, `(B,)` to `(B,)`.
+
+        Raises:
+            KeyError: if a node is not in the tree; looked at on a CPU only.
+        """
+        known = (node >= 0) & (node < len(self.ranks) - 1)
+        rank = self.ranks[torch.where(known, node, -1)]
+        if node.device.type == "cpu" and not torch.compiler.is_compiling() and bool((rank < 0).any()):
+            wrong = int(node[rank < 0][0])
+            raise KeyError(f"there is no node {wrong} in the tree; its nodes are {list(self.topology.ids)}")
+        return rank
+
+    def extra_repr(self) -> str:
+        """The tree."""
+        return repr(self.topology)
+
+
+def _parent(topology: TreeTopology, node: int) -> int:
+    above = topology.parent(node)
+    return topology.root if above is None else above
+
+
+def _sibling(topology: TreeTopology, node: int) -> int:
+    above = _parent(topology, node)
+    others = [child for child in topology.children(above) if child != node]
+    return others[0] if others and node != topology.root else above

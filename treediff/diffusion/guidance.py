@@ -1,0 +1,106 @@
+"""Denoisers around denoisers: guidance, and limits.
+
+A guided denoiser is a denoiser. Guidance works on the estimate of `x_0`; as noise, velocity and score are linear in it
+for a given `x_t`, this is the same as guidance on any of those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from treediff.diffusion.samplers import Denoiser
+from treediff.diffusion.schedule import NoiseSchedule
+
+__all__ = ["ClippedDenoiser", "GuidedDenoiser"]
+
+
+@dataclass(frozen=True)
+class GuidedDenoiser:
+    """`x0 = negative + weight (positive - negative)`: towards one thing and away from another.
+
+    With the unconditional denoiser as the negative it is classifier-free guidance (Ho and Salimans, arXiv 2207.12598);
+    with that of the sibling it pulls a leaf away from the leaf it is most easily mistaken for.
+
+    Args:
+        positive: the denoiser of what is wanted.
+        negative: that of what is not; it must have the same schedule.
+        weight: 1 for the positive alone, more for more guidance; a number, or `(B,)`, one for each image.
+        rescale: how far the spread of each image is brought back to that of the positive's estimate, from 0 to 1
+            (Lin et al., arXiv 2305.08891, section 3.4).
+        interval: times between which guidance acts; elsewhere the positive alone is asked (Kynkaanniemi et al., arXiv
+            2404.07724).
+
+    Raises:
+        ValueError: if `rescale` is not between 0 and 1, or the interval is no part of [0, 1].
+    """
+
+    positive: Denoiser
+    negative: Denoiser
+    weight: float | Tensor = 1.0
+    rescale: float = 0.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale must be between 0 and 1, found {self.rescale}")
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"interval must be two times, 0 <= low <= high <= 1, found {self.interval}")
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """That of the positive."""
+        return self.positive.schedule
+
+    def __call__(self, x_t: Tensor, t: float) -> Tensor:
+        """The guided estimate of `x_0`.
+
+        Raises:
+            ValueError: if there is not one weight for each image.
+        """
+        positive = self.positive(x_t, t)
+        acts = self.interval[0] <= t <= self.interval[1]
+        if not acts or (isinstance(self.weight, float | int) and self.weight == 1):
+            return positive
+        guided = torch.lerp(self.negative(x_t, t), positive, self._weight(x_t))
+        if not self.rescale:
+            return guided
+        spread, wanted = (x.flatten(1).std(1, correction=0) for x in (guided, positive))
+        # An image of one colour has no spread to bring back.
+        factor = torch.where(spread > 0, wanted / spread.clamp_min(torch.finfo(spread.dtype).tiny), 1.0)
+        return guided * torch.lerp(torch.ones_like(factor), factor, self.rescale).view(-1, *[1] * (x_t.ndim - 1))
+
+    def _weight(self, x_t: Tensor) -> Tensor:
+        weight = torch.as_tensor(self.weight, dtype=x_t.dtype, device=x_t.device)
+        if weight.ndim and weight.shape != x_t.shape[:1]:
+            raise ValueError(
+                f"expected one weight, or one for each of the {len(x_t)} images; found {tuple(weight.shape)}"
+            )
+        return weight.view(-1, *[1] * (x_t.ndim - 1)) if weight.ndim else weight
+
+
+@dataclass(frozen=True)
+class ClippedDenoiser:
+    """Keeps the estimate of `x_0` inside a range, because every image is (Ho et al., arXiv 2006.11239).
+
+    Args:
+        denoiser: the denoiser.
+        low: least value.
+        high: greatest value.
+    """
+
+    denoiser: Denoiser
+    low: float = -1.0
+    high: float = 1.0
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """That of the denoiser."""
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: float) -> Tensor:
+        """The estimate of `x_0`, clipped."""
+        return self.denoiser(x_t, t).clamp(self.low, self.high)

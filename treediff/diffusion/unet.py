@@ -1,0 +1,233 @@
+"""The U-Net: from a noisy image and a time to an image of the same size.
+
+It knows nothing of noise schedules or of trees. What it may be told besides the time comes as a vector, which is added
+to the embedding of the time, and as tokens, which cross-attention reads.
+
+Letters: `B` batch, `C H W` image, `h w` feature map, `E` embedding width, `S` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+from treediff.diffusion.blocks import TimestepEmbedding, UNetBlock, ZeroConv2d, groups_of, layer_flops
+from treediff.diffusion.map_attention import CrossAttention2d, SelfAttention2d
+from treediff.diffusion.resampling import Downsample2d, Upsample2d
+from treediff.diffusion.unet_layers import UNetLayer, way_down, way_up
+from treediff.layers.blocks import check_numbers, check_positive, check_size
+
+__all__ = ["UNet"]
+
+
+class UNet(nn.Module):
+    r"""An image to an image of the same size, through coarser and coarser maps and back.
+
+    The levels have the sizes `size`, `ceil(size / 2)`, `ceil(size / 4)` and so on. On the way down each level has
+    `blocks` layers, on the way up `blocks + 1`, each of which also sees one map of the way down. Any height and width
+    will do: nothing is padded, and the way up is cut to the sizes of the way down. At first the output is zero.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        size: height and width of the images, or one number for both.
+        width: channels of the stem.
+        multipliers: channels of each level, in units of `width`.
+        blocks: layers per level.
+        attention: resolutions with attention, each the larger side of a level's maps. The middle always has it.
+        embedding: width `E` of the embedding; `4 * width` by default.
+        context: width of the tokens; None for a network that reads none. With it, a cross-attention stands behind each
+            self-attention.
+        heads: of every attention; must divide the channels of the levels that have one.
+        dropout: share of the numbers that is dropped inside the residual blocks, in training.
+        checkpoint: keep only the maps between the layers for the backward pass and compute the others again: less
+            memory, more time, the same values and gradients.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Attributes:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        size: `(H, W)` of the images.
+        sizes: `(h, w)` of each level.
+        embedding: width `E` of the embedding.
+        context: width of the tokens, or None.
+
+    Raises:
+        ValueError: if a number is below 1, no level has a resolution of `attention`, `heads` does not divide the
+            channels, or `dropout` is not in [0, 1).
+        TypeError: if a number is not whole.
+
+    Source: DDPM (arXiv 2006.11239), appendix B; adaptive norms from Dhariwal and Nichol (arXiv 2105.05233), section 3.
+
+    Examples:
+        >>> unet = UNet(1, 1, size=(28, 20), width=16, multipliers=(1, 2), blocks=1, attention=(14,), context=6)
+        >>> unet.sizes
+        [(28, 20), (14, 10)]
+        >>> unet(torch.zeros(2, 1, 28, 20), torch.tensor([0.1, 0.9]), tokens=torch.zeros(2, 3, 6)).shape
+        torch.Size([2, 1, 28, 20])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        size: int | tuple[int, int],
+        width: int = 64,
+        multipliers: Sequence[int] = (1, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (),
+        embedding: int | None = None,
+        context: int | None = None,
+        heads: int = 4,
+        dropout: float = 0.0,
+        checkpoint: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: Any = {"device": device, "dtype": dtype}
+        check_positive(in_channels=in_channels, out_channels=out_channels, width=width, blocks=blocks)
+        channels = [width * multiplier for multiplier in check_numbers("multipliers", multipliers)]
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.size = check_size("size", (size, size) if isinstance(size, int) else size)
+        self.sizes = [(-(-self.size[0] // 2**i), -(-self.size[1] // 2**i)) for i in range(len(channels))]
+        self.embedding = 4 * width if embedding is None else embedding
+        self.context, self.checkpoint = context, checkpoint
+        attends = _levels_with_attention(attention, self.sizes)
+
+        def layer(inputs: int, outputs: int, attends: bool) -> UNetLayer:
+            tokens = context if attends else None
+            return UNetLayer(
+                block=UNetBlock(inputs, outputs, self.embedding, dropout, **factory),
+                attention=SelfAttention2d(outputs, heads, **factory) if attends else None,
+                cross_attention=None if tokens is None else CrossAttention2d(outputs, tokens, heads, **factory),
+            )
+
+        skips = [width]
+        self.time = TimestepEmbedding(self.embedding, max(1, width // 2), **factory)
+        self.stem = nn.Conv2d(in_channels, width, 3, padding=1, **factory)
+        self.down = way_down(layer, channels, attends, blocks, skips, **factory)
+        self.middle = nn.ModuleList([layer(channels[-1], channels[-1], True), layer(channels[-1], channels[-1], False)])
+        self.up = way_up(layer, channels, attends, blocks, skips, **factory)
+        self.norm = nn.GroupNorm(groups_of(channels[0]), channels[0], **factory)
+        self.out = ZeroConv2d(channels[0], out_channels, 3, padding=1, **factory)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        vector: Tensor | None = None,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Run the network.
+
+        Args:
+            x: `(B, in_channels, H, W)` images.
+            t: `(B,)` times from 0 to 1.
+            vector: `(B, E)`, added to the embedding of the time; None adds nothing.
+            tokens: `(B, S, context)`, needed where the network was built with `context`, and only there.
+            mask: True = may be attended to. `(B, S)` booleans; None lets all tokens be read.
+
+        Returns:
+            `(B, out_channels, H, W)`.
+
+        Raises:
+            ValueError: if a shape does not fit, or tokens are missing or cannot be read.
+            TypeError: if the mask is not boolean.
+        """
+        self._check(x, t, vector, tokens, mask)
+        embedding = self.time(t)
+        embedding = F.silu(embedding if vector is None else embedding + vector)
+        told = (embedding, tokens, mask)
+        x = self.stem(x)
+        skips = [x]
+        for layer in self.down:
+            x = layer(x) if isinstance(layer, Downsample2d) else self._run(layer, x, *told)
+            skips.append(x)
+        for layer in self.middle:
+            x = self._run(layer, x, *told)
+        for layer in self.up:
+            if isinstance(layer, Upsample2d):
+                x = layer(x, skips[-1].shape[2:])
+            else:
+                x = self._run(layer, torch.cat((x, skips.pop()), dim=1), *told)
+        y: Tensor = self.out(F.silu(self.norm(x)))
+        return y
+
+    def _run(self, layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+        recomputes = self.checkpoint and torch.is_grad_enabled()
+        y: Tensor = recompute(layer, *inputs, use_reentrant=False) if recomputes else layer(*inputs)
+        return y
+
+    def _check(self, x: Tensor, t: Tensor, vector: Tensor | None, tokens: Tensor | None, mask: Tensor | None) -> None:
+        """Refuse what a layer inside would not notice, or not explain."""
+        if x.ndim != 4 or x.shape[1:] != (self.in_channels, *self.size):
+            raise ValueError(
+                f"expected images of shape (B, {self.in_channels}, {self.size[0]}, {self.size[1]}), found "
+                f"{tuple(x.shape)}; for another size build a UNet with that size, the same weights fit it"
+            )
+        if t.shape != x.shape[:1]:
+            raise ValueError(
+                f"expected one time for each image, shape ({len(x)},), found {tuple(t.shape)}; repeat a single time "
+                f"with t.expand({len(x)})"
+            )
+        if vector is not None and vector.shape != (len(x), self.embedding):
+            raise ValueError(f"expected a vector of shape {(len(x), self.embedding)}, found {tuple(vector.shape)}")
+        if tokens is None and self.context is not None:
+            raise ValueError(
+                f"this network reads tokens of shape ({len(x)}, S, {self.context}), found none; to say nothing, pass "
+                "tokens with S = 0"
+            )
+        if self.context is None and (tokens is not None or mask is not None):
+            raise ValueError("this network reads no tokens, found some or a mask; build it with context=")
+
+    def flops(self, tokens: int = 0) -> int:
+        """Multiplications and additions of a forward pass: convolutions, linear layers, attention.
+
+        Args:
+            tokens: how many of them each image comes with.
+
+        Returns:
+            The number for one image.
+
+        Examples:
+            >>> UNet(1, 1, size=32, width=64, multipliers=(1, 2, 2, 2)).flops() / 1e9
+            2.639...
+        """
+        positions = [height * width for height, width in self.sizes]
+        total = self.time.flops() + layer_flops(self.stem, positions[0]) + layer_flops(self.out, positions[0])
+        level = 0
+        for layer in (*self.down, *self.middle, *self.up):
+            if isinstance(layer, Downsample2d):
+                level += 1
+                total += layer.flops(positions[level])
+            elif isinstance(layer, Upsample2d):
+                total += layer.flops(positions[level])
+                level -= 1
+            elif isinstance(layer, UNetLayer):
+                total += layer.flops(positions[level], tokens)
+        return total
+
+    def extra_repr(self) -> str:
+        """What the layers do not show."""
+        return f"size={self.size}, embedding={self.embedding}, context={self.context}, checkpoint={self.checkpoint}"
+
+
+def _levels_with_attention(resolutions: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[bool]:
+    """For each level, whether it has attention."""
+    present = [max(size) for size in sizes]
+    missing = sorted(set(check_numbers("attention", resolutions, some=False)) - set(present))
+    if missing:
+        raise ValueError(
+            "attention names resolutions, the larger side of a level's maps: expected some of "
+            f"{sorted(set(present), reverse=True)}, found {missing}"
+        )
+    return [resolution in resolutions for resolution in present]
