@@ -59,10 +59,12 @@ class LeafSamples:
     Args:
         images: `(B, K, *inputs)` in the order of the topology's leaves.
         log_probs: `(B, K)` log-probability of each leaf under the prior routers, in nats.
+        z: `(B, K, S + 1, D, ...)` the latents along the path to each leaf, `S` steps down at most; 0 past the leaf.
     """
 
     images: Tensor
     log_probs: Tensor
+    z: Tensor
 
 
 @torch.no_grad()
@@ -181,4 +183,5 @@ def sample_leaves(
     groups = Groups(plan.leaf_rank[visits.node[leaves]], len(plan.leaves))
     images = model.likelihood.mean(model.decoders(z[leaves], groups, plan.ids(plan.leaves)))
     log_probs = F.log_softmax(visits.log_reach[leaves].view(len(plan.leaves), n).T, dim=1)
-    return LeafSamples(images.view(len(plan.leaves), n, *model.inputs).transpose(0, 1), log_probs)
+    by_node = z.view(len(plan.nodes), n, *model.latent)
+    return LeafSamples(images.view(len(plan.leaves), n, *model.inputs).transpose(0, 1), log_probs, plan.along(by_node))

@@ -157,8 +157,12 @@ class TreeNetworks(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, tree and configuration to one safetensors file; see `treediff.io`."""
+        save_model(self, path, self.header())
+
+    def header(self) -> dict[str, Any]:
+        """What a file says of the model besides its weights."""
         topology, dtype = json.loads(self.topology.to_json()), str(self.dtype).removeprefix("torch.")
-        save_model(self, path, {"config": self.config, "topology": topology, "dtype": dtype})
+        return {"config": self.config, "topology": topology, "dtype": dtype}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, model: Self | None = None) -> Self:
@@ -174,25 +178,39 @@ class TreeNetworks(nn.Module):
                 model built from parts and none is given.
         """
         header = read_header(path, cls.__name__)
-        topology = TreeTopology.from_json(json.dumps(header.get("topology")))
         if model is None:
-            if header.get("config") is None:
-                raise ValueError(
-                    f"the model in {os.fspath(path)!r} was built from parts, which a file does not hold; build it "
-                    "the same way and pass it as model="
-                )
-            model = cls.from_config(header["config"]).to(_dtype(header.get("dtype"), path))
+            model = cls.from_header(header, path)
         else:
-            copy.deepcopy(model)._become(topology, path)
-        model._become(topology, path)
+            topology = TreeTopology.from_json(json.dumps(header.get("topology")))
+            trial = copy.deepcopy(model)
+            trial._become(topology)
+            load_into(trial, path)
+            model._become(topology)
+        load_into(model, path)
         return model
 
-    def _become(self, topology: TreeTopology, path: str | os.PathLike[str]) -> None:
-        """Take on another tree and the weights of a file; global random state is left alone."""
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any], path: str | os.PathLike[str]) -> Self:
+        """The model that a file's header describes, without its weights; the path is for messages.
+
+        Raises:
+            ValueError: if it was built from parts, which no header describes, or the header is damaged.
+        """
+        if header.get("config") is None:
+            raise ValueError(
+                f"the model in {os.fspath(path)!r} was built from parts, which a file does not hold; build it "
+                "the same way and pass it as model="
+            )
+        topology = TreeTopology.from_json(json.dumps(header.get("topology")))
+        model = cls.from_config(header["config"]).to(_dtype(header.get("dtype"), path))
+        model._become(topology)
+        return model
+
+    def _become(self, topology: TreeTopology) -> None:
+        """Take on another tree, with weights to be filled in; global random state is left alone."""
         self._require_depth(topology)
         self.topology = topology
         self._grow_banks(torch.Generator(self.device).manual_seed(0))
-        load_into(self, path)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

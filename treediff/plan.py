@@ -125,6 +125,13 @@ class TreePlan:
         below = [[n in tree.path(self.nodes[leaf]) for leaf in self.leaves] for n in self.nodes]
         return torch.tensor(below, device=self.device).view(len(self.nodes), len(self.leaves))
 
+    def along(self, values: Tensor) -> Tensor:
+        """Values of all nodes `(N, B, ...)` along the path to each leaf: `(B, K, S + 1, ...)`, 0 past the leaf."""
+        paths = [self.topology.path(self.nodes[leaf]) for leaf in self.leaves]
+        steps = self._tensor([[*map(self.nodes.index, path), *[-1] * (len(self.levels) - len(path))] for path in paths])
+        there = (steps >= 0).view(*steps.shape, *[1] * (values.ndim - 1))
+        return torch.where(there, values[steps], 0).movedim(2, 0)
+
     def _tensor(self, values: Sequence[object]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from worlds import seeded, world
 
-from treediff.diffusion.schedule import CosineSchedule, LinearSchedule
+from treediff.diffusion.continuous import CosineSchedule, LinearSchedule
 from treediff.testing import ExactDenoiser, GaussianMixture, GaussianTree
 
 TIMES = [0.02, 0.3, 0.7, 1.0]

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from treediff.diffusion.continuous import CosineSchedule, LinearSchedule
 from treediff.diffusion.discrete import DiscreteSchedule, rescale_zero_terminal_snr
 from treediff.diffusion.grids import GRIDS, Grid, karras, quadratic, trailing, uniform
-from treediff.diffusion.schedule import CosineSchedule, LinearSchedule, NoiseSchedule
+from treediff.diffusion.schedule import NoiseSchedule
 
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
 SCHEDULES: list[NoiseSchedule] = [LinearSchedule(), CosineSchedule(), DiscreteSchedule.linear(40, 1e-3, 0.2)]

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from worlds import world
 
+from treediff.diffusion.continuous import CosineSchedule, LinearSchedule
 from treediff.diffusion.discrete import DiscreteSchedule, rescale_zero_terminal_snr
 from treediff.diffusion.grids import karras, trailing, uniform
 from treediff.diffusion.parameterization import as_x0
 from treediff.diffusion.samplers import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, Progress, Sampler
-from treediff.diffusion.schedule import CosineSchedule, LinearSchedule, NoiseSchedule
+from treediff.diffusion.schedule import NoiseSchedule
 from treediff.noise import NoiseStream
 from treediff.testing import ExactDenoiser, GaussianMixture
 

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from treediff.diffusion.discrete import DiscreteSchedule, rescale_zero_terminal_snr
-from treediff.diffusion.schedule import (
+from treediff.diffusion.continuous import (
     CosineSchedule,
     CustomSchedule,
     LinearSchedule,
-    NoiseSchedule,
     ScaledLinearSchedule,
     SigmoidSchedule,
 )
+from treediff.diffusion.discrete import DiscreteSchedule, rescale_zero_terminal_snr
+from treediff.diffusion.schedule import NoiseSchedule
 
 SCHEDULES: dict[str, NoiseSchedule] = {
     "linear": LinearSchedule(),

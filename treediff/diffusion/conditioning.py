@@ -33,7 +33,7 @@ __all__ = [
 class Signal(NamedTuple):
     """What a U-Net is told besides the noisy image and the time.
 
-    Args:
+    Attributes:
         vector: `(B, E)`, added to the embedding of the time.
         tokens: `(B, T, context)`, for cross-attention.
         mask: `(B, T)`, True where a token may be read.

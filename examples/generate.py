@@ -1,0 +1,115 @@
+"""Draw pictures with a trained pair: from a leaf, a node, one root seen by every leaf, or a given image refined.
+
+    python examples/generate.py --out pictures                          # every leaf from each root
+    python examples/generate.py --node 3 --count 16 --out pictures      # sixteen images through node 3
+    python examples/generate.py --strip --out pictures                  # how noise becomes images
+    python examples/generate.py --refine digits --out pictures          # test images, refined
+
+The last line printed is one JSON object that says which file was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from treediff import DiffuseTreeVAE
+from treediff.data import load_dataset
+from treediff.diffusion import Progress
+from treediff.pictures import draw_grid
+
+
+def every_leaf(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
+    """Rows are roots, columns leaves; the blurry image of the tree above the refined one."""
+    drawn = model.generate_tree(args.count, **sampling)
+    rows = torch.stack([drawn.coarse, drawn.images], 1).flatten(0, 1)
+    labels = [name for i in range(args.count) for name in (f"root {i}: tree", "refined")]
+    draw_grid(rows.float(), path, row_labels=labels, column_labels=[f"leaf {leaf}" for leaf in drawn.leaf[0].tolist()])
+
+
+def through_node(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
+    """Images through one node, the blurry ones above."""
+    drawn = model.generate(args.count, node=args.node, **sampling)
+    labels = [f"leaf {leaf}" for leaf in drawn.leaf.tolist()]
+    draw_grid(
+        torch.stack([drawn.coarse, drawn.images]).float(), path, row_labels=["tree", "refined"], column_labels=labels
+    )
+
+
+def strip(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
+    """What the chain looks like at each step, and at last the images."""
+    frames: list[tuple[float, Tensor]] = []
+
+    def keep(progress: Progress) -> None:
+        frames.append((progress.t, ((progress.x + 1) / 2).clamp(0, 1)))
+
+    model.generate(args.count, node=args.node, **sampling | {"callback": keep})
+    shown = frames[:: max(1, len(frames) // 10)] + frames[-1:]
+    draw_grid(
+        torch.stack([x for _, x in shown], 1).float(), path, column_labels=[f"t = {time:.2f}" for time, _ in shown]
+    )
+
+
+def refined(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
+    """Given images, what the tree makes of them, and refined images of the same place."""
+    x = load_dataset(args.refine).test_images[: args.count]
+    drawn = model.refine(x, leaf="argmax", **sampling)
+    labels = ["given", "tree", "refined"]
+    draw_grid(
+        torch.stack([x, drawn.coarse, drawn.images]).float(),
+        path,
+        row_labels=labels,
+        column_labels=[f"leaf {leaf}" for leaf in drawn.leaf.tolist()],
+    )
+
+
+def main() -> None:
+    """Load, draw, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("runs/diffusion/model.safetensors"), help="a saved pair")
+    parser.add_argument("--out", type=Path, default=Path("runs/pictures"), help="folder for the picture")
+    parser.add_argument("--node", type=int, help="id of a node or a leaf")
+    parser.add_argument("--strip", action="store_true", help="show the steps from noise to image")
+    parser.add_argument(
+        "--refine", metavar="DATA", help="refine test images of digits, fashion-mnist, mnist, or a path"
+    )
+    parser.add_argument("--count", type=int, default=4, help="how many images or roots")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=1.0, help="1 for none")
+    parser.add_argument("--away-from", default="root", choices=["root", "parent", "sibling"])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    model = DiffuseTreeVAE.load(args.model).eval()
+    bar = tqdm(desc="steps")
+    sampling: dict[str, Any] = {
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "away_from": args.away_from,
+        "generator": torch.Generator().manual_seed(args.seed),
+        "callback": lambda _: bar.update(),
+    }
+    if args.strip:
+        name, make = "strip", strip
+    elif args.refine:
+        name, make = "refined", refined
+    elif args.node is not None:
+        name, make = f"node-{args.node}", through_node
+    else:
+        name, make = "leaves", every_leaf
+    path = args.out / f"{name}.png"
+    with torch.no_grad():
+        make(model, args, sampling, path)
+    bar.close()
+    print(json.dumps({"picture": str(path), "seed": args.seed, "steps": args.steps, "guidance": args.guidance}))
+
+
+if __name__ == "__main__":
+    main()

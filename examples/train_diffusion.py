@@ -1,0 +1,113 @@
+"""Train the second stage on top of a saved TreeVAE: a diffusion model that draws sharp images of every cluster.
+
+    python examples/train_treevae.py                                    # first the tree, see there
+    python examples/train_diffusion.py                                  # real handwritten digits, three minutes
+    python examples/train_diffusion.py --tree examples/trees/fashion-mnist.safetensors --data fashion-mnist \
+        --out runs/fashion-diffusion --epochs 12
+
+Everything is here: copy it and change what you like. The last line printed is one JSON object with the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from treediff import EMA, DiffuseTreeVAE, LeafConditionedDDPM, TreeVAE
+from treediff.data import batches, load_dataset
+from treediff.pipeline import condition_of
+
+CPU_BFLOAT16 = {"device_type": "cpu", "dtype": torch.bfloat16}
+
+
+def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace) -> EMA:
+    """A plain PyTorch loop over the second stage; the first one stays as it is."""
+    ddpm, steps = model.ddpm, args.epochs * -(-len(images) // args.batch_size)
+    optimizer = torch.optim.Adam(ddpm.parameters(), lr=args.learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=0.05)
+    ema = EMA(ddpm, decay=args.ema)
+    generator = torch.Generator().manual_seed(args.seed)
+    bar, running = tqdm(total=steps, desc="diffusion", mininterval=1.0), 0.0
+    for _ in range(args.epochs):
+        for rows in batches(len(images), args.batch_size, generator=generator):
+            x = images[rows]
+            condition = condition_of(model.tree_vae, x, generator=generator)
+            with torch.autocast(**CPU_BFLOAT16, enabled=not args.float32):
+                loss = ddpm.loss(x, condition, generator=generator)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(ddpm.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            ema.update()
+            running += 0.01 * (loss.item() - running) if running else loss.item()
+            bar.update()
+            bar.set_postfix(loss=f"{running:.4f}", refresh=False)
+    bar.close()
+    return ema
+
+
+def build(tree: TreeVAE, args: argparse.Namespace) -> DiffuseTreeVAE:
+    """The pair; weights of the second stage come from the seed."""
+    settings: dict[str, Any] = {
+        "condition": args.condition,
+        "condition_noise": args.condition_noise,
+        "width": args.width,
+        "blocks": args.blocks,
+        "dropout": args.dropout,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        return DiffuseTreeVAE(tree, LeafConditionedDDPM.for_tree(tree, **settings))
+
+
+def main() -> None:
+    """Read tree and data, train, save, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
+    parser.add_argument("--tree", type=Path, default=Path("runs/treevae/model.safetensors"), help="a saved TreeVAE")
+    parser.add_argument("--out", type=Path, default=Path("runs/diffusion"), help="folder for results")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, help="by default as many as take a few minutes on the digits")
+    parser.add_argument("--condition", default="diffuse_tree_vae", help="what the network is told")
+    parser.add_argument("--condition-noise", type=float, default=0.0, help="greatest noise on the tree's image")
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
+    parser.add_argument("--float32", action="store_true", help="do not multiply in bfloat16")
+    parser.add_argument("--quick", action="store_true", help="one epoch, to see that it runs")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_flush_denormal(True)
+    if not args.tree.exists():
+        raise SystemExit(f"there is no tree at {args.tree}; grow one with examples/train_treevae.py, or pass --tree")
+
+    data = load_dataset(args.data)
+    args.epochs = args.epochs or (1 if args.quick else max(1, 120_000 // len(data.train_images)))
+    model = build(TreeVAE.load(args.tree).eval(), args)
+    start = time.perf_counter()
+    ema = train(model, data.train_images, args)
+    seconds = time.perf_counter() - start
+
+    model.eval()
+    with ema.average():
+        model.save(args.out / "model.safetensors")
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "tree")}
+    parameters = sum(weight.numel() for weight in model.ddpm.parameters())
+    about = {"data": data.name, "seconds": seconds, "parameters": parameters, "gflop": model.ddpm.unet.flops() / 1e9}
+    (args.out / "results.json").write_text(json.dumps(about | settings, indent=1))
+    print(json.dumps(about | settings))
+
+
+if __name__ == "__main__":
+    main()

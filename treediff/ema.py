@@ -1,0 +1,90 @@
+"""An exponential moving average of a model's weights, which often generates better than the last weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["EMA"]
+
+
+class EMA:
+    """`average <- decay average + (1 - decay) weight` after every step, with a warm-up.
+
+    At step `n` the decay is `min(decay, (1 + n) / (10 + n))`, so that the first, useless weights are soon forgotten
+    (the rule of TensorFlow's moving averages). Buffers are copied, not averaged.
+
+    Args:
+        model: the model to follow; parameters that are added to it later are not followed.
+        decay: the decay in the long run, at least 0 and below 1.
+        warm_up: whether the decay grows as above, or is the same from the first step.
+
+    Raises:
+        ValueError: if the decay is out of range.
+
+    Examples:
+        >>> model = nn.Linear(2, 1)
+        >>> ema = EMA(model, decay=0.999)
+        >>> ema.update()  # after each step of the optimiser
+        >>> with ema.average():
+        ...     y = model(torch.zeros(1, 2))
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.999, *, warm_up: bool = True) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be at least 0 and below 1, found {decay}")
+        self.model, self.decay, self.warm_up = model, decay, warm_up
+        self.steps = 0
+        self.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the model's present weights."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warm_up else self.decay
+        now = dict(self.model.named_parameters())
+        torch._foreach_lerp_(list(self.weights.values()), [now[name].detach() for name in self.weights], 1 - decay)
+
+    @contextmanager
+    def average(self) -> Iterator[None]:
+        """Within this context the model has the averaged weights; afterwards its own again, whatever happens."""
+        own = self._exchange(self.weights)
+        try:
+            yield
+        finally:
+            self._exchange(own)
+
+    @torch.no_grad()
+    def _exchange(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        now = dict(self.model.named_parameters())
+        kept = {name: now[name].detach().clone() for name in weights}
+        for name, weight in weights.items():
+            now[name].copy_(weight)
+        return kept
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Averages by name, and the number of steps, as tensors: `safetensors` can save them."""
+        return {
+            **{f"weights.{name}": weight for name, weight in self.weights.items()},
+            "steps": torch.tensor(self.steps),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state; nothing is changed unless all of it fits.
+
+        Raises:
+            ValueError: naming the weights that are missing, unknown, or of another shape.
+        """
+        expected = {f"weights.{name}": tuple(weight.shape) for name, weight in self.weights.items()} | {"steps": ()}
+        found = {name: tuple(weight.shape) for name, weight in state.items()}
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        if wrong:
+            want, got = (shapes.get(wrong[0], "no such tensor") for shapes in (expected, found))
+            raise ValueError(f"the state does not fit the model at {wrong[0]!r}: expected {want}, found {got}")
+        self.steps = int(state["steps"])
+        for name, weight in self.weights.items():
+            weight.copy_(state[f"weights.{name}"])
