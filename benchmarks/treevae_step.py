@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from treediff import Stage, TreeGrowth, TreeVAE
+from treediff.cpu import tune_cpu
 from treediff.data import load_dataset
 from treediff.layers import KLAnnealing
 from treediff.metrics import leaf_perplexity
@@ -186,7 +187,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_flush_denormal(True)
+    tune_cpu()
     images = load_dataset(args.data).train_images
     if args.row:
         print(json.dumps(row(args.row[0], int(args.row[1]), args.trees, images, args.rounds)))

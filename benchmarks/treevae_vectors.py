@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from treediff import TreeGrowth, TreeVAE
+from treediff.cpu import tune_cpu
 from treediff.data import ImageDataset, load_dataset
 from treediff.metrics import ari, cluster_accuracy, dendrogram_purity, leaf_purity, nmi
 
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file")
     args = parser.parse_args()
     # Weights that no row reaches leave Adam with moments too small for a CPU to multiply at full speed.
-    torch.set_flush_denormal(True)
+    tune_cpu()
 
     plain: dict[str, Splits] = {}
     if args.data == "bbc-news":

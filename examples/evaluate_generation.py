@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from treediff import DiffuseTreeVAE
+from treediff.cpu import tune_cpu
 from treediff.data import load_dataset
 from treediff.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, Sampler
 from treediff.metrics import (
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="do not multiply in bfloat16")
     parser.add_argument("--batch-size", type=int, default=250)
     args = parser.parse_args()
+    tune_cpu()
 
     data, model = load_dataset(args.data), DiffuseTreeVAE.load(args.model).eval()
     classifier = FeatureClassifier.load(args.classifier).eval()

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from treediff import DiffuseTreeVAE
+from treediff.cpu import tune_cpu
 from treediff.data import load_dataset
 from treediff.diffusion import Progress
 from treediff.pictures import draw_grid
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--away-from", default="root", choices=["root", "parent", "sibling"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    tune_cpu()
     args.out.mkdir(parents=True, exist_ok=True)
 
     model = DiffuseTreeVAE.load(args.model).eval()

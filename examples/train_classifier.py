@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from treediff.augment import Augment, RandomAffine, RandomFlip
+from treediff.cpu import tune_cpu
 from treediff.data import batches, load_dataset
 from treediff.metrics import FeatureClassifier
 
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     args = parser.parse_args()
+    tune_cpu()
     args.out.mkdir(parents=True, exist_ok=True)
 
     data = load_dataset(args.data)

@@ -21,10 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from treediff import EMA, DiffuseTreeVAE, LeafConditionedDDPM, TreeVAE
+from treediff.cpu import tune_cpu
 from treediff.data import batches, load_dataset
 from treediff.pipeline import condition_of
-
-CPU_BFLOAT16 = {"device_type": "cpu", "dtype": torch.bfloat16}
 
 
 def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace) -> EMA:
@@ -39,7 +38,7 @@ def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace) -> EM
         for rows in batches(len(images), args.batch_size, generator=generator):
             x = images[rows]
             condition = condition_of(model.tree_vae, x, generator=generator)
-            with torch.autocast(**CPU_BFLOAT16, enabled=not args.float32):
+            with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
                 loss = ddpm.loss(x, condition, generator=generator)
             optimizer.zero_grad()
             loss.backward()
@@ -88,7 +87,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_flush_denormal(True)
+    tune_cpu()
     if not args.tree.exists():
         raise SystemExit(f"there is no tree at {args.tree}; grow one with examples/train_treevae.py, or pass --tree")
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from treediff import Stage, TreeContrast, TreeGrowth, TreeVAE
 from treediff.augment import Augment, RandomAffine, cifar_augment
+from treediff.cpu import tune_cpu
 from treediff.data import ImageDataset, load_dataset
 from treediff.metrics import (
     ari,
@@ -144,8 +145,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    # Rows that no image reaches leave Adam with moments too small for a CPU to multiply at full speed.
-    torch.set_flush_denormal(True)
+    tune_cpu()
 
     data = hold_out(load_dataset(args.data), args.holdout)
     images = data.train_images
