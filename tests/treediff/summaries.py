@@ -1,10 +1,12 @@
-"""Summaries for the tests of pictures: from small models, and made up."""
+"""Summaries for the tests of pictures: from small models, and made up; and the texts that a picture holds."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from models import build, louder, observations
 from torch import Tensor
@@ -12,6 +14,7 @@ from worlds import seeded
 
 from treediff import TreeTopology, TreeVAE
 from treediff.pictures import NodeSummary, TreeSummary, summarize_tree
+from treediff.pictures.canvas import Canvas
 
 SPLIT = TreeTopology.balanced(1).split(2).split(3)
 
@@ -44,8 +47,9 @@ def made_up(
     samples: int = 4,
     members: int = 3,
     class_names: tuple[str, ...] | None = ("cat", "dog"),
+    refined: bool = False,
 ) -> TreeSummary:
-    """Every leaf has as many rows as its id, all of the first class; pictures are of one tone."""
+    """Every leaf has as many rows as its id, all of the first class; pictures are of one tone, refined ones of many."""
     counts = {leaf: leaf for leaf in tree.leaves}
     rows = max(1, sum(counts.values()))
     nodes = []
@@ -64,6 +68,43 @@ def made_up(
             member_rows=np.arange(some),
             member_labels=None if class_names is None else np.zeros(some, np.int64),
             class_counts=classes,
+            refined=np.random.default_rng(node).random((samples, *shape), np.float32) if refined else None,
         )
         nodes.append(record)
     return TreeSummary(tree, tuple(nodes), rows, class_names)
+
+
+class Text(NamedTuple):
+    """A text in a picture and the pixels that it takes, from the left upper corner."""
+
+    text: str
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, left: float, top: float, right: float, bottom: float) -> bool:
+        return self.left < right and left < self.right and self.top < bottom and top < self.bottom
+
+
+def texts_of_pictures(monkeypatch: pytest.MonkeyPatch) -> list[Text]:
+    """A list that gets the texts of every PNG written from now on."""
+    texts: list[Text] = []
+    save = Canvas.save
+
+    def record(self: Canvas, path: str | os.PathLike[str]) -> None:
+        save(self, path)
+        for artist in self.axes.texts:
+            box, height = artist.get_window_extent(), self.pixels.shape[0]
+            texts.append(Text(artist.get_text(), box.x0, height - box.y1, box.x1, height - box.y0))
+
+    monkeypatch.setattr(Canvas, "save", record)
+    return texts
+
+
+def check_apart(texts: list[Text], height: int, width: int) -> None:
+    """All texts lie in the picture, and no two meet."""
+    for i, text in enumerate(texts):
+        assert 0 <= text.left < text.right <= width and 0 <= text.top < text.bottom <= height, text
+        for other in texts[:i]:
+            assert not text.meets(*other[1:]), (text, other)

@@ -135,6 +135,53 @@ def test_every_image_is_in_the_page_pixel_by_pixel(tmp_path: Path) -> None:
     assert all(attributes["alt"] for attributes in page.all("img"))
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32)])
+def test_refined_samples_stand_below_those_they_were_made_from(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    summary = made_up(shape=shape, refined=True)
+    page = page_of(summary, tmp_path / "tree.html")
+    for node in summary:
+        assert node.refined is not None
+        section = page.text.partition(f'<section id="node-{node.id}"')[2].partition("</section>")[0]
+        heading = '<span class="generated">TreeVAE</span> above, <span class="refined">refined</span> below'
+        assert f"<h3>{heading}</h3>" in section and "<h3>Generated</h3>" not in section
+        pairs = re.findall(r'<li><div class="generated">(<img.*?>)</div><div class="refined">(<img.*?>)</div>', section)
+        for i, (pair, blurry, sharp) in enumerate(zip(pairs, node.samples, node.refined, strict=True), 1):
+            for text, image, name in zip(pair, (blurry, sharp), ("by the TreeVAE", "refined"), strict=True):
+                (img,) = Page(text).all("img")
+                assert img["alt"] == img["title"] == f"image {i} {name}"
+                shown = pixels(image[None])[0]
+                np.testing.assert_array_equal(picture(img["src"]).reshape(shown.shape), shown)
+    thumbnails = [picture(a["href"]) for a in page.all("image")]
+    for node, thumbnail in zip(summary, thumbnails, strict=True):
+        np.testing.assert_array_equal(thumbnail.ravel(), pixels(node.samples[:1]).ravel())
+
+
+def test_without_refined_samples_nothing_is_said_of_them(tmp_path: Path) -> None:
+    page = page_of(made_up(), tmp_path / "tree.html")
+    body = page.text.partition("<body>")[2]
+    assert "refined" not in body and "TreeVAE" not in body
+    assert body.count('<div class="generated"><h3>Generated</h3>') == len(SPLIT)
+
+
+def test_colours_of_text_can_be_read_on_light_and_on_dark_paper(tmp_path: Path) -> None:
+    """Contrast by the Web Content Accessibility Guidelines 2.2, criterion 1.4.3, level AA."""
+
+    def luminance(colour: str) -> float:
+        shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    text = page_of(made_up(refined=True), tmp_path / "tree.html").text
+    themes = [dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", text, re.S)]
+    assert len(themes) == 2
+    for theme in themes:
+        paper = luminance(theme["paper"])
+        for name in ("ink", "grey", "generated", "refined", "real"):
+            dark, light = sorted((paper, luminance(theme[name])))
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, name
+    assert "h3 .refined { color: var(--refined); }" in text and ".refined img { border-color: var(--refined)" in text
+
+
 def test_numbers_are_those_of_the_summary(tmp_path: Path) -> None:
     page = page_of(made_up(), tmp_path / "tree.html")  # leaves 1, 4, 5, 6 with as many rows as their ids
     for node, (share, count) in {0: ("100 %", "16"), 1: ("6.2 %", "1"), 3: ("68.8 %", "11")}.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import sys
@@ -15,14 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from strategies import quick, topologies
-from summaries import image_model, made_up, summary_of
+from summaries import check_apart, image_model, made_up, summary_of, texts_of_pictures
 
 from treediff import TreeTopology
 from treediff.pictures import TreeSummary, draw_tree
-from treediff.pictures.geometry import place
+from treediff.pictures.geometry import Panel, Placement, place
 from treediff.pictures.tiles import fit, pixels, png_bytes, tile_size
 
 Array = npt.NDArray[np.uint8]
+
+
+def tree_of(leaves: int) -> TreeTopology:
+    tree = TreeTopology.balanced(0)
+    while len(tree.leaves) < leaves:
+        tree = tree.split(tree.leaves[0])
+    return tree
 
 
 def drawn(summary: TreeSummary, path: Path, **settings: int) -> Array:
@@ -47,6 +55,108 @@ def test_a_drawing_shows_the_images_of_every_node(tmp_path: Path) -> None:
             np.testing.assert_array_equal(tile, np.broadcast_to(fit(pixels(images[:1]), max(plan.tile))[0], tile.shape))
 
 
+def tiles_in(picture: Array, panel: Panel, plan: Placement) -> list[Array]:
+    """What a panel shows, tile by tile."""
+    (tall, wide), rows = plan.tile, panel.height // plan.tile[0]
+    corners = [
+        (panel.top + plan.frame + row * (tall + plan.gap), panel.left + plan.frame + column * (wide + plan.gap))
+        for row in range(rows)
+        for column in range(panel.columns)
+    ]
+    return [picture[top : top + tall, left : left + wide] for top, left in corners]
+
+
+@pytest.mark.parametrize(
+    ("leaves", "shape"),
+    [(3, (1, 8, 8)), (1, (1, 28, 28)), (13, (1, 28, 28)), (3, (3, 32, 32)), (5, (3, 96, 64))],
+)
+def test_refined_samples_stand_below_those_they_were_made_from(
+    tmp_path: Path, leaves: int, shape: tuple[int, int, int]
+) -> None:
+    summary = made_up(tree_of(leaves), shape=shape, refined=True, samples=8)
+    draw = np.random.default_rng(0)
+    nodes = [dataclasses.replace(n, samples=draw.random(n.samples.shape, np.float32)) for n in summary]
+    summary = dataclasses.replace(summary, nodes=tuple(nodes))
+    picture, plan = drawn(summary, tmp_path / "tree.png"), place(summary, 150)
+    for node in summary:
+        block = plan.blocks[node.id]
+        assert block.refined is not None and node.refined is not None
+        for panel, images in ((block.generated, node.samples), (block.refined, node.refined)):
+            found = tiles_in(picture, panel, plan)
+            assert len(found) >= min(leaves, 2)
+            for tile, image in zip(found, images, strict=False):
+                expected = fit(pixels(image[None]), max(plan.tile))[0]
+                np.testing.assert_array_equal(tile, np.broadcast_to(expected, tile.shape))
+        above, below = block.generated, block.refined
+        assert (above.left, above.width, above.height) == (below.left, below.width, below.height)
+        assert above.top + above.height < below.top
+        if block.real is not None:
+            assert below.top + below.height < block.real.top
+
+
+@pytest.mark.parametrize(
+    ("leaves", "shape", "refined"),
+    [
+        *[(leaves, (1, 8, 8), True) for leaves in (1, 3, 13)],
+        *[(leaves, (1, 28, 28), True) for leaves in (7, 12)],
+        *[(leaves, (3, 32, 32), True) for leaves in (3, 12)],
+        *[(leaves, (1, 28, 28), False) for leaves in (1, 12)],
+    ],
+)
+def test_labels_are_whole_and_name_every_row_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaves: int, shape: tuple[int, int, int], refined: bool
+) -> None:
+    texts = texts_of_pictures(monkeypatch)
+    summary = made_up(tree_of(leaves), shape=shape, refined=refined, samples=8, class_names=("cat", "a longer name"))
+    picture, plan = drawn(summary, tmp_path / "tree.png"), place(summary, 150)
+    check_apart(texts, *picture.shape[:2])
+    panels = [p for b in plan.blocks.values() for p in (b.generated, b.refined, b.real, b.bar) if p is not None]
+    named = dict.fromkeys(("TreeVAE", "refined", "generated", "real"), 0)
+    for text in texts:
+        if text.text == "no images":
+            continue
+        for panel in panels:
+            assert not text.meets(panel.left, panel.top, panel.left + panel.width, panel.top + panel.height), text
+        if text.text in named:
+            named[text.text] += 1
+            kind = "generated" if text.text == "TreeVAE" else text.text
+            beside = [getattr(block, kind) for block in plan.blocks.values()]
+            middle = (text.top + text.bottom) / 2
+            assert any(p is not None and abs(p.top + p.height / 2 - middle) < 4 and p.left > text.right for p in beside)
+    if leaves <= 12:  # one label for the row of leaves and one for each other node
+        counts = named["TreeVAE"], named["refined"], named["generated"]
+        assert counts == ((leaves, leaves, 0) if refined else (0, 0, leaves))
+    told = " ".join(text.text for text in texts)
+    if refined:  # lines that are broken go on below their beginning, not below the swatch
+        notes = texts[[text.text.startswith("TreeVAE:") for text in texts].index(True) :]
+        assert len({round(text.left - notes[0].left) // 3 for text in notes}) == 1
+    assert ("Refined: the images above once more" in told) == refined
+    assert ("TreeVAE: drawn from the prior" in told) == refined and ("Generated: drawn" in told) != refined
+
+
+def test_the_frames_have_the_colours_that_the_text_below_names(tmp_path: Path) -> None:
+    summary = made_up(refined=True)
+    picture, plan = drawn(summary, tmp_path / "tree.png"), place(summary, 150)
+    corners = set()
+    for node in summary:
+        block = plan.blocks[node.id]
+        assert block.refined is not None and block.real is not None
+        corners.add(tuple(tuple(picture[p.top, p.left]) for p in (block.generated, block.refined, block.real)))
+    (frames,) = corners
+    assert len(set(frames)) == 3
+    below = picture[plan.height :, plan.margin + 3]  # where the swatches are
+    order = [colour for colour in map(tuple, below) if colour in frames]
+    assert list(dict.fromkeys(order)) == list(frames)
+
+
+def test_a_node_that_was_not_refined_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = texts_of_pictures(monkeypatch)
+    summary = made_up(refined=True)
+    nodes = [dataclasses.replace(n, refined=None) if n.id in (1, 4) else n for n in summary]
+    drawn(dataclasses.replace(summary, nodes=tuple(nodes)), tmp_path / "tree.png")
+    assert [text.text for text in texts].count("no images") == 2
+
+
 @pytest.mark.parametrize("labels", [True, False])
 @pytest.mark.parametrize("members", [0, 4])
 def test_sizes_are_sane_with_and_without_labels_and_real_images(tmp_path: Path, members: int, labels: bool) -> None:
@@ -58,10 +168,7 @@ def test_sizes_are_sane_with_and_without_labels_and_real_images(tmp_path: Path, 
 
 @pytest.mark.parametrize("leaves", [1, 2, 13, 40])
 def test_the_width_grows_with_the_leaves(tmp_path: Path, leaves: int) -> None:
-    tree = TreeTopology.balanced(0)
-    while len(tree.leaves) < leaves:
-        tree = tree.split(tree.leaves[0])
-    width = drawn(made_up(tree), tmp_path / "tree.png", dpi=60).shape[1] * 150 / 60
+    width = drawn(made_up(tree_of(leaves)), tmp_path / "tree.png", dpi=60).shape[1] * 150 / 60
     assert max(650, 150 * leaves) < width < 280 * leaves + 700
 
 
@@ -71,9 +178,9 @@ def test_images_of_any_shape(tmp_path: Path, shape: tuple[int, int, int]) -> Non
 
 
 @quick
-@given(topologies(max_steps=10), st.sampled_from([40, 97, 150, 300]))
-def test_blocks_do_not_meet_and_lie_inside(tree: TreeTopology, dpi: int) -> None:
-    plan = place(made_up(tree, samples=40), dpi)  # more than there is room for
+@given(topologies(max_steps=10), st.sampled_from([40, 97, 150, 300]), st.booleans())
+def test_blocks_do_not_meet_and_lie_inside(tree: TreeTopology, dpi: int, refined: bool) -> None:
+    plan = place(made_up(tree, samples=40, refined=refined), dpi)  # more than there is room for
     blocks = list(plan.blocks.values())
     assert set(plan.blocks) == set(tree)
     for i, first in enumerate(blocks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,15 @@ from hypothesis import strategies as st
 from models import PRUNED, build, few, observations
 from strategies import topologies
 from summaries import SPLIT, image_model, labels_for, summary_of
+from torch import Tensor
 from worlds import seeded
 
-from treediff import TreeTopology
+from treediff import TreeTopology, TreeVAE
+from treediff.ddpm import LeafConditionedDDPM
+from treediff.generation import TreeSample
+from treediff.noise import seed_from
 from treediff.pictures import summarize_tree
+from treediff.pipeline import DiffuseTreeVAE, condition_of_sample
 
 
 @torch.no_grad()
@@ -93,6 +99,67 @@ def test_samples_are_those_of_the_model(kind: str) -> None:
     for node in SPLIT:
         expected = model.sample(3, node=node, generator=seeded(1)).images
         np.testing.assert_allclose(found[node].samples, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_each_nodes_samples_are_refined_once() -> None:
+    model, told = image_model(), list[TreeSample]()
+
+    def refine(sample: TreeSample) -> Tensor:
+        told.append(sample)
+        assert not torch.is_grad_enabled()
+        return torch.full_like(sample.images, 1 / len(told)).double()
+
+    found = summary_of(model, samples=3, refine=refine)
+    assert len(told) == len(SPLIT)
+    for i, node in enumerate(SPLIT):
+        expected = model.sample(3, node=node, generator=seeded(1))
+        for name in ("images", "leaf", "path", "z"):
+            assert torch.equal(getattr(told[i], name), getattr(expected, name)), name
+        np.testing.assert_array_equal(found[node].samples, expected.images.numpy())
+        np.testing.assert_array_equal(found[node].refined, np.full((3, 1, 4, 3), 1 / (i + 1), np.float32))
+    assert all(node.refined is None for node in summary_of(model))
+
+
+def test_refined_samples_are_those_of_both_stages() -> None:
+    tree_vae = TreeVAE.for_images(size=8, network="mlp", latent=4, topology=TreeTopology.balanced(1).split(2))
+    pair = DiffuseTreeVAE(tree_vae, LeafConditionedDDPM.for_tree(tree_vae, width=16)).eval()
+    with torch.no_grad():
+        pair.ddpm.unet.out.weight.normal_(generator=seeded(3))  # it begins at 0, where no condition would be seen
+    seed = seed_from(seeded(1))
+    found = summarize_tree(
+        tree_vae,
+        torch.rand(5, 1, 8, 8, generator=seeded(0)),
+        samples=3,
+        generator=seeded(seed),
+        refine=lambda sample: pair.ddpm.sample(
+            condition_of_sample(sample, tree_vae.topology), steps=2, generator=seeded(seed)
+        ),
+    )
+    assert len({found[leaf].refined.tobytes() for leaf in tree_vae.topology.leaves}) == 3  # type: ignore[union-attr]
+    for node in tree_vae.topology:
+        expected = pair.generate(3, node=node, steps=2, generator=seeded(1))
+        np.testing.assert_allclose(found[node].samples, expected.coarse.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[node].refined, expected.images.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("refine", "error", "message"),
+    [
+        (lambda x: [x], TypeError, "expected a float tensor in [0, 1], found list; 8-bit images: x.float() / 255, a"),
+        (lambda x: x.byte(), TypeError, "expected a float tensor in [0, 1], found torch.uint8; 8-bit images"),
+        (lambda x: x[1:], ValueError, "expected one image for each sample, shape (5, 1, 4, 3), found shape (4, 1, 4"),
+        (lambda x: x[:0], ValueError, "found shape (0, 1, 4, 3); refine all of sample.images, in their order"),
+        (lambda x: x[:, 0], ValueError, "found shape (5, 4, 3); refine all of sample.images, in their order"),
+        (lambda x: x * 0 - 0.25, ValueError, "expected values in [0, 1], found -0.25 to -0.25; images from -1 to 1"),
+        (lambda x: x * 0 + 1.5, ValueError, "expected values in [0, 1], found 1.5 to 1.5; images from -1 to 1"),
+        (lambda x: x * float("nan"), ValueError, "expected values in [0, 1], found nan to nan; images from -1 to 1"),
+    ],
+)
+def test_what_refine_returns_is_checked(refine: Callable[[Tensor], Any], error: type[Exception], message: str) -> None:
+    model = image_model()
+    with pytest.raises(error, match=r"^what refine returned for node 0: .*" + re.escape(message)):
+        summary_of(model, refine=lambda sample: refine(sample.images))
+    assert model.training
 
 
 @few

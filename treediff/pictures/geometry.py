@@ -1,8 +1,8 @@
 """Where everything in the drawing of a tree goes, in pixels; nothing is painted here.
 
-A node is a *block*: two lines of text, a *panel* of generated images, a panel of real ones, a bar of classes, and for a
-leaf the names of its classes. Blocks of one depth stand on one line, leaves at the bottom. A block keeps to the
-columns of the leaves below it, so no two blocks meet, and no edge crosses one.
+A node is a *block*: two lines of text, a *panel* of generated images, one of the same images refined, one of real
+images, a bar of classes, and for a leaf the names of its classes. Blocks of one depth stand on one line, leaves at the
+bottom. A block keeps to the columns of the leaves below it, so no two blocks meet, and no edge crosses one.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Block:
     top: int
     bottom: int
     generated: Panel
+    refined: Panel | None
     real: Panel | None
     bar: Panel | None
     names: Panel | None
@@ -100,6 +101,7 @@ class _Rulers:
         self.tile = tile_size(height, width, self.px(_TILE))
         self.gap, self.frame = self.px(_TILE_GAP), self.px(_FRAME)
         self.reals = any(len(node.members) for node in summary)
+        self.refined = any(node.refined is not None for node in summary)
         self.classes = summary.class_names is not None
         self.column = max(self.panel_width(self.across), self.px(_LEAST_COLUMN)) + self.px(_COLUMN_GAP)
 
@@ -117,7 +119,7 @@ class _Rulers:
         return max(1, (width - 2 * self.frame + self.gap) // (self.tile[1] + self.gap))
 
     def block_height(self, rows: int, leaf: bool) -> int:
-        parts = [self.panel_height(rows)] * (2 if self.reals else 1)
+        parts = [self.panel_height(rows)] * (1 + self.refined + self.reals)
         if self.classes:
             parts.append(self.px(_BAR))
             parts.extend([CLASS_LINES * self.px(_LINE)] if leaf else [])
@@ -167,8 +169,11 @@ def _block(rulers: _Rulers, node: NodeSummary, x: int, top: int, room: int, rows
     height, gap = rulers.panel_height(rows), rulers.px(_PANEL_GAP)
     width = rulers.panel_width(across)
     left, y = x - width // 2, top + rulers.px(_HEADING)
-    generated, real, bar, names = Panel(left, y, width, height, across), None, None, None
+    generated, refined, real, bar, names = Panel(left, y, width, height, across), None, None, None, None
     y += height + gap
+    if rulers.refined:
+        refined = Panel(left, y, width, height, across)
+        y += height + gap
     if rulers.reals:
         real = Panel(left, y, width, height, across)
         y += height + gap
@@ -179,7 +184,7 @@ def _block(rulers: _Rulers, node: NodeSummary, x: int, top: int, room: int, rows
             wide = max(width, min(rulers.px(_NAMES), rulers.column - rulers.px(_FRAME)))
             names = Panel(x - wide // 2, y, wide, CLASS_LINES * rulers.px(_LINE), 1)
     bottom = top + rulers.block_height(rows, leaf)
-    return Block(node.id, x, left, left + width, top, bottom, generated, real, bar, names, labelled)
+    return Block(node.id, x, left, left + width, top, bottom, generated, refined, real, bar, names, labelled)
 
 
 def _edge(above: Block, below: Block, level_gap: int) -> tuple[tuple[int, int], ...]:

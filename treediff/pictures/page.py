@@ -58,8 +58,9 @@ def write_html(summary: TreeSummary, path: str | os.PathLike[str], *, title: str
     """Write a page on which a tree can be clicked through node by node.
 
     One file without anything from elsewhere: open it from a disk, send it by mail. Left the tree, right the chosen
-    node: its share of the data, what it generates, real images, its classes, and the path that leads to it. The arrow
-    keys walk through the tree; `page.html#node-7` opens node 7. The same summary gives the same bytes.
+    node: its share of the data, what it generates (with every image's refined self below it, if there is one), real
+    images, its classes, and the path that leads to it. The arrow keys walk through the tree; `page.html#node-7` opens
+    node 7. The same summary gives the same bytes.
 
     Args:
         summary: what `summarize_tree` found.
@@ -107,7 +108,7 @@ def _section(summary: TreeSummary, node: NodeSummary) -> str:
         f'<nav class="crumbs" aria-label="Path from the root"><ol>{_crumbs(tree.path(node.id))}</ol></nav>',
         f'<h2 id="title-{node.id}">Node {node.id}, {called}</h2>',
         f'<dl class="facts">{rows}</dl>',
-        _tiles("generated", "Generated", node.samples, [f"generated image {i + 1}" for i in range(len(node.samples))]),
+        _generated(node),
         _tiles("real", "Real images, the typical ones", node.members, _captions(summary, node)),
         _classes(summary, node),
         "" if node.count else '<p class="hint">No image has its most probable leaf here.</p>',
@@ -149,18 +150,35 @@ def _captions(summary: TreeSummary, node: NodeSummary) -> list[str]:
     return [f"{caption}: {name}" for caption, name in zip(captions, names, strict=True)]
 
 
+def _generated(node: NodeSummary) -> str:
+    """What the node generates; above what became of it, if there are refined samples."""
+    numbers = range(1, len(node.samples) + 1)
+    if node.refined is None:
+        return _tiles("generated", "Generated", node.samples, [f"generated image {i}" for i in numbers])
+    pairs = zip(numbers, node.samples, node.refined, strict=True)
+    items = "".join(
+        f'<li><div class="generated">{_img(blurry, f"image {i} by the TreeVAE")}</div>'
+        f'<div class="refined">{_img(sharp, f"image {i} refined")}</div></li>'
+        for i, blurry, sharp in pairs
+    )
+    heading = '<span class="generated">TreeVAE</span> above, <span class="refined">refined</span> below'
+    return f'<div class="pairs"><h3>{heading}</h3><ul class="tiles">{items}</ul></div>'
+
+
 def _tiles(kind: str, heading: str, images: Images, captions: list[str]) -> str:
-    """Images side by side, each with what it is as its alternative text and on hovering."""
+    """Images side by side."""
     if not len(images):
         return ""
-    height, width = images.shape[2:]
-    tall, wide = tile_size(height, width, min(max(height, width, _SIDE), _LARGEST))
-    items = "".join(
-        f'<li><img src="{_data_url(image)}" width="{wide}" height="{tall}" '
-        f'alt="{escape(text)}" title="{escape(text)}"></li>'
-        for image, text in zip(images, captions, strict=True)
-    )
+    items = "".join(f"<li>{_img(image, text)}</li>" for image, text in zip(images, captions, strict=True))
     return f'<div class="{kind}"><h3>{heading}</h3><ul class="tiles">{items}</ul></div>'
+
+
+def _img(image: Images, caption: str) -> str:
+    """An image with what it is as its alternative text and on hovering."""
+    height, width = image.shape[1:]
+    tall, wide = tile_size(height, width, min(max(height, width, _SIDE), _LARGEST))
+    text = escape(caption)
+    return f'<img src="{_data_url(image)}" width="{wide}" height="{tall}" alt="{text}" title="{text}">'
 
 
 def _classes(summary: TreeSummary, node: NodeSummary) -> str:

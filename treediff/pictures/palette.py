@@ -9,10 +9,10 @@ import numpy as np
 
 from treediff.pictures.summary import TreeSummary
 
-__all__ = ["EMPTY", "GENERATED", "GREY", "INK", "LINE", "PAPER", "REAL", "class_colours", "percent", "rgb"]
+__all__ = ["EMPTY", "GENERATED", "GREY", "INK", "LINE", "PAPER", "REAL", "REFINED", "class_colours", "percent", "rgb"]
 
 PAPER, INK, GREY, LINE, EMPTY = "#ffffff", "#1d232a", "#66707a", "#c3cbd3", "#eef1f4"
-GENERATED, REAL = "#4477aa", "#b8562f"
+GENERATED, REFINED, REAL = "#4477aa", "#225522", "#b8562f"  # of different lightness, too
 
 _CLASSES = (
     *("#cc6677", "#332288", "#ddcc77", "#117733", "#88ccee"),

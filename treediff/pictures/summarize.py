@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from treediff.noise import seed_from
 from treediff.pictures.layout import spans
-from treediff.pictures.summary import Images, Ints, NodeSummary, TreeSummary
+from treediff.pictures.samples import Refine, as_images, draw_samples
+from treediff.pictures.summary import Ints, NodeSummary, TreeSummary
 from treediff.treevae import TreeVAE
 
 __all__ = ["summarize_tree"]
@@ -36,6 +36,7 @@ def summarize_tree(
     max_rows: int = 10_000,
     batch_size: int = 1000,
     generator: torch.Generator | None = None,
+    refine: Refine | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TreeSummary:
     """Find out what every node of a tree generates and which images belong to it.
@@ -46,7 +47,9 @@ def summarize_tree(
     typical members of the leaves below it, from left to right, in proportion to their rows.
 
     The samples of a node are those of `model.sample(samples, node=node, generator=generator)`, from the same state
-    of the generator for all nodes: sample `i` starts from one root latent and is seen through each node.
+    of the generator for all nodes: sample `i` starts from one root latent and is seen through each node. A second
+    stage may refine them, such as that of a `DiffuseTreeVAE` called `pair`:
+    `refine=lambda sample: pair.ddpm.sample(condition_of_sample(sample, model.topology))`.
 
     Args:
         model: a model of images; it is used in eval mode and left in the mode it was in.
@@ -59,13 +62,15 @@ def summarize_tree(
             among its rows. Shares, counts and histograms always come from all rows.
         batch_size: images at a time.
         generator: gives the seed of the samples.
+        refine: called once per node with what `model.sample` drew there; returns images `(S, C, H, W)` in [0, 1], each
+            in the place of the one it was made from.
         progress: called as `progress(done, n)` after each batch that was routed.
 
     Returns:
         the summary of every node; the same one for the same arguments.
 
     Raises:
-        TypeError: if images are no float tensor, or labels no integers.
+        TypeError: if images are no float tensor, those of `refine` neither, or labels no integers.
         ValueError: if the model does not make images, if shapes, values or labels do not fit, if a number is too
             small, or if the model's probabilities are not finite.
 
@@ -83,7 +88,7 @@ def summarize_tree(
     with _evaluating(model):
         shares, leaf_of = _route(model, images, batch_size, progress)
         typical = _typical_members(model, images, leaf_of, members, max_rows, batch_size)
-        drawn = _draw(model, samples, generator)
+        drawn = draw_samples(model, samples, refine, generator)
     tree, column = model.topology, spans(model.topology)
     counts = np.bincount(leaf_of, minlength=len(tree.leaves))
     nodes = []
@@ -98,11 +103,12 @@ def summarize_tree(
             depth=tree.depth(node),
             share=float(shares[below].sum()),
             count=int(counts[below].sum()),
-            samples=drawn[node],
-            members=_array(images[torch.from_numpy(rows).to(images.device)]),
+            samples=drawn[node][0],
+            members=as_images(images[torch.from_numpy(rows).to(images.device)]),
             member_rows=rows,
             member_labels=None if targets is None else targets[rows],
             class_counts=None if targets is None else _count(targets[np.isin(leaf_of, below)], len(names)),
+            refined=drawn[node][1],
         )
         nodes.append(record)
     return TreeSummary(tree, tuple(nodes), len(images), None if targets is None else names)
@@ -179,23 +185,8 @@ def _leaf_means(model: TreeVAE, images: Tensor, rows: Ints, leaf: Ints, batch_si
     return torch.cat(parts).numpy()
 
 
-def _draw(model: TreeVAE, samples: int, generator: torch.Generator | None) -> dict[int, Images]:
-    """Samples through every node, each from the generator as it is now."""
-    source = generator or torch.Generator().manual_seed(seed_from(None))
-    state, drawn = source.get_state(), {}
-    for node in model.topology.ids:
-        source.set_state(state)
-        drawn[node] = _array(model.sample(samples, node=node, generator=source).images)
-    return drawn
-
-
 def _observations(model: TreeVAE, images: Tensor) -> Tensor:
     return images.to(device=model.device, dtype=model.dtype)
-
-
-def _array(images: Tensor) -> Images:
-    array: Images = images.detach().to("cpu", torch.float32).numpy().clip(0, 1)
-    return array
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ class NodeSummary:
         member_rows: `(M,)` which rows of the data they are.
         member_labels: `(M,)` their classes; None without labels.
         class_counts: `(Y,)` how many of the `count` rows are of each class; None without labels.
+        refined: `(S, C, H, W)` the samples after a second stage, in [0, 1], each in the place of its sample; None
+            without one.
     """
 
     id: int
@@ -47,6 +49,7 @@ class NodeSummary:
     member_rows: Ints
     member_labels: Ints | None
     class_counts: Ints | None
+    refined: Images | None = None
 
     def __repr__(self) -> str:
         return f"NodeSummary(id={self.id}, depth={self.depth}, share={self.share:.3f}, count={self.count})"

@@ -1,0 +1,25 @@
+"""What every picture asks of images that come as tensors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["check_images"]
+
+
+def check_images(images: Tensor, name: str) -> None:
+    """Raise TypeError unless images are a float tensor, and ValueError unless all of it lies in [0, 1]."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        found = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(
+            f"{name}: expected a float tensor in [0, 1], found {found}; 8-bit images: x.float() / 255, a list of "
+            "images: torch.stack(x)"
+        )
+    if not images.numel():
+        return
+    low, high = (float(value) for value in images.detach().aminmax())
+    if not (low >= 0 and high <= 1):  # true of NaN, too
+        raise ValueError(
+            f"{name}: expected values in [0, 1], found {low:.4g} to {high:.4g}; images from -1 to 1, such as those a "
+            "sampler tells its callback of: ((x + 1) / 2).clamp(0, 1)"
+        )

@@ -1,0 +1,53 @@
+"""What every node generates, and the same images refined by a second stage.
+
+Letters: `S` samples, `C H W` image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from treediff.generation import TreeSample
+from treediff.noise import seed_from
+from treediff.pictures.checks import check_images
+from treediff.pictures.summary import Images
+from treediff.treevae import TreeVAE
+
+__all__ = ["Refine", "as_images", "draw_samples"]
+
+Refine: TypeAlias = Callable[[TreeSample], Tensor]
+
+
+def draw_samples(
+    model: TreeVAE, samples: int, refine: Refine | None, generator: torch.Generator | None
+) -> dict[int, tuple[Images, Images | None]]:
+    """Samples through every node, each from the generator as it is now, and what `refine` makes of them."""
+    source = generator or torch.Generator().manual_seed(seed_from(None))
+    state, drawn = source.get_state(), {}
+    for node in model.topology.ids:
+        source.set_state(state)
+        sample = model.sample(samples, node=node, generator=source)
+        drawn[node] = as_images(sample.images), None if refine is None else _refined(refine, sample, node)
+    return drawn
+
+
+def as_images(images: Tensor) -> Images:
+    """A tensor as the array that pictures show."""
+    array: Images = images.detach().to("cpu", torch.float32).numpy().clip(0, 1)
+    return array
+
+
+def _refined(refine: Refine, sample: TreeSample, node: int) -> Images:
+    """What `refine` returns for a node, once it has been checked."""
+    images, wanted = refine(sample), tuple(sample.images.shape)
+    check_images(images, f"what refine returned for node {node}")
+    if tuple(images.shape) != wanted:
+        raise ValueError(
+            f"what refine returned for node {node}: expected one image for each sample, shape {wanted}, found shape "
+            f"{tuple(images.shape)}; refine all of sample.images, in their order"
+        )
+    return as_images(images)
