@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from treediff import EMA, DiffuseTreeVAE, LeafConditionedDDPM, TreeVAE
 from treediff.cpu import tune_cpu
-from treediff.data import batches, load_dataset
-from treediff.pipeline import condition_of
+from treediff.data import ImageDataset, batches, load_dataset
+from treediff.generation import TreeSample
+from treediff.pictures import draw_tree, summarize_tree, write_html
+from treediff.pipeline import condition_of, condition_of_sample
 
 
 def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace) -> EMA:
@@ -67,6 +69,25 @@ def build(tree: TreeVAE, args: argparse.Namespace) -> DiffuseTreeVAE:
         return DiffuseTreeVAE(tree, LeafConditionedDDPM.for_tree(tree, **settings))
 
 
+def picture(model: DiffuseTreeVAE, data: ImageDataset, out: Path, seed: int) -> None:
+    """The tree, with refined samples beside its own at every node, as a PNG and as a page to click through."""
+
+    def refine(sample: TreeSample) -> Tensor:
+        condition = condition_of_sample(sample, model.tree_vae.topology)
+        return model.ddpm.sample(condition, generator=torch.Generator().manual_seed(seed))
+
+    summary = summarize_tree(
+        model.tree_vae,
+        data.train_images,
+        data.train_labels,
+        class_names=data.class_names,
+        generator=torch.Generator().manual_seed(seed),
+        refine=refine,
+    )
+    draw_tree(summary, out / "tree.png")
+    write_html(summary, out / "tree.html", title=f"{data.name}: a tree of clusters")
+
+
 def main() -> None:
     """Read tree and data, train, save, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,6 +122,7 @@ def main() -> None:
     model.eval()
     with ema.average():
         model.save(args.out / "model.safetensors")
+        picture(model, data, args.out, args.seed)
     settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "tree")}
     parameters = sum(weight.numel() for weight in model.ddpm.parameters())
     about = {"data": data.name, "seconds": seconds, "parameters": parameters, "gflop": model.ddpm.unet.flops() / 1e9}

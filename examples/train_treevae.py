@@ -114,7 +114,7 @@ def hold_out(data: ImageDataset, rows: int) -> ImageDataset:
 
 def schedule(rows: int, args: argparse.Namespace) -> dict[str, Any]:
     """Epochs of each kind of stage; more where an epoch has few steps."""
-    effort = 0.1 if args.quick else args.effort * max(1, min(10, 15_000 // rows))
+    effort = (0.2 if args.quick else args.effort) * max(1, min(10, 15_000 // rows))
     epochs = {"initial": 12, "settle": 3, "intermediate": 3, "final": 25}
     named = {f"{kind}_epochs": max(1, round(effort * n)) for kind, n in epochs.items()}
     return {**named, "subtree_epochs": 0, "intermediate_every": 2}

@@ -16,8 +16,8 @@ def tune_cpu() -> dict[str, bool]:
     """Make training on a CPU faster by two settings of the process; call it once, before the first tensor.
 
     *Memory is kept.* A training step frees what it allocated. By default glibc gives large pieces back to the system at
-    once, which hands them out again in the next step, page by page and set to zero. Afterwards the process keeps what it
-    once had, so its memory stays at its peak.
+    once, which hands them out again in the next step, page by page and set to zero. Afterwards the process keeps what
+    it once had, so its memory stays at its peak.
 
     *Denormals are zero.* Moments of Adam that fade away become numbers too small for a CPU to multiply at full speed.
 

@@ -1,0 +1,67 @@
+"""The example scripts run from end to end, each on what the one before it made."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+def run(folder: Path, script: str, *options: str) -> dict[str, object]:
+    """What the last line of a script's output says."""
+    command = [sys.executable, "-W", "error", str(EXAMPLES / script), *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all scripts run; the first three have run."""
+    here = tmp_path_factory.mktemp("examples")
+    run(here, "train_treevae.py", "--quick", "--leaves", "4")
+    run(here, "train_diffusion.py", "--quick", "--width", "16", "--blocks", "1")
+    run(here, "train_classifier.py", "--quick", "--width", "16")
+    return here
+
+
+def test_every_script_is_tried_here() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert [name for name in SCRIPTS if f'"{name}"' not in text] == []
+
+
+def test_trained_files(folder: Path) -> None:
+    for run_name, name in (("treevae", "model"), ("diffusion", "model"), ("classifier", "classifier")):
+        assert (folder / "runs" / run_name / f"{name}.safetensors").stat().st_size > 10_000
+        assert json.loads((folder / "runs" / run_name / "results.json").read_text())["data"] == "digits"
+    tree = json.loads((folder / "runs/treevae/results.json").read_text())
+    assert tree["accuracy"] > 0.25  # four leaves find four digits of ten at most
+    assert json.loads((folder / "runs/classifier/results.json").read_text())["accuracy"] > 0.4
+
+
+def test_evaluation(folder: Path) -> None:
+    result = run(folder, "evaluate_generation.py", "--samples", "60", "--steps", "2")
+    # Real images are closer to real images than those of a network that has seen each image once.
+    assert result["classifier: training images"] < result["classifier: samples"]  # type: ignore[operator]
+    assert 0 <= result["samples: return rate"] <= 1  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ((), "leaves"),
+        (("--node", "0", "--guidance", "2", "--away-from", "sibling"), "node-0"),
+        (("--strip",), "strip"),
+        (("--refine", "digits"), "refined"),
+    ],
+)
+def test_pictures(folder: Path, options: tuple[str, ...], name: str) -> None:
+    result = run(folder, "generate.py", "--count", "2", "--steps", "2", *options)
+    picture = folder / str(result["picture"])
+    assert picture.name == f"{name}.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
