@@ -19,8 +19,10 @@ BIN := $(VENV)/bin
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.examples ## grow a small tree; write demo/tree.png and demo/tree.html
+demo: $(VENV)/.examples ## grow a small tree, then draw sharp images of its clusters; pictures in demo/ and demo/refined/
 	$(BIN)/python examples/train_treevae.py --out demo
+	$(BIN)/python examples/train_diffusion.py --tree demo/model.safetensors --out demo/refined
+	$(BIN)/python examples/generate.py --model demo/refined/model.safetensors --out demo/refined
 
 test: lint types docs wheel doctests unit ## every check, from lint to unit
 
@@ -60,8 +62,9 @@ doctests: $(VENV)/.test ## run the examples in the docstrings
 unit: $(VENV)/.test ## run the tests
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/.examples ## time a training step against the size of the tree
+bench: $(VENV)/.test ## time a training step against the size of the tree, and the U-Net beside that of diffusers
 	$(BIN)/python benchmarks/treevae_step.py
+	$(BIN)/python benchmarks/unet_step.py --peers diffusers
 
 clean: ## remove everything the commands above made
 	rm -rf $(VENV) build demo dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
