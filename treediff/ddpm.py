@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -29,7 +29,7 @@ from treediff.diffusion.schedule import NoiseSchedule
 from treediff.diffusion.unet import UNet
 from treediff.diffusion.weighting import Weighting, simple
 from treediff.io import load_into, read_header, save_model
-from treediff.networks import TreeNetworks, check_values
+from treediff.networks import TreeNetworks, _dtype, check_values
 from treediff.noise import NoiseStream, combine_seeds, counter_normal, seed_from
 from treediff.topology import TreeTopology
 
@@ -48,9 +48,9 @@ class LeafConditionedDDPM(nn.Module):
         schedule: the noise schedule.
         prediction: what the network predicts: 'epsilon', 'x0' or 'v'.
         weighting: from log-SNRs to the weight of each noise level in the loss.
-        coarsen: share of the rows that training tells only a node on the path to the leaf, drawn evenly from the root
-            to the leaf itself. From these the model learns what a cluster at any level looks like, and from those at
-            the root the unconditional one that guidance needs.
+        coarsen: share of the rows that training tells only a node on the path to the leaf, of a depth drawn evenly; see
+            `TreeCondition.coarser`. From these the model learns what a cluster at any level looks like, and from those
+            at the root the unconditional one that guidance needs.
         condition_noise: greatest noise level put on the condition's image in training; 0 for none.
         shift: weight of the condition's image in what the network sees, `x_t + shift image`: 1 is formulation 2 of
             DiffuseVAE (Pandey et al., arXiv 2201.00308), 0 is formulation 1.
@@ -131,7 +131,7 @@ class LeafConditionedDDPM(nn.Module):
         """The same with what the conditioner says already at hand."""
         if self.shift and condition.image is not None:
             known = condition.is_known()[:, None, None, None]
-            x_t = x_t + self.shift * torch.where(known, 2 * condition.image - 1, 0)
+            x_t = x_t + self.shift * torch.where(known, 2 * condition.image - 1, 0).to(x_t.dtype)
         if signal.image is not None:
             x_t = torch.cat([x_t, signal.image.to(x_t.dtype)], 1)
         output: Tensor = self.unet(x_t, t, signal.vector, signal.tokens, signal.mask)
@@ -173,7 +173,7 @@ class LeafConditionedDDPM(nn.Module):
         if self.coarsen:
             condition = condition.coarser(self.index, uniform[2] < self.coarsen, uniform[3])
         clean = 2 * x - 1
-        alpha, sigma = (f(t.to(x.dtype)).view(-1, 1, 1, 1) for f in (self.schedule.alpha, self.schedule.sigma))
+        alpha, sigma = (f(t).to(x.dtype).view(-1, 1, 1, 1) for f in (self.schedule.alpha, self.schedule.sigma))
         output = self(alpha * clean + sigma * noise, t, condition)
         error = (output - target(self.prediction, clean, noise, alpha, sigma)).square().flatten(1).mean(1)
         weighted: Tensor = self.weighting(self.schedule.log_snr(t)) * error
@@ -299,7 +299,8 @@ class LeafConditionedDDPM(nn.Module):
 
     def header(self) -> dict[str, Any]:
         """What a file says of the model besides its weights."""
-        return {"config": self.config, "topology": json.loads(self.index.topology.to_json())}
+        topology, dtype = json.loads(self.index.topology.to_json()), str(self.unet.out.weight.dtype)
+        return {"config": self.config, "topology": topology, "dtype": dtype.removeprefix("torch.")}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, model: Self | None = None) -> Self:
@@ -307,7 +308,8 @@ class LeafConditionedDDPM(nn.Module):
 
         Args:
             path: the file.
-            model: a model to fill, for one built from parts of your own. It stays as it was if the file does not fit.
+            model: a model on the same tree to fill, for one built from parts of your own. It stays as it was if the
+                file does not fit.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -317,8 +319,19 @@ class LeafConditionedDDPM(nn.Module):
         header = read_header(path, cls.__name__)
         if model is None:
             model = cls.from_header(header, path)
+        else:
+            model.check_tree(header, path)
         load_into(model, path)
         return model
+
+    def check_tree(self, header: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+        """Raise ValueError if a header tells of another tree, whose weights may have the same shapes."""
+        found = TreeTopology.from_json(json.dumps(header.get("topology")))
+        if found != self.index.topology:
+            raise ValueError(
+                f"the model in {os.fspath(path)!r} is on another tree, {found}, than the given one, "
+                f"{self.index.topology}; build one on the tree of the file"
+            )
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], path: str | os.PathLike[str]) -> Self:
@@ -333,9 +346,14 @@ class LeafConditionedDDPM(nn.Module):
                 "same way and pass it as model="
             )
         topology = TreeTopology.from_json(json.dumps(header.get("topology")))
-        preset = PresetParts.from_config(header["config"], topology)
-        with torch.random.fork_rng(devices=[]):  # weights are drawn as the network is built, and then replaced
-            return cls.for_images(**vars(preset))
+        preset = replace(
+            PresetParts.from_config(header["config"], topology), dtype=_dtype(header.get("dtype", "float32"), path)
+        )
+        try:
+            with torch.random.fork_rng(devices=[]):  # weights are drawn as the network is built, and then replaced
+                return cls.for_images(**vars(preset))
+        except TypeError as error:
+            raise ValueError(f"the configuration {header['config']!r} does not describe a model: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class EMA:
     """`average <- decay average + (1 - decay) weight` after every step, with a warm-up.
 
     At step `n` the decay is `min(decay, (1 + n) / (10 + n))`, so that the first, useless weights are soon forgotten
-    (the rule of TensorFlow's moving averages). Buffers are copied, not averaged.
+    (the rule of TensorFlow's moving averages). Buffers are not averaged: the model keeps its own.
 
     Args:
         model: the model to follow; parameters that are added to it later are not followed.
@@ -42,11 +42,14 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the model's present weights."""
+        """Take in the model's present weights.
+
+        Raises:
+            KeyError: if the model has lost a parameter, as a tree does that is pruned.
+        """
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warm_up else self.decay
-        now = dict(self.model.named_parameters())
-        torch._foreach_lerp_(list(self.weights.values()), [now[name].detach() for name in self.weights], 1 - decay)
+        torch._foreach_lerp_(list(self.weights.values()), list(self._now().values()), 1 - decay)
 
     @contextmanager
     def average(self) -> Iterator[None]:
@@ -59,11 +62,19 @@ class EMA:
 
     @torch.no_grad()
     def _exchange(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        now = dict(self.model.named_parameters())
-        kept = {name: now[name].detach().clone() for name in weights}
+        now = self._now()
+        kept = {name: weight.clone() for name, weight in now.items()}
         for name, weight in weights.items():
             now[name].copy_(weight)
         return kept
+
+    def _now(self) -> dict[str, Tensor]:
+        """What the model has at present for each average."""
+        now = dict(self.model.named_parameters())
+        gone = sorted(self.weights.keys() - now.keys())
+        if gone:
+            raise KeyError(f"the model has no parameter {gone[0]!r} any more; make a new EMA of a model that changed")
+        return {name: now[name].detach() for name in self.weights}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Averages by name, and the number of steps, as tensors: `safetensors` can save them."""

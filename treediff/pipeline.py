@@ -227,8 +227,8 @@ class DiffuseTreeVAE(nn.Module):
 
         Args:
             x: `(B, C, H, W)` in [0, 1].
-            leaf: 'sample' for a leaf drawn from `P(leaf | x)`, 'argmax' for the most probable one, 'all' for every leaf
-                in turn, which gives images `(B, K, C, H, W)`; or `(B,)` leaf ids.
+            leaf: 'sample' for a leaf drawn from `P(leaf | x)`, 'argmax' for the most probable one, or `(B,)` leaf ids;
+                'all' for every leaf in turn, which gives images `(B, K, C, H, W)`, in each column those of its id.
             first_index: index of the first image.
             generator: gives the seed.
             **sampling: settings of `LeafConditionedDDPM.sample`.
@@ -240,6 +240,9 @@ class DiffuseTreeVAE(nn.Module):
         seed = seed_from(generator)
         if isinstance(leaf, str) and leaf == "all":
             return self._refine_all(x, first_index, seed, sampling)
+        return self._refine(x, leaf, first_index, seed, sampling)
+
+    def _refine(self, x: Tensor, leaf: str | Tensor, first_index: int, seed: int, sampling: dict[str, Any]) -> Refined:
         condition = condition_of(self.tree_vae, x, leaf=leaf, first_index=first_index, generator=_seeded(seed))
         images = self.ddpm.sample(condition, first_index=first_index, generator=_seeded(seed), **sampling)
         return Refined(images, condition.require_image(), condition.node)
@@ -248,8 +251,7 @@ class DiffuseTreeVAE(nn.Module):
         columns = []
         for leaf in self.tree_vae.topology.leaves:
             everywhere = torch.full((len(x),), leaf, device=x.device)
-            settings = {"first_index": first_index, "generator": _seeded(seed), **sampling}
-            columns.append(self.refine(x, leaf=everywhere, **settings))
+            columns.append(self._refine(x, everywhere, first_index, seed, sampling))
         return Refined(
             torch.stack([column.images for column in columns], 1),
             torch.stack([column.coarse for column in columns], 1),
@@ -268,8 +270,8 @@ class DiffuseTreeVAE(nn.Module):
 
         Args:
             path: the file.
-            model: a model to fill, if a stage was built from parts of your own. It stays as it was if the file does not
-                fit.
+            model: a model on the same tree to fill, if a stage was built from parts of your own. It stays as it was if
+                the file does not fit.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -277,9 +279,13 @@ class DiffuseTreeVAE(nn.Module):
                 from parts and no model is given.
         """
         header = read_header(path, cls.__name__)
+        first, second = header.get("tree_vae"), header.get("ddpm")
+        if not isinstance(first, dict) or not isinstance(second, dict):
+            raise ValueError(f"the header of {os.fspath(path)!r} is damaged: it describes no two stages, {header}")
         if model is None:
-            tree_vae = TreeVAE.from_header(header["tree_vae"], path)
-            model = cls(tree_vae, LeafConditionedDDPM.from_header(header["ddpm"], path))
+            model = cls(TreeVAE.from_header(first, path), LeafConditionedDDPM.from_header(second, path))
+        else:
+            model.ddpm.check_tree(second, path)
         load_into(model, path)
         return model
 

@@ -67,7 +67,9 @@ class TreeCondition:
         device: torch.device | str | None = None,
     ) -> TreeCondition:
         """Only a place: one node for `n` images, or a list with a node for each."""
-        nodes = torch.as_tensor(node, dtype=torch.int64, device=device)
+        nodes = torch.as_tensor(node, device=device)
+        if not (nodes.is_floating_point() and nodes.numel()):  # an empty list counts as one of floats
+            nodes = nodes.to(torch.int64)
         return cls(nodes.expand(n) if nodes.ndim == 0 else nodes)
 
     def _parts(self) -> list[tuple[str, Tensor]]:
@@ -101,15 +103,20 @@ class TreeCondition:
     def coarser(self, index: NodeIndex, where: Tensor, level: Tensor) -> TreeCondition:
         """Forget details of some rows, and go up from their nodes.
 
+        Every depth of the tree is as likely as any other, and below its own depth a node stands for itself. So leaves
+        count under an inner node by their probability, however deep they lie, and what a model learns of it is
+        `p(x | node)`.
+
         Args:
             index: the tree.
             where: `(B,)` booleans, which rows.
-            level: `(B,)` uniform numbers in [0, 1): how far down the path from the root to the node the new place is;
-                just below 1 is the node itself, without its details.
+            level: `(B,)` uniform numbers in [0, 1): how far down the tree the new place is; 0 is the root, and just
+                below 1 the node itself, without its details.
         """
         path = index.paths[index.rank_of(self.node)]
-        place = (level * (path >= 0).sum(1)).to(torch.int64)
-        above = path.gather(1, place[:, None]).squeeze(1)
+        depth = (level * path.shape[1]).to(torch.int64)
+        above = path.gather(1, depth[:, None]).squeeze(1)
+        above = torch.where(above >= 0, above, self.node)
         return replace(self, node=torch.where(where, above, self.node), known=self.is_known() & ~where)
 
     def noised(self, level: Tensor, noise: Tensor) -> TreeCondition:
@@ -138,6 +145,7 @@ class NodeIndex(nn.Module):
 
     Attributes:
         topology: the tree.
+        leaves: `(K,)` where the leaves stand in `topology.ids`.
         paths: `(N, S + 1)` ids from the root to each node, in the order of `topology.ids`; -1 after it.
         depth: `(N,)` steps from the root.
         sibling: `(N,)` id of the parent's other child; the parent of an only child; the root of the root.
@@ -152,6 +160,7 @@ class NodeIndex(nn.Module):
     """
 
     ranks: Tensor
+    leaves: Tensor
     paths: Tensor
     depth: Tensor
     sibling: Tensor
@@ -167,6 +176,7 @@ class NodeIndex(nn.Module):
         paths = [[*path, *[-1] * (longest - len(path))] for path in map(topology.path, topology.ids)]
         tables = {
             "ranks": ranks,
+            "leaves": [topology.index[leaf] for leaf in topology.leaves],
             "paths": paths,
             "depth": [topology.depth(node) for node in topology.ids],
             "sibling": [_sibling(topology, node) for node in topology.ids],

@@ -108,14 +108,15 @@ class LeafWeightsEmbedding(NodeEmbedding):
         own: Tensor = self.table(self.index.rank_of(condition.node))
         if condition.weights is None:
             return Signal(vector=own)
-        leaves = [self.index.topology.index[leaf] for leaf in self.index.topology.leaves]
-        if condition.weights.shape[1:] != (len(leaves),):
+        leaves, known = self.index.leaves, condition.is_known()[:, None]
+        if condition.weights.shape[1:] != leaves.shape:
             raise ValueError(
                 f"weights must have one column for each of the {len(leaves)} leaves, found the shape "
                 f"{tuple(condition.weights.shape)}"
             )
-        mean = condition.weights.to(own.dtype) @ self.table.weight[leaves]
-        return Signal(vector=torch.where(condition.is_known()[:, None], mean, own))
+        # Weights that are not known may be NaN, and 0 times NaN would be the gradient.
+        mean = torch.where(known, condition.weights, 0).to(own.dtype) @ self.table.weight[leaves]
+        return Signal(vector=torch.where(known, mean, own))
 
 
 class ReconstructionConcat(Conditioner):
@@ -172,7 +173,7 @@ class Conditioners(Conditioner):
     """Several conditioners as one: vectors are added up, tokens and images stand side by side.
 
     Args:
-        parts: any conditioners; at most one with tokens.
+        parts: any conditioners; tokens must be of one width.
 
     Raises:
         ValueError: if two have tokens of different widths.

@@ -65,21 +65,26 @@ class GuidedDenoiser:
         acts = self.interval[0] <= t <= self.interval[1]
         if not acts or (isinstance(self.weight, float | int) and self.weight == 1):
             return positive
-        guided = torch.lerp(self.negative(x_t, t), positive, self._weight(x_t))
+        guided = torch.lerp(self.negative(x_t, t), positive, self._weight(positive))
         if not self.rescale:
             return guided
-        spread, wanted = (x.flatten(1).std(1, correction=0) for x in (guided, positive))
+        spread, wanted = (_deviation(x.flatten(1)) for x in (guided, positive))
         # An image of one colour has no spread to bring back.
         factor = torch.where(spread > 0, wanted / spread.clamp_min(torch.finfo(spread.dtype).tiny), 1.0)
         return guided * torch.lerp(torch.ones_like(factor), factor, self.rescale).view(-1, *[1] * (x_t.ndim - 1))
 
-    def _weight(self, x_t: Tensor) -> Tensor:
-        weight = torch.as_tensor(self.weight, dtype=x_t.dtype, device=x_t.device)
-        if weight.ndim and weight.shape != x_t.shape[:1]:
+    def _weight(self, x0: Tensor) -> Tensor:
+        weight = torch.as_tensor(self.weight, dtype=x0.dtype, device=x0.device)
+        if weight.ndim and weight.shape != x0.shape[:1]:
             raise ValueError(
-                f"expected one weight, or one for each of the {len(x_t)} images; found {tuple(weight.shape)}"
+                f"expected one weight, or one for each of the {len(x0)} images; found {tuple(weight.shape)}"
             )
-        return weight.view(-1, *[1] * (x_t.ndim - 1)) if weight.ndim else weight
+        return weight.view(-1, *[1] * (x0.ndim - 1)) if weight.ndim else weight
+
+
+def _deviation(x: Tensor) -> Tensor:
+    """That of each row; `Tensor.std` warns where there is none."""
+    return (x - x.mean(1, keepdim=True)).square().mean(1).sqrt()
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ class LatentEmbedding(Conditioner):
             return Signal(vector=self.null.expand(len(condition), -1))
         _check_latents(condition.z, self.index, self.latent)
         at_node = condition.z.flatten(2)[torch.arange(len(rank), device=rank.device), self.index.depth[rank]]
-        vector = torch.where(condition.is_known()[:, None], self.embed(at_node.to(self.null.dtype)), self.null)
-        return Signal(vector=vector)
+        known = condition.is_known()[:, None]
+        return Signal(vector=torch.where(known, self.embed(_only(known, at_node).to(self.null.dtype)), self.null))
 
 
 class PathEncoder(Conditioner):
@@ -104,17 +104,18 @@ class PathEncoder(Conditioner):
         """A vector for each step of the paths `(B, S + 1, E)`, and which steps there are, `(B, S + 1)`."""
         path = self.index.paths[self.index.rank_of(condition.node)]
         there = path >= 0
-        steps: Tensor = self.table(self.index.ranks[path.clamp_min(0)])
+        steps: Tensor = self.table(self.index.ranks[torch.where(there, path, path[:, :1])])
         if condition.z is None:
             return steps + self.null, there
         _check_latents(condition.z, self.index, self.latent)
-        known = condition.is_known()[:, None, None]
-        return steps + torch.where(known, self.embed(condition.z.flatten(2).to(steps.dtype)), self.null), there
+        known = condition.is_known()[:, None, None] & there[..., None]
+        z = _only(known, condition.z.flatten(2))
+        return steps + torch.where(known, self.embed(z.to(steps.dtype)), self.null), there
 
     def forward(self, condition: TreeCondition) -> Signal:
         """A vector."""
         steps, there = self.steps(condition)
-        return Signal(vector=torch.where(there[..., None], steps, 0).sum(1))
+        return Signal(vector=_only(there[..., None], steps).sum(1))
 
 
 class PathTokens(PathEncoder):
@@ -145,6 +146,11 @@ class PathTokens(PathEncoder):
 
 def _perceptron(inputs: int, outputs: int, **factory: Any) -> nn.Sequential:  # noqa: ANN401
     return nn.Sequential(nn.Linear(inputs, outputs, **factory), nn.SiLU(), nn.Linear(outputs, outputs, **factory))
+
+
+def _only(known: Tensor, z: Tensor) -> Tensor:
+    """Latents that are known; others may be NaN, and 0 times NaN would be the gradient."""
+    return torch.where(known, z, 0)
 
 
 def _check_latents(z: Tensor, index: NodeIndex, latent: tuple[int, ...]) -> None:

@@ -1,0 +1,96 @@
+"""Fréchet distance over network calls for each sampler, from the same noise and the same places in the tree.
+
+    python benchmarks/sampler_steps.py --data fashion-mnist --model runs/fashion-diffusion/model.safetensors \
+        --classifier runs/fashion-classifier/classifier.safetensors --out docs/results/sampler_steps.json
+
+Image `i` of every row starts from the same latents and the same noise. Intervals are those of `frechet_bootstrap`, over
+which images happened to be drawn. Distances are to the test images, or with `--holdout` to the last training images, in
+the features of the classifier. The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from treediff import DiffuseTreeVAE
+from treediff.cpu import tune_cpu
+from treediff.data import load_dataset
+from treediff.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, Sampler
+from treediff.metrics import FeatureClassifier, FeatureStatistics, frechet_bootstrap, frechet_distance
+
+SAMPLERS: dict[str, Sampler] = {
+    "dpm-solver": DPMSolverSampler(),
+    "ddim": DDIMSampler(),
+    "heun": HeunSampler(),
+    "ddpm": DDPMSampler("small"),
+    "ddpm-large": DDPMSampler("large"),
+}
+ROWS = ["dpm-solver:10", "dpm-solver:15", "dpm-solver:20", "dpm-solver:50", "ddim:10", "ddim:20", "ddim:50", "ddim:100"]
+ROWS += ["heun:5", "heun:10", "heun:25", "ddpm:50", "ddpm:250", "ddpm-large:250", "ddpm:1000"]
+
+
+def row(
+    name: str, model: DiffuseTreeVAE, classifier: FeatureClassifier, real: FeatureStatistics, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One sampler at one number of steps, written `sampler:steps`."""
+    sampler, steps = SAMPLERS[name.split(":")[0]], int(name.split(":")[1])
+    features, start = [], time.perf_counter()
+    for rows in tqdm(torch.arange(args.samples).split(args.batch_size), desc=name, mininterval=1.0):
+        seed = torch.Generator().manual_seed(args.seed)
+        settings = {"sampler": sampler, "steps": steps, "grid": args.grid, "generator": seed}
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn = model.generate(len(rows), first_index=int(rows[0]), **settings)
+        features.append(classifier.features_of(drawn.images.float()))
+    seconds, found = time.perf_counter() - start, torch.cat(features)
+    low, high = frechet_bootstrap(real, found, rounds=100, generator=torch.Generator().manual_seed(args.seed))
+    return {
+        "sampler": name.split(":")[0],
+        "steps": steps,
+        "calls": sampler.calls(steps),
+        "distance": frechet_distance(real, found),
+        "low": low,
+        "high": high,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    """One row after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="fashion-mnist")
+    parser.add_argument("--model", type=Path, required=True, help="a saved pair")
+    parser.add_argument("--classifier", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="SAMPLER:STEPS")
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--grid", default="uniform")
+    parser.add_argument("--holdout", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    tune_cpu()
+    data = load_dataset(args.data)
+    images = data.train_images[-args.holdout :] if args.holdout else data.test_images
+    model, classifier = DiffuseTreeVAE.load(args.model).eval(), FeatureClassifier.load(args.classifier).eval()
+    with torch.no_grad():
+        real = FeatureStatistics.of(torch.cat([classifier.features_of(x) for x in images.split(500)]))
+        rows = []
+        for name in args.rows:
+            rows.append(row(name, model, classifier, real, args))
+            print(json.dumps(rows[-1]), flush=True)
+            about = {"samples": args.samples, "grid": args.grid, "seed": args.seed, "threads": torch.get_num_threads()}
+            result = json.dumps({"data": data.name, "gflop": model.ddpm.unet.flops() / 1e9, **about, "rows": rows})
+            if args.out:
+                args.out.write_text(result + "\n")
+    print(result)
+
+
+if __name__ == "__main__":
+    main()
