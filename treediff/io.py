@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-__all__ = ["FORMAT_VERSION", "load_into", "read_header", "save_model"]
+__all__ = ["FORMAT_VERSION", "dtype_named", "load_into", "read_header", "save_model"]
 
 FORMAT_VERSION = 1
 _KEY = "treediff"
@@ -101,6 +102,18 @@ def read_header(path: Path, expected_class: str) -> dict[str, Any]:
     if found_class != expected_class:
         raise ValueError(f"{os.fspath(path)!r} holds a {found_class}, expected a {expected_class}")
     return dict(header)
+
+
+def dtype_named(name: object, path: Path) -> torch.dtype:
+    """The floating-point dtype that a file names.
+
+    Raises:
+        ValueError: if it names none.
+    """
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"{os.fspath(path)!r} names the dtype {name!r}, expected one like 'float32'")
+    return found
 
 
 def load_into(module: nn.Module, path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from treediff.io import load_into, read_header, save_model
+from treediff.io import dtype_named, load_into, read_header, save_model
 from treediff.layers.bank import NodeBank
 from treediff.layers.likelihood import Likelihood
 from treediff.plan import TreePlan
@@ -202,7 +202,7 @@ class TreeNetworks(nn.Module):
                 "the same way and pass it as model="
             )
         topology = TreeTopology.from_json(json.dumps(header.get("topology")))
-        model = cls.from_config(header["config"]).to(_dtype(header.get("dtype"), path))
+        model = cls.from_config(header["config"]).to(dtype_named(header.get("dtype"), path))
         model._become(topology)
         return model
 
@@ -283,14 +283,6 @@ class TreeNetworks(nn.Module):
         # Looking at values would stop an accelerator's stream, and a compiled graph, at every step.
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             check_values(x, self.likelihood.data_range)
-
-
-def _dtype(name: object, path: str | os.PathLike[str]) -> torch.dtype:
-    """The floating-point dtype that a file names."""
-    found = getattr(torch, name, None) if isinstance(name, str) else None
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"{os.fspath(path)!r} names the dtype {name!r}, expected one like 'float32'")
-    return found
 
 
 def check_values(x: Tensor, data_range: tuple[float, float] | None) -> None:

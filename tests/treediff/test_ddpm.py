@@ -342,3 +342,9 @@ def test_noise_cannot_be_predicted_where_nothing_is_left() -> None:
 def test_a_model_of_nothing_but_images() -> None:
     model = LeafConditionedDDPM(**parts(conditioner=Conditioners(), topology=TreeTopology.balanced(0)))
     assert model.sample(TreeCondition.at(0, 2), steps=2, generator=seeded()).shape == (2, 1, 8, 8)
+
+
+def test_a_loss_needs_an_image() -> None:
+    model = LeafConditionedDDPM.for_images(size=8, latent=(2,), topology=TreeTopology.balanced(1), width=8)
+    with pytest.raises(ValueError, match="a loss is a mean over images, found an empty batch; leave it out"):
+        model.loss(torch.zeros(0, 1, 8, 8), TreeCondition.at([]))

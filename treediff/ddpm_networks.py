@@ -1,0 +1,215 @@
+"""The parts of the second stage as one module, and how it is made, checked, saved and read.
+
+Nothing here knows how to train or to draw: `DDPMNetworks` holds the U-Net, what it is told, and the schedule it works
+under.
+
+Letters: `B` batch, `C H W` image.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from treediff.diffusion.condition import NodeIndex, TreeCondition
+from treediff.diffusion.conditioning import Conditioner, Signal
+from treediff.diffusion.parameterization import Prediction, check_prediction
+from treediff.diffusion.presets import PresetParts, preset_parts
+from treediff.diffusion.schedule import NoiseSchedule
+from treediff.diffusion.unet import UNet
+from treediff.diffusion.weighting import Weighting, simple
+from treediff.io import dtype_named, load_into, read_header, save_model
+from treediff.networks import TreeNetworks, check_values
+from treediff.topology import TreeTopology
+
+__all__ = ["DDPMNetworks"]
+
+
+class DDPMNetworks(nn.Module):
+    """A U-Net, a conditioner for a tree, and a noise schedule.
+
+    Args:
+        unet: the network.
+        conditioner: what the network is told; its `channels` and `context` must be those the network was built for.
+        topology: the tree.
+        schedule: the noise schedule.
+        prediction: what the network predicts: 'epsilon', 'x0' or 'v'.
+        weighting: from log-SNRs to the weight of each noise level in the loss.
+        coarsen: share of the rows that training tells only a node on the path to the leaf, of a depth drawn evenly; see
+            `TreeCondition.coarser`. From these the model learns what a cluster at any level looks like, and from those
+            at the root the unconditional one that guidance needs.
+        condition_noise: greatest noise level put on the condition's image in training; 0 for none.
+        shift: weight of the condition's image in what the network sees, `x_t + shift image`: 1 is formulation 2 of
+            DiffuseVAE (Pandey et al., arXiv 2201.00308), 0 is formulation 1.
+
+    Raises:
+        ValueError: if network and conditioner do not fit, a share is out of range, there is no such prediction, or
+            noise is to be predicted under a schedule at whose end nothing of the image is left.
+    """
+
+    def __init__(
+        self,
+        *,
+        unet: UNet,
+        conditioner: Conditioner,
+        topology: TreeTopology,
+        schedule: NoiseSchedule,
+        prediction: Prediction = "v",
+        weighting: Weighting = simple,
+        coarsen: float = 0.2,
+        condition_noise: float = 0.0,
+        shift: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.prediction = check_prediction(prediction)
+        _check_parts(unet, conditioner)
+        for name, share in (("coarsen", coarsen), ("condition_noise", condition_noise)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, found {share}")
+        if prediction == "epsilon" and schedule.ends_in_noise:
+            raise ValueError(
+                "at t = 1 this schedule has nothing of the image left, where predicted noise says nothing of it; "
+                "predict 'v' or 'x0', or choose a schedule that stops before"
+            )
+        self.unet, self.conditioner, self.index = unet, conditioner, NodeIndex(topology)
+        self.schedule, self.weighting = schedule, weighting
+        self.coarsen, self.condition_noise, self.shift = coarsen, condition_noise, shift
+        self.config: dict[str, Any] | None = None
+
+    @classmethod
+    def for_images(cls, **settings: Any) -> Self:  # noqa: ANN401
+        """A model with parts chosen for you; see `treediff.diffusion.presets.PresetParts` for the settings."""
+        preset = PresetParts(**settings)
+        model = cls(**preset_parts(preset))
+        model.config = preset.to_config()
+        return model
+
+    @classmethod
+    def for_tree(cls, tree: TreeNetworks, **settings: Any) -> Self:  # noqa: ANN401
+        """A model for the images, latents and tree of a TreeVAE; settings as for `for_images`.
+
+        Raises:
+            ValueError: if the TreeVAE is not one of images.
+        """
+        if len(tree.inputs) != 3:
+            raise ValueError(f"expected a tree of images (C, H, W), found one of inputs of shape {tree.inputs}")
+        channels, *size = tree.inputs
+        known = {"size": tuple(size), "channels": channels, "latent": tree.latent, "topology": tree.topology}
+        return cls.for_images(**known, device=tree.device, dtype=tree.dtype, **settings)
+
+    # --- running -------------------------------------------------------------------------------------------
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: TreeCondition) -> Tensor:
+        """What the network says of `x_t` (from -1 to 1, with noise) at times `(B,)`: noise, image or velocity."""
+        return self.told(x_t, t, condition, self.conditioner(condition))
+
+    def told(self, x_t: Tensor, t: Tensor, condition: TreeCondition, signal: Signal) -> Tensor:
+        """The same with what the conditioner says already at hand."""
+        if self.shift and condition.image is not None:
+            known = condition.is_known()[:, None, None, None]
+            x_t = x_t + self.shift * torch.where(known, 2 * condition.image - 1, 0).to(x_t.dtype)
+        if signal.image is not None:
+            x_t = torch.cat([x_t, signal.image.to(x_t.dtype)], 1)
+        output: Tensor = self.unet(x_t, t, signal.vector, signal.tokens, signal.mask)
+        return output
+
+    def check(self, x: Tensor, condition: TreeCondition) -> None:
+        """Raise unless images suit the model, and there is a place for each; values are looked at on a CPU only.
+
+        Raises:
+            TypeError: if `x` is no floating-point tensor.
+            ValueError: if it has another shape, is not finite or leaves [0, 1], or has another number of rows.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"expected floating-point images, found {found}; divide 8-bit images by 255")
+        wanted = (self.unet.out_channels, *self.unet.size)
+        if tuple(x.shape[1:]) != wanted or x.ndim != 4:
+            raise ValueError(f"expected images of shape (B, {', '.join(map(str, wanted))}), found {tuple(x.shape)}")
+        if len(condition) != len(x):
+            raise ValueError(f"expected a place in the tree for each of the {len(x)} images, found {len(condition)}")
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_values(x, (0.0, 1.0))
+
+    # --- files --------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights, tree and configuration to one safetensors file; see `treediff.io`."""
+        save_model(self, path, self.header())
+
+    def header(self) -> dict[str, Any]:
+        """What a file says of the model besides its weights."""
+        topology, dtype = json.loads(self.index.topology.to_json()), str(self.unet.out.weight.dtype)
+        return {"config": self.config, "topology": topology, "dtype": dtype.removeprefix("torch.")}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, model: Self | None = None) -> Self:
+        """Read what `save` wrote; every tensor is bit-equal.
+
+        Args:
+            path: the file.
+            model: a model on the same tree to fill, for one built from parts of your own. It stays as it was if the
+                file does not fit.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged, foreign, of another version, or does not fit; or if it was saved from a
+                model built from parts and none is given.
+        """
+        header = read_header(path, cls.__name__)
+        if model is None:
+            model = cls.from_header(header, path)
+        else:
+            model.check_tree(header, path)
+        load_into(model, path)
+        return model
+
+    def check_tree(self, header: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+        """Raise ValueError if a header tells of another tree, whose weights may have the same shapes."""
+        found = TreeTopology.from_json(json.dumps(header.get("topology")))
+        if found != self.index.topology:
+            raise ValueError(
+                f"the model in {os.fspath(path)!r} is on another tree, {found}, than the given one, "
+                f"{self.index.topology}; build one on the tree of the file"
+            )
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any], path: str | os.PathLike[str]) -> Self:
+        """The model that a file's header describes, without its weights; the path is for messages.
+
+        Raises:
+            ValueError: if it was built from parts, which no header describes, or the header is damaged.
+        """
+        if header.get("config") is None:
+            raise ValueError(
+                f"the model in {os.fspath(path)!r} was built from parts, which a file does not hold; build it the "
+                "same way and pass it as model="
+            )
+        topology = TreeTopology.from_json(json.dumps(header.get("topology")))
+        preset = replace(
+            PresetParts.from_config(header["config"], topology), dtype=dtype_named(header.get("dtype", "float32"), path)
+        )
+        try:
+            with torch.random.fork_rng(devices=[]):  # weights are drawn as the network is built, and then replaced
+                return cls.for_images(**vars(preset))
+        except TypeError as error:
+            raise ValueError(f"the configuration {header['config']!r} does not describe a model: {error}") from error
+
+
+def _check_parts(unet: UNet, conditioner: Conditioner) -> None:
+    if unet.in_channels != unet.out_channels + conditioner.channels:
+        raise ValueError(
+            f"the network must take the {unet.out_channels} channels of the image and the {conditioner.channels} of "
+            f"the conditioner, found {unet.in_channels}"
+        )
+    if unet.context != conditioner.context:
+        raise ValueError(
+            f"the network reads tokens of width {unet.context}, the conditioner gives some of width "
+            f"{conditioner.context}; build the network with context={conditioner.context}"
+        )
