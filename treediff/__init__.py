@@ -7,6 +7,7 @@ and `DiffuseTreeVAE` is both stages as one.
 
 from treediff.contrast import TreeContrast
 from treediff.ddpm import LeafConditionedDDPM
+from treediff.density import LeafDensity
 from treediff.diffusion import TreeCondition
 from treediff.ema import EMA
 from treediff.growth import TreeGrowth
@@ -24,6 +25,7 @@ __all__ = [
     "EMA",
     "DiffuseTreeVAE",
     "LeafConditionedDDPM",
+    "LeafDensity",
     "LeafStatistics",
     "Stage",
     "TreeCondition",

@@ -28,7 +28,8 @@ from treediff.noise import NoiseStream, combine_seeds, counter_normal, seed_from
 
 __all__ = ["LeafConditionedDDPM"]
 
-_STEPS = 1  # draws of a chain begin after that of its start
+# Draws of an image: the noise on its condition, the start of its chain, and from then on one for each step.
+_ON_CONDITION, _START, _STEPS = -1, 0, 1
 
 
 class LeafConditionedDDPM(DDPMNetworks):
@@ -149,6 +150,7 @@ class LeafConditionedDDPM(DDPMNetworks):
         grid: str | Grid = "uniform",
         start: Tensor | None = None,
         start_time: float = 1.0,
+        condition_noise: float = 0.0,
         first_index: int = 0,
         generator: torch.Generator | None = None,
         callback: Callable[[Progress], object] | None = None,
@@ -165,13 +167,16 @@ class LeafConditionedDDPM(DDPMNetworks):
             grid: 'uniform', 'trailing', 'quadratic', 'karras', or a function like those.
             start: `(B, C, H, W)` in [0, 1]: images to begin with, once noise of `start_time` is on them.
             start_time: where the chain begins; below 1 only with a start.
+            condition_noise: level of noise on the condition's image, at most that of training. A little of it hides how
+                an image of the prior differs from those of training (Ho et al., arXiv 2106.15282, section 4.2).
             first_index: index of the first image, to continue a series.
             generator: gives the seed.
             callback: told of each step; its images are from -1 to 1.
             **guidance: settings of `denoiser`.
 
         Raises:
-            ValueError: if the grid has no such name, a chain begins late without a start, or a setting is out of range.
+            ValueError: if the grid has no such name, a chain begins late without a start, a setting is out of range, or
+                noise is to go on a condition without an image.
         """
         if isinstance(grid, str):
             if grid not in GRIDS:
@@ -184,7 +189,8 @@ class LeafConditionedDDPM(DDPMNetworks):
         seed = combine_seeds(seed_from(generator), 1)  # apart from the draws of the tree
         index = torch.arange(first_index, first_index + len(condition), device=weight.device)
         shape = (self.unet.out_channels, *self.unet.size)
-        x = counter_normal(seed, index, shape, dtype=weight.dtype)
+        x = counter_normal(seed, index, shape, draw=_START, dtype=weight.dtype)
+        condition = self._noised(condition, condition_noise, seed, index)
         if start is not None:
             self.check(start, condition)
             x = self.schedule.add_noise(2 * start - 1, x, start_time)
@@ -193,6 +199,19 @@ class LeafConditionedDDPM(DDPMNetworks):
             self.denoiser(condition, **guidance), x, times, noise=lambda i: noise(i + _STEPS), callback=callback
         )
         return ((x + 1) / 2).clamp(0, 1)
+
+    def _noised(self, condition: TreeCondition, level: float, seed: int, index: Tensor) -> TreeCondition:
+        """The condition with noise of one level on every image."""
+        if not 0 <= level <= self.condition_noise:
+            raise ValueError(
+                f"condition_noise must be between 0 and the greatest level of training, {self.condition_noise}, found "
+                f"{level}; for more noise, train a model that was built with a greater condition_noise"
+            )
+        if not level:
+            return condition
+        image = condition.require_image()
+        noise = counter_normal(seed, index, image.shape[1:], draw=_ON_CONDITION, dtype=image.dtype)
+        return condition.noised(torch.full((len(image),), level, device=image.device), noise)
 
 
 @dataclass(frozen=True)

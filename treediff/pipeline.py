@@ -4,30 +4,33 @@
 model turns noise into a sharp one under that condition (Diffuse-TreeVAE, arXiv 2407.06124; TreeDiffusion, arXiv
 2410.16910). One path is walked and one decoder runs per image.
 
-Letters: `B` images, `K` leaves, `S` depth of the tree, `D` latent, `C H W` image.
+The second stage is trained on what the posterior says of images and generates from what the prior says. Three things
+bring the two nearer: latents from a `LeafDensity`, noise on the condition, and prior paths in training.
+
+Letters: `B` images, `K` leaves, `C H W` image.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from treediff.ddpm import LeafConditionedDDPM
+from treediff.density import LeafDensity
 from treediff.diffusion.condition import TreeCondition
 from treediff.generation import TreeSample
 from treediff.io import load_into, read_header, save_model
-from treediff.noise import counter_normal, counter_uniform, seed_from
-from treediff.posterior import leaf_log_probs_of
-from treediff.topology import TreeTopology
+from treediff.noise import seed_from
+from treediff.placement import condition_of, condition_of_sample
 from treediff.treevae import TreeVAE
 
 __all__ = ["DiffuseTreeVAE", "Refined", "condition_of", "condition_of_sample"]
-
-_LEAF = -1  # the draw of the leaf; latents are numbered by their nodes
 
 
 @dataclass(frozen=True)
@@ -45,75 +48,16 @@ class Refined:
     leaf: Tensor
 
 
-@torch.no_grad()
-def condition_of(
-    model: TreeVAE,
-    x: Tensor,
-    *,
-    leaf: Tensor | str = "sample",
-    first_index: int = 0,
-    generator: torch.Generator | None = None,
-) -> TreeCondition:
-    """Where images belong by the posterior of a TreeVAE: a leaf, the latents on the way to it, and its reconstruction.
-
-    Leaf and latents of image `i` depend on the generator's seed and on `first_index + i` only.
-
-    Args:
-        model: the TreeVAE.
-        x: `(B, C, H, W)`.
-        leaf: 'sample' for a leaf drawn from `P(leaf | x)`, 'argmax' for the most probable one, or `(B,)` leaf ids.
-        first_index: index of the first image.
-        generator: gives the seed.
-
-    Raises:
-        ValueError: if `leaf` is another word, or `x` is not what the model takes.
-        KeyError: if an id is not that of a leaf.
-    """
-    model.check(x)
-    features = model.features(x)
-    everywhere = model.route(features)
-    plan, log_probs = everywhere.plan, leaf_log_probs_of(everywhere)
-    seed, index = seed_from(generator), torch.arange(first_index, first_index + len(x), device=x.device)
-    leaves = plan.ids(plan.leaves)
-    if isinstance(leaf, Tensor):
-        rank = model._leaf_ranks(leaf, len(x), leaves)
-    elif leaf == "sample":
-        sums = log_probs.exp().cumsum(1)
-        # Below the last sum, so that rounding never leads past the last leaf.
-        point = counter_uniform(seed, index, draw=_LEAF, dtype=sums.dtype) * sums[:, -1]
-        rank = (sums <= point[:, None]).sum(1).clamp(max=len(leaves) - 1)
-    elif leaf == "argmax":
-        rank = log_probs.argmax(1)
-    else:
-        raise ValueError(f"leaf must be 'sample', 'argmax' or (B,) leaf ids, found {leaf!r}")
-    visits = everywhere.along(rank)
-    noise = [counter_normal(seed, index, model.latent, draw=node, dtype=features.dtype) for node in plan.nodes]
-    posterior = model.latents(features, visits, noise=torch.stack(noise, 1))
-    z = posterior.z.new_zeros(len(x), len(plan.levels), *model.latent)
-    z[visits.image, plan.depth[visits.node]] = posterior.z
-    ends = visits.at_leaves()
-    images = model.likelihood.mean(model.decode_visits(posterior, ends))
-    image = torch.empty_like(images).index_copy(0, visits.image[ends], images)
-    return TreeCondition(torch.tensor(leaves, device=x.device)[rank], z=z, image=image, weights=log_probs.exp())
-
-
-def condition_of_sample(sample: TreeSample, topology: TreeTopology) -> TreeCondition:
-    """The place of images that a TreeVAE drew from its prior."""
-    missing = topology.max_depth + 1 - sample.z.shape[1]
-    # A sample is as long as the deepest leaf it could have reached; conditions are as long as the tree is deep.
-    z = torch.cat([sample.z, sample.z.new_zeros(len(sample.z), missing, *sample.z.shape[2:])], 1)
-    return TreeCondition(sample.leaf, z=z, image=sample.images)
-
-
 class DiffuseTreeVAE(nn.Module):
     """A TreeVAE and a diffusion model on its tree.
 
     Args:
         tree_vae: the first stage.
         ddpm: the second, for the same tree and images.
+        density: where the latents of images lie, to generate from in place of the prior; also later, as an attribute.
 
     Raises:
-        ValueError: if the two have different trees or images.
+        ValueError: if they have different trees, latents or images.
 
     Examples:
         >>> from treediff import TreeTopology
@@ -123,7 +67,9 @@ class DiffuseTreeVAE(nn.Module):
         torch.Size([3, 1, 8, 8])
     """
 
-    def __init__(self, tree_vae: TreeVAE, ddpm: LeafConditionedDDPM) -> None:
+    density: LeafDensity | None
+
+    def __init__(self, tree_vae: TreeVAE, ddpm: LeafConditionedDDPM, density: LeafDensity | None = None) -> None:
         super().__init__()
         if tree_vae.topology != ddpm.index.topology:
             raise ValueError(
@@ -133,16 +79,24 @@ class DiffuseTreeVAE(nn.Module):
         images = (ddpm.unet.out_channels, *ddpm.unet.size)
         if tree_vae.inputs != images:
             raise ValueError(f"both stages must have images of one shape, found {tree_vae.inputs} and {images}")
-        self.tree_vae, self.ddpm = tree_vae, ddpm
+        if density is not None:
+            density.check(tree_vae)
+        self.tree_vae, self.ddpm, self.density = tree_vae, ddpm, density
 
-    def loss(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def loss(self, x: Tensor, *, prior_share: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
         """The second stage's loss on images whose leaf and latents come from the posterior of the first, frozen one.
+
+        Args:
+            x: `(B, C, H, W)` in [0, 1].
+            prior_share: share of the images whose latents below the root come from the prior; see `condition_of`.
+            generator: where all randomness comes from.
 
         Raises:
             TypeError: if `x` is no floating-point tensor.
-            ValueError: if `x` is not what the model takes.
+            ValueError: if `x` is not what the model takes, or the share is out of range.
         """
-        return self.ddpm.loss(x, condition_of(self.tree_vae, x, generator=generator), generator=generator)
+        condition = condition_of(self.tree_vae, x, prior_share=prior_share, generator=generator)
+        return self.ddpm.loss(x, condition, generator=generator)
 
     def generate(
         self,
@@ -150,6 +104,7 @@ class DiffuseTreeVAE(nn.Module):
         *,
         node: int | None = None,
         leaf: int | None = None,
+        latents: str = "prior",
         temperature: float = 1.0,
         first_index: int = 0,
         generator: torch.Generator | None = None,
@@ -163,6 +118,7 @@ class DiffuseTreeVAE(nn.Module):
             n: how many.
             node: id of a node that every path passes; the root by default.
             leaf: the same for a leaf, and refuses any other node.
+            latents: what leaf and latents are drawn from: the 'prior', or the model's 'density'.
             temperature: factor on the standard deviation of every latent.
             first_index: index of the first image, to continue a series.
             generator: gives the seed.
@@ -170,7 +126,7 @@ class DiffuseTreeVAE(nn.Module):
 
         Raises:
             KeyError: if there is no such node, or it is no leaf.
-            ValueError: if both a node and a leaf are given, or a setting is out of range.
+            ValueError: if both a node and a leaf are given, there are no such latents, or a setting is out of range.
         """
         if leaf is not None:
             if node is not None:
@@ -179,12 +135,25 @@ class DiffuseTreeVAE(nn.Module):
                 raise KeyError(f"node {leaf} is not a leaf; the leaves are {list(self.tree_vae.topology.leaves)}")
             node = leaf
         seed = seed_from(generator)
-        drawn = self.tree_vae.sample(
+        drawn = self._drawer(latents)(
             n, node=node, temperature=temperature, first_index=first_index, generator=_seeded(seed)
         )
         condition = condition_of_sample(drawn, self.tree_vae.topology)
         images = self.ddpm.sample(condition, first_index=first_index, generator=_seeded(seed), **sampling)
         return Refined(images, drawn.images, drawn.leaf)
+
+    def _drawer(self, latents: str) -> Callable[..., TreeSample]:
+        """What draws from the tree."""
+        if latents not in ("prior", "density"):
+            raise ValueError(f"latents must be 'prior' or 'density', found {latents!r}")
+        if latents == "prior":
+            return self.tree_vae.sample
+        if self.density is None:
+            raise ValueError(
+                "this model has no density to draw latents from; fit one: "
+                "model.density = LeafDensity.fit(model.tree_vae, images)"
+            )
+        return partial(self.density.sample, self.tree_vae)
 
     @torch.no_grad()
     def generate_tree(
@@ -196,7 +165,7 @@ class DiffuseTreeVAE(nn.Module):
         generator: torch.Generator | None = None,
         **sampling: Any,  # noqa: ANN401
     ) -> Refined:
-        """Draw `n` roots and follow each to every leaf: the same thing seen by every cluster, from the same noise.
+        """Draw `n` roots from the prior and follow each to every leaf: the same thing seen by every cluster.
 
         Returns images of shape `(n, K, C, H, W)` in the order of the topology's leaves, and leaves `(n, K)`. Column `k`
         holds the pictures of `generate(n, leaf=topology.leaves[k])` for the same generator state.
@@ -261,8 +230,14 @@ class DiffuseTreeVAE(nn.Module):
     # --- files --------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write both stages to one safetensors file; see `treediff.io`. Each can also be saved alone."""
-        save_model(self, path, {"tree_vae": self.tree_vae.header(), "ddpm": self.ddpm.header()})
+        """Write both stages, and the density if there is one, to one safetensors file; see `treediff.io`.
+
+        Each stage can also be saved alone.
+        """
+        header = {"tree_vae": self.tree_vae.header(), "ddpm": self.ddpm.header()}
+        if self.density is not None:
+            header["density"] = self.density.header()
+        save_model(self, path, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, model: Self | None = None) -> Self:
@@ -270,8 +245,8 @@ class DiffuseTreeVAE(nn.Module):
 
         Args:
             path: the file.
-            model: a model on the same tree to fill, if a stage was built from parts of your own. It stays as it was if
-                the file does not fit.
+            model: a model on the same tree to fill, if a stage was built from parts of your own; its density gives way
+                to the file's, or to none. It stays as it was if the file does not fit.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -279,14 +254,20 @@ class DiffuseTreeVAE(nn.Module):
                 from parts and no model is given.
         """
         header = read_header(path, cls.__name__)
-        first, second = header.get("tree_vae"), header.get("ddpm")
+        first, second, third = (header.get(part) for part in ("tree_vae", "ddpm", "density"))
         if not isinstance(first, dict) or not isinstance(second, dict):
             raise ValueError(f"the header of {os.fspath(path)!r} is damaged: it describes no two stages, {header}")
+        density = LeafDensity.from_header(third, path) if "density" in header else None
         if model is None:
-            model = cls(TreeVAE.from_header(first, path), LeafConditionedDDPM.from_header(second, path))
-        else:
-            model.ddpm.check_tree(second, path)
-        load_into(model, path)
+            model = cls(TreeVAE.from_header(first, path), LeafConditionedDDPM.from_header(second, path), density)
+            load_into(model, path)
+            return model
+        model.ddpm.check_tree(second, path)
+        if density is not None:
+            density.to(model.tree_vae.device)
+        # The stages are shared, so this fills the given model too, unless the file does not fit.
+        load_into(cls(model.tree_vae, model.ddpm, density), path)
+        model.density = density
         return model
 
 

@@ -153,7 +153,7 @@ def test_an_image_does_not_depend_on_its_batch(sampler: Sampler) -> None:
     assert not torch.isclose(model.sample(rows, sampler=sampler, steps=4, generator=seeded(6)), whole).all()
 
 
-def draws(model: LeafConditionedDDPM, n: int, first: int, seed: int) -> list[Tensor]:
+def draws(model: LeafConditionedDDPM, n: int, first: int, seed: int, **settings: Any) -> list[Tensor]:  # noqa: ANN401
     """What a chain begins with, and the noise of its first three steps."""
     found: list[Tensor] = []
 
@@ -161,7 +161,8 @@ def draws(model: LeafConditionedDDPM, n: int, first: int, seed: int) -> list[Ten
         found.extend([x, *(noise(i) for i in range(3))])
         return x
 
-    model.sample(TreeCondition.at(1, n), sampler=sampler, first_index=first, generator=seeded(seed))  # type: ignore[arg-type]
+    rows = TreeCondition(torch.ones(n, dtype=torch.int64), image=images(n))
+    model.sample(rows, sampler=sampler, first_index=first, generator=seeded(seed), **settings)  # type: ignore[arg-type]
     return found
 
 

@@ -1,9 +1,8 @@
-"""Both stages together: conditions against a loop over images, and ways to generate against each other."""
+"""Both stages together: ways to generate against one stage after the other, and against each other."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,10 +12,10 @@ from pairs import pair, small
 from torch import Tensor
 from worlds import seeded
 
-from treediff import DiffuseTreeVAE, TreeTopology, TreeVAE
+from treediff import DiffuseTreeVAE, TreeTopology
 from treediff.diffusion import DDPMSampler
 from treediff.layers.bank import NodeBank
-from treediff.noise import counter_normal, counter_uniform, seed_from
+from treediff.noise import seed_from
 from treediff.pipeline import Refined, condition_of, condition_of_sample
 
 TREES = {"lone root": TreeTopology.balanced(0), "chain": TreeTopology.chain(2), "grown": GROWN, "pruned": PRUNED}
@@ -36,99 +35,6 @@ def check_same(found: Refined, expected: Refined) -> None:
 
 def part_of(whole: Refined, rows: slice) -> Refined:
     return Refined(whole.images[rows], whole.coarse[rows], whole.leaf[rows])
-
-
-# --- the posterior as a condition ---------------------------------------------------------------------------
-
-
-def slow_leaf(model: TreeVAE, x: Tensor, mode: str | Tensor, seed: int, index: int, i: int) -> int:
-    """One image's leaf: counted through its probabilities one by one."""
-    if isinstance(mode, Tensor):
-        return int(mode[i])
-    shares = model.leaf_log_probs(x)[0].exp().tolist()
-    if mode == "argmax":
-        return model.topology.leaves[shares.index(max(shares))]
-    point = float(counter_uniform(seed, torch.tensor([index]), draw=-1, dtype=torch.float64))
-    for leaf, share in zip(model.topology.leaves, shares, strict=True):
-        if point < share:
-            return leaf
-        point -= share
-    raise AssertionError("the shares do not add up to 1")
-
-
-def check_condition(model: TreeVAE, x: Tensor, mode: str | Tensor, first: int = 5) -> None:
-    """Image by image, from `posterior` along the one path and the leaf's own decoder."""
-    tree, seed = model.topology, seed_from(seeded(8))
-    found = condition_of(model, x, leaf=mode, first_index=first, generator=seeded(8))
-    assert found.z is not None and found.z.shape == (len(x), tree.max_depth + 1, *model.latent)
-    assert found.weights is not None and found.is_known().all() and not found.z.requires_grad
-    for i in range(len(x)):
-        row, index = x[i : i + 1], torch.tensor([first + i])
-        leaf = slow_leaf(model, row, mode, seed, first + i, i)
-        assert found.node[i] == leaf
-        noise = [counter_normal(seed, index, model.latent, draw=node, dtype=torch.float64) for node in tree.ids]
-        posterior = model.posterior(row, leaf=torch.tensor([leaf]), noise=torch.stack(noise, 1))
-        path = tree.path(leaf)
-        for depth, node in enumerate(path):
-            close(found.z[i, depth], posterior.latents(node)[0])
-        assert not found.z[i, len(path) :].any()
-        close(found.require_image()[i], model.likelihood.mean(model.decoders.module(leaf)(posterior.latents(leaf)))[0])
-        close(found.weights[i], model.leaf_log_probs(row)[0].exp())
-
-
-@torch.no_grad()
-@each_tree
-@pytest.mark.parametrize("mode", ["sample", "argmax", "ids"])
-def test_a_condition_equals_the_loop_over_images(mode: str, tree: TreeTopology) -> None:
-    model = pair(tree).tree_vae
-    ids = torch.tensor([tree.leaves[i % len(tree.leaves)] for i in range(7)])
-    check_condition(model, observations(model, 7), ids if mode == "ids" else mode)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["vectors", "mlp", "maps", "colour"])
-def test_a_condition_of_other_models(kind: str) -> None:
-    model = build(PRUNED, kind)
-    check_condition(model, observations(model, 3), "sample")
-
-
-@torch.no_grad()
-def test_leaves_are_drawn_by_their_probability() -> None:
-    model, n = pair().tree_vae, 6000
-    for x in observations(model, 2, seed=4):
-        found = condition_of(model, x.expand(n, *x.shape), generator=seeded(1))
-        shares = model.leaf_log_probs(x[None])[0].exp()
-        counts = torch.tensor([int((found.node == leaf).sum()) for leaf in GROWN.leaves], dtype=torch.float64)
-        assert float(((counts - n * shares) ** 2 / (n * shares)).sum()) < 16.3  # one in a thousand, 3 degrees
-        assert shares.max() < 0.8 and shares.min() > 0.02
-    # Neighbours are drawn on their own.
-    pairs = Counter(zip((found.node[:-1] == 5).tolist(), (found.node[1:] == 5).tolist(), strict=True))
-    share = float(shares[GROWN.leaves.index(5)])
-    assert pairs[True, True] / n == pytest.approx(share**2, abs=0.02)
-
-
-@torch.no_grad()
-def test_a_condition_does_not_depend_on_the_batch() -> None:
-    model = pair().tree_vae
-    x = observations(model, 9)
-    whole = condition_of(model, x, generator=seeded(2))
-    for first, n in ((0, 1), (4, 1), (2, 5), (9, 0)):
-        part = condition_of(model, x[first : first + n], first_index=first, generator=seeded(2))
-        expected = whole[slice(first, first + n)]
-        assert torch.equal(part.node, expected.node)
-        for name in ("z", "image", "weights"):
-            close(getattr(part, name), getattr(expected, name))
-
-
-@each_tree
-def test_a_sample_as_a_condition_is_as_long_as_the_tree_is_deep(tree: TreeTopology) -> None:
-    model = pair(tree).tree_vae
-    for node in (tree.root, tree.leaves[0], tree.leaves[-1]):
-        drawn = model.sample(4, node=node, generator=seeded(3))
-        found = condition_of_sample(drawn, tree)
-        assert found.z is not None and found.z.shape == (4, tree.max_depth + 1, *model.latent)
-        assert torch.equal(found.z[:, : drawn.z.shape[1]], drawn.z) and not found.z[:, drawn.z.shape[1] :].any()
-        assert found.node is drawn.leaf and found.image is drawn.images and found.weights is None
 
 
 # --- three ways to generate ---------------------------------------------------------------------------------
@@ -222,6 +128,20 @@ def test_settings_reach_the_second_stage() -> None:
             draw(2, grid="even")
 
 
+def test_noise_on_the_condition_reaches_the_second_stage() -> None:
+    model = pair(condition_noise=0.6)
+    x = observations(model.tree_vae, 2)
+    for draw in (model.generate, model.generate_tree, lambda n, **s: model.refine(x, **s)):
+        plain, other, same = (
+            draw(2, generator=seeded(1), steps=2, **s) for s in ({}, {"condition_noise": 0.5}, {"condition_noise": 0.0})
+        )
+        assert not torch.isclose(plain.images, other.images).all() and torch.equal(plain.coarse, other.coarse)
+        assert torch.equal(plain.images, same.images)
+    every = model.generate_tree(3, generator=seeded(4), steps=2, condition_noise=0.5)
+    column = Refined(every.images[:, 0], every.coarse[:, 0], every.leaf[:, 0])
+    check_same(column, model.generate(3, leaf=GROWN.leaves[0], generator=seeded(4), steps=2, condition_noise=0.5))
+
+
 # --- how much is computed -----------------------------------------------------------------------------------
 
 
@@ -251,6 +171,17 @@ def test_one_path_is_walked_and_one_decoder_runs_per_image(tree: TreeTopology, w
     assert sum(headed) == (0 if "generate" in way else sum(depths) + n)
 
 
+def test_prior_paths_cost_no_second_walk() -> None:
+    model, x = pair(), observations(build(GROWN, "conv"), 11)
+    first = model.tree_vae
+    counts = [rows_through(bank) for bank in (first.decoders, first.transitions, first.heads)]
+    plain = model.loss(x, generator=seeded())
+    walked = [sum(count) for count in counts]
+    mixed = model.loss(x, prior_share=0.5, generator=seeded())
+    assert [sum(count) for count in counts] == [2 * rows for rows in walked]
+    assert not torch.isclose(plain, mixed)
+
+
 def test_the_first_stage_is_frozen() -> None:
     model = pair()
     x = observations(model.tree_vae, 5)
@@ -264,6 +195,18 @@ def test_the_first_stage_is_frozen() -> None:
     again = condition_of(model.tree_vae, x, generator=same)  # at every step the leaf is drawn anew
     assert again.z is not None and told.z is not None
     assert not torch.equal(again.node, told.node) and not torch.isclose(again.z[:, 0], told.z[:, 0]).any()
+
+
+def test_the_loss_passes_the_share_on() -> None:
+    model = pair()
+    x = observations(model.tree_vae, 5)
+    generator, same = seeded(3), seeded(3)
+    loss = model.loss(x, prior_share=0.7, generator=generator)
+    told = condition_of(model.tree_vae, x, prior_share=0.7, generator=same)
+    assert torch.equal(model.ddpm.loss(x, told, generator=same), loss)
+    assert torch.equal(model.loss(x, prior_share=0.0, generator=seeded(3)), model.loss(x, generator=seeded(3)))
+    loss.backward()
+    assert all(p.grad is None for p in model.tree_vae.parameters())
 
 
 def test_global_random_numbers_are_left_alone() -> None:

@@ -1,0 +1,117 @@
+"""Where images belong, as a TreeVAE sees it: from images or from its samples to the conditions of the second stage.
+
+Letters: `B` images, `K` leaves, `S` depth of the tree, `N` nodes, `D` latent, `C H W` image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from treediff.diffusion.condition import TreeCondition
+from treediff.generation import TreeSample
+from treediff.noise import counter_normal, counter_uniform, seed_from
+from treediff.posterior import TreePosterior, leaf_log_probs_of
+from treediff.topology import TreeTopology
+from treediff.treevae import TreeVAE
+from treediff.visits import Visits
+
+__all__ = ["condition_of", "condition_of_sample"]
+
+# Draws of an image: its latents are numbered by their nodes, from 0 on.
+_LEAF, _PRIOR = -1, -2
+
+
+@torch.no_grad()
+def condition_of(
+    model: TreeVAE,
+    x: Tensor,
+    *,
+    leaf: Tensor | str = "sample",
+    prior_share: float = 0.0,
+    first_index: int = 0,
+    generator: torch.Generator | None = None,
+) -> TreeCondition:
+    """Where images belong by the posterior of a TreeVAE: a leaf, the latents on the way to it, and its reconstruction.
+
+    Leaf and latents of image `i` depend on the generator's seed and on `first_index + i` only.
+
+    A second stage that trains on the posterior's conditions and generates from the prior's has never seen what it is
+    given. With `prior_share` some images are told what lies between the two: the root's latent and the leaf are still
+    those of the image, the latents below the root are drawn from `p(z_i | z_parent)`, and the leaf's decoder makes its
+    image of them.
+
+    Args:
+        model: the TreeVAE.
+        x: `(B, C, H, W)`.
+        leaf: 'sample' for a leaf drawn from `P(leaf | x)`, 'argmax' for the most probable one, or `(B,)` leaf ids.
+        prior_share: share of the images whose latents below the root come from the prior, from 0 to 1; each image is
+            one of them with this probability, whatever the batch.
+        first_index: index of the first image.
+        generator: gives the seed.
+
+    Raises:
+        ValueError: if `leaf` is another word, the share is out of range, or `x` is not what the model takes.
+        KeyError: if an id is not that of a leaf.
+    """
+    model.check(x)
+    if not 0 <= prior_share <= 1:
+        raise ValueError(f"prior_share must be between 0 and 1, found {prior_share}")
+    features = model.features(x)
+    everywhere = model.route(features)
+    plan, log_probs = everywhere.plan, leaf_log_probs_of(everywhere)
+    seed, index = seed_from(generator), torch.arange(first_index, first_index + len(x), device=x.device)
+    leaves = plan.ids(plan.leaves)
+    rank = _leaf_ranks(model, leaf, log_probs, leaves, seed, index)
+    visits = everywhere.along(rank)
+    draws = [counter_normal(seed, index, model.latent, draw=node, dtype=features.dtype) for node in plan.nodes]
+    noise = torch.stack(draws, 1)
+    if prior_share:
+        from_prior = counter_uniform(seed, index, draw=_PRIOR, dtype=torch.float64) < prior_share
+        posterior = _partly_prior(model, features, visits, noise, from_prior)
+    else:
+        posterior = model.latents(features, visits, noise=noise)
+    z = posterior.z.new_zeros(len(x), len(plan.levels), *model.latent)
+    z[visits.image, plan.depth[visits.node]] = posterior.z
+    ends = visits.at_leaves()
+    images = model.likelihood.mean(model.decode_visits(posterior, ends))
+    image = torch.empty_like(images).index_copy(0, visits.image[ends], images)
+    return TreeCondition(torch.tensor(leaves, device=x.device)[rank], z=z, image=image, weights=log_probs.exp())
+
+
+def _leaf_ranks(
+    model: TreeVAE, leaf: Tensor | str, log_probs: Tensor, leaves: Sequence[int], seed: int, index: Tensor
+) -> Tensor:
+    """`(B,)` which of the leaves each image belongs to."""
+    if isinstance(leaf, Tensor):
+        return model._leaf_ranks(leaf, len(index), leaves)
+    if leaf == "argmax":
+        return log_probs.argmax(1)
+    if leaf != "sample":
+        raise ValueError(f"leaf must be 'sample', 'argmax' or (B,) leaf ids, found {leaf!r}")
+    sums = log_probs.exp().cumsum(1)
+    # Below the last sum, so that rounding never leads past the last leaf.
+    point = counter_uniform(seed, index, draw=_LEAF, dtype=sums.dtype) * sums[:, -1]
+    return (sums <= point[:, None]).sum(1).clamp(max=len(leaves) - 1)
+
+
+def _partly_prior(model: TreeVAE, features: Tensor, visits: Visits, noise: Tensor, from_prior: Tensor) -> TreePosterior:
+    """`model.latents`, but below the root some of the images, `(B,)` booleans, follow the prior."""
+    plan = visits.plan
+    rows = features.flatten(0, 1).index_select(0, plan.ladder_rows(visits.image, visits.node, visits.batch))
+    mean, logvar = model.heads(rows, visits.groups(), plan.nodes).chunk(2, 1)
+    # A head that knows nothing leaves all to the prior it is merged with: exactly, and with no other walk than this.
+    silent = from_prior[visits.image] & (visits.parent >= 0)
+    logvar = torch.where(silent.view(-1, *[1] * (logvar.ndim - 1)), torch.inf, logvar)
+    own_noise = noise[visits.image, plan.rank[visits.node]].to(mean.dtype)
+    return model._top_down(visits, torch.cat([mean, logvar], 1), own_noise)
+
+
+def condition_of_sample(sample: TreeSample, topology: TreeTopology) -> TreeCondition:
+    """The place of images that a TreeVAE drew from its prior."""
+    missing = topology.max_depth + 1 - sample.z.shape[1]
+    # A sample is as long as the deepest leaf it could have reached; conditions are as long as the tree is deep.
+    z = torch.cat([sample.z, sample.z.new_zeros(len(sample.z), missing, *sample.z.shape[2:])], 1)
+    return TreeCondition(sample.leaf, z=z, image=sample.images)
