@@ -24,7 +24,7 @@ from treediff.diffusion.presets import PresetParts, preset_parts
 from treediff.diffusion.schedule import NoiseSchedule
 from treediff.diffusion.unet import UNet
 from treediff.diffusion.weighting import Weighting, simple
-from treediff.io import dtype_named, load_into, read_header, save_model
+from treediff.io import dtype_name, dtype_named, load_into, read_header, require_config, save_model
 from treediff.networks import TreeNetworks, check_values
 from treediff.topology import TreeTopology
 
@@ -145,8 +145,8 @@ class DDPMNetworks(nn.Module):
 
     def header(self) -> dict[str, Any]:
         """What a file says of the model besides its weights."""
-        topology, dtype = json.loads(self.index.topology.to_json()), str(self.unet.out.weight.dtype)
-        return {"config": self.config, "topology": topology, "dtype": dtype.removeprefix("torch.")}
+        topology = json.loads(self.index.topology.to_json())
+        return {"config": self.config, "topology": topology, "dtype": dtype_name(self.unet.out.weight.dtype)}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, model: Self | None = None) -> Self:
@@ -186,20 +186,16 @@ class DDPMNetworks(nn.Module):
         Raises:
             ValueError: if it was built from parts, which no header describes, or the header is damaged.
         """
-        if header.get("config") is None:
-            raise ValueError(
-                f"the model in {os.fspath(path)!r} was built from parts, which a file does not hold; build it the "
-                "same way and pass it as model="
-            )
+        config = require_config(header, path)
         topology = TreeTopology.from_json(json.dumps(header.get("topology")))
         preset = replace(
-            PresetParts.from_config(header["config"], topology), dtype=dtype_named(header.get("dtype", "float32"), path)
+            PresetParts.from_config(config, topology), dtype=dtype_named(header.get("dtype", "float32"), path)
         )
         try:
             with torch.random.fork_rng(devices=[]):  # weights are drawn as the network is built, and then replaced
                 return cls.for_images(**vars(preset))
         except TypeError as error:
-            raise ValueError(f"the configuration {header['config']!r} does not describe a model: {error}") from error
+            raise ValueError(f"the configuration {config!r} does not describe a model: {error}") from error
 
 
 def _check_parts(unet: UNet, conditioner: Conditioner) -> None:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from treediff.diffusion.condition import NodeIndex
-from treediff.generation import TreeSample, _check
-from treediff.io import dtype_named
+from treediff.generation import TreeSample, check_draw
+from treediff.io import dtype_name, dtype_named
 from treediff.layers.blocks import check_positive, check_shape
 from treediff.layers.grouped import grouped_linear
 from treediff.layers.groups import Groups
@@ -201,7 +201,7 @@ class LeafDensity(nn.Module):
         self.check(tree_vae)
         tree, device, dtype = self.index.topology, self.means.device, self.means.dtype
         below = tree.leaves_under(tree.root if node is None else node)
-        _check(n, temperature, first_index)
+        check_draw(n, temperature, first_index)
         seed = combine_seeds(seed_from(generator), 2)  # apart from the draws of the tree and of the second stage
         index = torch.arange(first_index, first_index + n, device=device)
         ranks = torch.tensor([tree.leaves.index(leaf) for leaf in below], device=device)
@@ -226,7 +226,7 @@ class LeafDensity(nn.Module):
         """What a file says of the density besides its tables."""
         return {
             "components": self.components,
-            "dtype": str(self.means.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.means.dtype),
             "latent": list(self.latent),
             "topology": json.loads(self.index.topology.to_json()),
         }

@@ -80,7 +80,7 @@ def sample(
     """Draw `n` images through `node` (the root by default); see `TreeVAE.sample`."""
     tree = model.topology
     forced = tree.path(tree.root if node is None else node)
-    _check(n, temperature, first_index)
+    check_draw(n, temperature, first_index)
     seed, device, dtype = seed_from(generator), model.device, model.dtype
     plan = model.plan(None, device)
     ids = torch.tensor(plan.nodes, device=device)
@@ -129,7 +129,8 @@ def _by_node(bank: NodeBank, x: Tensor, rank: Tensor, nodes: list[int]) -> Tenso
     return y[order.argsort()]
 
 
-def _check(n: int, temperature: float, first_index: int) -> None:
+def check_draw(n: int, temperature: float, first_index: int) -> None:
+    """Raise TypeError or ValueError unless so many images can be drawn like this."""
     # A whole number of numpy's will do; True is no count.
     counts = all(isinstance(i, Integral) and not isinstance(i, bool) for i in (n, first_index))
     if not counts or not isinstance(temperature, Real):
@@ -157,7 +158,7 @@ def sample_leaves(
     generator: torch.Generator | None = None,
 ) -> LeafSamples:
     """Draw `n` roots and follow each to every leaf; see `TreeVAE.sample_leaves`."""
-    _check(n, temperature, first_index)
+    check_draw(n, temperature, first_index)
     seed, device, dtype = seed_from(generator), model.device, model.dtype
     plan = model.plan(None, device)
     ids = torch.tensor(plan.nodes, device=device)

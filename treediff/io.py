@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-__all__ = ["FORMAT_VERSION", "dtype_named", "load_into", "read_header", "save_model"]
+__all__ = ["FORMAT_VERSION", "dtype_name", "dtype_named", "load_into", "read_header", "require_config", "save_model"]
 
 FORMAT_VERSION = 1
 _KEY = "treediff"
@@ -104,6 +104,25 @@ def read_header(path: Path, expected_class: str) -> dict[str, Any]:
     return dict(header)
 
 
+def require_config(header: Mapping[str, Any], path: Path) -> Any:  # noqa: ANN401
+    """The configuration in a file's header.
+
+    Raises:
+        ValueError: if there is none, because the model was built from parts.
+    """
+    if header.get("config") is None:
+        raise ValueError(
+            f"the model in {os.fspath(path)!r} was built from parts, which a file does not hold; build it the same way "
+            "and pass it as model="
+        )
+    return header["config"]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """How files name a dtype, as `dtype_named` reads it: 'float32' and so on."""
+    return str(dtype).removeprefix("torch.")
+
+
 def dtype_named(name: object, path: Path) -> torch.dtype:
     """The floating-point dtype that a file names.
 
@@ -137,4 +156,4 @@ def load_into(module: nn.Module, path: Path) -> None:
 def _describe(tensor: Tensor | None) -> str:
     if tensor is None:
         return "no such tensor"
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}"

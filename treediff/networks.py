@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from treediff.io import dtype_named, load_into, read_header, save_model
+from treediff.io import dtype_name, dtype_named, load_into, read_header, require_config, save_model
 from treediff.layers.bank import NodeBank
 from treediff.layers.likelihood import Likelihood
 from treediff.plan import TreePlan
@@ -161,8 +161,8 @@ class TreeNetworks(nn.Module):
 
     def header(self) -> dict[str, Any]:
         """What a file says of the model besides its weights."""
-        topology, dtype = json.loads(self.topology.to_json()), str(self.dtype).removeprefix("torch.")
-        return {"config": self.config, "topology": topology, "dtype": dtype}
+        topology = json.loads(self.topology.to_json())
+        return {"config": self.config, "topology": topology, "dtype": dtype_name(self.dtype)}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, model: Self | None = None) -> Self:
@@ -196,13 +196,9 @@ class TreeNetworks(nn.Module):
         Raises:
             ValueError: if it was built from parts, which no header describes, or the header is damaged.
         """
-        if header.get("config") is None:
-            raise ValueError(
-                f"the model in {os.fspath(path)!r} was built from parts, which a file does not hold; build it "
-                "the same way and pass it as model="
-            )
+        config = require_config(header, path)
         topology = TreeTopology.from_json(json.dumps(header.get("topology")))
-        model = cls.from_config(header["config"]).to(dtype_named(header.get("dtype"), path))
+        model = cls.from_config(config).to(dtype_named(header.get("dtype"), path))
         model._become(topology)
         return model
 

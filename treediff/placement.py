@@ -13,10 +13,10 @@ from torch import Tensor
 from treediff.diffusion.condition import TreeCondition
 from treediff.generation import TreeSample
 from treediff.noise import counter_normal, counter_uniform, seed_from
-from treediff.posterior import TreePosterior, leaf_log_probs_of
+from treediff.posterior import leaf_log_probs_of
+from treediff.probability import sample_leaf
 from treediff.topology import TreeTopology
 from treediff.treevae import TreeVAE
-from treediff.visits import Visits
 
 __all__ = ["condition_of", "condition_of_sample"]
 
@@ -67,12 +67,10 @@ def condition_of(
     rank = _leaf_ranks(model, leaf, log_probs, leaves, seed, index)
     visits = everywhere.along(rank)
     draws = [counter_normal(seed, index, model.latent, draw=node, dtype=features.dtype) for node in plan.nodes]
-    noise = torch.stack(draws, 1)
+    from_prior = None
     if prior_share:
         from_prior = counter_uniform(seed, index, draw=_PRIOR, dtype=torch.float64) < prior_share
-        posterior = _partly_prior(model, features, visits, noise, from_prior)
-    else:
-        posterior = model.latents(features, visits, noise=noise)
+    posterior = model.latents(features, visits, noise=torch.stack(draws, 1), from_prior=from_prior)
     z = posterior.z.new_zeros(len(x), len(plan.levels), *model.latent)
     z[visits.image, plan.depth[visits.node]] = posterior.z
     ends = visits.at_leaves()
@@ -91,22 +89,7 @@ def _leaf_ranks(
         return log_probs.argmax(1)
     if leaf != "sample":
         raise ValueError(f"leaf must be 'sample', 'argmax' or (B,) leaf ids, found {leaf!r}")
-    sums = log_probs.exp().cumsum(1)
-    # Below the last sum, so that rounding never leads past the last leaf.
-    point = counter_uniform(seed, index, draw=_LEAF, dtype=sums.dtype) * sums[:, -1]
-    return (sums <= point[:, None]).sum(1).clamp(max=len(leaves) - 1)
-
-
-def _partly_prior(model: TreeVAE, features: Tensor, visits: Visits, noise: Tensor, from_prior: Tensor) -> TreePosterior:
-    """`model.latents`, but below the root some of the images, `(B,)` booleans, follow the prior."""
-    plan = visits.plan
-    rows = features.flatten(0, 1).index_select(0, plan.ladder_rows(visits.image, visits.node, visits.batch))
-    mean, logvar = model.heads(rows, visits.groups(), plan.nodes).chunk(2, 1)
-    # A head that knows nothing leaves all to the prior it is merged with: exactly, and with no other walk than this.
-    silent = from_prior[visits.image] & (visits.parent >= 0)
-    logvar = torch.where(silent.view(-1, *[1] * (logvar.ndim - 1)), torch.inf, logvar)
-    own_noise = noise[visits.image, plan.rank[visits.node]].to(mean.dtype)
-    return model._top_down(visits, torch.cat([mean, logvar], 1), own_noise)
+    return sample_leaf(log_probs, counter_uniform(seed, index, draw=_LEAF, dtype=log_probs.dtype))
 
 
 def condition_of_sample(sample: TreeSample, topology: TreeTopology) -> TreeCondition:

@@ -110,12 +110,21 @@ class TreeVAE(PresetNetworks):
         visits: Visits,
         *,
         noise: Tensor | None = None,
+        from_prior: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> TreePosterior:
-        """The second half of `posterior`: Gaussians, samples and prior decisions for visits already found."""
+        """The second half of `posterior`: Gaussians, samples and prior decisions for visits already found.
+
+        Images of `from_prior`, `(B,)` booleans, are seen at the root only; below it their latents follow the prior.
+        """
         where = visits.plan.ladder_rows(visits.image, visits.node, visits.batch)
         rows = features.flatten(0, 1).index_select(0, where)
         hats = self.heads(rows, visits.groups(), visits.plan.nodes)
+        if from_prior is not None:
+            # A head that knows nothing leaves all to the prior it is merged with, exactly.
+            silent = from_prior[visits.image] & (visits.parent >= 0)
+            mean, logvar = hats.chunk(2, 1)
+            hats = torch.cat([mean, torch.where(silent.view(-1, *[1] * (hats.ndim - 1)), torch.inf, logvar)], 1)
         if noise is None:
             shape = (len(rows), *self.latent)
             noise = torch.randn(shape, generator=generator, dtype=hats.dtype, device=rows.device)

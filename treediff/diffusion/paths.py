@@ -20,19 +20,8 @@ from treediff.topology import TreeTopology
 __all__ = ["LatentEmbedding", "PathEncoder", "PathTokens"]
 
 
-class LatentEmbedding(Conditioner):
-    """The latent at the node through Linear, SiLU, Linear; a learned null where it is not known.
-
-    Args:
-        topology: the tree.
-        latent: shape of one latent.
-        embedding: width `E`.
-        device: where the parameters live.
-        dtype: of the parameters.
-
-    Raises:
-        ValueError: on a condition whose latents do not fit the tree.
-    """
+class _LatentReader(Conditioner):
+    """What both have: `f`, which is Linear, SiLU, Linear, and a null for latents that are not known."""
 
     def __init__(
         self,
@@ -50,6 +39,21 @@ class LatentEmbedding(Conditioner):
         self.embed = _perceptron(math.prod(self.latent), embedding, device=device, dtype=dtype)
         self.null = nn.Parameter(torch.zeros(embedding, device=device, dtype=dtype))
 
+
+class LatentEmbedding(_LatentReader):
+    """The latent at the node through Linear, SiLU, Linear; a learned null where it is not known.
+
+    Args:
+        topology: the tree.
+        latent: shape of one latent.
+        embedding: width `E`.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: on a condition whose latents do not fit the tree.
+    """
+
     def forward(self, condition: TreeCondition) -> Signal:
         """A vector."""
         rank = self.index.rank_of(condition.node)
@@ -61,7 +65,7 @@ class LatentEmbedding(Conditioner):
         return Signal(vector=torch.where(known, self.embed(_only(known, at_node).to(self.null.dtype)), self.null))
 
 
-class PathEncoder(Conditioner):
+class PathEncoder(_LatentReader):
     """The path from the root to the node as one vector: `sum over i of f(z_i) + e_i` (TreeDiffusion, arXiv 2410.16910).
 
     `e_i` is a vector of node `i`, `f` is Linear, SiLU, Linear, and a learned null where a latent is not known.
@@ -91,14 +95,8 @@ class PathEncoder(Conditioner):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_positive(embedding=embedding)
-        factory: Any = {"device": device, "dtype": dtype}
-        self.index = NodeIndex(topology)
-        self.latent = check_numbers("latent", latent)
-        self.embed = _perceptron(math.prod(self.latent), embedding, **factory)
-        self.table = nn.Embedding(len(topology), embedding, **factory)
-        self.null = nn.Parameter(torch.zeros(embedding, **factory))
+        super().__init__(topology, latent, embedding, device=device, dtype=dtype)
+        self.table = nn.Embedding(len(topology), embedding, device=device, dtype=dtype)
 
     def steps(self, condition: TreeCondition) -> tuple[Tensor, Tensor]:
         """A vector for each step of the paths `(B, S + 1, E)`, and which steps there are, `(B, S + 1)`."""

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from treediff.io import load_into, read_header, save_model
+from treediff.io import dtype_name, load_into, read_header, save_model
 from treediff.layers.blocks import check_positive, check_size, norm
 from treediff.layers.init import initialize
 
@@ -145,7 +145,7 @@ class FeatureClassifier(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights and configuration to one safetensors file; see `treediff.io`."""
-        dtype = str(self.last.weight.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.last.weight.dtype)
         save_model(self, path, {"config": self.config, "dtype": dtype})
 
     @classmethod
