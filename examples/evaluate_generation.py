@@ -73,11 +73,13 @@ def draw(model: DiffuseTreeVAE, test_images: Tensor, args: argparse.Namespace) -
         "steps": args.steps,
         "grid": args.grid,
         "guidance": args.guidance,
+        "condition_noise": args.condition_noise,
     }
 
     def sampled(rows: Tensor) -> Any:  # noqa: ANN401
         seed = torch.Generator().manual_seed(args.seed)
-        return model.generate(len(rows), first_index=int(rows[0]), generator=seed, **sampling)
+        first = int(rows[0])
+        return model.generate(len(rows), latents=args.latents, first_index=first, generator=seed, **sampling)
 
     def refined(rows: Tensor) -> Any:  # noqa: ANN401
         seed = torch.Generator().manual_seed(args.seed)
@@ -109,6 +111,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--grid", default="uniform")
     parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--latents", default="prior", choices=("prior", "density"), help="where samples come from")
+    parser.add_argument("--condition-noise", type=float, default=0.0, help="level of noise on the tree's image")
     parser.add_argument("--holdout", type=int, default=0, help="compare with the last training images instead")
     parser.add_argument("--float32", action="store_true", help="do not multiply in bfloat16")
     parser.add_argument("--batch-size", type=int, default=250)

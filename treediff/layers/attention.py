@@ -106,7 +106,7 @@ class Attention(nn.Module):
             value = value.masked_fill(empty[:, :, None, None], 0)
             mask = (mask | empty)[:, None, None]
         dropout = self.dropout if self.training else 0.0
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        read = _attend(query, key, value, mask, dropout)
         y: Tensor = self.out(read.transpose(1, 2).flatten(2))
         return y
 
@@ -138,6 +138,18 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         """The widths, for `print(attention)`."""
         return f"width={self.width}, context={self.context}, heads={self.heads}, dropout={self.dropout}"
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """`softmax(q k^T / sqrt(d)) v`, of the dtype of the query."""
+    if query.device.type != "cpu" or query.dtype == torch.float64:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    # On a CPU the kernel for bfloat16 is slower than that for float32, its backward pass many times.
+    with torch.autocast("cpu", enabled=False):
+        wide = F.scaled_dot_product_attention(
+            query.float(), key.float(), value.float(), attn_mask=mask, dropout_p=dropout
+        )
+        return wide.to(query.dtype)
 
 
 def _check_mask(mask: Tensor, source: Tensor) -> None:
