@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from treediff.io import dtype_name, load_into, read_header, save_model
+from treediff.io import dtype_name, dtype_named, load_into, read_header, save_model
 from treediff.layers.blocks import check_positive, check_size, norm
 from treediff.layers.init import initialize
 
@@ -157,10 +157,10 @@ class FeatureClassifier(nn.Module):
             ValueError: if the file is damaged, foreign, of another version or another class.
         """
         header = read_header(path, cls.__name__)
+        dtype, generator = dtype_named(header.get("dtype"), path), torch.Generator().manual_seed(0)
         try:
-            dtype, generator = getattr(torch, header["dtype"]), torch.Generator().manual_seed(0)
             model = cls(**header["config"], device="cpu", dtype=dtype, generator=generator)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"the header of {os.fspath(path)!r} does not describe a {cls.__name__} "
                 f"({type(error).__name__}: {error})"
