@@ -67,7 +67,7 @@ def in_batches(make: Callable[[Tensor], Any], n: int, size: int, name: str) -> l
 
 
 def draw(model: DiffuseTreeVAE, test_images: Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """Samples and reconstructions of both stages, and the leaves they belong to."""
+    """Samples and reconstructions of both stages, the leaves of samples, and what refined samples were made from."""
     sampling: dict[str, Any] = {
         "sampler": SAMPLERS[args.sampler],
         "steps": args.steps,
@@ -81,19 +81,26 @@ def draw(model: DiffuseTreeVAE, test_images: Tensor, args: argparse.Namespace) -
         first = int(rows[0])
         return model.generate(len(rows), latents=args.latents, first_index=first, generator=seed, **sampling)
 
+    def of_tree(rows: Tensor) -> Any:  # noqa: ANN401
+        seed = torch.Generator().manual_seed(args.seed)
+        return model.tree_vae.sample(len(rows), first_index=int(rows[0]), generator=seed)
+
     def refined(rows: Tensor) -> Any:  # noqa: ANN401
         seed = torch.Generator().manual_seed(args.seed)
         return model.refine(test_images[rows], first_index=int(rows[0]), generator=seed, **sampling)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
         samples = in_batches(sampled, args.samples, args.batch_size, "generate")
+        alone = in_batches(of_tree, args.samples, args.batch_size, "tree")
         again = in_batches(refined, min(args.samples, len(test_images)), args.batch_size, "refine")
     return {
         "samples": torch.cat([r.images for r in samples]).float(),
-        "tree samples": torch.cat([r.coarse for r in samples]).float(),
+        "coarse samples": torch.cat([r.coarse for r in samples]).float(),
+        "tree samples": torch.cat([r.images for r in alone]).float(),
         "reconstructions": torch.cat([r.images for r in again]).float(),
         "tree reconstructions": torch.cat([r.coarse for r in again]).float(),
         "leaf": torch.cat([r.leaf for r in samples]),
+        "tree leaf": torch.cat([r.leaf for r in alone]),
     }
 
 
@@ -127,7 +134,7 @@ def main() -> None:
     with torch.no_grad():
         drawn = draw(model, real, args)
         seconds = time.perf_counter() - start
-        leaf = drawn.pop("leaf")
+        places = {"samples": drawn.pop("leaf"), "tree samples": drawn.pop("tree leaf")}
         networks: dict[str, Features] = {"classifier": classifier.features_of}
         if args.efficientnet:
             networks["efficientnet"] = efficientnet()
@@ -145,7 +152,7 @@ def main() -> None:
                     generator = torch.Generator().manual_seed(args.seed)
                     result[f"{name}: interval"] = frechet_bootstrap(target, found, rounds=50, generator=generator)
         leaves = list(model.tree_vae.topology.leaves)
-        for kind in ("samples", "tree samples"):
+        for kind, leaf in places.items():
             predicted = torch.cat([classifier.predict(part) for part in drawn[kind].split(500)])
             specific = cluster_specificity(leaf, predicted, leaves=leaves, classes=classifier.config["classes"])
             encoded = torch.cat([model.tree_vae.cluster(part) for part in drawn[kind].split(500)])
