@@ -22,8 +22,9 @@ from treediff.diffusion.conditioning import Signal
 from treediff.diffusion.grids import GRIDS, Grid
 from treediff.diffusion.guidance import ClippedDenoiser, GuidedDenoiser
 from treediff.diffusion.parameterization import as_x0, target
-from treediff.diffusion.samplers import Denoiser, DPMSolverSampler, Progress, Sampler
+from treediff.diffusion.samplers import DPMSolverSampler, Sampler
 from treediff.diffusion.schedule import NoiseSchedule
+from treediff.diffusion.steps import Denoiser, Progress
 from treediff.noise import NoiseStream, combine_seeds, counter_normal, seed_from
 
 __all__ = ["LeafConditionedDDPM"]

@@ -17,6 +17,8 @@ SAMPLERS: dict[str, Sampler] = {
     "DDPM, small variance": DDPMSampler("small"),
     "DDPM, large variance": DDPMSampler("large"),
     "DPM-Solver++": DPMSolverSampler(),
+    "DPM-Solver++ with noise": DPMSolverSampler(eta=0.5),
+    "SDE-DPM-Solver++": DPMSolverSampler(eta=1.0),
     "Heun": HeunSampler(),
 }
 

@@ -29,13 +29,12 @@ from treediff.diffusion.paths import LatentEmbedding, PathEncoder, PathTokens
 from treediff.diffusion.samplers import (
     DDIMSampler,
     DDPMSampler,
-    Denoiser,
     DPMSolverSampler,
     HeunSampler,
-    Progress,
     Sampler,
 )
 from treediff.diffusion.schedule import NoiseSchedule
+from treediff.diffusion.steps import Denoiser, Progress
 from treediff.diffusion.unet import UNet
 from treediff.diffusion.weighting import min_snr, simple
 

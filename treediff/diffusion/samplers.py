@@ -17,112 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from treediff.diffusion.schedule import NoiseSchedule
+from treediff.diffusion.steps import Denoiser, Level, Noise, Progress, Step, levels_at
 
-__all__ = [
-    "DDIMSampler",
-    "DDPMSampler",
-    "DPMSolverSampler",
-    "Denoiser",
-    "HeunSampler",
-    "Level",
-    "Progress",
-    "Sampler",
-    "Step",
-]
-
-
-class Denoiser(Protocol):
-    """Anything that estimates the clean image under a schedule."""
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """How noise and time belong together."""
-
-    def __call__(self, x_t: Tensor, t: float) -> Tensor:
-        """The estimate of `x_0`, shaped like `x_t`."""
-
-
-Noise = Callable[[int], Tensor]
-
-
-class Level(NamedTuple):
-    """A time and what the schedule says of it, as plain numbers."""
-
-    t: float
-    log_alpha: float
-    alpha: float
-    sigma: float
-
-    @property
-    def log_snr(self) -> float:
-        """`log(alpha^2 / sigma^2)`; infinite at the ends where one of the two is 0."""
-        if self.sigma == 0:
-            return math.inf
-        return -math.inf if self.alpha == 0 else 2 * (self.log_alpha - math.log(self.sigma))
-
-
-@dataclass(frozen=True)
-class Step:
-    """All that a method needs to go from one time to the next.
-
-    Args:
-        s: where the step begins.
-        t: where it ends.
-        x: the images at `s`.
-        x0: the denoiser's estimate there.
-        before: where the last step began, and the estimate there; None in the first step.
-        denoiser: for methods that ask again.
-        noise: standard normal noise of this step, shaped like `x`; called at most once.
-    """
-
-    s: Level
-    t: Level
-    x: Tensor
-    x0: Tensor
-    before: tuple[Level, Tensor] | None
-    denoiser: Denoiser
-    noise: Callable[[], Tensor]
-
-    def towards(self, x0: Tensor, std: float = 0.0) -> Tensor:
-        """`alpha_t x0 + sqrt(sigma_t^2 - std^2) eps` with `eps = (x - alpha_s x0) / sigma_s`.
-
-        With `std = 0` it is where the probability flow leads if the estimate stays as it is.
-        """
-        kept = math.sqrt(max(0.0, self.t.sigma**2 - std**2)) / self.s.sigma
-        return kept * self.x + (self.t.alpha - kept * self.s.alpha) * x0
-
-    def forward_variance(self) -> float:
-        """`1 - alpha_s^2 / alpha_t^2`: what the forward process adds from `t` to `s`."""
-        return -math.expm1(2 * (self.s.log_alpha - self.t.log_alpha))
-
-    def posterior_std(self) -> float:
-        """Standard deviation of `q(x_t | x_s, x_0)`."""
-        return self.t.sigma / self.s.sigma * math.sqrt(self.forward_variance())
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a callback is told after each step.
-
-    Args:
-        step: how many are done.
-        steps: how many there are.
-        t: the time that was reached.
-        x: the images at that time.
-        x0: the estimate of the clean images on which the step was built.
-    """
-
-    step: int
-    steps: int
-    t: float
-    x: Tensor
-    x0: Tensor
+__all__ = ["DDIMSampler", "DDPMSampler", "DPMSolverSampler", "HeunSampler", "Sampler"]
 
 
 class Sampler(ABC):
@@ -159,7 +61,7 @@ class Sampler(ABC):
             TypeError: if a stochastic sampler is given no noise.
             ValueError: if times do not decrease from at most 1 to at least 0.
         """
-        levels = _levels(denoiser.schedule, times)
+        levels = levels_at(denoiser.schedule, times)
         if self.stochastic and noise is None:
             raise TypeError(
                 f"{self!r} draws noise at every step, but none was given; pass noise=NoiseStream(seed, index, shape), "
@@ -184,7 +86,29 @@ class Sampler(ABC):
 
 
 @dataclass(frozen=True)
-class DDIMSampler(Sampler):
+class _WithEta(Sampler):
+    """Samplers that can do without new noise."""
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be between 0 and 1, found {self.eta}")
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        """Whether `eta` is above 0."""
+        return self.eta > 0
+
+    def with_noise(self, at: Step, x0: Tensor) -> Tensor:
+        """Towards an estimate, with `eta` times the noise of the posterior."""
+        std = self.eta * at.posterior_std()
+        x = at.towards(x0, std)
+        return x + std * at.noise() if std else x
+
+
+@dataclass(frozen=True)
+class DDIMSampler(_WithEta):
     """Denoising diffusion implicit models (Song et al., arXiv 2010.02502, eq. 12), of first order.
 
     `x_t = alpha_t x0 + sqrt(sigma_t^2 - std^2) eps + std z` with `eps = (x_s - alpha_s x0) / sigma_s` and
@@ -201,22 +125,9 @@ class DDIMSampler(Sampler):
         True
     """
 
-    eta: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must be between 0 and 1, found {self.eta}")
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        """Whether `eta` is above 0."""
-        return self.eta > 0
-
     def step(self, at: Step) -> Tensor:
         """See the class."""
-        std = self.eta * at.posterior_std()
-        x = at.towards(at.x0, std)
-        return x + std * at.noise() if std else x
+        return self.with_noise(at, at.x0)
 
 
 @dataclass(frozen=True)
@@ -250,12 +161,23 @@ class DDPMSampler(Sampler):
 
 
 @dataclass(frozen=True)
-class DPMSolverSampler(Sampler):
+class DPMSolverSampler(_WithEta):
     """DPM-Solver++(2M), of second order with one network call per step (Lu et al., arXiv 2211.01095, algorithm 2).
 
-    `x_t = sigma_t / sigma_s x_s - alpha_t (exp(-h) - 1) D` with `h` the step in `log(alpha / sigma)` and
-    `D = (1 + 1 / 2r) x0_s - 1 / 2r x0_before`, where `r` is the step before over this one. The first step and the one
-    to the clean image, which is infinitely long, are of first order.
+    A DDIM step with `D = (1 + 1 / 2r) x0_s - 1 / 2r x0_before` in place of `x0`, where `r` is the step before over this
+    one, both in `log(alpha / sigma)`. The first step and the one to the clean image, which is infinitely long, are of
+    first order. With `eta = 1` it is SDE-DPM-Solver++(2M) (appendix E of the same paper): new noise hides what is wrong
+    with the estimates of earlier steps, which shows when a network is small or has not been trained for long.
+
+    Args:
+        eta: 0 for no new noise, 1 for as much as DDPM with the small variance.
+
+    Raises:
+        ValueError: if `eta` is not between 0 and 1.
+
+    Examples:
+        >>> DPMSolverSampler().stochastic
+        False
     """
 
     def step(self, at: Step) -> Tensor:
@@ -265,7 +187,7 @@ class DPMSolverSampler(Sampler):
             level, earlier = at.before
             half_r = 0.5 * length / (at.s.log_snr - level.log_snr)  # 1 / 2r; 0 after a start where alpha is 0
             x0 = torch.lerp(earlier, x0, 1 + half_r)
-        return at.towards(x0)
+        return self.with_noise(at, x0)
 
 
 @dataclass(frozen=True)
@@ -289,17 +211,6 @@ class HeunSampler(Sampler):
     def calls(self, steps: int) -> int:
         """Two per step, one for the last."""
         return 2 * steps - 1
-
-
-def _levels(schedule: NoiseSchedule, times: Tensor) -> list[Level]:
-    times = times.detach().to("cpu", torch.float64)
-    if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()) or times[0] > 1 or times[-1] < 0:
-        raise ValueError(
-            "times must be two or more numbers that decrease from at most 1 to at least 0; "
-            f"found {times.tolist() if times.numel() < 8 else f'the shape {tuple(times.shape)}'}"
-        )
-    columns = (times, schedule.log_alpha(times), schedule.alpha(times), schedule.sigma(times))
-    return [Level(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def _no_noise(index: int) -> Tensor:
