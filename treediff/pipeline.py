@@ -54,7 +54,8 @@ class DiffuseTreeVAE(nn.Module):
     Args:
         tree_vae: the first stage.
         ddpm: the second, for the same tree and images.
-        density: where the latents of images lie, to generate from in place of the prior; also later, as an attribute.
+        density: where the latents of images lie; `generate` draws from it in place of the prior. Also later, as an
+            attribute.
 
     Raises:
         ValueError: if they have different trees, latents or images.
@@ -104,7 +105,7 @@ class DiffuseTreeVAE(nn.Module):
         *,
         node: int | None = None,
         leaf: int | None = None,
-        latents: str = "prior",
+        latents: str | None = None,
         temperature: float = 1.0,
         first_index: int = 0,
         generator: torch.Generator | None = None,
@@ -118,7 +119,8 @@ class DiffuseTreeVAE(nn.Module):
             n: how many.
             node: id of a node that every path passes; the root by default.
             leaf: the same for a leaf, and refuses any other node.
-            latents: what leaf and latents are drawn from: the 'prior', or the model's 'density'.
+            latents: what leaf and latents are drawn from: the 'prior', or the model's 'density'; by default the density
+                if there is one.
             temperature: factor on the standard deviation of every latent.
             first_index: index of the first image, to continue a series.
             generator: gives the seed.
@@ -142,8 +144,10 @@ class DiffuseTreeVAE(nn.Module):
         images = self.ddpm.sample(condition, first_index=first_index, generator=_seeded(seed), **sampling)
         return Refined(images, drawn.images, drawn.leaf)
 
-    def _drawer(self, latents: str) -> Callable[..., TreeSample]:
+    def _drawer(self, latents: str | None) -> Callable[..., TreeSample]:
         """What draws from the tree."""
+        if latents is None:
+            latents = "prior" if self.density is None else "density"
         if latents not in ("prior", "density"):
             raise ValueError(f"latents must be 'prior' or 'density', found {latents!r}")
         if latents == "prior":
@@ -168,7 +172,7 @@ class DiffuseTreeVAE(nn.Module):
         """Draw `n` roots from the prior and follow each to every leaf: the same thing seen by every cluster.
 
         Returns images of shape `(n, K, C, H, W)` in the order of the topology's leaves, and leaves `(n, K)`. Column `k`
-        holds the pictures of `generate(n, leaf=topology.leaves[k])` for the same generator state.
+        holds the pictures of `generate(n, leaf=topology.leaves[k], latents="prior")` for the same generator state.
         """
         seed = seed_from(generator)
         drawn = self.tree_vae.sample_leaves(
