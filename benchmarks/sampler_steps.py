@@ -3,9 +3,9 @@
     python benchmarks/sampler_steps.py --data fashion-mnist --model runs/fashion-diffusion/model.safetensors \
         --classifier runs/fashion-classifier/classifier.safetensors --out docs/results/sampler_steps.json
 
-Image `i` of every row starts from the same latents and the same noise. Intervals are those of `frechet_bootstrap`, over
-which images happened to be drawn. Distances are to the test images, or with `--holdout` to the last training images, in
-the features of the classifier. The last line printed is one JSON object.
+A row is `sampler:steps:grid`. Image `i` of every row starts from the same latents and the same noise. Intervals are
+those of `frechet_bootstrap`, over which images happened to be drawn. Distances are to the test images, or with
+`--holdout` to the last training images, in the features of the classifier. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,32 +27,37 @@ from treediff.metrics import FeatureClassifier, FeatureStatistics, frechet_boots
 
 SAMPLERS: dict[str, Sampler] = {
     "dpm-solver": DPMSolverSampler(),
+    "sde-dpm-solver": DPMSolverSampler(eta=1.0),
     "ddim": DDIMSampler(),
     "heun": HeunSampler(),
     "ddpm": DDPMSampler("small"),
     "ddpm-large": DDPMSampler("large"),
 }
-ROWS = ["dpm-solver:10", "dpm-solver:15", "dpm-solver:20", "dpm-solver:50", "ddim:10", "ddim:20", "ddim:50", "ddim:100"]
-ROWS += ["heun:5", "heun:10", "heun:25", "ddpm:50", "ddpm:250", "ddpm-large:250", "ddpm:1000"]
+ROWS = [f"dpm-solver:{steps}:{grid}" for grid in ("karras", "uniform") for steps in (8, 12, 16, 20, 40)]
+ROWS += ["sde-dpm-solver:20:karras", "sde-dpm-solver:40:karras", "heun:5:karras", "heun:10:karras", "heun:20:karras"]
+ROWS += ["ddim:10:uniform", "ddim:20:uniform", "ddim:50:uniform", "ddpm:50:uniform", "ddpm-large:50:uniform"]
+ROWS += ["ddpm:250:uniform", "ddpm:1000:uniform"]
 
 
 def row(
     name: str, model: DiffuseTreeVAE, classifier: FeatureClassifier, real: FeatureStatistics, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """One sampler at one number of steps, written `sampler:steps`."""
-    sampler, steps = SAMPLERS[name.split(":")[0]], int(name.split(":")[1])
+    """One sampler at one number of steps."""
+    kind, count, grid = name.split(":")
+    sampler, steps = SAMPLERS[kind], int(count)
     features, start = [], time.perf_counter()
     for rows in tqdm(torch.arange(args.samples).split(args.batch_size), desc=name, mininterval=1.0):
         seed = torch.Generator().manual_seed(args.seed)
-        settings = {"sampler": sampler, "steps": steps, "grid": args.grid, "generator": seed}
+        settings = {"sampler": sampler, "steps": steps, "grid": grid, "guidance": args.guidance, "generator": seed}
         with torch.autocast("cpu", torch.bfloat16):
             drawn = model.generate(len(rows), first_index=int(rows[0]), **settings)
         features.append(classifier.features_of(drawn.images.float()))
     seconds, found = time.perf_counter() - start, torch.cat(features)
     low, high = frechet_bootstrap(real, found, rounds=100, generator=torch.Generator().manual_seed(args.seed))
     return {
-        "sampler": name.split(":")[0],
+        "sampler": kind,
         "steps": steps,
+        "grid": grid,
         "calls": sampler.calls(steps),
         "distance": frechet_distance(real, found),
         "low": low,
@@ -67,9 +72,9 @@ def main() -> None:
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--model", type=Path, required=True, help="a saved pair")
     parser.add_argument("--classifier", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="SAMPLER:STEPS")
+    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="SAMPLER:STEPS:GRID")
     parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--grid", default="uniform")
+    parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--holdout", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=250)
@@ -79,13 +84,14 @@ def main() -> None:
     data = load_dataset(args.data)
     images = data.train_images[-args.holdout :] if args.holdout else data.test_images
     model, classifier = DiffuseTreeVAE.load(args.model).eval(), FeatureClassifier.load(args.classifier).eval()
+    model.ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.no_grad():
         real = FeatureStatistics.of(torch.cat([classifier.features_of(x) for x in images.split(500)]))
         rows = []
         for name in args.rows:
             rows.append(row(name, model, classifier, real, args))
             print(json.dumps(rows[-1]), flush=True)
-            about = {"samples": args.samples, "grid": args.grid, "seed": args.seed, "threads": torch.get_num_threads()}
+            about = {"samples": args.samples, "guidance": args.guidance, "seed": args.seed}
             result = json.dumps({"data": data.name, "gflop": model.ddpm.unet.flops() / 1e9, **about, "rows": rows})
             if args.out:
                 args.out.write_text(result + "\n")

@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--grid", default="uniform")
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--latents", default="prior", choices=("prior", "density"), help="where samples come from")
+    parser.add_argument("--latents", choices=("prior", "density"), help="see DiffuseTreeVAE.generate")
     parser.add_argument("--condition-noise", type=float, default=0.0, help="level of noise on the tree's image")
     parser.add_argument("--holdout", type=int, default=0, help="compare with the last training images instead")
     parser.add_argument("--float32", action="store_true", help="do not multiply in bfloat16")
@@ -127,6 +127,7 @@ def main() -> None:
     tune_cpu()
 
     data, model = load_dataset(args.data), DiffuseTreeVAE.load(args.model).eval()
+    model.ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     classifier = FeatureClassifier.load(args.classifier).eval()
     real = data.train_images[-args.holdout :] if args.holdout else data.test_images
     other = data.train_images[: len(real)]
