@@ -45,14 +45,16 @@ def row(
     """One sampler at one number of steps."""
     kind, count, grid = name.split(":")
     sampler, steps = SAMPLERS[kind], int(count)
-    features, start = [], time.perf_counter()
+    features, seconds = [], 0.0
     for rows in tqdm(torch.arange(args.samples).split(args.batch_size), desc=name, mininterval=1.0):
         seed = torch.Generator().manual_seed(args.seed)
         settings = {"sampler": sampler, "steps": steps, "grid": grid, "guidance": args.guidance, "generator": seed}
+        start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
             drawn = model.generate(len(rows), first_index=int(rows[0]), **settings)
+        seconds += time.perf_counter() - start
         features.append(classifier.features_of(drawn.images.float()))
-    seconds, found = time.perf_counter() - start, torch.cat(features)
+    found = torch.cat(features)
     low, high = frechet_bootstrap(real, found, rounds=100, generator=torch.Generator().manual_seed(args.seed))
     return {
         "sampler": kind,

@@ -51,7 +51,8 @@ def strip(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, A
         frames.append((progress.t, ((progress.x + 1) / 2).clamp(0, 1)))
 
     model.generate(args.count, node=args.node, **sampling | {"callback": keep})
-    shown = frames[:: max(1, len(frames) // 10)] + frames[-1:]
+    every = -(-len(frames) // 11)
+    shown = frames[:-1:every] + frames[-1:]
     draw_grid(
         torch.stack([x for _, x in shown], 1).float(), path, column_labels=[f"t = {time:.2f}" for time, _ in shown]
     )

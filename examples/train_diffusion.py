@@ -25,7 +25,7 @@ from treediff.cpu import tune_cpu
 from treediff.data import ImageDataset, batches, load_dataset
 from treediff.generation import TreeSample
 from treediff.pictures import draw_tree, summarize_tree, write_html
-from treediff.pipeline import condition_of, condition_of_sample
+from treediff.placement import condition_of, condition_of_sample
 
 
 def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace) -> EMA:
@@ -121,8 +121,8 @@ def main() -> None:
     args.epochs = args.epochs or (1 if args.quick else max(1, 120_000 // len(images)))
     model = build(TreeVAE.load(args.tree).eval(), args)
     start = time.perf_counter()
-    ema = train(model, images, args)
     model.density = LeafDensity.fit(model.tree_vae, images, generator=torch.Generator().manual_seed(args.seed))
+    ema = train(model, images, args)
     seconds = time.perf_counter() - start
 
     model.eval()

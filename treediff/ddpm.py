@@ -20,11 +20,12 @@ from treediff.ddpm_networks import DDPMNetworks
 from treediff.diffusion.condition import TreeCondition
 from treediff.diffusion.conditioning import Signal
 from treediff.diffusion.grids import GRIDS, Grid
-from treediff.diffusion.guidance import ClippedDenoiser, GuidedDenoiser
+from treediff.diffusion.guidance import ClippedDenoiser, GuidedDenoiser, check_guidance
 from treediff.diffusion.parameterization import as_x0, target
 from treediff.diffusion.samplers import DPMSolverSampler, Sampler
 from treediff.diffusion.schedule import NoiseSchedule
 from treediff.diffusion.steps import Denoiser, Progress
+from treediff.modes import evaluating
 from treediff.noise import NoiseStream, combine_seeds, counter_normal, seed_from
 
 __all__ = ["LeafConditionedDDPM"]
@@ -69,7 +70,7 @@ class LeafConditionedDDPM(DDPMNetworks):
             t: `(B,)` times; by default spread evenly over all noise levels from a random start (Kingma et al., arXiv
                 2107.00630, appendix I.1), whole steps for a discrete schedule.
             noise: standard normal, shaped like `x`; drawn if not given.
-            generator: where times, noise, and what is hidden from the network come from.
+            generator: where times, noise, and what is hidden from the network come from; on the images' device.
 
         Raises:
             TypeError: if `x` is no floating-point tensor.
@@ -132,6 +133,7 @@ class LeafConditionedDDPM(DDPMNetworks):
         places = {"root": self.index.paths[0, 0], "parent": self.index.parent, "sibling": self.index.sibling}
         if away_from not in places:
             raise ValueError(f"away_from must be one of {', '.join(places)}; found {away_from!r}")
+        check_guidance(rescale, interval)
         denoiser: Denoiser = _Conditioned(self, condition, self.conditioner(condition))
         if not (isinstance(guidance, float | int) and guidance == 1):
             place = places[away_from]
@@ -159,7 +161,8 @@ class LeafConditionedDDPM(DDPMNetworks):
     ) -> Tensor:
         """Draw an image for each condition, `(B, C, H, W)` in [0, 1].
 
-        Image `i` is drawn from noise that depends on the generator's seed and on `first_index + i` only.
+        Image `i` is drawn from noise that depends on the generator's seed and on `first_index + i` only. Whatever mode
+        the model is in, it draws in that of evaluation, without dropout.
 
         Args:
             condition: where each image belongs.
@@ -167,7 +170,8 @@ class LeafConditionedDDPM(DDPMNetworks):
             steps: number of steps.
             grid: 'uniform', 'trailing', 'quadratic', 'karras', or a function like those.
             start: `(B, C, H, W)` in [0, 1]: images to begin with, once noise of `start_time` is on them.
-            start_time: where the chain begins; below 1 only with a start.
+            start_time: where the chain begins, rounded to a step where the schedule has steps; below 1 only with a
+                start.
             condition_noise: level of noise on the condition's image, at most that of training. A little of it hides how
                 an image of the prior differs from those of training (Ho et al., arXiv 2106.15282, section 4.2).
             first_index: index of the first image, to continue a series.
@@ -194,11 +198,12 @@ class LeafConditionedDDPM(DDPMNetworks):
         condition = self._noised(condition, condition_noise, seed, index)
         if start is not None:
             self.check(start, condition)
-            x = self.schedule.add_noise(2 * start - 1, x, start_time)
+            x = self.schedule.add_noise(2 * start - 1, x, float(times[0]))
         noise = NoiseStream(seed, index, shape, weight.dtype)
-        x = (sampler or DPMSolverSampler())(
-            self.denoiser(condition, **guidance), x, times, noise=lambda i: noise(i + _STEPS), callback=callback
-        )
+        with evaluating(self):
+            x = (sampler or DPMSolverSampler())(
+                self.denoiser(condition, **guidance), x, times, noise=lambda i: noise(i + _STEPS), callback=callback
+            )
         return ((x + 1) / 2).clamp(0, 1)
 
     def _noised(self, condition: TreeCondition, level: float, seed: int, index: Tensor) -> TreeCondition:
@@ -215,7 +220,7 @@ class LeafConditionedDDPM(DDPMNetworks):
         return condition.noised(torch.full((len(image),), level, device=image.device), noise)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Conditioned:
     """The denoiser of one condition; what the network is told is worked out once for the whole chain."""
 

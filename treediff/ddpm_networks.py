@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from treediff.checks import check_batch
 from treediff.diffusion.condition import NodeIndex, TreeCondition
 from treediff.diffusion.conditioning import Conditioner, Signal
 from treediff.diffusion.parameterization import Prediction, check_prediction
@@ -25,7 +26,7 @@ from treediff.diffusion.schedule import NoiseSchedule
 from treediff.diffusion.unet import UNet
 from treediff.diffusion.weighting import Weighting, simple
 from treediff.io import dtype_name, dtype_named, load_into, read_header, require_config, save_model
-from treediff.networks import TreeNetworks, check_values
+from treediff.networks import TreeNetworks
 from treediff.topology import TreeTopology
 
 __all__ = ["DDPMNetworks"]
@@ -77,7 +78,7 @@ class DDPMNetworks(nn.Module):
                 "at t = 1 this schedule has nothing of the image left, where predicted noise says nothing of it; "
                 "predict 'v' or 'x0', or choose a schedule that stops before"
             )
-        self.unet, self.conditioner, self.index = unet, conditioner, NodeIndex(topology)
+        self.unet, self.conditioner, self.index = unet, conditioner, NodeIndex(topology, unet.out.weight.device)
         self.schedule, self.weighting = schedule, weighting
         self.coarsen, self.condition_noise, self.shift = coarsen, condition_noise, shift
         self.config: dict[str, Any] | None = None
@@ -123,19 +124,13 @@ class DDPMNetworks(nn.Module):
         """Raise unless images suit the model, and there is a place for each; values are looked at on a CPU only.
 
         Raises:
-            TypeError: if `x` is no floating-point tensor.
+            TypeError: if `x` is no floating-point tensor, or of another dtype than the weights.
             ValueError: if it has another shape, is not finite or leaves [0, 1], or has another number of rows.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"expected floating-point images, found {found}; divide 8-bit images by 255")
-        wanted = (self.unet.out_channels, *self.unet.size)
-        if tuple(x.shape[1:]) != wanted or x.ndim != 4:
-            raise ValueError(f"expected images of shape (B, {', '.join(map(str, wanted))}), found {tuple(x.shape)}")
+        shape = (self.unet.out_channels, *self.unet.size)
+        check_batch(x, shape, self.unet.out.weight.dtype, (0.0, 1.0), "images")
         if len(condition) != len(x):
             raise ValueError(f"expected a place in the tree for each of the {len(x)} images, found {len(condition)}")
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_values(x, (0.0, 1.0))
 
     # --- files --------------------------------------------------------------------------------------------
 

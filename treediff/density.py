@@ -87,7 +87,11 @@ class LeafDensity(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(components=components)
-        self.latent, self.components, self.index = check_shape("latent", latent), components, NodeIndex(topology)
+        self.latent, self.components, self.index = (
+            check_shape("latent", latent),
+            components,
+            NodeIndex(topology, device),
+        )
         on_path = (self._paths() >= 0).repeat_interleave(math.prod(latent), 1)
         leaves, numbers = on_path.shape
         factory: Any = {"device": device, "dtype": dtype}

@@ -15,7 +15,8 @@ class EMA:
     """`average <- decay average + (1 - decay) weight` after every step, with a warm-up.
 
     At step `n` the decay is `min(decay, (1 + n) / (10 + n))`, so that the first, useless weights are soon forgotten
-    (the rule of TensorFlow's moving averages). Buffers are not averaged: the model keeps its own.
+    (the rule of TensorFlow's moving averages). Buffers are not averaged: the model keeps its own. Weights in half
+    precision have averages in float32, because a step of a thousandth would be lost.
 
     Args:
         model: the model to follow; parameters that are added to it later are not followed.
@@ -38,7 +39,7 @@ class EMA:
             raise ValueError(f"decay must be at least 0 and below 1, found {decay}")
         self.model, self.decay, self.warm_up = model, decay, warm_up
         self.steps = 0
-        self.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        self.weights = {name: _precise(weight.detach()) for name, weight in model.named_parameters()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -49,7 +50,9 @@ class EMA:
         """
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warm_up else self.decay
-        torch._foreach_lerp_(list(self.weights.values()), list(self._now().values()), 1 - decay)
+        averages = list(self.weights.values())
+        now = [weight.to(average.dtype) for weight, average in zip(self._now().values(), averages, strict=True)]
+        torch._foreach_lerp_(averages, now, 1 - decay)
 
     @contextmanager
     def average(self) -> Iterator[None]:
@@ -99,3 +102,8 @@ class EMA:
         self.steps = int(state["steps"])
         for name, weight in self.weights.items():
             weight.copy_(state[f"weights.{name}"])
+
+
+def _precise(weight: Tensor) -> Tensor:
+    """A copy with at least the digits of float32."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)

@@ -34,7 +34,7 @@ __all__ = ["LeafSamples", "TreeSample", "sample", "sample_leaves"]
 _DECISIONS = 1 << 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TreeSample:
     """Images drawn from the tree, one path each.
 
@@ -52,7 +52,7 @@ class TreeSample:
     z: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LeafSamples:
     """One image per leaf from each root.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -16,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from treediff.checks import check_batch
 from treediff.io import dtype_name, dtype_named, load_into, read_header, require_config, save_model
 from treediff.layers.bank import NodeBank
 from treediff.layers.likelihood import Likelihood
@@ -259,37 +259,4 @@ class TreeNetworks(nn.Module):
                 allows).
             ValueError: if it has another shape, is not finite, or leaves the range of the data.
         """
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"expected observations as a tensor, found {type(x).__name__}; torch.as_tensor(x) makes one"
-            )
-        if not x.is_floating_point():
-            raise TypeError(
-                f"expected floating-point observations, found {x.dtype}; convert them with .float(), and divide 8-bit "
-                "images by 255"
-            )
-        if x.ndim != len(self.inputs) + 1 or tuple(x.shape[1:]) != self.inputs:
-            shape = ", ".join(str(n) for n in self.inputs)
-            raise ValueError(f"expected observations of shape (batch, {shape}), found {tuple(x.shape)}")
-        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(
-                f"expected observations of the dtype of the weights, {self.dtype}, found {x.dtype}; convert them with "
-                ".to(model.dtype), or the model with model.to(x.dtype)"
-            )
-        # Looking at values would stop an accelerator's stream, and a compiled graph, at every step.
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_values(x, self.likelihood.data_range)
-
-
-def check_values(x: Tensor, data_range: tuple[float, float] | None) -> None:
-    """Raise ValueError unless every value is finite and inside the range."""
-    if not x.numel():
-        return
-    low, high = (float(v) for v in x.detach().aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("observations must be finite, found NaN or infinity; clean or mask the data first")
-    if data_range is not None and (low < data_range[0] or high > data_range[1]):
-        raise ValueError(
-            f"observations must lie in {list(data_range)}, found values from {low:.4g} to {high:.4g}; divide 8-bit "
-            "images by 255, or choose a likelihood for other data"
-        )
+        check_batch(x, self.inputs, self.dtype, self.likelihood.data_range, "observations")

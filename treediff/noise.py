@@ -31,7 +31,7 @@ def seed_from(generator: torch.Generator | None) -> int:
 
 
 def combine_seeds(*numbers: int) -> int:
-    """One seed from several whole numbers, far apart for neighbours: 0 to 2**63 - 1.
+    """One seed from several whole numbers, 0 to 2**63 - 1; other numbers or another order give another seed.
 
     Examples:
         >>> combine_seeds(0, 1) == combine_seeds(0, 1), combine_seeds(0, 1) == combine_seeds(1, 0)
@@ -143,7 +143,7 @@ def counter_normal(
     return (radius * angle.cos()).to(dtype).view(len(index), *shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NoiseStream:
     """Standard normal noise for a batch, one stream per image: draw `i` of an image depends on nothing but its index.
 

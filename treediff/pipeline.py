@@ -30,10 +30,10 @@ from treediff.noise import seed_from
 from treediff.placement import condition_of, condition_of_sample
 from treediff.treevae import TreeVAE
 
-__all__ = ["DiffuseTreeVAE", "Refined", "condition_of", "condition_of_sample"]
+__all__ = ["DiffuseTreeVAE", "Refined"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Refined:
     """Images of both stages.
 

@@ -66,11 +66,12 @@ def condition_of(
     leaves = plan.ids(plan.leaves)
     rank = _leaf_ranks(model, leaf, log_probs, leaves, seed, index)
     visits = everywhere.along(rank)
-    draws = [counter_normal(seed, index, model.latent, draw=node, dtype=features.dtype) for node in plan.nodes]
+    node = torch.tensor(plan.nodes, device=x.device)[visits.node]
+    noise = counter_normal(seed, index[visits.image], model.latent, draw=node, dtype=features.dtype)
     from_prior = None
     if prior_share:
         from_prior = counter_uniform(seed, index, draw=_PRIOR, dtype=torch.float64) < prior_share
-    posterior = model.latents(features, visits, noise=torch.stack(draws, 1), from_prior=from_prior)
+    posterior = model.latents(features, visits, noise=noise, from_prior=from_prior)
     z = posterior.z.new_zeros(len(x), len(plan.levels), *model.latent)
     z[visits.image, plan.depth[visits.node]] = posterior.z
     ends = visits.at_leaves()

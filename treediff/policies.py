@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["POLICIES", "LeafStatistics", "Policy"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LeafStatistics:
     """What a policy may look at when it chooses the leaf to split; one entry per leaf, in the topology's order.
 

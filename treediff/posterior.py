@@ -18,7 +18,7 @@ from treediff.visits import Visits
 __all__ = ["ELBO", "TreePosterior"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TreePosterior:
     """Latents, Gaussians, decisions and reach probabilities of every visit.
 
@@ -92,7 +92,7 @@ def leaf_log_probs_of(visits: Visits) -> Tensor:
     return visits.table(leaves, visits.log_reach[leaves], plan.leaf_rank, len(plan.leaves), -math.inf)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ELBO:
     """The evidence lower bound of each image, term by term, in nats, all `(B,)` (TreeVAE, arXiv 2306.08984, eq. 9).
 

@@ -115,7 +115,8 @@ class TreeVAE(PresetNetworks):
     ) -> TreePosterior:
         """The second half of `posterior`: Gaussians, samples and prior decisions for visits already found.
 
-        Images of `from_prior`, `(B,)` booleans, are seen at the root only; below it their latents follow the prior.
+        Noise is that of every image and node, `(B, N, *latent)`, or of the visits alone, `(T, *latent)`. Images of
+        `from_prior`, `(B,)` booleans, are seen at the root only; below it their latents follow the prior.
         """
         where = visits.plan.ladder_rows(visits.image, visits.node, visits.batch)
         rows = features.flatten(0, 1).index_select(0, where)
@@ -125,18 +126,18 @@ class TreeVAE(PresetNetworks):
             silent = from_prior[visits.image] & (visits.parent >= 0)
             mean, logvar = hats.chunk(2, 1)
             hats = torch.cat([mean, torch.where(silent.view(-1, *[1] * (hats.ndim - 1)), torch.inf, logvar)], 1)
+        shape = (len(rows), *self.latent)
         if noise is None:
-            shape = (len(rows), *self.latent)
             noise = torch.randn(shape, generator=generator, dtype=hats.dtype, device=rows.device)
-        else:
+        elif noise.shape != shape:
             wanted = (visits.batch, len(self.topology), *self.latent)
             if noise.shape != wanted:
                 raise ValueError(
                     f"noise must have one standard normal latent for each image and node, shape {wanted}; found "
                     f"{tuple(noise.shape)}"
                 )
-            noise = noise[visits.image, visits.plan.rank[visits.node]].to(hats.dtype)
-        return self._top_down(visits, hats, noise)
+            noise = noise[visits.image, visits.plan.rank[visits.node]]
+        return self._top_down(visits, hats, noise.to(hats.dtype))
 
     def _top_down(self, visits: Visits, hats: Tensor, noise: Tensor) -> TreePosterior:
         """Priors from sampled parents, merged with what the heads say, level by level."""

@@ -22,7 +22,7 @@ from treediff.plan import TreePlan
 __all__ = ["Visits", "descend"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Visits:
     """All visits of a batch, sorted by node and, within a node, by image.
 

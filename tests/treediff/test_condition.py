@@ -206,6 +206,26 @@ def test_places_alone() -> None:
     for empty in (TreeCondition.at([]), TreeCondition.at(3, 0), TreeCondition.at(torch.zeros(0))):
         assert len(empty) == 0 and empty.node.dtype == torch.int64
     assert TreeCondition.at(3, 2, device="meta").node.is_meta
+    assert len(TreeCondition.at(3)) == 1 and len(TreeCondition.at([3, 1], 2)) == 2
+    with pytest.raises(ValueError, match="a list has a node for each image, found 2 nodes and n=5; leave n out"):
+        TreeCondition.at([3, 1], 5)
+
+
+def test_conditions_are_compared_as_objects() -> None:
+    """Whether tensors are equal is a question for each of their numbers."""
+    one, other = TreeCondition.at([1, 2]), TreeCondition.at([1, 2])
+    assert one == one and one != other and len({one, other}) == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tables_survive_where_weights_do_not(device: str) -> None:
+    """A model is built on the meta device and made real with `to_empty`, which leaves tensors as memory holds them."""
+    index = NodeIndex(GROWN, device)
+    tables = {name: table.clone() for name, table in index.named_buffers()}
+    for moved in (index.to("meta"), index.to_empty(device="cpu"), index.half()):
+        assert moved is index and dict(index.named_buffers()).keys() == tables.keys()
+        assert all(torch.equal(table, tables[name]) for name, table in index.named_buffers())
+        assert not index.state_dict()
 
 
 @pytest.mark.parametrize("node", [1.5, [0.0, 1.0], torch.tensor([1.0])])

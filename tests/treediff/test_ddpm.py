@@ -286,11 +286,16 @@ def test_global_random_numbers_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        ([0.5], TypeError, "expected floating-point images, found list; divide 8-bit images by 255"),
+        ([0.5], TypeError, "expected images as a tensor, found list; torch.as_tensor(x) makes one"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), TypeError, "expected floating-point images, found torch.uint8"),
-        (torch.zeros(2, 8, 8), ValueError, "expected images of shape (B, 1, 8, 8), found (2, 8, 8)"),
-        (torch.zeros(2, 3, 8, 8), ValueError, "expected images of shape (B, 1, 8, 8), found (2, 3, 8, 8)"),
+        (torch.zeros(2, 8, 8), ValueError, "expected images of shape (batch, 1, 8, 8), found (2, 8, 8)"),
+        (torch.zeros(2, 3, 8, 8), ValueError, "expected images of shape (batch, 1, 8, 8), found (2, 3, 8, 8)"),
         (torch.zeros(3, 1, 8, 8), ValueError, "expected a place in the tree for each of the 3 images, found 2"),
+        (
+            torch.zeros(2, 1, 8, 8).double(),
+            TypeError,
+            "dtype of the weights, torch.float32, found torch.float64",
+        ),
         (torch.full((2, 1, 8, 8), 1.5), ValueError, "must lie in [0.0, 1.0], found values from 1.5 to 1.5"),
         (torch.full((2, 1, 8, 8), torch.nan), ValueError, "must be finite, found NaN or infinity"),
     ],

@@ -301,3 +301,15 @@ def test_a_model_on_the_meta_device_draws_nothing() -> None:
     state = torch.get_rng_state()
     model = LeafConditionedDDPM.for_images(size=8, latent=(2,), topology=GROWN, **TINY, device="meta")
     assert torch.equal(torch.get_rng_state(), state) and all(p.is_meta for p in model.parameters())
+    real = small()
+    model.to_empty(device="cpu").load_state_dict(real.state_dict())
+    told = TreeCondition.at(GROWN.leaves)
+    found, expected = (m.sample(told, steps=2, generator=seeded(), guidance=2.0) for m in (model, real))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("settings", [{"schedule": "ddpm"}, {"prediction": "epsilon"}])
+def test_is_built_inside_of_the_meta_device(settings: dict[str, str]) -> None:
+    with torch.device("meta"):
+        model = LeafConditionedDDPM.for_images(**{"size": 8, "latent": (2,), "topology": GROWN, **TINY, **settings})
+    assert all(p.is_meta for p in model.parameters())

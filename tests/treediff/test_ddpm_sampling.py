@@ -20,6 +20,7 @@ from treediff.diffusion import (
     DDIMSampler,
     DDPMSampler,
     Denoiser,
+    DiscreteSchedule,
     DPMSolverSampler,
     HeunSampler,
     Progress,
@@ -277,6 +278,29 @@ def test_conditions_may_be_more_precise_than_the_network(shift: float) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_draws_without_dropout_whatever_the_mode() -> None:
+    model, told = quiet(small(dropout=0.5)).train(), TreeCondition.at(1, 2)
+    model.unet.out.eval()
+    modes = [module.training for module in model.modules()]
+    found = model.sample(told, steps=2, generator=seeded())
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ZeroDivisionError):
+        model.sample(told, steps=2, callback=lambda progress: 1 / 0)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(model.eval().sample(told, steps=2, generator=seeded()), found)
+
+
+def test_noise_of_a_late_start_is_that_of_the_first_time_of_the_grid() -> None:
+    """Which a schedule of steps rounds: 0.25 of 10 steps is 0.2."""
+    model, x = small(schedule="ddpm"), images(2)
+    model.schedule = DiscreteSchedule.linear(10, 0.01, 0.3)
+    drawn: list[Tensor] = []
+    for time in (0.2, 0.25):
+        settings: dict[str, Any] = {"start": x, "start_time": time, "steps": 2, "sampler": DDIMSampler()}
+        drawn.append(model.sample(TreeCondition.at(1, 2), generator=seeded(), **settings))
+    assert torch.equal(*drawn)
+
+
 # --- errors -------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +313,8 @@ def test_conditions_may_be_more_precise_than_the_network(shift: float) -> None:
         ({"steps": 0}, "steps must be at least 1, found 0"),
         ({"guidance": torch.ones(3)}, "expected one weight, or one for each of the 2 images; found (3,)"),
         ({"guidance": 2.0, "rescale": 2.0}, "rescale must be between 0 and 1, found 2.0"),
+        ({"rescale": 2.0}, "rescale must be between 0 and 1, found 2.0"),
+        ({"interval": (0.6, 0.5)}, "interval must be two times, 0 <= low <= high <= 1, found (0.6, 0.5)"),
         ({"start": images(2), "start_time": 0.0}, "start must be a time after 0.001 and at most 1, found 0.0"),
         ({"start": images(1)}, "expected a place in the tree for each of the 1 images, found 2"),
     ],

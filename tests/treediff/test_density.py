@@ -244,6 +244,9 @@ def test_is_built_on_the_meta_device() -> None:
     for density in (inside, LeafDensity(GROWN, (2,), 3, device="meta")):
         assert all(table.is_meta for table in density.state_dict().values())
         density.to_empty(device="cpu").load_state_dict(real.state_dict())
+        model = build(GROWN, "mlp")
+        found, expected = (one.sample(model, 4, generator=seeded()) for one in (density, real))
+        assert torch.equal(found.leaf, expected.leaf) and torch.equal(found.z, expected.z)
 
 
 def test_a_density_in_float64_draws_the_same() -> None:

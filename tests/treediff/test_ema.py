@@ -252,3 +252,18 @@ def test_a_model_that_changed_needs_a_new_average() -> None:
     grown.decoders.add(99, generator=seeded())  # is not followed
     ema.update()
     assert not any("99" in name for name in ema.weights)
+
+
+def test_averages_of_half_precision_move_in_small_steps() -> None:
+    """In bfloat16 a step of a thousandth is lost, and the average would stay at 1 for ever."""
+    net = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        net.weight.fill_(1)
+        ema = EMA(net, decay=0.999, warm_up=False)
+        net.weight.fill_(2)
+    for _ in range(700):
+        ema.update()
+    assert ema.weights["weight"].item() == pytest.approx(2 - 0.999**700, abs=1e-4)
+    with ema.average():
+        assert net.weight.dtype == torch.bfloat16 and net.weight.item() == pytest.approx(1.5036, abs=0.005)
+    assert net.weight.item() == 2

@@ -23,7 +23,8 @@ from treediff.ddpm import LeafConditionedDDPM
 from treediff.generation import TreeSample
 from treediff.noise import seed_from
 from treediff.pictures import summarize_tree
-from treediff.pipeline import DiffuseTreeVAE, condition_of_sample
+from treediff.pipeline import DiffuseTreeVAE
+from treediff.placement import condition_of_sample
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from treediff import DiffuseTreeVAE, TreeTopology
 from treediff.diffusion import DDPMSampler
 from treediff.layers.bank import NodeBank
 from treediff.noise import seed_from
-from treediff.pipeline import Refined, condition_of, condition_of_sample
+from treediff.pipeline import Refined
+from treediff.placement import condition_of, condition_of_sample
 
 TREES = {"lone root": TreeTopology.balanced(0), "chain": TreeTopology.chain(2), "grown": GROWN, "pruned": PRUNED}
 each_tree = pytest.mark.parametrize("tree", TREES.values(), ids=TREES)

@@ -23,7 +23,8 @@ from treediff import DiffuseTreeVAE, TreeTopology
 from treediff.density import LeafDensity
 from treediff.diffusion import DDPMSampler
 from treediff.noise import seed_from
-from treediff.pipeline import Refined, condition_of_sample
+from treediff.pipeline import Refined
+from treediff.placement import condition_of_sample
 
 
 def with_density(

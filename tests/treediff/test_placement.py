@@ -14,7 +14,7 @@ from worlds import seeded
 
 from treediff import TreeTopology, TreeVAE
 from treediff.noise import counter_normal, counter_uniform, seed_from
-from treediff.pipeline import condition_of, condition_of_sample
+from treediff.placement import condition_of, condition_of_sample
 
 TREES = {"lone root": TreeTopology.balanced(0), "chain": TreeTopology.chain(2), "grown": GROWN, "pruned": PRUNED}
 each_tree = pytest.mark.parametrize("tree", TREES.values(), ids=TREES)

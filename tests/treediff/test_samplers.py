@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from worlds import world
 
-from treediff.diffusion.continuous import CosineSchedule, LinearSchedule
+from treediff.diffusion.continuous import CosineSchedule, CustomSchedule, LinearSchedule
 from treediff.diffusion.discrete import DiscreteSchedule, rescale_zero_terminal_snr
-from treediff.diffusion.grids import karras, trailing, uniform
+from treediff.diffusion.grids import GRIDS, karras, trailing, uniform
 from treediff.diffusion.samplers import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, Sampler
 from treediff.diffusion.schedule import NoiseSchedule
 from treediff.diffusion.steps import Progress
@@ -33,6 +33,21 @@ def test_eta_one_is_ddpm_with_the_small_variance() -> None:
         grid = uniform(schedule, steps)
         one, other = (s(Network(schedule), x, grid, noise=stream(x)) for s in (DDIMSampler(1.0), DDPMSampler("small")))
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@every_sampler
+def test_the_last_step_gives_the_estimate_even_where_a_schedule_is_not_clean(sampler: Sampler) -> None:
+    """`sigma(0)` of this one is 0.0067, so it ends a little before the clean image."""
+    network, seen, x = Network(CustomSchedule(lambda t: 10 - 20 * t)), list[Progress](), normal(4, 3)
+    found = sampler(network, x, uniform(network.schedule, 5), noise=stream(x), callback=seen.append)
+    assert torch.equal(found, seen[-1].x0)
+
+
+@every_sampler
+def test_a_schedule_of_one_step(sampler: Sampler) -> None:
+    network, x = Network(DiscreteSchedule([0.5])), normal(4, 3)
+    for grid in GRIDS.values():
+        assert torch.equal(sampler(network, x, grid(network.schedule, 1), noise=stream(x)), network(x, 1.0))
 
 
 def test_one_ancestral_step_is_the_posterior_of_bayes() -> None:

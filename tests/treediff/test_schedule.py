@@ -178,6 +178,20 @@ def test_zero_terminal_snr_follows_the_algorithm() -> None:
     torch.testing.assert_close(after, after[0] + slope * (before - before[0]))
 
 
+def test_a_schedule_of_one_step_cannot_end_in_noise_and_stay() -> None:
+    with pytest.raises(ValueError, match=r"a schedule of one step cannot keep its first step .* at least 2 steps"):
+        rescale_zero_terminal_snr(DiscreteSchedule([0.5]))
+
+
+@every_schedule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_noise_is_added_to_half_precision_as_to_more(schedule: NoiseSchedule, dtype: torch.dtype) -> None:
+    x, noise = torch.ones(5, 1), torch.full((5, 1), 2.0)
+    t = torch.tensor([0.0, 0.02, 0.5, 0.98, 1.0])
+    exact = schedule.add_noise(x, noise, t)
+    torch.testing.assert_close(schedule.add_noise(x.to(dtype), noise.to(dtype), t).float(), exact, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [

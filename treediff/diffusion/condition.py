@@ -5,8 +5,9 @@ Letters: `B` batch, `N` nodes, `K` leaves, `S` depth of the tree, `D` latent, `C
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from treediff.topology import TreeTopology
 __all__ = ["NodeIndex", "TreeCondition"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TreeCondition:
     """A node for each image and, where it is known, what lies on the way to it.
 
@@ -62,15 +63,22 @@ class TreeCondition:
     def at(
         cls,
         node: int | Sequence[int] | Tensor,
-        n: int = 1,
+        n: int | None = None,
         *,
         device: torch.device | str | None = None,
     ) -> TreeCondition:
-        """Only a place: one node for `n` images, or a list with a node for each."""
+        """Only a place: one node for `n` images (1 by default), or a list with a node for each.
+
+        Raises:
+            TypeError: if nodes are no whole numbers.
+            ValueError: if a list has not `n` nodes.
+        """
         nodes = torch.as_tensor(node, device=device)
         if not (nodes.is_floating_point() and nodes.numel()):  # an empty list counts as one of floats
             nodes = nodes.to(torch.int64)
-        return cls(nodes.expand(n) if nodes.ndim == 0 else nodes)
+        if nodes.ndim and n not in (None, len(nodes)):
+            raise ValueError(f"a list has a node for each image, found {len(nodes)} nodes and n={n}; leave n out")
+        return cls(nodes.expand(1 if n is None else n) if nodes.ndim == 0 else nodes)
 
     def _parts(self) -> list[tuple[str, Tensor]]:
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
@@ -140,8 +148,12 @@ class TreeCondition:
 class NodeIndex(nn.Module):
     """A tree as tables of its node ids; no parameters, nothing in the state.
 
+    The tables go where the module goes and keep what they say: on the meta device, and when `to_empty` forgets weights,
+    too.
+
     Args:
         topology: the tree.
+        device: where the tables live; on the CPU in place of the meta device.
 
     Attributes:
         topology: the tree.
@@ -166,9 +178,10 @@ class NodeIndex(nn.Module):
     sibling: Tensor
     parent: Tensor
 
-    def __init__(self, topology: TreeTopology) -> None:
+    def __init__(self, topology: TreeTopology, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.topology = topology
+        device = "cpu" if device is None or torch.device(device).type == "meta" else device
         ranks = [-1] * (max(topology.ids) + 2)  # the last one answers for what is not in the tree
         for rank, node in enumerate(topology.ids):
             ranks[node] = rank
@@ -183,8 +196,14 @@ class NodeIndex(nn.Module):
             "parent": [_parent(topology, node) for node in topology.ids],
         }
         for name, table in tables.items():
-            # On the CPU even where a meta device is the default: tables are not weights.
-            self.register_buffer(name, torch.tensor(table, device="cpu"), persistent=False)
+            self.register_buffer(name, torch.tensor(table, device=device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        device = fn(torch.empty_like(self.ranks)).device
+        if device.type != "meta":
+            for name, table in self.named_buffers():
+                setattr(self, name, table.to(device))
+        return self
 
     def rank_of(self, node: Tensor) -> Tensor:
         """Where nodes stand in `topology.ids`, `(B,)` to `(B,)`.

@@ -86,7 +86,7 @@ class NodeEmbedding(Conditioner):
     ) -> None:
         super().__init__()
         check_positive(embedding=embedding)
-        self.index = NodeIndex(topology)
+        self.index = NodeIndex(topology, device)
         self.table = nn.Embedding(len(topology), embedding, device=device, dtype=dtype)
 
     def forward(self, condition: TreeCondition) -> Signal:

@@ -51,12 +51,14 @@ class DiscreteSchedule(NoiseSchedule):
     @classmethod
     def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
         """Betas on a straight line, as in DDPM (Ho et al., arXiv 2006.11239, section 4)."""
-        return cls(torch.linspace(beta_start, beta_end, _steps(steps), dtype=torch.float64))
+        return cls(torch.linspace(beta_start, beta_end, _steps(steps), dtype=torch.float64, device="cpu"))
 
     @classmethod
     def scaled_linear(cls, steps: int = 1000, beta_start: float = 8.5e-4, beta_end: float = 0.012) -> DiscreteSchedule:
         """Roots of betas on a straight line, as in latent diffusion (Rombach et al., arXiv 2112.10752)."""
-        line = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), _steps(steps), dtype=torch.float64)
+        line = torch.linspace(
+            math.sqrt(beta_start), math.sqrt(beta_end), _steps(steps), dtype=torch.float64, device="cpu"
+        )
         return cls(line**2)
 
     @classmethod
@@ -77,7 +79,7 @@ class DiscreteSchedule(NoiseSchedule):
             >>> DiscreteSchedule.sampled(CosineSchedule(end=1.0), 4).alpha(torch.tensor([0.5, 1.0]))
             tensor([0.7027, 0.0120])
         """
-        knots = schedule.log_alpha(torch.arange(_steps(steps) + 1, dtype=torch.float64) / steps)
+        knots = schedule.log_alpha(torch.arange(_steps(steps) + 1, dtype=torch.float64, device="cpu") / steps)
         return cls((-torch.expm1(2 * knots.diff())).clamp(max=max_beta))
 
     def betas(self) -> Tensor:
@@ -127,11 +129,16 @@ def rescale_zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
     (Lin et al., arXiv 2305.08891, algorithm 1.) A network that predicts noise cannot tell what the image is at such an
     end; use the parameterisation 'v' or 'x0'.
 
+    Raises:
+        ValueError: if the schedule has one step, which cannot stay as it is and end in noise.
+
     Examples:
         >>> rescale_zero_terminal_snr(DiscreteSchedule.linear(1000)).ends_in_noise
         True
     """
-    alpha = schedule.alpha(torch.arange(1, schedule.steps + 1, dtype=torch.float64) / schedule.steps)
+    if schedule.steps < 2:
+        raise ValueError("a schedule of one step cannot keep its first step and end in noise; give it at least 2 steps")
+    alpha = schedule.alpha(torch.arange(1, schedule.steps + 1, dtype=torch.float64, device="cpu") / schedule.steps)
     alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
     previous = torch.cat([alpha.new_ones(1), alpha[:-1]])
     return DiscreteSchedule(1 - (alpha / previous) ** 2)
@@ -147,6 +154,6 @@ def _steps(steps: int) -> int:
 
 def _snapped(share: Tensor, dtype: torch.dtype, steps: int) -> Tensor:
     """Shares of a segment, with what only rounding keeps from its ends put there."""
-    slack = 2 * steps * torch.finfo(dtype).eps
+    slack = min(0.5, 2 * steps * torch.finfo(dtype).eps)  # half precision knows nothing between two of many steps
     share = torch.where(share < slack, 0.0, share)
     return torch.where(share > 1 - slack, 1.0, share)

@@ -113,7 +113,8 @@ def _check(schedule: NoiseSchedule, steps: int, start: float) -> None:
         raise TypeError(f"steps must be a whole number, found {steps!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, found {steps}")
-    if not schedule.first < start <= 1:
+    # From the first time on one step is enough, and with a schedule of one step all there is.
+    if not schedule.first <= start <= 1 or (start == schedule.first and steps > 1 and schedule.steps is None):
         raise ValueError(f"start must be a time after {schedule.first:g} and at most 1, found {start}")
     if schedule.steps is not None and steps > (most := round(start * schedule.steps)):
         raise ValueError(f"the schedule has {most} steps up to t = {start:g}, found {steps} asked for")

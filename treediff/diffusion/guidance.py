@@ -14,15 +14,15 @@ from torch import Tensor
 from treediff.diffusion.schedule import NoiseSchedule
 from treediff.diffusion.steps import Denoiser
 
-__all__ = ["ClippedDenoiser", "GuidedDenoiser"]
+__all__ = ["ClippedDenoiser", "GuidedDenoiser", "check_guidance"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GuidedDenoiser:
     """`x0 = negative + weight (positive - negative)`: towards one thing and away from another.
 
     With the unconditional denoiser as the negative it is classifier-free guidance (Ho and Salimans, arXiv 2207.12598);
-    with that of the sibling it pulls a leaf away from the leaf it is most easily mistaken for.
+    with that of the sibling it pulls a leaf away from what it is most easily mistaken for.
 
     Args:
         positive: the denoiser of what is wanted.
@@ -44,11 +44,7 @@ class GuidedDenoiser:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(f"rescale must be between 0 and 1, found {self.rescale}")
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"interval must be two times, 0 <= low <= high <= 1, found {self.interval}")
+        check_guidance(self.rescale, self.interval)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -73,8 +69,10 @@ class GuidedDenoiser:
         factor = torch.where(spread > 0, wanted / spread.clamp_min(torch.finfo(spread.dtype).tiny), 1.0)
         return guided * torch.lerp(torch.ones_like(factor), factor, self.rescale).view(-1, *[1] * (x_t.ndim - 1))
 
-    def _weight(self, x0: Tensor) -> Tensor:
-        weight = torch.as_tensor(self.weight, dtype=x0.dtype, device=x0.device)
+    def _weight(self, x0: Tensor) -> Tensor | float:
+        if not isinstance(self.weight, Tensor):
+            return self.weight  # as a number: to send it to an accelerator would wait for it
+        weight = self.weight.to(x0)
         if weight.ndim and weight.shape != x0.shape[:1]:
             raise ValueError(
                 f"expected one weight, or one for each of the {len(x0)} images; found {tuple(weight.shape)}"
@@ -82,12 +80,21 @@ class GuidedDenoiser:
         return weight.view(-1, *[1] * (x0.ndim - 1)) if weight.ndim else weight
 
 
+def check_guidance(rescale: float, interval: tuple[float, float]) -> None:
+    """Raise ValueError unless these are settings of `GuidedDenoiser`."""
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale must be between 0 and 1, found {rescale}")
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"interval must be two times, 0 <= low <= high <= 1, found {interval}")
+
+
 def _deviation(x: Tensor) -> Tensor:
     """That of each row; `Tensor.std` warns where there is none."""
     return (x - x.mean(1, keepdim=True)).square().mean(1).sqrt()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClippedDenoiser:
     """Keeps the estimate of `x_0` inside a range, because every image is (Ho et al., arXiv 2006.11239).
 

@@ -34,7 +34,7 @@ class _LatentReader(Conditioner):
     ) -> None:
         super().__init__()
         check_positive(embedding=embedding)
-        self.index = NodeIndex(topology)
+        self.index = NodeIndex(topology, device)
         self.latent = check_numbers("latent", latent)
         self.embed = _perceptron(math.prod(self.latent), embedding, device=device, dtype=dtype)
         self.null = nn.Parameter(torch.zeros(embedding, device=device, dtype=dtype))

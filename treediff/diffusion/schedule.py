@@ -84,14 +84,15 @@ class NoiseSchedule(ABC):
             noise: standard normal, shaped like `x`.
             t: `(B,)`, or one time for all.
         """
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        # A time in half precision has too few digits.
+        t = torch.as_tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         t = t.view(-1, *[1] * (x.ndim - 1)) if t.ndim else t
-        return self.alpha(t) * x + self.sigma(t) * noise
+        return self.alpha(t).to(x.dtype) * x + self.sigma(t).to(x.dtype) * noise
 
     @property
     def ends_in_noise(self) -> bool:
         """Whether nothing of the image is left at `t = 1` (zero terminal SNR, Lin et al., arXiv 2305.08891)."""
-        return float(self.log_alpha(torch.ones((), dtype=torch.float64))) == -math.inf
+        return float(self.log_alpha(torch.ones((), dtype=torch.float64, device="cpu"))) == -math.inf
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))

@@ -48,7 +48,10 @@ class Level(NamedTuple):
         return -math.inf if self.alpha == 0 else 2 * (self.log_alpha - math.log(self.sigma))
 
 
-@dataclass(frozen=True)
+_CLEAN = Level(t=0.0, log_alpha=0.0, alpha=1.0, sigma=0.0)
+
+
+@dataclass(frozen=True, eq=False)
 class Step:
     """All that a method needs to go from one time to the next.
 
@@ -87,7 +90,7 @@ class Step:
         return self.t.sigma / self.s.sigma * math.sqrt(self.forward_variance())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Progress:
     """What a callback is told after each step.
 
@@ -119,4 +122,7 @@ def levels_at(schedule: NoiseSchedule, times: Tensor) -> list[Level]:
             f"found {times.tolist() if times.numel() < 8 else f'the shape {tuple(times.shape)}'}"
         )
     columns = (times, schedule.log_alpha(times), schedule.alpha(times), schedule.sigma(times))
-    return [Level(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    levels = [Level(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    if levels[-1].t == 0:
+        levels[-1] = _CLEAN  # whatever a schedule of the user's own has left there
+    return levels

@@ -27,7 +27,8 @@ def min_snr(prediction: Prediction, gamma: float = 5.0) -> Weighting:
     """The weight `min(SNR, gamma)` on the error of the image (Hang et al., arXiv 2303.09556, section 3.4).
 
     On the error of other predictions that is `min(SNR, gamma) / SNR` for the noise and `min(SNR, gamma) / (SNR + 1)`
-    for the velocity.
+    for the velocity. Where nothing of the image is left, as at zero terminal SNR, the weight is 0: nothing is learned
+    there.
 
     Args:
         prediction: what the network predicts.

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from treediff.checks import check_batch
 from treediff.io import dtype_name, dtype_named, load_into, read_header, save_model
 from treediff.layers.blocks import check_positive, check_size, norm
 from treediff.layers.init import initialize
@@ -117,27 +118,7 @@ class FeatureClassifier(nn.Module):
 
     def check(self, x: Tensor) -> None:
         """Raise unless `x` suits the model; see `features_of`."""
-        weights = self.last.weight
-        if not isinstance(x, Tensor):
-            raise TypeError(f"expected images as a tensor, found {type(x).__name__}; torch.as_tensor(x) makes one")
-        if not x.is_floating_point():
-            raise TypeError(f"expected floating-point images in [0, 1], found {x.dtype}; divide 8-bit images by 255")
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.inputs:
-            shape = ", ".join(str(n) for n in self.inputs)
-            raise ValueError(f"expected images of shape (batch, {shape}), found {tuple(x.shape)}")
-        if x.dtype != weights.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(
-                f"expected images of the dtype of the weights, {weights.dtype}, found {x.dtype}; convert them with "
-                f".to({weights.dtype}), or the model with model.to(x.dtype)"
-            )
-        # Looking at values would stop an accelerator's stream, and a compiled graph, at every step.
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel():
-            low, high = (float(v) for v in x.detach().aminmax())
-            if not 0 <= low <= high <= 1:  # true for NaN as well
-                raise ValueError(
-                    f"expected images in [0, 1], found values from {low:.4g} to {high:.4g}; divide 8-bit images by "
-                    "255, clamp samples, or clean the data"
-                )
+        check_batch(x, self.inputs, self.last.weight.dtype, (0.0, 1.0), "images")
 
     def extra_repr(self) -> str:
         """The settings it was built with."""

@@ -5,8 +5,7 @@ Letters: `n` rows of data, `C H W` image, `S` samples, `M` members, `Y` classes,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from treediff.modes import evaluating
 from treediff.pictures.layout import spans
 from treediff.pictures.samples import Refine, as_images, draw_samples
 from treediff.pictures.summary import Ints, NodeSummary, TreeSummary
@@ -85,7 +85,7 @@ def summarize_tree(
     least_one = {"samples": samples, "max_rows": max_rows, "batch_size": batch_size}
     _check(model, images, least_one, members)
     targets, names = _classes(labels, class_names, len(images))
-    with _evaluating(model):
+    with evaluating(model):
         shares, leaf_of = _route(model, images, batch_size, progress)
         typical = _typical_members(model, images, leaf_of, members, max_rows, batch_size)
         drawn = draw_samples(model, samples, refine, generator)
@@ -115,18 +115,6 @@ def summarize_tree(
 
 
 # --- looking at the model -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _evaluating(model: TreeVAE) -> Iterator[None]:
-    """Eval mode for a while; afterwards every part is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _route(
