@@ -80,7 +80,7 @@ class LeafDensity(nn.Module):
         self,
         topology: TreeTopology,
         latent: tuple[int, ...],
-        components: int = 8,
+        components: int = 64,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -127,7 +127,7 @@ class LeafDensity(nn.Module):
         tree_vae: TreeVAE,
         images: Tensor,
         *,
-        components: int = 8,
+        components: int = 64,
         batch_size: int = 256,
         generator: torch.Generator | None = None,
     ) -> Self:

@@ -1,5 +1,6 @@
 """Samplers, noise and a network for them, and exact flows, for tests of chains."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ SAMPLERS: dict[str, Sampler] = {
     "DDPM, small variance": DDPMSampler("small"),
     "DDPM, large variance": DDPMSampler("large"),
     "DPM-Solver++": DPMSolverSampler(),
+    "DPM-Solver++ without a limit": DPMSolverSampler(limit=math.inf),
     "DPM-Solver++ with noise": DPMSolverSampler(eta=0.5),
     "SDE-DPM-Solver++": DPMSolverSampler(eta=1.0),
     "Heun": HeunSampler(),

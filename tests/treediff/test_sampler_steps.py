@@ -10,12 +10,12 @@ from worlds import world
 
 from treediff.diffusion.continuous import CosineSchedule, LinearSchedule
 from treediff.diffusion.discrete import DiscreteSchedule
-from treediff.diffusion.grids import trailing
+from treediff.diffusion.grids import trailing, uniform
 from treediff.diffusion.samplers import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler
 from treediff.diffusion.schedule import NoiseSchedule
 from treediff.testing import ExactDenoiser
 
-ORDERS = [("DDIM", 1.0), ("DPM-Solver++", 2.0), ("Heun", 2.0)]
+ORDERS = [("DDIM", 1.0), ("DPM-Solver++", 2.0), ("DPM-Solver++ without a limit", 2.0), ("Heun", 2.0)]
 
 
 def order(errors: list[float]) -> float:
@@ -46,6 +46,25 @@ def test_order_on_a_tree(name: str, promised: float) -> None:
     finest = HeunSampler()(denoiser, x, line(0.95, 0.1, 2560))
     errors = [float((SAMPLERS[name](denoiser, x, line(0.95, 0.1, n)) - finest).abs().mean()) for n in (80, 160, 320)]
     assert order(errors) == pytest.approx(promised, abs=0.2)
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineSchedule()], ids=["linear", "cosine"])
+def test_few_steps_on_an_uneven_grid_gain_from_the_limit(schedule: NoiseSchedule) -> None:
+    """The step to the first time is several times as long as the one before it."""
+    mixture, x, grid = one_gaussian([1.0, -2.0, 0.3], [0.2, 0.7, 1.5]), normal(64, 3), uniform(schedule, 20)[:-1]
+    exact = flow_of_one_gaussian(x, mixture, schedule, 1.0, schedule.first)
+    limited, unlimited, ddim = (
+        float((sampler(ExactDenoiser(mixture, schedule), x, grid) - exact).abs().mean())
+        for sampler in (DPMSolverSampler(), DPMSolverSampler(limit=math.inf), DDIMSampler())
+    )
+    assert 3 * limited < min(unlimited, ddim)
+
+
+def test_without_extrapolation_it_is_ddim() -> None:
+    denoiser, x, grid = world().denoiser(LinearSchedule()), normal(8, 3), uniform(LinearSchedule(), 7)
+    for eta in (0.0, 0.5, 1.0):
+        one, other = (s(denoiser, x, grid, noise=stream(x)) for s in (DPMSolverSampler(eta, 0.0), DDIMSampler(eta)))
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 WEAK_ORDERS = [
@@ -145,5 +164,5 @@ def test_diffusers_takes_the_same_dpm_solver_steps(eta: float, prediction: str, 
     network, noise = Network(schedule, prediction), stream(x)
     # In float32, which is what the other library makes of given noise.
     expected = by_diffusers(theirs, network, x, steps, variance_noise=lambda i: noise(i).float())
-    ours = DPMSolverSampler(eta)(network, x, trailing(schedule, steps), noise=noise)
+    ours = DPMSolverSampler(eta, limit=math.inf)(network, x, trailing(schedule, steps), noise=noise)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

@@ -185,6 +185,8 @@ def test_bad_times(times: list[float], found: str) -> None:
     [
         (lambda: DDIMSampler(1.5), r"eta must be between 0 and 1, found 1\.5"),
         (lambda: DPMSolverSampler(-0.1), r"eta must be between 0 and 1, found -0\.1"),
+        (lambda: DPMSolverSampler(limit=-0.1), r"limit must be at least 0, found -0\.1"),
+        (lambda: DPMSolverSampler(limit=math.nan), r"limit must be at least 0, found nan"),
         (lambda: DDPMSampler("huge"), r"'small' or 'large', found 'huge'"),  # type: ignore[arg-type]
     ],
 )

@@ -169,16 +169,28 @@ class DPMSolverSampler(_WithEta):
     first order. With `eta = 1` it is SDE-DPM-Solver++(2M) (appendix E of the same paper): new noise hides what is wrong
     with the estimates of earlier steps, which shows when a network is small or has not been trained for long.
 
+    A step much longer than the one before it would extrapolate far: on a uniform grid the one to `schedule.first` has
+    `1 / 2r` above 2. So `1 / 2r` is limited, by default to what it is between equal steps, which it tends to on any
+    smooth grid: the order stays the same, and few steps become better.
+
     Args:
         eta: 0 for no new noise, 1 for as much as DDPM with the small variance.
+        limit: greatest `1 / 2r`; `math.inf` for the algorithm as it was published, 0 for one of first order.
 
     Raises:
-        ValueError: if `eta` is not between 0 and 1.
+        ValueError: if `eta` is not between 0 and 1, or the limit is negative.
 
     Examples:
         >>> DPMSolverSampler().stochastic
         False
     """
+
+    limit: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.limit >= 0:
+            raise ValueError(f"limit must be at least 0, found {self.limit}")
 
     def step(self, at: Step) -> Tensor:
         """See the class."""
@@ -186,7 +198,7 @@ class DPMSolverSampler(_WithEta):
         if at.before is not None and math.isfinite(length):
             level, earlier = at.before
             half_r = 0.5 * length / (at.s.log_snr - level.log_snr)  # 1 / 2r; 0 after a start where alpha is 0
-            x0 = torch.lerp(earlier, x0, 1 + half_r)
+            x0 = torch.lerp(earlier, x0, 1 + min(half_r, self.limit))
         return self.with_noise(at, x0)
 
 
