@@ -53,5 +53,5 @@ def _check_values(x: Tensor, data_range: tuple[float, float] | None, what: str) 
     if data_range is not None and (low < data_range[0] or high > data_range[1]):
         raise ValueError(
             f"{what} must lie in {list(data_range)}, found values from {low:.4g} to {high:.4g}; divide 8-bit images by "
-            "255, clamp samples, or choose a likelihood for other data"
+            "255, and clamp what lies a little outside"
         )

@@ -18,12 +18,43 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-__all__ = ["FORMAT_VERSION", "dtype_name", "dtype_named", "load_into", "read_header", "require_config", "save_model"]
+__all__ = [
+    "FORMAT_VERSION",
+    "dtype_name",
+    "dtype_named",
+    "load_into",
+    "model_bytes",
+    "read_header",
+    "read_tensors",
+    "require_config",
+    "save_model",
+]
 
 FORMAT_VERSION = 1
 _KEY = "treediff"
 
 Path = str | os.PathLike[str]
+
+
+def model_bytes(class_name: str, state: Mapping[str, Any], header: Mapping[str, Any]) -> bytes:
+    """A model's file: its tensors and a header, the same bytes for the same content.
+
+    Args:
+        class_name: of the model.
+        state: its `state_dict`.
+        header: plain JSON values; 'format' and 'class' are added.
+
+    Raises:
+        TypeError: if the header holds something that is not plain JSON, or the state something that is no tensor.
+        ValueError: if the header holds NaN or infinity.
+    """
+    full = {**header, "format": FORMAT_VERSION, "class": class_name}
+    text = json.dumps(full, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    others = sorted(name for name, value in state.items() if not isinstance(value, Tensor))
+    if others:
+        raise TypeError(f"a file holds tensors only, found something else in the module's state at {others}")
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    return to_bytes(tensors, metadata={_KEY: text})
 
 
 def save_model(module: nn.Module, path: Path, header: Mapping[str, Any]) -> None:
@@ -34,24 +65,14 @@ def save_model(module: nn.Module, path: Path, header: Mapping[str, Any]) -> None
     Args:
         module: the module; its `state_dict` is stored.
         path: where to.
-        header: plain JSON values; 'format' and 'class' are added.
-
-    Raises:
-        TypeError: if the header holds something that is not plain JSON, or the state something that is no tensor.
-        ValueError: if the header holds NaN or infinity.
+        header: as for `model_bytes`, whose errors are raised, too.
     """
-    full = {**header, "format": FORMAT_VERSION, "class": type(module).__name__}
-    text = json.dumps(full, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    state = module.state_dict()
-    others = sorted(name for name, value in state.items() if not isinstance(value, Tensor))
-    if others:
-        raise TypeError(f"a file holds tensors only, found something else in the module's state at {others}")
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    data = model_bytes(type(module).__name__, module.state_dict(), header)
     # A name of its own, so that two processes that save at once do not write into one file.
     beside = f"{os.fspath(path)}.{secrets.token_hex(4)}.partial"
     try:
         with open(beside, "wb") as file:
-            file.write(to_bytes(tensors, metadata={_KEY: text}))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -135,25 +156,45 @@ def dtype_named(name: object, path: Path) -> torch.dtype:
     return found
 
 
-def load_into(module: nn.Module, path: Path) -> None:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no safetensors file.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def load_into(module: nn.Module, path: Path, *, rows: str | None = None, without: str | None = None) -> None:
     """Fill a module with a file's tensors; all must fit, and nothing is changed unless all do.
+
+    Args:
+        module: the module.
+        path: the file.
+        rows: how the names of tensors begin which may have another number of rows than the module's.
+        without: how the names begin of tensors that the file does not hold, and that stay as they are.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no safetensors file; or naming the first tensor that is missing, unknown, or of another
             shape or dtype.
     """
-    with _opened(path) as file:
-        found: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
+    found = read_tensors(path)
     expected = module.state_dict()
+    if without is not None:
+        found |= {name: tensor for name, tensor in expected.items() if name.startswith(without)}
     for name in sorted(expected.keys() | found.keys()):
-        want, got = _describe(expected.get(name)), _describe(found.get(name))
+        any_rows = rows is not None and name.startswith(rows)
+        want, got = _describe(expected.get(name), any_rows), _describe(found.get(name), any_rows)
         if want != got:
             raise ValueError(f"the file does not fit the model at {name!r}: expected {want}, found {got}")
     module.load_state_dict(found)
 
 
-def _describe(tensor: Tensor | None) -> str:
+def _describe(tensor: Tensor | None, any_rows: bool) -> str:
     if tensor is None:
         return "no such tensor"
-    return f"{dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}"
+    shape = ("any", *tensor.shape[1:]) if any_rows else tuple(tensor.shape)
+    return f"{dtype_name(tensor.dtype)} of shape ({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
