@@ -1,0 +1,339 @@
+"""Keys, labels and values of instances, by id; what is forgotten is erased.
+
+Letters: `M` rows, `D` width of a key, `V` width of a value, `B` instances of a call, `P` keys of each.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from munkey.checks import as_ids, check_rows, some
+from munkey.digest import MODULUS, keyed_hash, rows_hash
+from munkey.receipts import Receipt
+from munkey.rows import Removal
+from munkey.table import RowTable
+from treediff import EMA
+from treediff.noise import counter_normal
+
+__all__ = ["KeyStore", "Rows"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a store holds of some instances, one row for each key, in the order of the request.
+
+    Args:
+        ids: `(M,)` int64.
+        views: `(M,)` int64, the number of each key among those of its id.
+        labels: `(M,)` int64; -1 for none.
+        permanent: `(M,)` bool, whether they can not be forgotten.
+        keys: `(M, D)`.
+        values: `(M, V)`.
+    """
+
+    ids: Tensor
+    views: Tensor
+    labels: Tensor
+    permanent: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class KeyStore(RowTable):
+    """A table with one row for each instance: id, key, label, and a value that can be trained.
+
+    An id may own several keys, as of changed copies of one image; each has a row and a value of its own, and forgetting
+    the id takes them all.
+
+    `forget` overwrites the rows, moves the last rows into the holes, and wipes the tail, in the store and in every
+    gradient, optimiser and average that `attach` was told of. Content alone decides what is saved and what `digest`
+    says: a store that forgot cannot be told from one that never held what it forgot.
+
+    A value begins as `scale` times normal noise which depends on `seed`, id and view only.
+
+    Args:
+        key_width: `D`.
+        value_width: `V`.
+        seed: of the first values.
+        scale: standard deviation of the first values.
+        secret: 1 to 64 bytes under which digests are taken; drawn from the system if not given.
+        device: where the store lives.
+        dtype: of keys and values.
+
+    Raises:
+        TypeError: if a width is not whole.
+        ValueError: if a width is below 1, or the secret is empty or too long.
+
+    Examples:
+        >>> store = KeyStore(key_width=3, value_width=2)
+        >>> store.add([7, 8], torch.eye(3)[:2], labels=torch.tensor([0, 1]))
+        >>> store.forget([7]).forgotten
+        (7,)
+        >>> 7 in store, list(store)
+        (False, [8])
+    """
+
+    def __init__(
+        self,
+        key_width: int,
+        value_width: int = 128,
+        *,
+        seed: int = 0,
+        scale: float = 0.02,
+        secret: bytes | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(key_width, value_width, device=device, dtype=dtype)
+        if secret is not None and not 1 <= len(secret) <= 64:
+            raise ValueError(f"a secret has 1 to 64 bytes, found {len(secret)}")
+        self.seed, self.scale, self.secret = seed, scale, secret or secrets.token_bytes(32)
+        self._sum: int | None = 0
+        self._version = self.values._version
+
+    # --- what is there ------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __contains__(self, instance: object) -> bool:
+        return instance in self.index
+
+    def __iter__(self) -> Iterator[int]:
+        """Ids in ascending order; the order of rows would tell the history."""
+        return iter(sorted(self.index))
+
+    def contains(self, ids: Iterable[int] | Tensor) -> Tensor:
+        """`(B,)` bool, which ids are there."""
+        return torch.tensor([instance in self.index for instance in as_ids(ids)], dtype=torch.bool)
+
+    def rows_of(self, ids: Iterable[int] | Tensor) -> Tensor:
+        """`(M,)` numbers of the rows of ids, those of one id after those of another.
+
+        Row numbers change whenever something is forgotten.
+
+        Raises:
+            KeyError: if an id is not there.
+        """
+        wanted = as_ids(ids)
+        self._require(wanted)
+        return torch.tensor(self.index.of_all(wanted), dtype=torch.int64, device=self.ids.device)
+
+    def one_row_of_each(self, ids: Iterable[int] | Tensor, uniform: Tensor) -> Tensor:
+        """`(B,)` number of one row of each id; uniform numbers `(B,)` in [0, 1) decide which of several.
+
+        Raises:
+            KeyError: if an id is not there.
+        """
+        wanted = as_ids(ids)
+        self._require(wanted)
+        rows = self.index.one_of_each(wanted, uniform.tolist())
+        return torch.tensor(rows, dtype=torch.int64, device=self.ids.device)
+
+    def get(self, ids: Iterable[int] | Tensor) -> Rows:
+        """A copy of what is stored of ids.
+
+        Raises:
+            KeyError: if an id is not there.
+        """
+        rows = self.rows_of(ids)
+        return Rows(*(column[rows] for column in self.columns))
+
+    def read(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
+        """`(..., V)` values of rows, through which a gradient flows.
+
+        Args:
+            rows: `(...)` int64 row numbers.
+            sparse: whether the gradient is sparse, so that a step costs no more than the rows that were read.
+        """
+        read = F.embedding(rows, self.values, sparse=sparse)
+        if read.requires_grad and not self.holders.optimizers and not torch.compiler.is_compiling():
+            read.register_hook(_warn_unattached)
+        return read
+
+    # --- writing ------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        ids: Iterable[int] | Tensor,
+        keys: Tensor,
+        labels: Tensor | None = None,
+        values: Tensor | None = None,
+        *,
+        permanent: bool = False,
+    ) -> None:
+        """Store new instances; all of them or, if something is wrong, none.
+
+        Args:
+            ids: `(B,)` int64, all different and none of them there.
+            keys: `(B, D)`, or `(B, P, D)` for `P` keys of each.
+            labels: `(B,)` int64, at least 0; none if not given.
+            values: shaped like the keys but for the width `V`; noise if not given.
+            permanent: whether they are there for good, as those are that weights were trained on; `forget` refuses
+                them.
+
+        Raises:
+            TypeError: if ids or labels are no int64, or keys or values no floating-point tensors.
+            ValueError: if ids repeat or are there already, or a shape is wrong, or a number is not finite.
+        """
+        wanted = as_ids(ids)
+        there = [instance for instance in wanted if instance in self.index]
+        if there:
+            raise ValueError(f"ids {some(there)} are in the store already; use replace to change them")
+        self._write(*self._new_rows(wanted, keys, labels, values, permanent))
+
+    def replace(
+        self,
+        ids: Iterable[int] | Tensor,
+        keys: Tensor,
+        labels: Tensor | None = None,
+        values: Tensor | None = None,
+    ) -> Receipt:
+        """Store new keys, labels and values of instances that are there; arguments as for `add`.
+
+        Nothing of the old ones is left: they are forgotten first, which the receipt says.
+
+        Raises:
+            KeyError: if an id is not there.
+            TypeError: as for `add`.
+            ValueError: as for `add` and `forget`.
+        """
+        wanted = as_ids(ids)
+        rows = self._new_rows(wanted, keys, labels, values, permanent=False)
+        receipt = self.forget(wanted)
+        self._write(*rows)
+        return receipt
+
+    def _new_rows(
+        self, ids: list[int], keys: Tensor, labels: Tensor | None, values: Tensor | None, permanent: bool
+    ) -> tuple[Tensor, ...]:
+        """One tensor for each column of the table."""
+        keys, labels, values = check_rows(ids, keys, labels, values, self.widths)
+        count, device = keys.shape[1], self.ids.device
+        owner = torch.tensor(ids, dtype=torch.int64, device=device).repeat_interleave(count)
+        view = torch.arange(count, device=device).repeat(len(ids))
+        if values is None:
+            noise = counter_normal(self.seed, owner, (self.widths[1],), draw=view, dtype=self.values.dtype)
+            values = self.scale * noise
+        labels, stays = labels.repeat_interleave(count), torch.full_like(view, permanent, dtype=torch.bool)
+        return owner, view, labels, stays, keys.flatten(0, 1), values.reshape(-1, self.widths[1])
+
+    def _write(self, *columns: Tensor) -> None:
+        digest = self._rows_sum()
+        rows = self.append(*columns)
+        self._keep(digest + rows_hash(self.secret, self.columns, rows))
+
+    # --- forgetting ---------------------------------------------------------------------------------------
+
+    def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
+        """Erase instances, here and in all that is attached; all of them or, if something is wrong, none.
+
+        The cost follows the rows that go, not those that stay.
+
+        Args:
+            ids: `(B,)` int64; an id that comes twice counts once.
+            missing: 'raise' or 'ignore' ids that are not there. That an id is not there says nothing of whether it ever
+                was.
+
+        Raises:
+            KeyError: if an id is not there, unless that is to be ignored.
+            TypeError: if ids are no whole numbers.
+            ValueError: if `missing` is another word, an id is there for good, or an attached optimiser keeps something
+                that mixes instances.
+        """
+        if missing not in ("raise", "ignore"):
+            raise ValueError(f"missing must be 'raise' or 'ignore', found {missing!r}")
+        wanted = sorted(set(as_ids(ids)))
+        if missing == "raise":
+            self._require(wanted)
+        known = [instance for instance in wanted if instance in self.index]
+        absent = tuple(instance for instance in wanted if instance not in self.index)
+        self._check_forgettable(known)
+        removal = Removal.of(self.index.of_all(known), self.used, self.ids.device)
+        before, digest = self.digest(), self._rows_sum()
+        digest -= rows_hash(self.secret, self.columns, removal.gone)
+        erased = self.erase(known, removal)
+        self._keep(digest)
+        return Receipt(tuple(known), absent, len(removal.gone), erased, before, self.digest(), time.time())
+
+    def attach(self, *holders: torch.optim.Optimizer | EMA) -> None:
+        """Tell the store what else keeps something of its values, so that it can be erased, moved and grown there too.
+
+        Args:
+            *holders: optimisers of PyTorch with `store.values` among their parameters, and averages of a model that
+                holds the store.
+
+        Raises:
+            TypeError: if one is something else.
+            ValueError: if one does not follow the values.
+        """
+        for holder in holders:
+            self.holders.attach(self.values, holder)
+
+    def _require(self, ids: list[int]) -> None:
+        unknown = [instance for instance in ids if instance not in self.index]
+        if unknown:
+            raise KeyError(f"ids {some(unknown)} are not in the store; forget passes over them with missing='ignore'")
+
+    def _check_forgettable(self, ids: list[int]) -> None:
+        stay = self.permanent[self.rows_of(ids)]
+        if stay.any():
+            held = [instance for instance in ids if self.permanent[self.index.of(instance)[0]]]
+            raise ValueError(
+                f"ids {some(held)} are there for good: weights were trained on them, and would not forget them with "
+                "their rows; train anew without them"
+            )
+        self.holders.check(self.values)
+
+    # --- digest -------------------------------------------------------------------------------------------
+
+    def digest(self) -> str:
+        """A hexadecimal digest of the content, the same for the same rows in any order; see `munkey.digest`.
+
+        After values were trained it is computed anew, which takes a time that grows with the store; otherwise it
+        follows what is added and forgotten.
+        """
+        about = {name: str(column.dtype) for name, column in (("keys", self.keys), ("values", self.values))}
+        text = json.dumps({**about, "widths": self.widths, "rows": self.used}, sort_keys=True)
+        return keyed_hash(self.secret, text.encode() + self._rows_sum().to_bytes(32, "little")).hex()
+
+    def _rows_sum(self) -> int:
+        if self._sum is None or self._version != self.values._version:
+            return self._keep(rows_hash(self.secret, [column[: self.used] for column in self.columns]))
+        return self._sum
+
+    def _keep(self, total: int) -> int:
+        """A sum that holds for as long as nobody else changes values."""
+        self._sum, self._version = total % MODULUS, self.values._version
+        return self._sum
+
+    def compact(self) -> None:  # noqa: D102
+        digest = self._rows_sum()
+        super().compact()
+        self._keep(digest)
+
+    def _take(self, found: dict[str, Tensor]) -> None:  # type: ignore[override]
+        self._sum = None
+        super()._take(found)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._sum = None  # of other bytes
+        return super()._apply(fn, recurse)
+
+
+def _warn_unattached(grad: Tensor) -> None:
+    warnings.warn(
+        "values of a store are trained by an optimiser the store does not know; what it keeps of an instance would not "
+        "be forgotten. Tell the store: store.attach(optimizer)",
+        stacklevel=2,
+    )

@@ -1,0 +1,236 @@
+"""The tensors of a store: rows that grow, are erased, sorted, saved and loaded, whatever is in them.
+
+Letters: `M` rows in use, `R` rows there is room for, `D` width of a key, `V` width of a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from munkey.checks import check_width
+from munkey.holders import Holders, grown, reordered
+from munkey.retrieval import Screen
+from munkey.rows import Removal, RowIndex
+
+__all__ = ["RowTable"]
+
+_LEAST_ROOM = 16
+_BUFFERS = ("ids", "views", "labels", "permanent", "keys")
+_COLUMNS = (*_BUFFERS, "values")
+_SCREEN = ("rounded", "rounding", "length")
+
+
+class RowTable(nn.Module):
+    """Rows of id, view, label, whether they are there for good, key and value.
+
+    The first `used` rows are in use, the rest is zero and there to grow into. Keys and labels are buffers, values a
+    parameter, which stays the same one however the table changes. A state holds the rows in use by id and view.
+
+    Args:
+        key_width: `D`.
+        value_width: `V`.
+        device: where the table lives.
+        dtype: of keys and values.
+
+    Raises:
+        TypeError: if a width is not whole.
+        ValueError: if a width is below 1.
+
+    Attributes:
+        ids: `(R,)` int64.
+        views: `(R,)` int64, the number of a row among those of its id.
+        labels: `(R,)` int64, -1 for none.
+        permanent: `(R,)` bool, whether a row can not be forgotten.
+        keys: `(R, D)`.
+        values: `(R, V)`.
+        rounded: `(R, D + 1)` keys in bfloat16 and a one, for a fast first look; this and what follows are made of the
+            keys and not saved.
+        rounding: `(R,)` float32, at least the length of what rounding took from each key.
+        length: `(R,)` float32, at least the length of each key.
+    """
+
+    ids: Tensor
+    views: Tensor
+    labels: Tensor
+    permanent: Tensor
+    keys: Tensor
+    values: nn.Parameter
+    rounded: Tensor
+    rounding: Tensor
+    length: Tensor
+
+    def __init__(
+        self,
+        key_width: int,
+        value_width: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_width(key_width=key_width, value_width=value_width)
+        for name in ("ids", "views", "labels"):
+            self.register_buffer(name, torch.zeros(0, dtype=torch.int64, device=device))
+        self.register_buffer("permanent", torch.zeros(0, dtype=torch.bool, device=device))
+        self.register_buffer("keys", torch.zeros(0, key_width, device=device, dtype=dtype))
+        self.values = nn.Parameter(torch.zeros(0, value_width, device=device, dtype=dtype))
+        for name, column in zip(_SCREEN, _screen(self.keys), strict=True):
+            self.register_buffer(name, column, persistent=False)
+        self.used = 0
+        self.index = RowIndex(self.ids, self.views)
+        self.holders = Holders()
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of a key and of a value."""
+        return self.keys.shape[1], self.values.shape[1]
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """All content, room included: ids, views, labels, permanent, keys, values."""
+        return tuple(getattr(self, name).detach() for name in _COLUMNS)
+
+    @property
+    def screen(self) -> Screen:
+        """The rows in use, for `munkey.retrieval.nearest`."""
+        return Screen(*(getattr(self, name)[: self.used] for name in _SCREEN))
+
+    def order(self) -> Tensor:
+        """`(M,)` row numbers by id and view."""
+        by_view = self.views[: self.used].argsort(stable=True)
+        return by_view[self.ids[by_view].argsort(stable=True)]
+
+    # --- changing -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def append(self, *columns: Tensor) -> Tensor:
+        """Write new rows, given like `columns`; the numbers they got."""
+        rows = torch.arange(self.used, self.used + len(columns[0]), device=self.ids.device)
+        room = len(self.ids)
+        if self.used + len(rows) > room:
+            room = max(_LEAST_ROOM, self.used + len(rows), room + room // 2)
+            self._rebuild(partial(grown, room=room), lambda numbers: numbers)
+        for column, new in zip(self.columns, columns, strict=True):
+            column[rows] = new.to(column)
+        for name, new in zip(_SCREEN, _screen(self.keys[rows]), strict=True):
+            getattr(self, name)[rows] = new
+        self.index.add(self.ids[rows], self.views[rows], self.used)
+        self.used += len(rows)
+        self.holders.added()
+        return rows
+
+    @torch.no_grad()
+    def erase(self, ids: list[int], removal: Removal) -> int:
+        """Overwrite the rows of some ids, here and in all that is attached; how many bytes that were."""
+        self.index.remove(ids)
+        self.index.move(self.ids[removal.movers], self.views[removal.movers], removal.holes)
+        tensors = (*self.columns, *(getattr(self, name) for name in _SCREEN))
+        for column in tensors:
+            removal.erase(column)
+        self.used = removal.after
+        width = sum(column[0].numel() * column.element_size() for column in tensors if len(column))
+        erased: int = len(removal.gone) * width
+        return erased + self.holders.erase(self.values, removal)
+
+    @torch.no_grad()
+    def compact(self) -> None:
+        """Sort rows by id and view, and give back room that is not needed; what is attached follows.
+
+        After it an optimiser's state fits the table as it is saved, which is in this order.
+
+        Raises:
+            ValueError: if an attached optimiser keeps something that mixes instances.
+        """
+        self.holders.check(self.values)
+        order = self.order()
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        self._rebuild(partial(reordered, order=order), lambda numbers: place[numbers])
+        self.index = RowIndex(self.ids, self.views)
+
+    def _rebuild(self, make: Callable[[Tensor], Tensor], renumber: Callable[[Tensor], Tensor]) -> None:
+        for name in (*_BUFFERS, *_SCREEN):
+            setattr(self, name, make(getattr(self, name)))
+        self.holders.rebuild(self.values, make, renumber)
+
+    # --- state --------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        order = self.order()
+        for name, column in zip(_COLUMNS, self.columns, strict=True):
+            destination[prefix + name] = column[order]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: object,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        known = [prefix + name for name in _COLUMNS]
+        missing = [name for name in known if name not in state_dict]
+        missing_keys += missing
+        if strict:
+            unexpected_keys += [name for name in state_dict if name.startswith(prefix) and name not in known]
+        if missing:
+            return
+        found = {name: state_dict[prefix + name] for name in _COLUMNS}
+        wrong = self._misfit(found)
+        if wrong:
+            error_msgs.append(f"rows of {prefix.rstrip('.') or 'a store'} do not fit: {wrong}")
+        else:
+            self._take(found)
+
+    def _misfit(self, found: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with a state, if anything."""
+        rows = len(found["ids"])
+        shapes: dict[str, tuple[int, ...]] = {name: (rows,) for name in _BUFFERS[:-1]}
+        shapes |= {"keys": (rows, self.widths[0]), "values": (rows, self.widths[1])}
+        for name, shape in shapes.items():
+            if tuple(found[name].shape) != shape:
+                return f"expected {name} of shape {shape}, found {tuple(found[name].shape)}"
+        if rows and len(torch.unique(torch.stack((found["ids"], found["views"])), dim=1).T) != rows:
+            return "an id has two rows of one view"
+        if any(self.values in optimizer.state for optimizer in self.holders.optimizers) or self.holders.averages:
+            return "an optimiser or an average follows the present rows; load first, then attach"
+        return None
+
+    @torch.no_grad()
+    def _take(self, found: Mapping[str, Tensor]) -> None:
+        """Have these rows and no others; the old ones are wiped."""
+        self._rebuild(lambda old: reordered(old, old.new_zeros(0, dtype=torch.int64)), lambda numbers: numbers - 1)
+        self.values.grad = None
+        for name in _BUFFERS:
+            setattr(self, name, found[name].to(getattr(self, name), copy=True))
+        self.values.data = found["values"].detach().to(self.values.data, copy=True)
+        self._look_again()
+        self.used = len(self.ids)
+        self.index = RowIndex(self.ids, self.views)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._look_again()  # another dtype of the keys is not another one of the screen
+        return self
+
+    def _look_again(self) -> None:
+        for name, column in zip(_SCREEN, _screen(self.keys), strict=True):
+            setattr(self, name, column)
+
+    def extra_repr(self) -> str:
+        """Size and widths."""
+        return (
+            f"{len(self.index)} instances, {self.used} rows, key_width={self.widths[0]}, value_width={self.widths[1]}"
+        )
+
+
+def _screen(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    screen = Screen.of(keys)
+    return screen.keys, screen.rounding, screen.length

@@ -1,0 +1,188 @@
+"""Search against a plain sort in float64."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from stores import seeded
+from torch import Tensor
+
+from munkey import retrieval
+from munkey.retrieval import Neighbours, Screen, nearest
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=[True, False], ids=["screen", "plain"])
+def screened(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+def slow(
+    queries: Tensor, keys: Tensor, ids: Tensor, k: int, views: Tensor | None = None, exclude: Tensor | None = None
+) -> list[list[tuple[float, int, int, int]]]:
+    """`(score, id, view, row)` of the nearest of each query; the dot product is summed row by row."""
+    found = []
+    for b, query in enumerate(queries.double()):
+        rows = [
+            (float((key * query).sum()), int(i), 0 if views is None else int(views[row]), row)
+            for row, (key, i) in enumerate(zip(keys.double(), ids, strict=True))
+            if exclude is None or i != exclude[b]
+        ]
+        found.append(sorted(rows, key=lambda entry: (-entry[0], *entry[1:3]))[:k])
+    return found
+
+
+def check(found: Neighbours, oracle: list[list[tuple[float, int, int, int]]], k: int) -> None:
+    for b, rows in enumerate(oracle):
+        missing = k - len(rows)
+        assert found.ids[b].tolist() == [row[1] for row in rows] + [-1] * missing
+        assert found.rows[b].tolist() == [row[3] for row in rows] + [-1] * missing
+        assert found.scores[b].tolist() == [row[0] for row in rows] + [-torch.inf] * missing
+
+
+def search(queries: Tensor, keys: Tensor, ids: Tensor, k: int, screened: bool, **settings: Tensor | None) -> Neighbours:
+    return nearest(queries, keys, ids, k, screen=Screen.of(keys) if screened else None, **settings)  # type: ignore[arg-type]
+
+
+@settings(max_examples=80)
+@given(
+    st.integers(0, 120),
+    st.integers(0, 5),
+    st.sampled_from([1, 2, 7, 40]),
+    st.integers(1, 9),
+    st.integers(0, 999),
+    st.data(),
+)
+def test_finds_what_a_sort_finds(rows: int, batch: int, width: int, k: int, seed: int, data: st.DataObject) -> None:
+    generator = seeded(seed)
+    dtype, screened = data.draw(st.sampled_from(DTYPES)), data.draw(st.booleans())
+    # Few different numbers make ties, great and small ones rounding.
+    shape = data.draw(st.sampled_from(["normal", "ties", "whole", "near one", "great", "small"]))
+    keys, queries = (torch.randn(n, width, generator=generator) for n in (rows, batch))
+    if shape == "ties":
+        keys, queries = keys.round(), queries.round()
+    elif shape == "whole":  # what a screen holds exactly, but not their products
+        keys, queries = (8 * keys).round(), (8 * queries).round()
+    elif shape == "near one":
+        keys, queries = 1 + keys / 1000, 1 + queries / 1000
+    elif shape in ("great", "small"):
+        keys = keys * (1e18 if shape == "great" else 1e-18) ** (1 if dtype != torch.float16 else 0.2)
+        queries = queries * (1e18 if shape == "great" else 1e-18) ** (1 if dtype != torch.float16 else 0.2)
+    keys, queries = keys.to(dtype), queries.to(dtype)
+    owners = torch.randperm(rows, generator=generator) // data.draw(st.integers(1, 3)) - 5
+    views = torch.zeros_like(owners)
+    for i in owners.unique():
+        mine = (owners == i).nonzero().squeeze(1)
+        views[mine] = torch.randperm(len(mine), generator=generator)
+    exclude = torch.randint(-6, 20, (batch,), generator=generator) if data.draw(st.booleans()) else None
+    found = search(queries, keys, owners, k, screened, views=views, exclude_ids=exclude)
+    check(found, slow(queries, keys, owners, k, views, exclude), k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finds_what_a_sort_finds_among_many(screened: bool, dtype: torch.dtype) -> None:
+    keys = torch.randn(5000, 24, generator=seeded()).to(dtype)
+    queries = torch.randn(9, 24, generator=seeded(1)).to(dtype)
+    exact = keys.double() @ queries.double().T
+    found = search(queries, keys, torch.arange(5000), 6, screened)
+    torch.testing.assert_close(found.scores.T, exact.topk(6, 0).values, rtol=1e-12, atol=0)
+    assert torch.equal(found.rows.T, exact.topk(6, 0).indices)
+    if dtype != torch.float16:  # whose results are rounded more than a screen's
+        assert found.candidates.float().mean() < 600
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5, -300.0])
+@pytest.mark.parametrize("kind", ["normal", "whole", "unequal"])
+def test_a_look_is_as_wrong_as_its_bound_says_at_most(kind: str, offset: float) -> None:
+    keys, queries = torch.randn(3000, 50, generator=seeded()), torch.randn(40, 50, generator=seeded(1))
+    if kind == "whole":  # which bfloat16 holds exactly, but not their products
+        keys, queries = (9 * keys).round(), (9 * queries).round()
+    elif kind == "unequal":
+        keys = keys * torch.logspace(-3, 3, 3000)[:, None]
+    screen, rounded = Screen.of(keys), queries.bfloat16()
+    offsets = torch.full((40,), offset).bfloat16()
+    look = (screen.keys @ torch.cat([rounded, -offsets[:, None]], 1).T).double()
+    lost = retrieval._length(queries - rounded.float())
+    error = retrieval._Error(retrieval._length(rounded), lost, offsets.abs().float(), torch.bfloat16)
+    bound = error.bound(look, 51, screen.rounding, screen.length)
+    wrong = (keys.double() @ queries.double().T - offset - look).abs()
+    assert (wrong <= bound).all()
+    assert (wrong / bound).max() > 0.05, "a bound so loose would let everything pass"
+
+
+def test_equal_keys_come_in_the_order_of_ids_wherever_they_stand(screened: bool) -> None:
+    keys = torch.randn(40, 8, generator=seeded()).repeat(25, 1)
+    order = torch.randperm(1000, generator=seeded(1))
+    one = search(keys[:40], keys, torch.arange(1000), 30, screened)
+    other = search(keys[:40], keys[order], order, 30, screened)
+    assert torch.equal(one.ids, other.ids) and torch.equal(one.scores, other.scores)
+    assert torch.equal(one.ids[3, :25], torch.arange(25) * 40 + 3)
+
+
+def test_scores_depend_neither_on_the_batch_nor_on_the_place(screened: bool) -> None:
+    keys, queries = torch.randn(3000, 33, generator=seeded()), torch.randn(70, 33, generator=seeded(1))
+    ids = torch.arange(3000)
+    whole = search(queries, keys, ids, 5, screened)
+    for rows in (slice(0, 1), slice(11, 14), slice(3, 70)):
+        alone = search(queries[rows], keys, ids, 5, screened)
+        assert torch.equal(whole.scores[rows], alone.scores) and torch.equal(whole.ids[rows], alone.ids)
+    moved = search(queries, keys.roll(7, 0), ids.roll(7), 5, screened)
+    assert torch.equal(whole.scores, moved.scores) and torch.equal(whole.ids, moved.ids)
+    fewer = search(queries, keys[whole.rows[0]], whole.ids[0], 5, screened)
+    assert torch.equal(whole.scores[0], fewer.scores[0])
+
+
+@pytest.fixture
+def few_pairs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in (("_PAIRS", 300), ("_SCORED", 64), ("_BLOCK", 100)):
+        monkeypatch.setattr(retrieval, name, value)
+    yield
+
+
+@pytest.mark.usefixtures("few_pairs")
+def test_too_many_pairs_are_looked_at_in_turn(screened: bool) -> None:
+    keys, queries = torch.ones(500, 4), torch.randn(5, 4, generator=seeded())
+    exclude = torch.tensor([0, 3, 600, 2, 1])
+    found = search(queries, keys, torch.arange(500), 3, screened, exclude_ids=exclude)
+    check(found, slow(queries, keys, torch.arange(500), 3, None, exclude), 3)
+
+
+def test_a_screen_narrows_and_where_it_does_not_full_precision_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = seeded()
+    keys = torch.nn.functional.normalize(torch.randn(20_000, 64, generator=generator), dim=1)
+    looks: list[torch.dtype] = []
+    look = retrieval._best_of_groups
+
+    def spy(queries: Tensor, keys: Tensor, group: int) -> Tensor:
+        looks.append(keys.dtype)
+        return look(queries, keys, group)
+
+    monkeypatch.setattr(retrieval, "_best_of_groups", spy)
+    found = search(keys[:50], keys, torch.arange(20_000), 4, True)
+    assert looks == [torch.bfloat16] and found.candidates.max() < 2000
+    # Keys that differ by less than bfloat16 can tell.
+    near = 1 + keys / 1e4
+    search(near[:50], near, torch.arange(20_000), 4, True)
+    assert looks == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("queries", "k", "error", "message"),
+    [
+        (torch.zeros(1, 3), 0, ValueError, "k must be at least 1, found 0"),
+        (torch.zeros(1, 3), 1.0, TypeError, "k must be a whole number, found 1.0"),
+        (torch.zeros(3), 1, ValueError, "expected queries of shape (B, 3) and dtype torch.float32, found (3,)"),
+        (torch.zeros(1, 4), 1, ValueError, "expected queries of shape (B, 3) and dtype torch.float32, found (1, 4)"),
+        (torch.zeros(1, 3).double(), 1, ValueError, "found (1, 3) and torch.float64"),
+        (torch.full((1, 3), torch.nan), 1, ValueError, "queries must be finite, found NaN or infinity"),
+    ],
+)
+def test_bad_queries(queries: Tensor, k: int, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        nearest(queries, torch.zeros(2, 3), torch.arange(2), k)
