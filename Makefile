@@ -19,10 +19,14 @@ BIN := $(VENV)/bin
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.examples ## grow a small tree, then draw sharp images of its clusters; pictures in demo/ and demo/refined/
+demo: $(VENV)/.examples ## grow a tree and draw sharp images of its clusters; then classify, forget, and compare; see demo/
 	$(BIN)/python examples/train_treevae.py --out demo
 	$(BIN)/python examples/train_diffusion.py --tree demo/model.safetensors --out demo/refined
 	$(BIN)/python examples/generate.py --model demo/refined/model.safetensors --out demo/refined
+	$(BIN)/python examples/train_munkey.py --out demo/munkey
+	$(BIN)/python examples/train_munkey.py --leave-out 100 --out demo/without
+	$(BIN)/python examples/forget.py --model demo/munkey/model.safetensors --file demo/without/left_out.txt \
+		--beside demo/without/model.safetensors --out demo/forgotten
 
 test: lint types docs wheel doctests unit ## every check, from lint to unit
 
@@ -51,13 +55,14 @@ wheel: $(VENV)/.test ## build the package and import it from its wheel
 	rm -rf dist build/wheel
 	$(BIN)/python -m build --no-isolation --outdir dist .
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target build/wheel dist/*.whl
-	diff -r -x __pycache__ treediff build/wheel/treediff
+	for package in treediff munkey; do diff -r -x __pycache__ $$package build/wheel/$$package || exit 1; done
 	cd / && PYTHONPATH="$(CURDIR)/build/wheel" "$(CURDIR)/$(BIN)/python" -P -W error -c \
-		'import sys, treediff; file = treediff.__file__; print("imported", treediff.__version__, "from the wheel") \
-		if file.startswith(sys.argv[1]) else sys.exit("not from the wheel: " + file)' "$(CURDIR)/build/wheel/"
+		'import sys, munkey, treediff; files = munkey.__file__, treediff.__file__; \
+		print("imported", treediff.__version__, "from the wheel") if all(file.startswith(sys.argv[1]) for file in files) \
+		else sys.exit("not from the wheel: " + repr(files))' "$(CURDIR)/build/wheel/"
 
 doctests: $(VENV)/.test ## run the examples in the docstrings
-	$(BIN)/python -m pytest --quiet --doctest-modules treediff
+	$(BIN)/python -m pytest --quiet --doctest-modules treediff munkey
 
 unit: $(VENV)/.test ## run the tests
 	$(BIN)/python -m pytest
@@ -68,7 +73,7 @@ bench: $(VENV)/.test ## time a training step against the size of the tree, and t
 
 clean: ## remove everything the commands above made
 	rm -rf $(VENV) build demo dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find treediff tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find treediff munkey tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.base: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; $(PYTHON) is " \

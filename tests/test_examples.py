@@ -65,3 +65,17 @@ def test_pictures(folder: Path, options: tuple[str, ...], name: str) -> None:
     picture = folder / str(result["picture"])
     assert picture.name == f"{name}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_classifier_forgets(folder: Path) -> None:
+    trained = run(folder, "train_munkey.py", "--epochs", "4")
+    assert trained["accuracy"]["test"]["full"] > 0.6  # type: ignore[index]
+    result = run(folder, "forget.py", "--label", "3")
+    assert result["rows"] and result["found"] == {"before": 2 * result["rows"], "after": 0}  # type: ignore[operator]
+    assert result["accuracy"]["after"]["forgotten"]["full"] < 0.1  # type: ignore[index]
+    assert json.loads((folder / "runs/forgotten/receipt.json").read_text())["rows"] == result["rows"]
+    options = ("--mode", "exact", "--quick", "--leave-out", "5", "--out", "exact")
+    assert run(folder, "train_munkey.py", *options)["mode"] == "exact"
+    (folder / "ids.txt").write_text("7\n" + (folder / "exact" / "left_out.txt").read_text())
+    options = ("--file", "ids.txt", "--missing", "ignore", "--beside", "exact/model.safetensors")
+    assert run(folder, "forget.py", *options)["accuracy"]["trained without"]  # type: ignore[index]

@@ -13,11 +13,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+import munkey
 import treediff
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "treediff"
-PUBLIC_NAMES = sorted(name for name in treediff.__all__ if not name.startswith("__"))
+PACKAGES = {"treediff": treediff, "munkey": munkey}
+REFERENCE = {"treediff": "api.md", "munkey": "munkey_api.md"}
+FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+PUBLIC_NAMES = sorted((package, name) for package, module in PACKAGES.items() for name in module.__all__)
+each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+each_package = pytest.mark.parametrize("package", PACKAGES)
 
 # Imports the package with each warning an error, and tells what that did to the process.
 IMPORT_REPORT = """
@@ -29,7 +34,7 @@ def state():
     return generators, torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
 
 modules, before = set(sys.modules), state()
-import treediff
+import munkey, treediff
 print(json.dumps({"modules": sorted(set(sys.modules) - modules), "state kept": state() == before}))
 """
 
@@ -75,8 +80,8 @@ def test_import_warns_of_nothing(import_run: subprocess.CompletedProcess[str]) -
 
 def test_import_needs_no_extra(import_run: subprocess.CompletedProcess[str]) -> None:
     modules = {name.partition(".")[0] for name in json.loads(import_run.stdout)["modules"]}
-    assert "treediff" in modules
-    assert modules & {"matplotlib", "PIL", "scipy", "sklearn", "tqdm"} == set()
+    assert {"munkey", "treediff"} <= modules
+    assert modules & {"faiss", "matplotlib", "PIL", "scipy", "sklearn", "tqdm"} == set()
 
 
 def test_import_keeps_the_global_state(import_run: subprocess.CompletedProcess[str]) -> None:
@@ -87,9 +92,11 @@ def test_modules_import_only_declared_dependencies() -> None:
     """At the top of a module; what an extra brings is imported in the function that needs it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
-    allowed = declared | {"treediff"} | sys.stdlib_module_names
     undeclared = set()
-    for file in PACKAGE.rglob("*.py"):
+    for file in FILES:
+        # The tree knows nothing of the memory.
+        own = {"treediff"} if file.is_relative_to(ROOT / "treediff") else set(PACKAGES)
+        allowed = declared | own | sys.stdlib_module_names
         for statement in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(statement, ast.Import):
                 names = [alias.name for alias in statement.names]
@@ -103,36 +110,40 @@ def test_modules_import_only_declared_dependencies() -> None:
     assert undeclared == set()
 
 
-def test_package_says_that_it_is_typed() -> None:
-    assert (PACKAGE / "py.typed").is_file()
+@each_package
+def test_package_says_that_it_is_typed(package: str) -> None:
+    assert (ROOT / package / "py.typed").is_file()
 
 
-def test_tests_see_the_checkout() -> None:
-    assert Path(treediff.__file__).parent == PACKAGE
+@each_package
+def test_tests_see_the_checkout(package: str) -> None:
+    assert Path(str(PACKAGES[package].__file__)).parent == ROOT / package
 
 
-@pytest.mark.parametrize("name", PUBLIC_NAMES)
-def test_public_name_exists_and_is_documented(name: str) -> None:
-    documentation = getattr(treediff, name).__doc__
-    assert documentation, f"treediff.{name} has no docstring"
-    assert not documentation.startswith(f"{name}("), f"treediff.{name} has only the docstring that @dataclass made"
-    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    assert re.search(rf"^::: treediff(\.\w+)*\.{name}$", reference, re.MULTILINE), (
-        f"docs/api.md lacks a line '::: treediff.{name}'"
+@pytest.mark.parametrize(("package", "name"), PUBLIC_NAMES)
+def test_public_name_exists_and_is_documented(package: str, name: str) -> None:
+    documentation = getattr(PACKAGES[package], name).__doc__
+    assert documentation, f"{package}.{name} has no docstring"
+    assert not documentation.startswith(f"{name}("), f"{package}.{name} has only the docstring that @dataclass made"
+    page = f"docs/{REFERENCE[package]}"
+    assert re.search(rf"^::: {package}(\.\w+)*\.{name}$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE), (
+        f"{page} lacks a line '::: {package}.{name}'"
     )
 
 
-def test_all_is_complete_and_free_of_doubles() -> None:
-    assert len(set(treediff.__all__)) == len(treediff.__all__)
+@each_package
+def test_all_is_complete_and_free_of_doubles(package: str) -> None:
+    listed = PACKAGES[package].__all__
+    assert len(set(listed)) == len(listed)
     public = {
         name
-        for name, value in vars(treediff).items()
-        if not name.startswith("_") and getattr(value, "__module__", "").startswith("treediff")
+        for name, value in vars(PACKAGES[package]).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith(package)
     }
-    assert public <= set(treediff.__all__)
+    assert public <= set(listed)
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+@each_file
 def test_names_in_a_module_all_exist(file: Path) -> None:
     parts = file.relative_to(ROOT).with_suffix("").parts
     module = importlib.import_module(".".join(part for part in parts if part != "__init__"))
@@ -140,7 +151,7 @@ def test_names_in_a_module_all_exist(file: Path) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+@each_file
 def test_docstring_examples_stand_under_their_heading(file: Path) -> None:
     """The documentation shows `>>>` lines as code only in a section named "Examples:"."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

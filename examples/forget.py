@@ -1,0 +1,103 @@
+"""Forget instances of a trained classifier, at once and without their data, and see what that changed.
+
+    python examples/train_munkey.py                                   # first the classifier, see there
+    python examples/forget.py --ids 3 14 15
+    python examples/forget.py --label 7                               # a whole class
+    python examples/forget.py --file ids.txt --out runs/forgotten     # an id a line
+
+With `--beside`, a model that was trained without them stands in the table, too. The receipt is written as JSON; the
+last line printed is one JSON object with the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from munkey import KeyMemoryTransformer, pathway_accuracies
+from treediff.data import ImageDataset, load_dataset
+
+
+def chosen(model: KeyMemoryTransformer, args: argparse.Namespace) -> list[int]:
+    """The ids to forget."""
+    store = model.memory.store
+    if args.ids is not None:
+        return list(args.ids)
+    if args.file is not None:
+        return [int(line) for line in args.file.read_text().split()]
+    return [i for i in store if int(store.get([i]).labels[0]) == args.label]
+
+
+def measure(model: KeyMemoryTransformer, data: ImageDataset, groups: dict[str, torch.Tensor]) -> dict[str, object]:
+    """Accuracies on the test set and on some training images."""
+    assert data.train_labels is not None and data.test_labels is not None
+    found: dict[str, object] = {"test": asdict(pathway_accuracies(model, data.test_images, data.test_labels))}
+    for name, ids in groups.items():
+        found[name] = asdict(pathway_accuracies(model, data.train_images[ids], data.train_labels[ids]))
+    return found
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Accuracies in percent, for people."""
+    lines = [f"{'':24s}" + "".join(f"{group:>12s}" for group in next(iter(results.values())))]
+    for name, groups in results.items():
+        for pathway in ("full", "input", "memory"):
+            numbers = "".join(f"{100 * groups[group][pathway]:12.1f}" for group in groups)
+            lines.append(f"{name + ', ' + pathway:24s}{numbers}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Load, forget, save, look."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("runs/munkey/model.safetensors"))
+    parser.add_argument("--data", default="digits", help="what the classifier was trained on, to measure")
+    parser.add_argument("--out", type=Path, default=Path("runs/forgotten"), help="folder for the model and the receipt")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--ids", type=int, nargs="+")
+    which.add_argument("--file", type=Path, help="an id a line")
+    which.add_argument("--label", type=int, help="all of a class")
+    parser.add_argument(
+        "--missing", default="raise", choices=("raise", "ignore"), help="what of ids that are not there"
+    )
+    parser.add_argument("--beside", type=Path, help="a model trained without them")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    data, model = load_dataset(args.data), KeyMemoryTransformer.load(args.model).eval()
+    store = model.memory.store
+    ids = [i for i in chosen(model, args) if args.missing == "raise" or i in store]
+    rows = store.get(ids)  # kept only to look for their bytes afterwards
+    groups = {"forgotten": torch.tensor(ids), "kept": torch.tensor([i for i in store if i not in set(ids)])}
+    results = {"before": measure(model, data, groups)}
+    start = time.perf_counter()
+    receipt = model.forget(ids)
+    seconds = time.perf_counter() - start
+    results["after"] = measure(model, data, groups)
+    if args.beside is not None:
+        results["trained without"] = measure(KeyMemoryTransformer.load(args.beside).eval(), data, groups)
+
+    path = args.out / "model.safetensors"
+    model.save(path)
+    (args.out / "receipt.json").write_text(receipt.to_json() + "\n")
+    files = {"before": args.model.read_bytes(), "after": path.read_bytes()}
+    pieces = [row.numpy().tobytes() for column in (rows.keys, rows.values) for row in column]
+    left = {name: sum(piece in content for piece in pieces) for name, content in files.items()}
+    print(table(results))  # type: ignore[arg-type]
+    print(
+        f"forgot {len(receipt.forgotten)} instances in {1000 * seconds:.1f} ms; the memory is now {receipt.after[:16]}"
+    )
+    print(
+        f"of their {len(pieces)} keys and values the file held {left['before']} before, and holds {left['after']} now"
+    )
+    about = {"seconds": seconds, "rows": receipt.rows, "bytes": receipt.bytes, "found": left, "accuracy": results}
+    print(json.dumps({"data": data.name, **about}))
+
+
+if __name__ == "__main__":
+    main()

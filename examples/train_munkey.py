@@ -1,0 +1,124 @@
+"""Train a classifier that keeps what is particular to each training image in a memory, from where it can be deleted.
+
+    python examples/train_munkey.py                                        # real handwritten digits, half a minute
+    python examples/train_munkey.py --data fashion-mnist --out runs/munkey-fashion --epochs 10
+    python examples/train_munkey.py --mode exact --permanent 0.5           # weights see half of the images only
+
+    python examples/forget.py --label 3                                    # afterwards: forget all threes
+
+An image's id is its place in the training set. Everything is here: copy it and change what you like. The last line
+printed is one JSON object with the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from munkey import KeyMemoryTransformer, Projection, pathway_accuracies
+from treediff.cpu import tune_cpu
+from treediff.data import batches, load_dataset
+
+
+def train(model: KeyMemoryTransformer, images: Tensor, labels: Tensor, ids: Tensor, args: argparse.Namespace) -> None:
+    """A plain PyTorch loop. Values have an optimiser of their own, whose cost follows the batch, not the memory."""
+    values = model.memory.store.values
+    weights = [weight for weight in model.parameters() if weight.requires_grad and weight is not values]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.05)]
+    if values.requires_grad:
+        optimizers.append(torch.optim.SparseAdam([values], lr=args.value_rate))
+        model.attach(optimizers[1])
+    steps = args.epochs * -(-len(ids) // args.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], args.learning_rate, total_steps=steps + 1)
+    generator = torch.Generator().manual_seed(args.seed)
+    bar = tqdm(total=steps, desc="munkey", mininterval=1.0)
+    model.train()
+    for _ in range(args.epochs):
+        for rows in batches(len(ids), args.batch_size, generator=generator):
+            own = ids[rows]
+            loss = model.loss(images[own], labels[own], ids=own, generator=generator)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            schedule.step()
+            bar.update()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    bar.close()
+    model.eval()
+
+
+def main() -> None:
+    """Read the data, remember, train, measure, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
+    parser.add_argument("--out", type=Path, default=Path("runs/munkey"), help="folder for results")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, help="by default as many as take half a minute on the digits")
+    parser.add_argument("--mode", default="paper", choices=("paper", "exact"))
+    parser.add_argument("--permanent", type=float, default=0.5, help="exact mode: share of images weights may see")
+    parser.add_argument("--leave-out", type=int, default=0, help="never see so many images; left_out.txt says which")
+    parser.add_argument("--key-width", type=int, default=64)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--neighbours", type=int, default=4)
+    parser.add_argument("--aggregation", default="ensemble", choices=("ensemble", "softmax", "rank"))
+    parser.add_argument("--quick", action="store_true", help="one epoch, to see that it runs")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--value-rate", type=float, default=1e-2)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    tune_cpu()
+
+    data = load_dataset(args.data)
+    images, labels = data.train_images, data.train_labels
+    if labels is None or data.test_labels is None:
+        raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")
+    args.epochs = args.epochs or (1 if args.quick else max(1, 90_000 // len(images)))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
+    left_out, ids = order[: args.leave_out].sort().values, order[args.leave_out :].sort().values
+    (args.out / "left_out.txt").write_text("".join(f"{i}\n" for i in left_out.tolist()))
+    channels, height, width = images.shape[1:]
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        model = KeyMemoryTransformer.for_images(
+            1 + int(torch.cat([labels, data.test_labels]).max()),
+            channels,
+            (height, width),
+            Projection.random((channels, height, width), args.key_width),
+            mode=args.mode,
+            width=args.width,
+            depth=args.depth,
+            neighbours=args.neighbours,
+            aggregation=args.aggregation,
+            sparse=True,
+        )
+    start = time.perf_counter()
+    seen = ids[: int(args.permanent * len(ids))] if args.mode == "exact" else ids
+    model.remember(seen, images[seen], labels[seen], permanent=args.mode == "exact")
+    train(model, images, labels, seen, args)
+    rest = ids[len(seen) :]
+    model.remember(rest, images[rest], labels[rest])
+    seconds = time.perf_counter() - start
+
+    model.save(args.out / "model.safetensors")
+    found = {"test": asdict(pathway_accuracies(model, data.test_images, data.test_labels))}
+    for name, own in (("remembered", ids), ("left out", left_out)):
+        found[name] = asdict(pathway_accuracies(model, images[own], labels[own])) if len(own) else {}
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out")}
+    line = json.dumps({"data": data.name, "seconds": seconds, **settings, "accuracy": found})
+    (args.out / "results.json").write_text(line)
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Classifiers that remember by key and forget by key, on PyTorch.
+
+`KeyMemoryTransformer` keeps what is particular to a training instance in a `KeyValueMemory`, whose `KeyStore` erases
+what it forgets.
+"""
+
+from munkey.aggregation import Ensemble, RankMix, SoftmaxMix
+from munkey.conv_encoder import ConvEncoder
+from munkey.encoders import KeyEncoder, ModuleEncoder, Projection
+from munkey.memory import KeyValueMemory, Retrieved
+from munkey.model import KeyMemoryTransformer
+from munkey.pathways import PathwayAccuracies, pathway_accuracies
+from munkey.receipts import Receipt
+from munkey.store import KeyStore, Rows
+from munkey.writer import ValueWriter
+
+__all__ = [
+    "ConvEncoder",
+    "Ensemble",
+    "KeyEncoder",
+    "KeyMemoryTransformer",
+    "KeyStore",
+    "KeyValueMemory",
+    "ModuleEncoder",
+    "PathwayAccuracies",
+    "Projection",
+    "RankMix",
+    "Receipt",
+    "Retrieved",
+    "Rows",
+    "SoftmaxMix",
+    "ValueWriter",
+    "pathway_accuracies",
+]

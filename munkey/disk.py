@@ -1,0 +1,128 @@
+"""The few things a durable store does to a disk, one method each, so that tests can stop between any two of them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+__all__ = ["Disk", "put_in_place", "wipe_leftovers", "write_beside"]
+
+_ZEROS = 1 << 20
+
+
+class Disk:
+    """Files of the operating system."""
+
+    def open(self, path: str, *, create: bool = False) -> int:
+        """A descriptor to read and write."""
+        return os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
+
+    def lock(self, file: int) -> bool:
+        """Whether no other process holds the file; it is held until it is closed."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def size(self, file: int) -> int:
+        """In bytes."""
+        return os.fstat(file).st_size
+
+    def read(self, file: int, start: int, count: int) -> bytes:
+        """Bytes from a place on, fewer at the end of the file."""
+        parts = []
+        while count and (part := os.pread(file, min(count, 1 << 30), start)):
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return b"".join(parts)
+
+    def write(self, file: int, start: int, data: bytes | memoryview) -> None:
+        """Bytes to a place."""
+        left = memoryview(data)
+        while left:
+            written = os.pwrite(file, left[: 1 << 30], start)
+            start, left = start + written, left[written:]
+
+    def zero(self, file: int, start: int, count: int) -> None:
+        """Overwrite a stretch with zeros."""
+        for at in range(start, start + count, _ZEROS):
+            self.write(file, at, bytes(min(_ZEROS, start + count - at)))
+
+    def resize(self, file: int, size: int) -> None:
+        """Cut, or add zeros."""
+        os.ftruncate(file, size)
+
+    def sync(self, file: int) -> None:
+        """Wait until all that was written is on the medium."""
+        os.fsync(file)
+
+    def exists(self, path: str) -> bool:
+        """Whether there is a file of that name."""
+        return os.path.exists(path)
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two names are of one file."""
+        return os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)
+
+    def link(self, path: str, other: str) -> None:
+        """Give a file a second name."""
+        os.link(path, other)
+
+    def replace(self, source: str, target: str) -> None:
+        """Put a file in the place of another one, at once."""
+        os.replace(source, target)
+
+    def remove(self, path: str) -> None:
+        """Take away a name."""
+        os.remove(path)
+
+    def sync_folder(self, path: str) -> None:
+        """Wait until the names in a file's folder are on the medium."""
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def close(self, file: int) -> None:
+        """Give a descriptor back."""
+        os.close(file)
+
+
+_PARTIAL, _OLD = ".partial", ".old"
+
+
+def write_beside(disk: Disk, path: str) -> int:
+    """A descriptor of a new file that is to take the place of `path`; call `put_in_place` when it is written."""
+    wipe_leftovers(disk, path)
+    return disk.open(path + _PARTIAL, create=True)
+
+
+def put_in_place(disk: Disk, file: int, path: str) -> None:
+    """Put a file that `write_beside` gave in the place of `path`, at once, and overwrite what was there before.
+
+    An interruption leaves the old file or the new one; what it may leave beside it, `wipe_leftovers` finds.
+    """
+    disk.sync(file)
+    if disk.exists(path):
+        disk.link(path, path + _OLD)  # a name by which it is found once the other one is gone
+    disk.replace(path + _PARTIAL, path)
+    disk.sync_folder(path)
+    wipe_leftovers(disk, path)
+
+
+def wipe_leftovers(disk: Disk, path: str) -> None:
+    """Overwrite and remove what an interruption left beside a file."""
+    for name in (path + _PARTIAL, path + _OLD):
+        if not disk.exists(name):
+            continue
+        if not disk.same(name, path):
+            file = disk.open(name)
+            try:
+                disk.zero(file, 0, disk.size(file))
+                disk.sync(file)
+            finally:
+                disk.close(file)
+        disk.remove(name)
+        disk.sync_folder(path)

@@ -1,0 +1,212 @@
+"""What a key is: a frozen function of the input.
+
+A key must not change after it is stored, so an encoder is never trained together with the memory, and stays in eval
+mode. Whether a model can forget exactly depends on what its encoder was fitted to, so every encoder says so.
+
+Letters: `B` batch, `D` width of a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from munkey.checks import check_width
+from treediff.noise import counter_normal
+
+__all__ = ["FITTED_ON", "KeyEncoder", "ModuleEncoder", "Projection"]
+
+#: What an encoder may have been fitted to. With 'forgettable', instances that may be forgotten were among it, and no
+#: model with its keys can forget exactly.
+FITTED_ON = ("nothing", "other data", "permanent split", "forgettable")
+
+_ROWS = 256  # at a time
+
+
+class KeyEncoder(nn.Module):
+    """From inputs to keys, without gradients; subclasses say how in `encode`.
+
+    Args:
+        width: `D`.
+        fitted_on: one of `FITTED_ON`.
+
+    Raises:
+        TypeError: if the width is not whole.
+        ValueError: if it is below 1, or `fitted_on` is another word.
+
+    Attributes:
+        config: what the class was made with besides its weights, as plain JSON.
+    """
+
+    def __init__(self, width: int, fitted_on: str) -> None:
+        super().__init__()
+        check_width(key_width=width)
+        if fitted_on not in FITTED_ON:
+            raise ValueError(f"fitted_on must be one of {', '.join(FITTED_ON)}; found {fitted_on!r}")
+        self.width, self.fitted_on = width, fitted_on
+        self.config: dict[str, Any] = {"width": width, "fitted_on": fitted_on}
+
+    def encode(self, x: Tensor) -> Tensor:
+        """`(B, D)` keys of a batch."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, D)` keys to look up with.
+
+        Raises:
+            ValueError: if `encode` gives another shape, or a key that is not finite.
+        """
+        return self._encoded(x, x.split(_ROWS))
+
+    @torch.no_grad()
+    def keys(self, x: Tensor) -> Tensor:
+        """`(B, D)` keys to store, each a function of its own input, to the bit; errors as for `forward`.
+
+        A product of matrices may round a row otherwise in another place of the batch, so that a stored key would tell
+        what it was stored with. Here each input is encoded on its own.
+        """
+        return self._encoded(x, [row.clone() for row in x.split(1)])
+
+    def _encoded(self, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        # In full precision: a key is to be the same wherever it is asked for.
+        with torch.autocast(x.device.type, enabled=False):
+            keys = torch.cat([self.encode(part) for part in parts]) if len(x) else x.new_zeros(0, self.width)
+        if keys.shape != (len(x), self.width):
+            raise ValueError(
+                f"expected keys of shape {(len(x), self.width)} from the encoder, found {tuple(keys.shape)}"
+            )
+        if not keys.isfinite().all():
+            raise ValueError(
+                "the encoder gave a key that is not finite; look at its weights, and at the range of inputs"
+            )
+        return keys
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode: keys must not depend on when they are made."""
+        return super().train(False)
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of class, settings and weights; keys of another encoder do not belong to it."""
+        digest = hashlib.sha256(json.dumps([type(self).__name__, self.config], sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """An encoder of these settings, whose weights are to be loaded."""
+        return cls(**config)
+
+
+class Projection(KeyEncoder):
+    """`(x - mean) W` on flattened inputs: random, or principal components.
+
+    Args:
+        mean: `(n,)`.
+        weight: `(n, D)`.
+        fitted_on: one of `FITTED_ON`.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Examples:
+        >>> Projection.random((1, 28, 28), 64)(torch.rand(3, 1, 28, 28)).shape
+        torch.Size([3, 64])
+    """
+
+    mean: Tensor
+    weight: Tensor
+
+    def __init__(self, mean: Tensor, weight: Tensor, *, fitted_on: str) -> None:
+        if mean.ndim != 1 or weight.ndim != 2 or len(mean) != len(weight):
+            raise ValueError(
+                f"expected a mean (n,) and weights (n, D), found {tuple(mean.shape)}, {tuple(weight.shape)}"
+            )
+        super().__init__(weight.shape[1], fitted_on)
+        self.config["inputs"] = len(mean)
+        # Contiguous, as they come back from a file: products of a transposed matrix are rounded otherwise.
+        self.register_buffer("mean", mean.contiguous())
+        self.register_buffer("weight", weight.contiguous())
+
+    def encode(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return (x.flatten(1) - self.mean) @ self.weight
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """See the base class."""
+        count = config["inputs"]
+        return cls(torch.zeros(count), torch.zeros(count, config["width"]), fitted_on=config["fitted_on"])
+
+    @classmethod
+    def random(cls, inputs: tuple[int, ...], width: int, *, seed: int = 0) -> Self:
+        """Independent normal weights of variance `1 / n`: distances are kept up to a factor (Johnson, Lindenstrauss).
+
+        Raises:
+            TypeError: if the width is not whole.
+            ValueError: if it is below 1.
+        """
+        check_width(key_width=width)
+        count = math.prod(inputs)
+        weight = counter_normal(seed, torch.arange(count), (width,), dtype=torch.float32) / math.sqrt(count)
+        return cls(torch.full((count,), 0.5), weight, fitted_on="nothing")
+
+    @classmethod
+    def principal(cls, x: Tensor, width: int, *, fitted_on: str) -> Self:
+        """The first principal components of some inputs, each direction with its sign fixed.
+
+        Args:
+            x: `(N, ...)`, what to fit to.
+            width: how many.
+            fitted_on: what these are to the model: one of `FITTED_ON`.
+
+        Raises:
+            TypeError: if the width is not whole.
+            ValueError: if it is below 1, or above what the inputs span.
+        """
+        check_width(key_width=width)
+        rows = x.flatten(1).double()
+        if width > min(rows.shape):
+            raise ValueError(
+                f"{tuple(rows.shape)} inputs have at most {min(rows.shape)} components, found width={width}"
+            )
+        mean = rows.mean(0)
+        _, directions = torch.linalg.eigh((rows - mean).T @ (rows - mean))
+        weight = directions[:, -width:].flip(1)
+        weight = weight * weight.gather(0, weight.abs().argmax(0, keepdim=True)).sign()
+        return cls(mean.to(x.dtype), weight.to(x.dtype), fitted_on=fitted_on)
+
+
+class ModuleEncoder(KeyEncoder):
+    """Any module as an encoder; its result is flattened.
+
+    Args:
+        module: from inputs to features; its parameters are frozen.
+        width: numbers of a result.
+        fitted_on: what the module was trained on, one of `FITTED_ON`.
+
+    Raises:
+        TypeError: if the width is not whole.
+        ValueError: if it is below 1, or `fitted_on` is another word.
+
+    Examples:
+        >>> ModuleEncoder(nn.Linear(5, 3), width=3, fitted_on="other data")(torch.rand(2, 5)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, module: nn.Module, width: int, *, fitted_on: str) -> None:
+        super().__init__(width, fitted_on)
+        self.module = module.eval().requires_grad_(False)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """See the class."""
+        found: Tensor = self.module(x)
+        return found.flatten(1)

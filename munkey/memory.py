@@ -1,0 +1,178 @@
+"""A memory one can read: nearest keys, the values they own, and a token for what is not there.
+
+Letters: `B` queries, `D` width of a key, `V` width of a value, `k` neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from munkey.checks import as_ids
+from munkey.neighbour_table import NeighbourTable
+from munkey.receipts import Receipt
+from munkey.retrieval import Neighbours, nearest
+from munkey.store import KeyStore
+from munkey.writer import ValueWriter
+
+__all__ = ["KeyValueMemory", "Retrieved", "Search"]
+
+
+class Search(Protocol):
+    """Anything that finds nearest rows of a store."""
+
+    def __call__(self, store: KeyStore, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
+        """The `k` nearest rows of each query `(B, D)`, without those of the owner `(B,)` that is not to be found."""
+
+
+def exact(store: KeyStore, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
+    """All rows are compared; see `munkey.retrieval`."""
+    keys, ids, views = (column[: store.used] for column in (store.keys, store.ids, store.views))
+    return nearest(queries, keys, ids, k, views=views, screen=store.screen, exclude_ids=exclude_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Retrieved:
+    """What a memory holds near some queries, the nearest first.
+
+    Args:
+        tokens: `(B, k, V)` values; the null token where there were fewer than `k` rows.
+        scores: `(B, k)` similarities; `-inf` where there is no row.
+        ids: `(B, k)` owners; -1 where there is no row.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    ids: Tensor
+
+
+class KeyValueMemory(nn.Module):
+    """A store of keys and values that is asked by similarity and read differentiably.
+
+    Similarity is the cosine of the angle between query and key, or their dot product. For the cosine keys are brought
+    to length 1 as they are stored. The search is exact, and its result does not depend on the order of rows.
+
+    Args:
+        store: keys and values.
+        metric: 'cosine' or 'dot'.
+        writer: if given, it adds to each value what it makes of key and label; see `munkey.ValueWriter`.
+        search: what finds nearest rows; exact if not given.
+
+    Raises:
+        ValueError: if there is no such metric.
+
+    Examples:
+        >>> memory = KeyValueMemory(KeyStore(key_width=3, value_width=2))
+        >>> memory.remember([7, 8], torch.eye(3)[:2])
+        >>> memory(torch.tensor([[0.1, 2.0, 0.0]]), 3).ids
+        tensor([[ 8,  7, -1]])
+    """
+
+    def __init__(
+        self, store: KeyStore, *, metric: str = "cosine", writer: ValueWriter | None = None, search: Search = exact
+    ) -> None:
+        super().__init__()
+        if metric not in ("cosine", "dot"):
+            raise ValueError(f"metric must be 'cosine' or 'dot', found {metric!r}")
+        self.store, self.metric, self.writer, self.search = store, metric, writer, search
+        self.null = nn.Parameter(torch.zeros(store.widths[1], device=store.keys.device, dtype=store.values.dtype))
+
+    def remember(
+        self,
+        ids: Iterable[int] | Tensor,
+        keys: Tensor,
+        labels: Tensor | None = None,
+        values: Tensor | None = None,
+        *,
+        permanent: bool = False,
+    ) -> None:
+        """Store new instances; arguments and errors as for `KeyStore.add`, and ValueError for a key of length 0."""
+        self.store.add(ids, self.scaled(keys, "keys"), labels, values, permanent=permanent)
+
+    def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
+        """Erase instances; see `KeyStore.forget`."""
+        return self.store.forget(ids, missing=missing)
+
+    def scaled(self, x: Tensor, name: str) -> Tensor:
+        """Keys or queries as the store has them.
+
+        Raises:
+            ValueError: if one has length 0, where there is no angle.
+        """
+        if self.metric == "dot" or not x.is_floating_point():
+            return x
+        length = torch.linalg.vector_norm(x.double(), dim=-1, keepdim=True)
+        if not (length > 0).all():
+            raise ValueError(f"{name} must have a length above 0, or there is no angle; use metric='dot'")
+        unit: Tensor = (x.double() / length).to(x.dtype)
+        return unit
+
+    # --- finding ------------------------------------------------------------------------------------------
+
+    def neighbours(self, queries: Tensor, k: int, *, exclude_ids: Iterable[int] | Tensor | None = None) -> Neighbours:
+        """The nearest rows of each query.
+
+        Args:
+            queries: `(B, D)`.
+            k: how many.
+            exclude_ids: `(B,)` for each query an id whose rows are not to be found, such as its own; an id that is not
+                in the store excludes nothing.
+
+        Raises:
+            TypeError: if `k` is not whole.
+            ValueError: if it is below 1, or queries or ids are not as they must be.
+        """
+        own = None if exclude_ids is None else torch.tensor(as_ids(exclude_ids), device=queries.device)
+        if own is not None and len(own) != len(queries):
+            raise ValueError(f"expected one id to exclude for each of {len(queries)} queries, found {len(own)}")
+        return self.search(self.store, self.scaled(queries, "queries"), k, exclude_ids=own)
+
+    def neighbours_of_rows(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Row numbers and scores `(B, k)` of what is nearest to stored rows `(B,)`, those of the same id left out.
+
+        They are looked up once, and again where rows came or went since.
+        """
+        store = self.store
+
+        def search(asked: Tensor) -> Neighbours:
+            return self.search(store, store.keys[asked], k, exclude_ids=store.ids[asked])
+
+        found = self._table(k).get(rows, store.used, search)
+        scores = (store.keys[rows].double()[:, None] * store.keys[found.clamp(min=0)].double()).sum(-1)
+        return found, scores.masked_fill(found < 0, -torch.inf)
+
+    def _table(self, k: int) -> NeighbourTable:
+        tables = self.store.holders.tables
+        for table in tables:
+            if table.k == k:
+                return table
+        tables.append(NeighbourTable(k))
+        return tables[-1]
+
+    # --- reading ------------------------------------------------------------------------------------------
+
+    def read(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
+        """`(..., V)` values of rows `(...)`, the null token for row -1."""
+        store, there, rows = self.store, (rows >= 0)[..., None], rows.clamp(min=0)
+        if not store.used:
+            return self.null.expand(*rows.shape, -1)
+        values = store.read(rows, sparse=sparse)
+        if self.writer is not None:
+            values = values + self.writer(store.keys[rows], store.labels[rows])
+        return torch.where(there, values, self.null)
+
+    def forward(
+        self,
+        queries: Tensor,
+        k: int,
+        *,
+        exclude_ids: Iterable[int] | Tensor | None = None,
+        sparse: bool = False,
+    ) -> Retrieved:
+        """What is near each query; arguments and errors as for `neighbours`."""
+        found = self.neighbours(queries, k, exclude_ids=exclude_ids)
+        return Retrieved(self.read(found.rows, sparse=sparse), found.scores, found.ids)

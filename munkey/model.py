@@ -1,0 +1,321 @@
+"""A transformer that keeps what is particular to an instance in a memory, from where it can be deleted.
+
+It follows the published description of MUNKEY (arXiv 2603.15033): a frozen encoder gives each training instance a key,
+the instance owns a value, and the classifier reads values of nearest keys beside the tokens of the input. Forgetting an
+instance deletes its key, value and label from the memory; no weight changes. What the paper leaves open is a parameter.
+
+Letters: `B` batch, `C H W` image, `D` width of a key, `V` width of a value, `k` neighbours, `n` classes, `S` tokens of
+an input, `W` their width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any, Self, Unpack, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from munkey import files
+from munkey.aggregation import Aggregation, Ensemble
+from munkey.checks import as_ids, check_width
+from munkey.encoders import KeyEncoder
+from munkey.memory import KeyValueMemory, Retrieved
+from munkey.modes import check_exact, check_mode, check_shares
+from munkey.presets import Settings, assemble, patch_for
+from munkey.receipts import Receipt
+from munkey.transformer import ImageTokens, TransformerBlock, VectorTokens
+from treediff import EMA
+
+__all__ = ["KeyMemoryTransformer"]
+
+
+class KeyMemoryTransformer(nn.Module):
+    """A classifier with a pathway for the input and one for the memory.
+
+    The transformer sees a class token, the tokens of the input, and one exemplar token, the projected value of a
+    neighbour. Both pathways have a learned null, which stands in where one is dropped in training or switched off.
+
+    There are two ways to train, which promise different things:
+
+    - *paper*: weights and values learn together on all instances. Deleting an instance leaves the same weights beside a
+      memory that never held it; the weights have seen it, and what they kept must be measured.
+    - *exact*: weights learn on instances that stay for good; any other one gets its value written from key and label.
+      Deleting it leaves a model that is equal, bit for bit, to one that never saw it. The encoder must not have been
+      fitted to it either.
+
+    Args:
+        key_encoder: from inputs to keys, frozen.
+        memory: keys and values of instances; with a writer in exact mode.
+        tokens: from inputs to tokens, `ImageTokens` or `VectorTokens`.
+        blocks: the transformer.
+        num_classes: `n`.
+        mode: 'paper' or 'exact'.
+        aggregation: what is made of several neighbours.
+        neighbours: `k`, how many are asked.
+        own_token_probability: how often in training an instance is given its own value, rather than its neighbours',
+            itself left out; in exact mode always 0, as its value holds its label.
+        drop_input: share of the instances whose input is hidden in training.
+        drop_exemplar: share whose exemplar is hidden; never both.
+        sparse: whether gradients of values are sparse, for optimisers like SparseAdam, whose cost follows the batch.
+
+    Raises:
+        TypeError: if a number is not whole.
+        ValueError: if the encoder's keys are not those of the memory, a share is out of range, or exact mode would not
+            be exact.
+    """
+
+    def __init__(
+        self,
+        *,
+        key_encoder: KeyEncoder,
+        memory: KeyValueMemory,
+        tokens: ImageTokens | VectorTokens,
+        blocks: Iterable[TransformerBlock],
+        num_classes: int,
+        mode: str = "paper",
+        aggregation: Aggregation | None = None,
+        neighbours: int = 4,
+        own_token_probability: float | None = None,
+        drop_input: float = 0.2,
+        drop_exemplar: float = 0.2,
+        sparse: bool = False,
+    ) -> None:
+        super().__init__()
+        check_width(num_classes=num_classes, neighbours=neighbours)
+        if key_encoder.width != memory.store.widths[0]:
+            raise ValueError(
+                f"the encoder gives keys of width {key_encoder.width}, the memory has {memory.store.widths[0]}"
+            )
+        self.mode = check_mode(mode, key_encoder, memory)
+        own = (1.0 if mode == "paper" else 0.0) if own_token_probability is None else own_token_probability
+        check_shares(mode, own_token_probability=own, drop_input=drop_input, drop_exemplar=drop_exemplar)
+        self.neighbours, self.sparse = neighbours, sparse
+        self.own_token_probability, self.drop_input, self.drop_exemplar = own, drop_input, drop_exemplar
+        self.key_encoder = key_encoder.requires_grad_(False)
+        self.memory, self.tokens, self.blocks = memory, tokens, nn.ModuleList(blocks)
+        self.aggregation = aggregation or Ensemble()
+        width = tokens.width
+        factory: Any = {"device": tokens.embed.weight.device, "dtype": tokens.embed.weight.dtype}
+        self.start = nn.Parameter(0.02 * torch.randn(width, **factory))
+        self.null_input = nn.Parameter(0.02 * torch.randn(tokens.count, width, **factory))
+        self.exemplar = nn.Linear(memory.store.widths[1], width, **factory)  # its bias is the type embedding
+        self.norm, self.head = nn.LayerNorm(width, **factory), nn.Linear(width, num_classes, **factory)
+        self.config: dict[str, Any] | None = None
+
+    # --- factories ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def for_images(
+        cls,
+        num_classes: int,
+        channels: int,
+        size: int | tuple[int, int],
+        key_encoder: KeyEncoder,
+        *,
+        patch: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Unpack[Settings],
+    ) -> Self:
+        """A small model for images.
+
+        Args:
+            num_classes: `n`.
+            channels: 1 for grey, 3 for colour.
+            size: height and width, or one number for both.
+            key_encoder: from images to keys.
+            patch: height and width of a patch, must divide the size; about a quarter of the size if not given.
+            device: where the model lives.
+            dtype: of weights and memory.
+            **settings: see `munkey.presets.Settings`.
+
+        Raises:
+            TypeError: if a setting is unknown, or a number is not whole.
+            ValueError: if a setting is out of range, or exact mode would not be exact.
+        """
+        height, width = (size, size) if isinstance(size, int) else size
+        inputs = {"channels": channels, "size": [height, width], "patch": patch or patch_for(height, width)}
+        return cast("Self", assemble(cls, inputs, num_classes, key_encoder, settings, device, dtype))
+
+    @classmethod
+    def for_vectors(
+        cls,
+        num_classes: int,
+        features: int,
+        key_encoder: KeyEncoder,
+        *,
+        tokens: int = 8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Unpack[Settings],
+    ) -> Self:
+        """A small model for vectors: rows of a table, features of texts.
+
+        Args:
+            num_classes: `n`.
+            features: numbers of a vector.
+            key_encoder: from vectors to keys.
+            tokens: how many tokens are made of a vector.
+            device: where the model lives.
+            dtype: of weights and memory.
+            **settings: see `munkey.presets.Settings`.
+
+        Raises:
+            TypeError: if a setting is unknown, or a number is not whole.
+            ValueError: if a setting is out of range, or exact mode would not be exact.
+        """
+        inputs = {"features": features, "count": tokens}
+        return cast("Self", assemble(cls, inputs, num_classes, key_encoder, settings, device, dtype))
+
+    # --- running ------------------------------------------------------------------------------------------
+
+    def predict(self, inputs: Tensor, values: Tensor) -> Tensor:
+        """`(B, m, n)` logits for an input's tokens `(B, S, W)` beside each of its values `(B, m, V)`, one at a time."""
+        batch, many = values.shape[:2]
+        exemplars = self.exemplar(values).flatten(0, 1)[:, None]
+        rows = inputs.repeat_interleave(many, 0)
+        x = torch.cat([self.start.expand(len(rows), 1, -1), rows, exemplars], 1)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x[:, 0])).unflatten(0, (batch, many))
+        return logits
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        use_input: bool = True,
+        use_memory: bool = True,
+        exclude_ids: Iterable[int] | Tensor | None = None,
+    ) -> Tensor:
+        """`(B, n)` logits.
+
+        Args:
+            x: `(B, ...)` inputs.
+            use_input: whether the transformer sees the input; without it, the memory pathway alone.
+            use_memory: whether it sees neighbours; without them, the input pathway alone.
+            exclude_ids: `(B,)` for each input an id whose rows are not to be found, such as its own.
+
+        Raises:
+            TypeError: if the inputs are no floating-point tensor.
+            ValueError: if they have another shape than the model was built for, or are not finite.
+        """
+        self.tokens.check(x)
+        inputs = self.tokens(x) if use_input else self.null_input.expand(len(x), -1, -1)
+        if not use_memory:
+            return self.predict(inputs, self.memory.null.expand(len(x), 1, -1)).squeeze(1)
+        found = self.memory(self.key_encoder(x), self.neighbours, exclude_ids=exclude_ids)
+        logits: Tensor = self.aggregation(found, lambda values: self.predict(inputs, values))
+        return logits
+
+    # --- training -----------------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        ids: Iterable[int] | Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy in nats, a scalar, each instance beside its own value or beside its neighbours'.
+
+        Args:
+            x: `(B, ...)` inputs.
+            labels: `(B,)` int64.
+            ids: `(B,)` what each of them is in the memory.
+            generator: decides what is dropped, and whose value is read.
+
+        Raises:
+            KeyError: if an id is not in the memory.
+            TypeError: as for `forward`.
+            ValueError: as for `forward`; in exact mode also if the memory holds something that can be forgotten.
+        """
+        self.tokens.check(x)
+        wanted = as_ids(ids)
+        if len(wanted) != len(x):
+            raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
+        if self.mode == "exact":
+            check_exact(self.memory.store)
+        uniform = torch.rand(3, len(x), generator=generator, device=x.device)
+        inputs, values = self.tokens(x), self._values(wanted, uniform)
+        hidden, alone = uniform[0] < self.drop_input, uniform[0] >= 1 - self.drop_exemplar
+        inputs = torch.where(hidden[:, None, None], self.null_input, inputs)
+        values = torch.where(alone[:, None], self.memory.null, values)
+        return F.cross_entropy(self.predict(inputs, values[:, None]).squeeze(1), labels)
+
+    def _values(self, wanted: list[int], uniform: Tensor) -> Tensor:
+        """`(B, V)` the value each instance is trained beside."""
+        store, share = self.memory.store, self.own_token_probability
+        rows = store.one_row_of_each(wanted, uniform[2])
+        own = self.memory.read(rows, sparse=self.sparse) if share > 0 else None
+        if own is not None and share == 1:
+            return own
+        near, scores = self.memory.neighbours_of_rows(rows, self.neighbours)
+        ids = torch.where(near >= 0, store.ids[near.clamp(min=0)], -1)
+        found = Retrieved(self.memory.read(near, sparse=self.sparse), scores, ids)
+        theirs = self.aggregation.one(found, uniform[2])
+        return theirs if own is None else torch.where((uniform[1] < share)[:, None], own, theirs)
+
+    def attach(self, *holders: torch.optim.Optimizer | EMA) -> None:
+        """Tell the memory what else keeps something of its values; see `KeyStore.attach`."""
+        self.memory.store.attach(*holders)
+
+    # --- remembering and forgetting -----------------------------------------------------------------------
+
+    def remember(
+        self, ids: Iterable[int] | Tensor, x: Tensor, labels: Tensor | None = None, *, permanent: bool = False
+    ) -> None:
+        """Give instances a row each; errors as for `KeyStore.add` and `forward`.
+
+        Args:
+            ids: `(B,)` int64, new ones.
+            x: `(B, ...)` inputs.
+            labels: `(B,)` int64, kept beside the keys; in exact mode they are needed.
+            permanent: whether they are there for good: in exact mode, whether weights may be trained on them.
+        """
+        self.tokens.check(x)
+        if self.mode == "exact" and labels is None:
+            raise ValueError("in exact mode a value is written from key and label; pass labels")
+        self.memory.remember(ids, self.key_encoder.keys(x), labels, permanent=permanent)
+
+    def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
+        """Delete instances from the memory, at once and without their data; see `KeyStore.forget`.
+
+        Afterwards the model is what it would be had it never stored them: the same weights beside a memory without
+        them. Only in exact mode are those weights what they would be, too.
+        """
+        return self.memory.forget(ids, missing=missing)
+
+    # --- files --------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights, memory and, if it is one of the library's own, the key encoder to one file.
+
+        What was stored and forgotten leaves no trace in it: the same content gives the same bytes. A file that was
+        there before stays whole until the new one is, and is then overwritten.
+
+        Raises:
+            OSError: if the file cannot be written; the old one is whole.
+        """
+        files.save(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, key_encoder: KeyEncoder | None = None, model: Self | None = None
+    ) -> Self:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            key_encoder: the encoder that the keys are from; needed unless it is one of the library's own.
+            model: a model that was built from parts the same way, to be filled.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged or of another kind, does not fit, or its keys are from another encoder.
+        """
+        return cast("Self", files.load(cls, path, key_encoder, model))

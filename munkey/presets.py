@@ -1,0 +1,129 @@
+"""Good defaults for the parts of a `KeyMemoryTransformer`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+
+from munkey.aggregation import AGGREGATIONS
+from munkey.checks import check_width
+from munkey.encoders import KeyEncoder
+from munkey.memory import KeyValueMemory
+from munkey.store import KeyStore
+from munkey.transformer import ImageTokens, TransformerBlock, VectorTokens
+from munkey.writer import ValueWriter
+
+if TYPE_CHECKING:
+    from munkey.model import KeyMemoryTransformer
+
+__all__ = ["Settings", "assemble", "patch_for"]
+
+
+class Settings(TypedDict, total=False):
+    """What the factories of `KeyMemoryTransformer` take beyond the shapes.
+
+    Args:
+        mode: 'paper' or 'exact'; 'paper' if not given.
+        width: of the transformer; 64.
+        depth: number of its blocks; 2.
+        heads: of its attention; 4.
+        dropout: in its blocks, in training only; 0.
+        value_width: numbers of a value; 128, as in the paper.
+        aggregation: 'ensemble', 'softmax' or 'rank'; 'ensemble'.
+        neighbours: how many are asked; 4, as in the paper.
+        metric: 'cosine' or 'dot'; 'cosine'.
+        own_token_probability: see `KeyMemoryTransformer`; 1 in paper mode.
+        drop_input: share of the instances whose input is hidden in training; 0.2.
+        drop_exemplar: share whose exemplar is hidden; 0.2.
+        sparse: whether gradients of values are sparse; False.
+        seed: of the first values; 0. Weights come from the global generator, as everywhere in PyTorch.
+    """
+
+    mode: str
+    width: int
+    depth: int
+    heads: int
+    dropout: float
+    value_width: int
+    aggregation: str
+    neighbours: int
+    metric: str
+    own_token_probability: float | None
+    drop_input: float
+    drop_exemplar: float
+    sparse: bool
+    seed: int
+
+
+DEFAULTS: Settings = {
+    "mode": "paper",
+    "width": 64,
+    "depth": 2,
+    "heads": 4,
+    "dropout": 0.0,
+    "value_width": 128,
+    "aggregation": "ensemble",
+    "neighbours": 4,
+    "metric": "cosine",
+    "own_token_probability": None,
+    "drop_input": 0.2,
+    "drop_exemplar": 0.2,
+    "sparse": False,
+    "seed": 0,
+}
+
+
+def patch_for(height: int, width: int) -> int:
+    """The greatest patch that fills an image and fits four times into each side; 1 if there is none."""
+    both = math.gcd(height, width)
+    return max((p for p in range(1, both + 1) if both % p == 0 and p <= min(height, width) // 4), default=1)
+
+
+def assemble(
+    cls: type[KeyMemoryTransformer],
+    inputs: dict[str, Any],
+    num_classes: int,
+    key_encoder: KeyEncoder,
+    given: Settings,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> KeyMemoryTransformer:
+    """A model of these settings, for images (`channels`, `size`, `patch`) or vectors (`features`, `count`).
+
+    Raises:
+        TypeError: if a setting is unknown, or a number is not whole.
+        ValueError: if a setting is out of range.
+    """
+    unknown = sorted(given.keys() - DEFAULTS.keys())
+    if unknown:
+        raise TypeError(f"there are no settings {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
+    settings: Settings = {**DEFAULTS, **given}
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    width, exact = settings["width"], settings["mode"] == "exact"
+    check_width(depth=settings["depth"], num_classes=num_classes, neighbours=settings["neighbours"])
+    if settings["aggregation"] not in AGGREGATIONS:
+        raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}; found {settings['aggregation']!r}")
+    tokens = (ImageTokens if "channels" in inputs else VectorTokens)(**inputs, width=width, **factory)
+    scale = 0.0 if exact else 0.02
+    store = KeyStore(key_encoder.width, settings["value_width"], seed=settings["seed"], scale=scale, **factory)
+    store.values.requires_grad_(not exact)
+    writer = ValueWriter(key_encoder.width, settings["value_width"], num_classes, **factory) if exact else None
+    model = cls(
+        key_encoder=key_encoder,
+        memory=KeyValueMemory(store, metric=settings["metric"], writer=writer),
+        tokens=tokens,
+        blocks=[
+            TransformerBlock(width, settings["heads"], dropout=settings["dropout"], **factory)
+            for _ in range(settings["depth"])
+        ],
+        num_classes=num_classes,
+        aggregation=AGGREGATIONS[settings["aggregation"]](settings["neighbours"]).to(**factory),
+        **{name: settings[name] for name in _OF_MODEL},  # type: ignore[literal-required]
+    )
+    model.config = {"inputs": inputs, "num_classes": num_classes, **settings}
+    return model
+
+
+_OF_MODEL = ("mode", "neighbours", "own_token_probability", "drop_input", "drop_exemplar", "sparse")
