@@ -6,6 +6,7 @@ what it forgets.
 
 from munkey.aggregation import Ensemble, RankMix, SoftmaxMix
 from munkey.conv_encoder import ConvEncoder
+from munkey.durable import DurableStore
 from munkey.encoders import KeyEncoder, ModuleEncoder, Projection
 from munkey.memory import KeyValueMemory, Retrieved
 from munkey.model import KeyMemoryTransformer
@@ -16,6 +17,7 @@ from munkey.writer import ValueWriter
 
 __all__ = [
     "ConvEncoder",
+    "DurableStore",
     "Ensemble",
     "KeyEncoder",
     "KeyMemoryTransformer",

@@ -37,6 +37,18 @@ class Disk:
             start, count = start + len(part), count - len(part)
         return b"".join(parts)
 
+    def fill(self, file: int, start: int, buffer: memoryview) -> None:
+        """Read bytes from a place on into a buffer, which leaves no copy elsewhere.
+
+        Raises:
+            EOFError: if the file ends before.
+        """
+        while len(buffer):
+            count = os.preadv(file, [buffer[: 1 << 30]], start)
+            if not count:
+                raise EOFError("the file ends before what is to be read")
+            start, buffer = start + count, buffer[count:]
+
     def write(self, file: int, start: int, data: bytes | memoryview) -> None:
         """Bytes to a place."""
         left = memoryview(data)

@@ -67,18 +67,19 @@ class Holders:
                         f"{kind}, a {type(state).__name__}, in which no instance can be found and erased; {_ADVICE}"
                     )
 
-    def erase(self, values: nn.Parameter, removal: Removal) -> int:
-        """Change everything as the store's own tensors; the number of bytes erased."""
-        tensors = [state[name] for state, name in self._kept(values)]
+    def erase(self, values: nn.Parameter, removal: Removal) -> None:
+        """Change everything as the store's own tensors."""
         if values.grad is not None and values.grad.is_sparse:
             values.grad = _renumbered(values.grad, removal.renumber, len(values))
-        elif values.grad is not None:
-            tensors.append(values.grad)
-        for tensor in tensors:
+        for tensor in self.rows(values):
             removal.erase(tensor)
         for table in self.tables:
             table.erase(removal)
-        return sum(len(removal.gone) * tensor[:1].numel() * tensor.element_size() for tensor in tensors)
+
+    def rows(self, values: nn.Parameter) -> list[Tensor]:
+        """All tensors with `R` rows."""
+        dense = [] if values.grad is None or values.grad.is_sparse else [values.grad]
+        return [state[name] for state, name in self._kept(values)] + dense
 
     def added(self) -> None:
         """There are new rows, which may be nearer than others."""

@@ -5,23 +5,22 @@ Letters: `M` rows, `D` width of a key, `V` width of a value, `B` instances of a 
 
 from __future__ import annotations
 
-import json
-import secrets
+import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from munkey.checks import as_ids, check_rows, some
-from munkey.digest import MODULUS, keyed_hash, rows_hash
+from munkey.disk import Disk
+from munkey.hashed import HashedTable
+from munkey.receipt_log import ReceiptLog, tokens_of
 from munkey.receipts import Receipt
 from munkey.rows import Removal
-from munkey.table import RowTable
 from treediff import EMA
 from treediff.noise import counter_normal
 
@@ -49,7 +48,7 @@ class Rows:
     values: Tensor
 
 
-class KeyStore(RowTable):
+class KeyStore(HashedTable):
     """A table with one row for each instance: id, key, label, and a value that can be trained.
 
     An id may own several keys, as of changed copies of one image; each has a row and a value of its own, and forgetting
@@ -94,12 +93,9 @@ class KeyStore(RowTable):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(key_width, value_width, device=device, dtype=dtype)
-        if secret is not None and not 1 <= len(secret) <= 64:
-            raise ValueError(f"a secret has 1 to 64 bytes, found {len(secret)}")
-        self.seed, self.scale, self.secret = seed, scale, secret or secrets.token_bytes(32)
-        self._sum: int | None = 0
-        self._version = self.values._version
+        super().__init__(key_width, value_width, secret=secret, device=device, dtype=dtype)
+        self.seed, self.scale = seed, scale
+        self.log: ReceiptLog | None = None
 
     # --- what is there ------------------------------------------------------------------------------------
 
@@ -229,9 +225,9 @@ class KeyStore(RowTable):
         return owner, view, labels, stays, keys.flatten(0, 1), values.reshape(-1, self.widths[1])
 
     def _write(self, *columns: Tensor) -> None:
-        digest = self._rows_sum()
         rows = self.append(*columns)
-        self._keep(digest + rows_hash(self.secret, self.columns, rows))
+        if self.log is not None and self.log.gone:
+            self.log.returned(tokens_of(self.secret, self.ids[rows], self.keys[rows]))
 
     # --- forgetting ---------------------------------------------------------------------------------------
 
@@ -259,12 +255,48 @@ class KeyStore(RowTable):
         known = [instance for instance in wanted if instance in self.index]
         absent = tuple(instance for instance in wanted if instance not in self.index)
         self._check_forgettable(known)
+        return self._forget(known, absent, self.log)
+
+    def _forget(self, known: list[int], absent: tuple[int, ...], log: ReceiptLog | None) -> Receipt:
         removal = Removal.of(self.index.of_all(known), self.used, self.ids.device)
-        before, digest = self.digest(), self._rows_sum()
-        digest -= rows_hash(self.secret, self.columns, removal.gone)
-        erased = self.erase(known, removal)
-        self._keep(digest)
-        return Receipt(tuple(known), absent, len(removal.gone), erased, before, self.digest(), time.time())
+        before, total = self.digest(), self._total_after(removal)
+        after, size = self._digest(removal.after, total), len(removal.gone) * self.row_bytes()
+        receipt = Receipt(tuple(known), absent, len(removal.gone), size, before, after, time.time())
+        if log is not None and known:
+            # First, so that whoever finds the rows after an interruption knows that they are to go.
+            log.forgot(receipt, tokens_of(self.secret, self.ids[removal.gone], self.keys[removal.gone]))
+        self.erase(known, removal)
+        self._keep(total)
+        return receipt
+
+    def keep_receipts(self, path: str | os.PathLike[str], *, disk: Disk | None = None) -> Receipt:
+        """Write a receipt to a log whenever something is forgotten; first, forget what the log says is gone.
+
+        So whoever restores a backup and gives it the log has all that was forgotten since forgotten again.
+
+        Args:
+            path: the log; it is made if there is none. See `munkey.receipt_log`.
+            disk: what reads and writes.
+
+        Returns:
+            what was forgotten again; it is not logged twice.
+
+        Raises:
+            OSError: if the log cannot be read or written.
+            ValueError: if a line of the log was changed, or it is of another store, or as for `forget`.
+        """
+        log = ReceiptLog(path, self.secret, disk=disk)
+        owners = self.ids[: self.used].tolist()
+        tokens = tokens_of(self.secret, self.ids[: self.used], self.keys[: self.used]) if log.gone else []
+        known = sorted({owner for owner, token in zip(owners, tokens, strict=False) if token in log.gone})
+        try:
+            self._check_forgettable(known)
+            receipt = self._forget(known, (), None)
+        except BaseException:
+            log.close()
+            raise
+        self.log = log
+        return receipt
 
     def attach(self, *holders: torch.optim.Optimizer | EMA) -> None:
         """Tell the store what else keeps something of its values, so that it can be erased, moved and grown there too.
@@ -294,41 +326,6 @@ class KeyStore(RowTable):
                 "their rows; train anew without them"
             )
         self.holders.check(self.values)
-
-    # --- digest -------------------------------------------------------------------------------------------
-
-    def digest(self) -> str:
-        """A hexadecimal digest of the content, the same for the same rows in any order; see `munkey.digest`.
-
-        After values were trained it is computed anew, which takes a time that grows with the store; otherwise it
-        follows what is added and forgotten.
-        """
-        about = {name: str(column.dtype) for name, column in (("keys", self.keys), ("values", self.values))}
-        text = json.dumps({**about, "widths": self.widths, "rows": self.used}, sort_keys=True)
-        return keyed_hash(self.secret, text.encode() + self._rows_sum().to_bytes(32, "little")).hex()
-
-    def _rows_sum(self) -> int:
-        if self._sum is None or self._version != self.values._version:
-            return self._keep(rows_hash(self.secret, [column[: self.used] for column in self.columns]))
-        return self._sum
-
-    def _keep(self, total: int) -> int:
-        """A sum that holds for as long as nobody else changes values."""
-        self._sum, self._version = total % MODULUS, self.values._version
-        return self._sum
-
-    def compact(self) -> None:  # noqa: D102
-        digest = self._rows_sum()
-        super().compact()
-        self._keep(digest)
-
-    def _take(self, found: dict[str, Tensor]) -> None:  # type: ignore[override]
-        self._sum = None
-        super()._take(found)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._sum = None  # of other bytes
-        return super()._apply(fn, recurse)
 
 
 def _warn_unattached(grad: Tensor) -> None:

@@ -5,6 +5,7 @@ Letters: `M` rows in use, `R` rows there is room for, `D` width of a key, `V` wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Self
@@ -125,17 +126,19 @@ class RowTable(nn.Module):
         return rows
 
     @torch.no_grad()
-    def erase(self, ids: list[int], removal: Removal) -> int:
-        """Overwrite the rows of some ids, here and in all that is attached; how many bytes that were."""
+    def erase(self, ids: list[int], removal: Removal) -> None:
+        """Overwrite the rows of some ids, here and in all that is attached."""
         self.index.remove(ids)
         self.index.move(self.ids[removal.movers], self.views[removal.movers], removal.holes)
-        tensors = (*self.columns, *(getattr(self, name) for name in _SCREEN))
-        for column in tensors:
+        for column in (*self.columns, *(getattr(self, name) for name in _SCREEN)):
             removal.erase(column)
         self.used = removal.after
-        width = sum(column[0].numel() * column.element_size() for column in tensors if len(column))
-        erased: int = len(removal.gone) * width
-        return erased + self.holders.erase(self.values, removal)
+        self.holders.erase(self.values, removal)
+
+    def row_bytes(self) -> int:
+        """How many bytes `erase` overwrites for each row that goes."""
+        tensors = (*self.columns, *(getattr(self, name) for name in _SCREEN), *self.holders.rows(self.values))
+        return sum(math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in tensors)
 
     @torch.no_grad()
     def compact(self) -> None:

@@ -1,0 +1,95 @@
+"""A table that knows the digest of its content, and keeps it up as rows come and go."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from munkey.digest import MODULUS, keyed_hash, rows_hash
+from munkey.rows import Removal
+from munkey.table import RowTable
+
+__all__ = ["HashedTable"]
+
+
+class HashedTable(RowTable):
+    """A `RowTable` with a digest, see `munkey.digest`.
+
+    Args:
+        key_width: see `RowTable`.
+        value_width: see `RowTable`.
+        secret: 1 to 64 bytes under which digests are taken; drawn from the system if not given.
+        device: where the table lives.
+        dtype: of keys and values.
+
+    Raises:
+        TypeError: if a width is not whole.
+        ValueError: if a width is below 1, or the secret is empty or too long.
+    """
+
+    def __init__(
+        self,
+        key_width: int,
+        value_width: int,
+        *,
+        secret: bytes | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(key_width, value_width, device=device, dtype=dtype)
+        if secret is not None and not 1 <= len(secret) <= 64:
+            raise ValueError(f"a secret has 1 to 64 bytes, found {len(secret)}")
+        self.secret = secret or secrets.token_bytes(32)
+        self._sum: int | None = 0
+        self._version = self.values._version
+
+    def digest(self) -> str:
+        """A hexadecimal digest of the content, the same for the same rows in any order.
+
+        After values were trained it is computed anew, which takes a time that grows with the table; otherwise it
+        follows what is added and erased.
+        """
+        return self._digest(self.used, self._total())
+
+    def _digest(self, rows: int, total: int) -> str:
+        about = {name: str(column.dtype) for name, column in (("keys", self.keys), ("values", self.values))}
+        text = json.dumps({**about, "widths": self.widths, "rows": rows}, sort_keys=True)
+        return keyed_hash(self.secret, text.encode() + total.to_bytes(32, "little")).hex()
+
+    def _total(self) -> int:
+        """The sum of the hashes of all rows."""
+        if self._sum is None or self._version != self.values._version:
+            return self._keep(rows_hash(self.secret, [column[: self.used] for column in self.columns]))
+        return self._sum
+
+    def _total_after(self, removal: Removal) -> int:
+        return (self._total() - rows_hash(self.secret, self.columns, removal.gone)) % MODULUS
+
+    def _keep(self, total: int) -> int:
+        """A sum that holds for as long as nobody else changes values."""
+        self._sum, self._version = total % MODULUS, self.values._version
+        return self._sum
+
+    def append(self, *columns: Tensor) -> Tensor:  # noqa: D102
+        total = self._total()
+        rows = super().append(*columns)
+        self._keep(total + rows_hash(self.secret, self.columns, rows))
+        return rows
+
+    def compact(self) -> None:  # noqa: D102
+        total = self._total()
+        super().compact()
+        self._keep(total)
+
+    def _take(self, found: dict[str, Tensor]) -> None:  # type: ignore[override]
+        self._sum = None
+        super()._take(found)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._sum = None  # of other bytes
+        return super()._apply(fn, recurse)

@@ -1,0 +1,285 @@
+"""A file that follows a table row for row, and is whole whenever it is looked at.
+
+Rows have fixed places, so that a row is erased by overwriting it. Every change goes through a journal, a second file
+that says which rows change, by number, and never what is in them:
+
+1. the journal is written, and synced;
+2. rows are written or moved, and synced;
+3. what is gone is overwritten with zeros, the number of rows and their digest are written, and synced;
+4. the journal is emptied, and synced.
+
+Whoever opens the file after an interruption finds the journal and either finishes the change (rows were going) or takes
+it back (rows were coming), so that the file holds the state before or the state after, and nothing in between.
+
+Letters: `R` rows the file has room for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from munkey.digest import MODULUS, checksum, rows_hash
+from munkey.disk import Disk, put_in_place, wipe_leftovers, write_beside
+from munkey.layout import Layout
+from munkey.rows import Removal
+
+__all__ = ["LiveFile"]
+
+_JOURNAL, _LOCK = ".journal", ".lock"
+_ROWS = 4096  # at a time
+
+Columns = Sequence[Tensor]
+
+
+class LiveFile:
+    """An open file, its journal beside it with `.journal` at the end of its name, and a lock with `.lock`.
+
+    Args:
+        path: the file.
+        secret: under which rows are hashed.
+        disk: what reads and writes.
+
+    Attributes:
+        count: number of rows.
+        total: sum of the hashes of the rows as they are in the file.
+    """
+
+    def __init__(self, path: str, disk: Disk) -> None:
+        self.path, self.disk = path, disk
+        self.file = self.journal = self.guard = -1
+        self.count = self.total = 0
+        self.secret = b""
+        self.broken = False
+
+    # --- opening ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: str, about: Mapping[str, Any], columns: Columns, secret: bytes, disk: Disk) -> LiveFile:
+        """A new file with some rows.
+
+        Raises:
+            FileExistsError: if there is a file of that name.
+            BlockingIOError: if another store has it open.
+            OSError: if it cannot be written; then there is none.
+        """
+        live = cls(path, disk)
+        live.secret = secret
+        with live._closed_on_error():
+            live._lock()
+            if disk.exists(path):
+                raise FileExistsError(f"there is a file {path!r} already; open it, or remove it")
+            live.journal = disk.open(path + _JOURNAL, create=True)
+            live._clear()
+            live._write_whole(
+                about, [columns], [c.shape[1:] for c in columns], [c.dtype for c in columns], len(columns[0])
+            )
+        return live
+
+    @classmethod
+    def open(cls, path: str, disk: Disk) -> tuple[LiveFile, dict[str, Any], list[Tensor]]:
+        """An existing file, once what was interrupted is finished or taken back: it, its description, its rows.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            BlockingIOError: if another store has it open.
+            ValueError: if it is damaged, cut short, or of another kind.
+        """
+        if not disk.exists(path):
+            raise FileNotFoundError(f"no store at {path!r}")
+        live = cls(path, disk)
+        with live._closed_on_error():
+            live._lock()
+            wipe_leftovers(disk, path)
+            live.file, live.journal = disk.open(path), disk.open(path + _JOURNAL, create=True)
+            live.layout = Layout.read(disk, live.file, path)
+            about = live.layout.about
+            live.secret = bytes.fromhex(about["secret"])
+            live._recover()
+            columns = live.read(torch.arange(live.count))
+            if rows_hash(live.secret, columns) != live.total:
+                raise ValueError(f"{path!r} is damaged: its rows are not those that were written; restore a backup")
+        return live, about, columns
+
+    def _lock(self) -> None:
+        # A file of its own: the file itself is replaced when it grows.
+        self.guard = self.disk.open(self.path + _LOCK, create=True)
+        if not self.disk.lock(self.guard):
+            raise BlockingIOError(f"{self.path!r} is open in another store, here or in another process; close it there")
+
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give back everything; the file can be opened again, here or elsewhere."""
+        for name in ("file", "journal", "guard"):
+            if getattr(self, name) >= 0:
+                self.disk.close(getattr(self, name))
+                setattr(self, name, -1)
+
+    # --- changes ------------------------------------------------------------------------------------------
+
+    def read(self, rows: Tensor) -> list[Tensor]:
+        """All columns of some rows, in ascending order."""
+        return self.layout.read_rows(self.disk, self.file, rows)
+
+    def append(self, columns: Columns) -> None:
+        """Write new rows behind the others.
+
+        Raises:
+            OSError: if they cannot be written; then the file is as it was.
+        """
+        self._check()
+        before, after = self.count, self.count + len(columns[0])
+        if after > self.layout.room:
+            self.rebuild(self._parts(), room=max(after, before + before // 2))
+        old, total = self.total, self.total + rows_hash(self.secret, columns)
+        self._note({"change": "append", "before": before, "after": after, "total": old})
+        try:
+            self.layout.write_rows(self.disk, self.file, before, columns)
+            self.disk.sync(self.file)
+            self._finish(after, after, total % MODULUS)
+        except OSError:
+            with self._broken_on_error():
+                self._finish(before, after, old)
+            raise
+
+    def erase(self, removal: Removal) -> None:
+        """Remove rows, and move the last ones into the holes.
+
+        Raises:
+            OSError: if that fails; the file can be opened again, and the rows are then there or not, all of them.
+        """
+        self._check()
+        gone = self.read(removal.gone.cpu())
+        total = (self.total - rows_hash(self.secret, gone)) % MODULUS
+        for column in gone:
+            column.zero_()
+        plan = {"change": "erase", "before": removal.before, "after": removal.after, "total": total}
+        plan |= {"holes": removal.holes.tolist(), "movers": removal.movers.tolist()}
+        self._note(plan)
+        with self._broken_on_error():
+            self._move(plan)
+
+    def _parts(self) -> Iterator[Columns]:
+        """All rows, some at a time."""
+        for start in range(0, self.count, _ROWS):
+            yield self.read(torch.arange(start, min(start + _ROWS, self.count)))
+
+    def rebuild(self, parts: Iterable[Columns], *, room: int) -> None:
+        """Write rows to a new file and put it in the place of this one, whose bytes are overwritten.
+
+        Raises:
+            OSError: if it cannot be written; then the file is as it was.
+        """
+        self._check()
+        old, layout = self.file, self.layout
+        self._write_whole(layout.about, parts, layout.shapes, layout.dtypes, room)
+        self.disk.close(old)
+
+    def _write_whole(
+        self,
+        about: Mapping[str, Any],
+        parts: Iterable[Columns],
+        shapes: Sequence[torch.Size | tuple[int, ...]],
+        dtypes: Sequence[torch.dtype],
+        room: int,
+    ) -> None:
+        layout = Layout(dict(about), tuple(tuple(shape) for shape in shapes), tuple(dtypes), room)
+        file, count, total = write_beside(self.disk, self.path), 0, 0
+        try:
+            layout.write_header(self.disk, file)
+            for columns in parts:
+                layout.write_rows(self.disk, file, count, columns)
+                count, total = count + len(columns[0]), total + rows_hash(self.secret, columns)
+            layout.write_state(self.disk, file, count, total % MODULUS)
+            put_in_place(self.disk, file, self.path)
+        except BaseException:
+            self.disk.close(file)
+            raise
+        self.file, self.layout, self.count, self.total = file, layout, count, total % MODULUS
+
+    def _check(self) -> None:
+        if self.file < 0:
+            raise ValueError(f"the store in {self.path!r} is closed; open it again")
+        if self.broken:
+            raise OSError(
+                f"{self.path!r} failed half way through a change; close the store and open it, which mends it"
+            )
+
+    @contextmanager
+    def _broken_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.broken = True
+            raise
+
+    # --- the journal --------------------------------------------------------------------------------------
+
+    def _note(self, plan: Mapping[str, Any]) -> None:
+        start = self.disk.size(self.journal)
+        text = json.dumps(plan).encode()
+        try:
+            self.disk.write(self.journal, start, text + b" " + checksum(text) + b"\n")
+            self.disk.sync(self.journal)
+        except OSError:
+            with self._broken_on_error():
+                self.disk.resize(self.journal, start)
+            raise
+
+    def _clear(self) -> None:
+        self.disk.resize(self.journal, 0)
+        self.disk.sync(self.journal)
+
+    def _notes(self) -> list[dict[str, Any]]:
+        """What the journal says, once a line that was interrupted while it was written is cut off."""
+        notes, whole = [], 0
+        for line in self.disk.read(self.journal, 0, self.disk.size(self.journal)).splitlines(keepends=True):
+            text, _, found = line.removesuffix(b"\n").rpartition(b" ")
+            if not line.endswith(b"\n") or checksum(text) != found:
+                break
+            notes.append(json.loads(text))
+            whole += len(line)
+        self.disk.resize(self.journal, whole)
+        return notes
+
+    def _recover(self) -> None:
+        """Finish what was going, take back what was coming."""
+        notes = self._notes()
+        if not notes:
+            self._clear()
+            self.count, self.total = self.layout.read_state(self.disk, self.file, self.path)
+            return
+        plan = notes[0]
+        if plan["change"] == "append":
+            self._finish(plan["before"], plan["after"], plan["total"])
+        elif len(notes) > 1:
+            self._finish(plan["after"], plan["before"], plan["total"])
+        else:
+            self._move(plan)
+
+    def _move(self, plan: Mapping[str, Any]) -> None:
+        """Move rows into holes; until it is noted, they are still where they were, and can be moved again."""
+        self.layout.move_rows(self.disk, self.file, plan["movers"], plan["holes"])
+        self.disk.sync(self.file)
+        self._note({"moved": True})  # from here on the places that rows came from may be zero
+        self._finish(plan["after"], plan["before"], plan["total"])
+
+    def _finish(self, count: int, wipe_to: int, total: int) -> None:
+        """Have so many rows; what is behind them is overwritten."""
+        self.layout.zero_rows(self.disk, self.file, count, wipe_to)
+        self.layout.write_state(self.disk, self.file, count, total)
+        self.disk.sync(self.file)
+        self.count, self.total = count, total
+        self._clear()

@@ -1,0 +1,348 @@
+"""A store in a file, whatever happens to process, power and disk."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from disks import FailingDisk, Killed, MemoryDisk
+from stores import SECRET, WIDTHS, keys_of, seeded
+
+from munkey import DurableStore, KeyStore
+from munkey.disk import Disk
+
+State = tuple[str, tuple[int, ...]]
+IDS = list(range(20))
+
+
+def create(path: str | Path, disk: Disk | None = None) -> DurableStore:
+    store = DurableStore.create(path, *WIDTHS, secret=SECRET, disk=disk)
+    store.add(IDS, keys_of(IDS, 2), torch.tensor(IDS))
+    return store
+
+
+def state(store: KeyStore) -> State:
+    return store.digest(), tuple(store)
+
+
+def train(store: KeyStore) -> None:
+    with torch.no_grad():
+        store.values[: store.used] += 1
+
+
+CHANGES: dict[str, Callable[[DurableStore], object]] = {
+    "add": lambda store: store.add([100, 101], keys_of([100, 101])),
+    "add beyond the room": lambda store: store.add(range(100, 140), keys_of(list(range(100, 140)))),
+    "forget": lambda store: store.forget([3, 0, 19, 7, 18]),
+    "forget the last": lambda store: store.forget([18, 19]),
+    "forget all": lambda store: store.forget(IDS, missing="ignore"),
+    "replace": lambda store: store.replace([4], keys_of([4], salt=1)),
+    "compact": lambda store: store.compact(),
+    "sync": lambda store: (train(store), store.sync()),
+}
+each_change = pytest.mark.parametrize("name", CHANGES)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("filled")
+    with create(folder / "store") as store:
+        store.forget([11])  # so that there is room
+    return folder
+
+
+@each_change
+def test_is_what_a_store_in_memory_is(filled: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
+    with DurableStore.open(tmp_path / "store") as store:
+        plain = copy.deepcopy(store)
+        assert type(plain) is KeyStore and state(plain) == state(store)
+        CHANGES[name](store)
+        if name == "sync":
+            train(plain)
+        else:
+            CHANGES[name](plain)  # type: ignore[arg-type]
+        assert state(store) == state(plain)
+        store.add([500], keys_of([500]))
+        plain.add([500], keys_of([500]))
+    with DurableStore.open(tmp_path / "store") as again:
+        assert state(again) == state(plain)
+        ours, theirs = again.state_dict(), plain.state_dict()
+        assert all(torch.equal(ours[column], theirs[column]) for column in ours)
+
+
+@each_change
+def test_killed_between_any_two_steps_it_is_before_or_after(filled: Path, tmp_path: Path, name: str) -> None:
+    def copied(number: int) -> Path:
+        folder = tmp_path / str(number)
+        shutil.copytree(filled, folder)
+        return folder / "store"
+
+    disk = FailingDisk()
+    with DurableStore.open(copied(0), disk=disk) as store:
+        before, opening = state(store), disk.steps
+        CHANGES[name](store)
+        after, last = state(store), disk.steps
+    assert last - opening > 5
+    seen = set()
+    for at in range(last):  # opening is interrupted, too
+        path, disk = copied(at + 1), FailingDisk(at)
+        with pytest.raises(Killed):
+            CHANGES[name](DurableStore.open(path, disk=disk))
+        disk.die()
+        with DurableStore.open(path) as store:
+            found = state(store)
+            # To replace is to forget and then to add.
+            half = (found[1] == tuple(i for i in before[1] if i != 4)) and name == "replace"
+            assert found in (before, after) or half
+            seen.add(found)
+            assert store.live.count == store.used and sorted(os.listdir(path.parent)) == [
+                "store",
+                "store.journal",
+                "store.lock",
+            ]
+            CHANGES[name](store) if found == before else None
+            assert half or state(store) == after
+        shutil.rmtree(path.parent)
+    assert {before, after} <= seen | ({after} if before == after else set())
+
+
+@each_change
+def test_without_power_it_is_before_or_after(name: str) -> None:
+    def prepared() -> tuple[MemoryDisk, DurableStore]:
+        disk = MemoryDisk()
+        store = create("store", disk)
+        store.forget([11])
+        return disk, store
+
+    disk, store = prepared()
+    before, start = state(store), disk.steps
+    CHANGES[name](store)
+    after, last = state(store), disk.steps
+    for at in range(start, last + 1):
+        for seed in range(4):
+            disk, store = prepared()
+            disk.at = at
+            if at < last:
+                with pytest.raises(Killed):
+                    CHANGES[name](store)
+            else:
+                CHANGES[name](store)
+            found = state(DurableStore.open("store", disk=disk.after_power_loss(random.Random(seed))))
+            half = name == "replace" and 4 not in found[1] and at < last
+            assert half or found in ((before, after) if at < last else (after,))
+
+
+@pytest.mark.parametrize("act", ["create", "open"])
+def test_creating_and_opening_may_be_interrupted(tmp_path: Path, act: str) -> None:
+    path = tmp_path / "store"
+    if act == "open":
+        create(path).close()
+    for at in range(40):
+        disk = FailingDisk(at)
+        try:
+            (create if act == "create" else DurableStore.open)(path, disk=disk).close()
+        except Killed:
+            disk.die()
+        except FileExistsError:
+            break
+        if path.exists():
+            with DurableStore.open(path) as store:
+                assert tuple(store) in ((), tuple(IDS))
+            if act == "create":
+                os.remove(path)
+    assert at > 3
+
+
+# --- erasing --------------------------------------------------------------------------------------------------
+
+
+def pieces(store: KeyStore, ids: list[int]) -> list[bytes]:
+    rows = store.get(ids)
+    return [row.numpy().tobytes() for column in (rows.keys, rows.values) for row in column]
+
+
+def test_no_byte_of_what_was_forgotten_is_on_the_medium_or_in_the_journal() -> None:
+    disk = MemoryDisk()
+    store = create("store", disk)
+    store.add([50, 51], keys_of([50, 51]))
+    train(store)
+    store.sync()
+    gone = pieces(store, [3, 19, 50])
+    on_medium = b"".join(bytes(inode.medium) for inode in disk.inodes)
+    assert all(piece in on_medium for piece in gone), "the search finds what is there"
+    journal = b""
+    write = disk.write
+
+    def spy(file: int, start: int, data: bytes | memoryview) -> None:
+        nonlocal journal
+        if disk.opened[file] is disk.names["store.journal"]:
+            journal += bytes(data)
+        write(file, start, data)
+
+    disk.write = spy  # type: ignore[method-assign]
+    store.forget([3, 19, 50])
+    everything = b"".join(bytes(inode.data) + bytes(inode.medium) for inode in disk.inodes)
+    assert not any(piece in everything for piece in gone)
+    assert b"erase" in journal and not any(piece in journal for piece in gone)
+
+
+def test_what_a_growing_or_compacted_file_leaves_behind_is_overwritten() -> None:
+    disk = MemoryDisk()
+    store = create("store", disk)
+    gone = pieces(store, [3])
+    store.add(range(100, 200), keys_of(list(range(100, 200))))
+    store.compact()
+    store.sync()
+    store.forget([3])
+    assert len(disk.inodes) > 4, "files were replaced"
+    everything = b"".join(bytes(inode.data) + bytes(inode.medium) for inode in disk.inodes)
+    assert not any(piece in everything for piece in gone)
+
+
+def test_the_cost_of_forgetting_follows_what_goes() -> None:
+    def written(rows: int, ids: list[int]) -> int:
+        disk = MemoryDisk()
+        store = DurableStore.create("store", *WIDTHS, secret=SECRET, disk=disk)
+        store.add(range(rows), torch.randn(rows, 3, generator=seeded()))
+        write, total = disk.write, 0
+
+        def spy(file: int, start: int, data: bytes | memoryview) -> None:
+            nonlocal total
+            total += len(data)
+            write(file, start, data)
+
+        disk.write = spy  # type: ignore[method-assign]
+        store.forget(ids)
+        return total
+
+    few, many = written(100, [3, 4]), written(5000, [3, 4])
+    assert abs(few - many) < 100  # longer numbers in the journal
+    assert written(5000, list(range(0, 4000, 2))) > 100 * few
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------
+
+
+@each_change
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_an_error_of_the_disk_loses_nothing(filled: Path, tmp_path: Path, name: str, code: int) -> None:
+    at, done = 0, False
+    while not done:
+        folder = tmp_path / str(at)
+        shutil.copytree(filled, folder)
+        disk = FailingDisk()
+        store = DurableStore.open(folder / "store", disk=disk)
+        before = state(store)
+        disk.at, disk.error = disk.steps + at, OSError(code, os.strerror(code))
+        try:
+            CHANGES[name](store)
+            done = True
+        except OSError as error:
+            assert error.errno == code
+            if name == "sync":
+                train(store)  # values in memory went on
+            elif not store.live.broken and name != "replace":
+                assert state(store) == before
+                store.forget([1])
+                store.add([1], keys_of([1], 2), torch.tensor([1]))
+        after = state(store)
+        store.close()
+        with DurableStore.open(folder / "store") as again:
+            assert name in ("sync", "replace") or state(again) in (before, after) or store.live.broken
+        shutil.rmtree(folder)
+        at += 1
+    assert at > 5
+
+
+def test_a_store_that_failed_half_way_says_so_and_is_mended_by_opening(filled: Path, tmp_path: Path) -> None:
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
+    disk = FailingDisk()
+    store = DurableStore.open(tmp_path / "store", disk=disk)
+    disk.at, disk.error = disk.steps + 3, OSError(errno.EIO, "broken")
+    with pytest.raises(OSError, match="broken"):
+        store.forget([3])
+    with pytest.raises(OSError, match="failed half way through a change; close the store and open it, which mends it"):
+        store.forget([3])
+    store.close()
+    with DurableStore.open(tmp_path / "store") as again:
+        assert 3 not in again
+    with pytest.raises(ValueError, match="is closed; open it again"):
+        store.forget([4])
+
+
+def test_only_one_store_has_a_file_open(filled: Path, tmp_path: Path) -> None:
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "store"
+    with DurableStore.open(path):
+        with pytest.raises(
+            BlockingIOError, match="is open in another store, here or in another process; close it there"
+        ):
+            DurableStore.open(path)
+        code = f"from munkey import DurableStore; DurableStore.open({str(path)!r})"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "BlockingIOError" in run.stderr
+    DurableStore.open(path).close()
+
+
+def damage(path: Path, at: int, new: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at, 2 if at < 0 else 0)
+        file.write(new)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: os.truncate(path, 6000), "has 6000 bytes, expected"),
+        (lambda path: os.truncate(path, 10), "is no store, or its first bytes are damaged; restore a backup"),
+        (lambda path: path.write_bytes(b"other" * 2000), "is no store, or its first bytes are damaged"),
+        (lambda path: damage(path, 3, b"x"), "is no store, or its first bytes are damaged"),
+        (lambda path: damage(path, 4040, b"x"), "is damaged: it does not say how many rows it has; restore a backup"),
+        (
+            lambda path: damage(path, 4100, b"x"),
+            "is damaged: its rows are not those that were written; restore a backup",
+        ),
+    ],
+)
+def test_damage_is_seen_and_the_file_left_alone(
+    filled: Path, tmp_path: Path, change: Callable[[Path], object], message: str
+) -> None:
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "store"
+    change(path)
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DurableStore.open(path)
+    assert path.read_bytes() == content
+
+
+def test_bad_calls(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no store at"):
+        DurableStore.open(tmp_path / "store")
+    with create(tmp_path / "store") as store:
+        before = state(store)
+        with pytest.raises(ValueError, match=r"a store in a file keeps its dtype, torch\.float32; create one with"):
+            store.double()
+        for call in (lambda: store.add([1], keys_of([1])), lambda: store.add([70], torch.full((1, 3), torch.nan))):
+            with pytest.raises(ValueError):
+                call()
+        with pytest.raises(KeyError):
+            store.forget([1, 99])
+        assert state(store) == before
+        store.load_state_dict(KeyStore(*WIDTHS).state_dict())
+        assert len(store) == 0
+    with pytest.raises(FileExistsError, match=r"there is a file .* already; open it, or remove it"):
+        create(tmp_path / "store")
+    with DurableStore.open(tmp_path / "store") as again:
+        assert len(again) == 0
