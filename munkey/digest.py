@@ -23,9 +23,12 @@ MODULUS = 1 << 256
 _ROWS = 4096  # at a time: enough to be fast, and little to wipe
 
 
-def keyed_hash(secret: bytes, data: bytes | memoryview) -> bytes:
-    """32 bytes: BLAKE2b (RFC 7693) keyed with a secret of 1 to 64 bytes."""
-    return hashlib.blake2b(data, key=secret, digest_size=32).digest()
+def keyed_hash(secret: bytes, *parts: bytes | memoryview) -> bytes:
+    """32 bytes: BLAKE2b (RFC 7693) of parts, one after the other, keyed with a secret of 1 to 64 bytes."""
+    found = hashlib.blake2b(key=secret, digest_size=32)
+    for part in parts:
+        found.update(part)
+    return found.digest()
 
 
 def checksum(data: bytes) -> bytes:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from munkey.checks import as_ids
 from munkey.neighbour_table import NeighbourTable
 from munkey.receipts import Receipt
-from munkey.retrieval import Neighbours, nearest
+from munkey.retrieval import Neighbours, nearest, pair_scores
 from munkey.store import KeyStore
 from munkey.writer import ValueWriter
 
@@ -139,11 +139,14 @@ class KeyValueMemory(nn.Module):
         store = self.store
 
         def search(asked: Tensor) -> Neighbours:
-            return self.search(store, store.keys[asked], k, exclude_ids=store.ids[asked])
+            queries = store.keys[asked]
+            found = self.search(store, queries, k, exclude_ids=store.ids[asked])
+            queries.zero_()  # a copy of rows that may be forgotten later
+            return found
 
         found = self._table(k).get(rows, store.used, search)
-        scores = (store.keys[rows].double()[:, None] * store.keys[found.clamp(min=0)].double()).sum(-1)
-        return found, scores.masked_fill(found < 0, -torch.inf)
+        scores = pair_scores(store.keys, store.keys, rows.repeat_interleave(k), found.clamp(min=0).flatten())
+        return found, scores.view_as(found).masked_fill(found < 0, -torch.inf)
 
     def _table(self, k: int) -> NeighbourTable:
         tables = self.store.holders.tables

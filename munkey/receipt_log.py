@@ -34,13 +34,19 @@ __all__ = ["ReceiptLog", "tokens_of", "verify"]
 
 Path = str | os.PathLike[str]
 
+_ROWS = 4096  # at a time
+
 
 def tokens_of(secret: bytes, ids: Tensor, keys: Tensor) -> list[str]:
     """Keyed hashes of rows: what a log calls them."""
-    numbers = ids.cpu().view(-1, 1).view(torch.uint8).numpy()
-    content = keys.detach().cpu().contiguous().view(torch.uint8).numpy()
-    rows = zip(numbers, content, strict=True)
-    return [keyed_hash(secret, b"token" + number.tobytes() + key.tobytes()).hex() for number, key in rows]
+    tokens = []
+    for owners, rows in zip(ids.split(_ROWS), keys.detach().split(_ROWS), strict=True):
+        numbers, content = (
+            part.cpu().reshape(len(part), part[:1].numel()).contiguous().view(torch.uint8) for part in (owners, rows)
+        )
+        for number, key in zip(numbers.numpy(), content.numpy(), strict=True):
+            tokens.append(keyed_hash(secret, b"token", number.data, key.data).hex())
+    return tokens
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from munkey.checks import check_width
 
-__all__ = ["Neighbours", "Screen", "nearest"]
+__all__ = ["Neighbours", "Screen", "nearest", "pair_scores"]
 
 _BLOCK = 1 << 19  # scores at a time, which a processor's cache holds
 _GROUP = 16  # rows of which only the best score is kept
@@ -236,7 +236,7 @@ def _ranked(
     candidates = torch.bincount(query, minlength=len(queries))
     size = max(1, _SCORED // keys.shape[1])
     parts = zip(query.split(size), row.split(size), strict=True)
-    scores = torch.cat([_scores(queries, keys, *part) for part in parts])
+    scores = torch.cat([pair_scores(queries, keys, *part) for part in parts])
     if exclude_ids is not None:
         kept = ids[row] != exclude_ids[query]
         query, row, scores = query[kept], row[kept], scores[kept]
@@ -257,11 +257,13 @@ def _ranked(
     return best
 
 
-def _scores(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor) -> Tensor:
+def pair_scores(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor) -> Tensor:
     """`(n,)` float64 dot products, each summed in the same order whatever else is in the batch."""
-    mine = keys[row].double()
-    scores = mine.mul_(queries[query].double()).sum(1)
-    mine.zero_()  # a copy of rows that may be forgotten later
+    copies = [queries[query], keys[row]]
+    copies += [copy.double() for copy in copies]
+    scores = (copies[2] * copies[3]).sum(1)
+    for copy in copies:  # of rows that may be forgotten later
+        copy.zero_()
     return scores
 
 

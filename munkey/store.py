@@ -227,7 +227,7 @@ class KeyStore(HashedTable):
     def _write(self, *columns: Tensor) -> None:
         rows = self.append(*columns)
         if self.log is not None and self.log.gone:
-            self.log.returned(tokens_of(self.secret, self.ids[rows], self.keys[rows]))
+            self.log.returned(self._tokens(rows))
 
     # --- forgetting ---------------------------------------------------------------------------------------
 
@@ -264,10 +264,16 @@ class KeyStore(HashedTable):
         receipt = Receipt(tuple(known), absent, len(removal.gone), size, before, after, time.time())
         if log is not None and known:
             # First, so that whoever finds the rows after an interruption knows that they are to go.
-            log.forgot(receipt, tokens_of(self.secret, self.ids[removal.gone], self.keys[removal.gone]))
+            log.forgot(receipt, self._tokens(removal.gone))
         self.erase(known, removal)
         self._keep(total)
         return receipt
+
+    def _tokens(self, rows: Tensor) -> list[str]:
+        keys = self.keys[rows]
+        tokens = tokens_of(self.secret, self.ids[rows], keys)
+        keys.zero_()  # a copy of rows that are to go
+        return tokens
 
     def keep_receipts(self, path: str | os.PathLike[str], *, disk: Disk | None = None) -> Receipt:
         """Write a receipt to a log whenever something is forgotten; first, forget what the log says is gone.

@@ -1,0 +1,137 @@
+"""After forgetting, the bytes of keys and values are nowhere: not in a tensor, and not in the memory of the process."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from classifiers import filled, images, labels
+from stores import seeded
+from torch import Tensor
+
+from munkey import KeyMemoryTransformer
+from treediff import EMA
+
+
+def trained() -> tuple[KeyMemoryTransformer, list[object]]:
+    """A model with everything around it that may hold an instance."""
+    built = filled(own_token_probability=0.5)
+    ema = EMA(built, 0.5)
+    optimizers = [
+        torch.optim.Adam(built.parameters(), lr=0.01),
+        torch.optim.SGD(built.parameters(), lr=0.01, momentum=0.9),
+    ]
+    built.attach(*optimizers, ema)
+    for step in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        built.loss(images(12), labels(12), ids=range(12), generator=seeded(step)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        ema.update()
+    return built, [*optimizers, ema]
+
+
+def reachable(*roots: object) -> list[Tensor]:
+    """All tensors that can be reached from some objects."""
+    seen: dict[int, object] = {}
+    todo = list(roots)
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, type) or type(thing).__name__ in ("module", "function"):
+            continue
+        seen[id(thing)] = thing
+        todo += gc.get_referents(thing)
+        if isinstance(thing, Tensor) and thing.grad is not None:
+            todo.append(thing.grad)
+    return [thing for thing in seen.values() if isinstance(thing, Tensor)]
+
+
+def content(tensors: list[Tensor]) -> bytes:
+    """Whole storages, room that no view shows included."""
+    return b"".join(bytes(tensor.untyped_storage()) for tensor in tensors if not tensor.is_sparse)
+
+
+def test_no_tensor_in_reach_holds_what_was_forgotten() -> None:
+    built, holders = trained()
+    store = built.memory.store
+    rows = store.rows_of([2, 7])
+    shapes = (store.keys.shape, store.values.shape)
+    owned = [tensor for tensor in reachable(built, *holders) if tensor.shape in shapes]
+    pieces = [row.detach().numpy().tobytes() for tensor in owned for row in tensor[rows] if row.any()]
+    assert len(pieces) > 10 and all(piece in content(owned) for piece in pieces), "the search finds what is there"
+    built.forget([2, 7])
+    after = content(reachable(built, *holders))
+    assert not any(piece in after for piece in pieces)
+
+
+CHILD = """
+import json, sys
+import torch
+from munkey import KeyValueMemory, {kind}
+torch.manual_seed({seed})
+keys = torch.randn(60, 64)
+store = {make}
+store.add(range(60), keys)
+optimizer = torch.optim.Adam([store.values], lr=0.1)
+store.attach(optimizer)
+for _ in range(2):
+    optimizer.zero_grad()
+    store.read(store.rows_of(list(store))).pow(3).sum().backward()
+    optimizer.step()
+store.compact()
+store.add(range(100, 160), torch.randn(60, 64))  # makes it grow
+copy = store.values.detach()[store.rows_of(range(20))]
+masked = (copy.view(torch.int32) ^ 12345).tolist()
+memory = KeyValueMemory(store, metric="dot")
+memory.neighbours(keys[:20] + 0.1 * torch.randn(20, 64), 4)
+memory.neighbours_of_rows(store.rows_of(range(20)), 4)
+store.keep_receipts({log!r})
+copy.zero_(), keys.zero_()
+{act}
+print(json.dumps(masked), flush=True)
+sys.stdin.readline()
+"""
+
+
+def memory_of(process: subprocess.Popen[str]) -> bytes:
+    """All of the private memory of a process."""
+    found = []
+    with open(f"/proc/{process.pid}/maps") as maps, open(f"/proc/{process.pid}/mem", "rb") as memory:
+        for line in maps:
+            span, mode = line.split()[:2]
+            start, stop = (int(end, 16) for end in span.split("-"))
+            if mode == "rw-p":
+                memory.seek(start)
+                try:
+                    found.append(memory.read(stop - start))
+                except OSError:
+                    continue
+    return b"".join(found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
+@pytest.mark.parametrize("act", ["store.forget(range(20))", "pass"])
+@pytest.mark.parametrize("kind", ["KeyStore", "DurableStore"])
+def test_the_memory_of_the_process_does_not_hold_it_either(tmp_path: Path, act: str, kind: str) -> None:
+    make = "KeyStore(64, 48)" if kind == "KeyStore" else f"DurableStore.create({str(tmp_path / 'store')!r}, 64, 48)"
+    code = CHILD.format(seed=71, make=make, act=act, kind=kind, log=str(tmp_path / "log"))
+    torch.manual_seed(71)
+    keys = torch.randn(60, 64)[:20]
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        values = torch.tensor(json.loads(process.stdout.readline()), dtype=torch.int32) ^ 12345
+        memory = memory_of(process)
+    finally:
+        process.communicate("\n")
+    found = {
+        name: sum(row.numpy().tobytes()[:64] in memory for row in rows)
+        for name, rows in (("keys", keys), ("values", values))
+    }
+    assert found == ({"keys": 20, "values": 20} if act == "pass" else {"keys": 0, "values": 0})
