@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from munkey.checks import as_ids
 from munkey.neighbour_table import NeighbourTable
 from munkey.receipts import Receipt
-from munkey.retrieval import Neighbours, nearest, pair_scores
+from munkey.retrieval import Neighbours, at_least, nearest, pair_scores
 from munkey.store import KeyStore
 from munkey.writer import ValueWriter
 
@@ -147,6 +147,33 @@ class KeyValueMemory(nn.Module):
         found = self._table(k).get(rows, store.used, search)
         scores = pair_scores(store.keys, store.keys, rows.repeat_interleave(k), found.clamp(min=0).flatten())
         return found, scores.view_as(found).masked_fill(found < 0, -torch.inf)
+
+    def find_near_duplicates(
+        self, ids: Iterable[int] | Tensor, threshold: float = 0.99
+    ) -> dict[int, list[tuple[int, float]]]:
+        """Other instances so similar to some that they would still answer for them once they are forgotten.
+
+        Args:
+            ids: whose.
+            threshold: least similarity.
+
+        Returns:
+            for each id that has any, the others and their greatest similarity, the most similar first.
+
+        Raises:
+            KeyError: if an id is not in the memory.
+        """
+        store = self.store
+        rows = store.rows_of(ids)
+        queries, owners = store.keys[rows], store.ids[rows]
+        query, row, scores = at_least(queries, store.keys[: store.used], threshold)
+        queries.zero_()  # a copy of rows that are likely to be forgotten
+        best: dict[int, dict[int, float]] = {}
+        for own, other, score in zip(owners[query].tolist(), store.ids[row].tolist(), scores.tolist(), strict=True):
+            if own != other:
+                twins = best.setdefault(own, {})
+                twins[other] = max(score, twins.get(other, score))
+        return {own: sorted(twins.items(), key=lambda twin: (-twin[1], twin[0])) for own, twins in best.items()}
 
     def _table(self, k: int) -> NeighbourTable:
         tables = self.store.holders.tables

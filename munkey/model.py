@@ -290,6 +290,12 @@ class KeyMemoryTransformer(nn.Module):
         """
         return self.memory.forget(ids, missing=missing)
 
+    def find_near_duplicates(
+        self, ids: Iterable[int] | Tensor, threshold: float = 0.99
+    ) -> dict[int, list[tuple[int, float]]]:
+        """Twins that would still answer for instances once these are forgotten; see `KeyValueMemory`."""
+        return self.memory.find_near_duplicates(ids, threshold)
+
     # --- files --------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:

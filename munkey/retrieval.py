@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from munkey.checks import check_width
 
-__all__ = ["Neighbours", "Screen", "nearest", "pair_scores"]
+__all__ = ["Neighbours", "Screen", "at_least", "nearest", "pair_scores"]
 
 _BLOCK = 1 << 19  # scores at a time, which a processor's cache holds
 _GROUP = 16  # rows of which only the best score is kept
@@ -124,6 +124,35 @@ def nearest(
         for part, mine in zip(queries.chunk(2), own, strict=True)
     ]
     return Neighbours(*(torch.cat([getattr(half, field.name) for half in halves]) for field in fields(Neighbours)))
+
+
+@torch.no_grad()
+def at_least(queries: Tensor, keys: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs with a dot product of at least `least`: queries, rows, and float64 scores `(n,)`, by query and row.
+
+    Args:
+        queries: `(B, D)`.
+        keys: `(R, D)`, of the same dtype.
+        least: the least score.
+
+    Raises:
+        ValueError: as for `nearest`.
+    """
+    _check_queries(queries, keys)
+    wide, found = queries.double(), []
+    room = (
+        2.0**-40 * float(_length(queries).amax()) * float(_length(keys).amax()) if len(queries) and len(keys) else 0.0
+    )
+    step = max(1, _BLOCK // max(1, len(queries)))
+    for start, part in zip(range(0, len(keys), step), keys.split(step), strict=True):
+        row, query = (_product(part, wide) >= least - room).nonzero(as_tuple=True)
+        found.append(torch.stack([query, row + start]))
+    query, row = torch.cat(found, 1) if found else torch.zeros(2, 0, dtype=torch.int64)
+    wide.zero_()  # a copy of queries, which may be keys
+    scores = pair_scores(queries, keys, query, row)
+    order = (scores >= least).nonzero().squeeze(1)
+    order = order[(query * len(keys) + row)[order].argsort()]
+    return query[order], row[order], scores[order]
 
 
 # --- the first look -------------------------------------------------------------------------------------------

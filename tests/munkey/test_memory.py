@@ -129,6 +129,25 @@ def test_a_table_looks_up_again_only_what_had_a_neighbour_that_went() -> None:
     assert table is not None and int((table[:, 0] == -2).sum()) == 2  # those of 19 and 21
 
 
+@settings(max_examples=40)
+@given(st.integers(0, 99), st.floats(-0.5, 1.0), st.booleans())
+def test_near_duplicates_are_all_pairs_above_a_threshold(seed: int, threshold: float, twins: bool) -> None:
+    found = memory()
+    keys = torch.randn(12, 2, 3, generator=seeded(seed))
+    if twins:
+        keys[5] = keys[3].flip(0)
+    found.remember(range(12), keys)
+    got = found.find_near_duplicates([3, 4, 5], threshold)
+    stored = found.store.get(range(12)).keys.view(12, 2, 3).double()
+    for own in (3, 4, 5):
+        best = {i: max(float((a * b).sum()) for a in stored[own] for b in stored[i]) for i in range(12) if i != own}
+        expected = sorted(((i, s) for i, s in best.items() if s >= threshold), key=lambda twin: (-twin[1], twin[0]))
+        assert got.get(own, []) == expected
+    assert not twins or got[3][0][0] == 5
+    with pytest.raises(KeyError, match=r"ids \[77\] are not in the store"):
+        found.find_near_duplicates([77])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
