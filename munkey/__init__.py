@@ -7,7 +7,9 @@ what it forgets.
 from munkey.aggregation import Ensemble, RankMix, SoftmaxMix
 from munkey.conv_encoder import ConvEncoder
 from munkey.durable import DurableStore
+from munkey.efficientnet import EfficientNetLite0
 from munkey.encoders import KeyEncoder, ModuleEncoder, Projection
+from munkey.faiss_search import FaissSearch
 from munkey.memory import KeyValueMemory, Retrieved
 from munkey.model import KeyMemoryTransformer
 from munkey.pathways import PathwayAccuracies, pathway_accuracies
@@ -18,7 +20,9 @@ from munkey.writer import ValueWriter
 __all__ = [
     "ConvEncoder",
     "DurableStore",
+    "EfficientNetLite0",
     "Ensemble",
+    "FaissSearch",
     "KeyEncoder",
     "KeyMemoryTransformer",
     "KeyStore",

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,10 @@ class KeyEncoder(nn.Module):
 
     Attributes:
         config: what the class was made with besides its weights, as plain JSON.
+        in_file: whether the file of a model holds the weights of its encoder.
     """
+
+    in_file: ClassVar[bool] = True
 
     def __init__(self, width: int, fitted_on: str) -> None:
         super().__init__()
@@ -201,6 +204,8 @@ class ModuleEncoder(KeyEncoder):
         >>> ModuleEncoder(nn.Linear(5, 3), width=3, fitted_on="other data")(torch.rand(2, 5)).shape
         torch.Size([2, 3])
     """
+
+    in_file = False
 
     def __init__(self, module: nn.Module, width: int, *, fitted_on: str) -> None:
         super().__init__(width, fitted_on)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from munkey.conv_encoder import ConvEncoder
 from munkey.disk import Disk, put_in_place, write_beside
+from munkey.efficientnet import EfficientNetLite0
 from munkey.encoders import KeyEncoder, Projection
 from munkey.presets import Settings, assemble
 from treediff.io import dtype_name, dtype_named, load_into, model_bytes, read_header, read_tensors, require_config
@@ -26,7 +27,12 @@ __all__ = ["load", "save"]
 
 Path = str | os.PathLike[str]
 
-_OWN: dict[str, type[KeyEncoder]] = {"ConvEncoder": ConvEncoder, "Projection": Projection}
+#: Encoders that are made again when a model is loaded; any other one is passed.
+_OWN: dict[str, type[KeyEncoder]] = {
+    "ConvEncoder": ConvEncoder,
+    "EfficientNetLite0": EfficientNetLite0,
+    "Projection": Projection,
+}
 _ENCODER, _ROWS = "key_encoder.", "memory.store."
 
 
@@ -34,7 +40,7 @@ def save(model: KeyMemoryTransformer, path: Path, disk: Disk | None = None) -> N
     """Write a model to a file; see `KeyMemoryTransformer.save`."""
     disk, encoder, store, name = disk or Disk(), model.key_encoder, model.memory.store, os.fspath(path)
     about: dict[str, Any] = {"class": type(encoder).__name__, "config": encoder.config}
-    about |= {"fingerprint": encoder.fingerprint(), "own": type(encoder).__name__ in _OWN}
+    about |= {"fingerprint": encoder.fingerprint()}
     header = {
         "config": model.config,
         "dtype": dtype_name(store.values.dtype),
@@ -42,7 +48,7 @@ def save(model: KeyMemoryTransformer, path: Path, disk: Disk | None = None) -> N
         "store": {"seed": store.seed, "scale": store.scale, "secret": store.secret.hex()},
     }
     state = model.state_dict()
-    if not about["own"]:
+    if not encoder.in_file:
         state = {key: tensor for key, tensor in state.items() if not key.startswith(_ENCODER)}
     header["digest"] = _digest(store.secret, state)
     data = model_bytes(type(model).__name__, state, header)
@@ -62,15 +68,18 @@ def load(
 ) -> KeyMemoryTransformer:
     """Read a model from a file; see `KeyMemoryTransformer.load`."""
     header = read_header(path, cls.__name__)
-    about = header["key_encoder"]
+    about, fresh = header["key_encoder"], False
     if model is not None:
         key_encoder = model.key_encoder
-    if key_encoder is None and not about["own"]:
+    if key_encoder is None and about["class"] in _OWN:
+        key_encoder = _OWN[about["class"]].from_config(about["config"]).to(dtype_named(header["dtype"], path))
+        fresh = key_encoder.in_file
+    if key_encoder is None:
         raise ValueError(
             f"the keys in {os.fspath(path)!r} are from a {about['class']}, which the file does not hold; pass it as "
             "key_encoder="
         )
-    if key_encoder is not None and key_encoder.fingerprint() != about["fingerprint"]:
+    if not fresh and key_encoder.fingerprint() != about["fingerprint"]:
         raise ValueError(
             f"the keys in {os.fspath(path)!r} are from another encoder, a {about['class']} with fingerprint "
             f"{about['fingerprint'][:12]}, found a {type(key_encoder).__name__} with {key_encoder.fingerprint()[:12]}"
@@ -79,14 +88,12 @@ def load(
     if _digest(secret, read_tensors(path)) != header["digest"]:
         raise ValueError(f"{os.fspath(path)!r} is damaged: its tensors are not those that were saved; take a backup")
     if model is None:
-        dtype = dtype_named(header["dtype"], path)
-        encoder = key_encoder or _OWN[about["class"]].from_config(about["config"]).to(dtype)
         config = dict(require_config(header, path))
         inputs, classes = config.pop("inputs"), config.pop("num_classes")
         settings: Settings = config  # type: ignore[assignment]
-        model = assemble(cls, inputs, classes, encoder, settings, None, dtype)
+        model = assemble(cls, inputs, classes, key_encoder, settings, None, dtype_named(header["dtype"], path))
     store = model.memory.store
-    load_into(model, path, rows=_ROWS, without=None if about["own"] else _ENCODER)
+    load_into(model, path, rows=_ROWS, without=None if key_encoder.in_file else _ENCODER)
     store.seed, store.scale, store.secret = header["store"]["seed"], header["store"]["scale"], secret
     return model
 

@@ -29,6 +29,8 @@ class Holders:
         self.optimizers: list[torch.optim.Optimizer] = []
         self.averages: list[EMA] = []
         self.tables: list[NeighbourTable] = []
+        self.copies: list[object] = []  # that cannot be erased
+        self.changes = 0  # how often rows came or moved
 
     def __deepcopy__(self, memo: object) -> Holders:
         return Holders()  # a copy of a parameter is followed by nobody
@@ -67,6 +69,12 @@ class Holders:
                         f"{kind}, a {type(state).__name__}, in which no instance can be found and erased; {_ADVICE}"
                     )
 
+    def check_copies(self) -> None:
+        """Raise ValueError if something holds copies that it cannot erase."""
+        if self.copies:
+            name = type(self.copies[0]).__name__
+            raise ValueError(f"a {name} holds copies of all keys and cannot erase them; close() it first, then forget")
+
     def erase(self, values: nn.Parameter, removal: Removal) -> None:
         """Change everything as the store's own tensors."""
         if values.grad is not None and values.grad.is_sparse:
@@ -82,7 +90,8 @@ class Holders:
         return [state[name] for state, name in self._kept(values)] + dense
 
     def added(self) -> None:
-        """There are new rows, which may be nearer than others."""
+        """There are new rows, which may be nearer than others, or all have moved."""
+        self.changes += 1
         for table in self.tables:
             table.clear()
 

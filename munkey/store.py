@@ -332,6 +332,7 @@ class KeyStore(HashedTable):
                 "their rows; train anew without them"
             )
         self.holders.check(self.values)
+        self.holders.check_copies()
 
 
 def _warn_unattached(grad: Tensor) -> None:

