@@ -8,8 +8,9 @@ A product in bfloat16 is several times faster than in float32, and wrong by a kn
 to which come the roundings of the sum and of its result. So a row whose upper bound lies below the lower bounds of `k`
 other rows is no neighbour. Where all scores are near 1 the last rounding would be the greatest, so the product is taken
 of `(q', -o)` and `(k', 1)`: near the offset `o` little is rounded. Of a group of rows only the best score is kept; rows
-of groups that may hold a neighbour are scored again in float64, each on its own, so that the result depends neither on
-the batch nor on where a row stands. Ties go to the smaller id, and to its first view.
+of groups that may hold a neighbour are looked at in float32, and the few that are left are scored in float64, each on
+its own, so that the result depends neither on the batch nor on where a row stands. Ties go to the smaller id, and to
+its first view.
 
 Letters: `B` queries, `R` rows, `D` width of a key, `k` neighbours, `G` groups of rows.
 """
@@ -27,7 +28,7 @@ from munkey.checks import check_width
 __all__ = ["Neighbours", "Screen", "at_least", "nearest", "pair_scores"]
 
 _BLOCK = 1 << 19  # scores at a time, which a processor's cache holds
-_GROUP = 16  # rows of which only the best score is kept
+_GROUP = 2048  # numbers of rows of which only the best score is kept, 4 to 16 rows
 _GROUPS = 32  # groups of which one counts for the bound on the k-th best
 _TOO_MANY = 0.01  # share of all pairs beyond which a look in full precision is cheaper than scoring them again
 _PAIRS = 1 << 24  # pairs of a query and a row at a time
@@ -116,7 +117,9 @@ def nearest(
     if found is None:
         found = _plain(queries, keys, wanted)
     if len(found[0]) <= _PAIRS or len(queries) == 1:
-        return _ranked(queries, keys, ids, views, k, exclude_ids, found)
+        candidates = torch.bincount(found[0], minlength=len(queries))
+        found = _narrowed(queries, keys, candidates, wanted, found)
+        return _ranked(queries, keys, ids, views, k, exclude_ids, candidates, found)
     # Too many to look at together, as of many equal keys.
     own = [None, None] if exclude_ids is None else exclude_ids.chunk(2)
     halves = [
@@ -167,7 +170,7 @@ def _screened(queries: Tensor, screen: Screen, k: int) -> Pairs | None:
     error = _Error(_length(rounded), lost, offset.abs().float(), torch.bfloat16)
     look = torch.cat([rounded, -offset[:, None]], 1)
     place, query, group = _candidates(look, screen.keys, screen.rounding, screen.length, error, k)
-    if len(place) * group > _TOO_MANY * len(screen.keys) * len(queries) + _GROUP * k * len(queries):
+    if len(place) * group > _TOO_MANY * len(screen.keys) * len(queries) + 16 * k * len(queries):
         return None
     return _rows_of(place, query, group, len(screen.keys))
 
@@ -210,7 +213,7 @@ def _candidates(
     queries: Tensor, keys: Tensor, rounding: Tensor, length: Tensor, error: _Error, k: int
 ) -> tuple[Tensor, Tensor, int]:
     """Groups of rows that may hold a neighbour, `(n,)`, of which query, and how many rows a group has."""
-    group = max(1, min(_GROUP, len(keys) // (4 * k)))
+    group = max(1, min(16, max(4, _GROUP // keys.shape[1]), len(keys) // (4 * k)))
     best = _best_of_groups(queries, keys, group)
     slack = error.bound(best, queries.shape[1], *(_greatest(column, group) for column in (rounding, length)))
     least = _kth_best(best - slack, k)
@@ -248,6 +251,34 @@ def _product(keys: Tensor, queries: Tensor) -> Tensor:
     return scores
 
 
+def _narrowed(queries: Tensor, keys: Tensor, candidates: Tensor, k: int, found: Pairs) -> Pairs:
+    """Those of the pairs that float32 does not rule out, where all queries have about as many."""
+    (query, row), most = found, int(candidates.max()) if len(candidates) else 0
+    if most <= 4 * k or most * len(queries) > 4 * len(query):
+        return found
+    order = query.argsort(stable=True)
+    query, row = query[order], row[order]
+    place = torch.arange(len(query), device=query.device) - (candidates.cumsum(0) - candidates)[query]
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    scores = torch.full((len(queries), most), -torch.inf, dtype=wide, device=keys.device)
+    longest = torch.zeros(len(queries), device=keys.device)
+    rows = row.new_zeros(len(queries), most)
+    rows[query, place] = row
+    for part in torch.arange(len(queries), device=keys.device).split(max(1, _SCORED // (most * keys.shape[1]))):
+        copies = keys[rows[part]].to(wide)
+        longest[part] = _length(copies.flatten(0, 1)).view(len(part), most).amax(1)
+        scores[part] = copies.mul_(queries[part, None]).sum(2)
+        copies.zero_()  # made of rows that may be forgotten later
+    there = torch.zeros_like(scores, dtype=torch.bool)
+    there[query, place] = True
+    scores.masked_fill_(~there, -torch.inf)
+    slack = 2.0**-22 * keys.shape[1] * _length(queries) * longest
+    least = scores.topk(k, 1).values[:, -1] - 2 * slack - torch.finfo(torch.float32).tiny
+    # Not `>=`, so that what overflowed, and is no number, passes.
+    kept = ~(scores[query, place] < least[query])
+    return query[kept], row[kept]
+
+
 # --- the second -----------------------------------------------------------------------------------------------
 
 
@@ -258,11 +289,11 @@ def _ranked(
     views: Tensor | None,
     k: int,
     exclude_ids: Tensor | None,
+    candidates: Tensor,
     found: Pairs,
 ) -> Neighbours:
     """The best `k` of some pairs, by a score in float64."""
     query, row = found
-    candidates = torch.bincount(query, minlength=len(queries))
     size = max(1, _SCORED // keys.shape[1])
     parts = zip(query.split(size), row.split(size), strict=True)
     scores = torch.cat([pair_scores(queries, keys, *part) for part in parts])
