@@ -164,11 +164,12 @@ def at_least(queries: Tensor, keys: Tensor, least: float) -> tuple[Tensor, Tenso
 def _screened(queries: Tensor, screen: Screen, k: int) -> Pairs | None:
     """Pairs of a query and a row that may be among its nearest; None if there are too many to score again."""
     rounded = queries.to(torch.bfloat16)
-    sample = screen.keys[:: max(1, len(screen.keys) // 1024), :-1] @ rounded.T
+    look = F.pad(rounded, (0, 1))
+    sample = screen.keys[:: max(1, len(screen.keys) // 512)] @ look.T
     offset = sample.topk(min(k, len(sample)), 0).values[-1] if len(sample) else rounded.new_zeros(len(queries))
     lost = _length(queries - rounded.to(queries.dtype))
     error = _Error(_length(rounded), lost, offset.abs().float(), torch.bfloat16)
-    look = torch.cat([rounded, -offset[:, None]], 1)
+    look[:, -1] = -offset
     place, query, group = _candidates(look, screen.keys, screen.rounding, screen.length, error, k)
     if len(place) * group > _TOO_MANY * len(screen.keys) * len(queries) + 16 * k * len(queries):
         return None
