@@ -190,6 +190,7 @@ class KeyMemoryTransformer(nn.Module):
         use_input: bool = True,
         use_memory: bool = True,
         exclude_ids: Iterable[int] | Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         """`(B, n)` logits.
 
@@ -198,6 +199,7 @@ class KeyMemoryTransformer(nn.Module):
             use_input: whether the transformer sees the input; without it, the memory pathway alone.
             use_memory: whether it sees neighbours; without them, the input pathway alone.
             exclude_ids: `(B,)` for each input an id whose rows are not to be found, such as its own.
+            keys: `(B, D)` what the key encoder makes of the inputs, if it is at hand.
 
         Raises:
             TypeError: if the inputs are no floating-point tensor.
@@ -207,7 +209,8 @@ class KeyMemoryTransformer(nn.Module):
         inputs = self.tokens(x) if use_input else self.null_input.expand(len(x), -1, -1)
         if not use_memory:
             return self.predict(inputs, self.memory.null.expand(len(x), 1, -1)).squeeze(1)
-        found = self.memory(self.key_encoder(x), self.neighbours, exclude_ids=exclude_ids)
+        queries = self.key_encoder(x) if keys is None else keys
+        found = self.memory(queries, self.neighbours, exclude_ids=exclude_ids)
         logits: Tensor = self.aggregation(found, lambda values: self.predict(inputs, values))
         return logits
 
@@ -267,7 +270,13 @@ class KeyMemoryTransformer(nn.Module):
     # --- remembering and forgetting -----------------------------------------------------------------------
 
     def remember(
-        self, ids: Iterable[int] | Tensor, x: Tensor, labels: Tensor | None = None, *, permanent: bool = False
+        self,
+        ids: Iterable[int] | Tensor,
+        x: Tensor,
+        labels: Tensor | None = None,
+        *,
+        permanent: bool = False,
+        keys: Tensor | None = None,
     ) -> None:
         """Give instances a row each; errors as for `KeyStore.add` and `forward`.
 
@@ -276,11 +285,13 @@ class KeyMemoryTransformer(nn.Module):
             x: `(B, ...)` inputs.
             labels: `(B,)` int64, kept beside the keys; in exact mode they are needed.
             permanent: whether they are there for good: in exact mode, whether weights may be trained on them.
+            keys: `(B, D)` what `key_encoder.keys` makes of the inputs, if it is at hand.
         """
         self.tokens.check(x)
         if self.mode == "exact" and labels is None:
             raise ValueError("in exact mode a value is written from key and label; pass labels")
-        self.memory.remember(ids, self.key_encoder.keys(x), labels, permanent=permanent)
+        found = self.key_encoder.keys(x) if keys is None else keys
+        self.memory.remember(ids, found, labels, permanent=permanent)
 
     def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
         """Delete instances from the memory, at once and without their data; see `KeyStore.forget`.

@@ -36,7 +36,12 @@ class PathwayAccuracies:
 
 @torch.no_grad()
 def pathway_accuracies(
-    model: KeyMemoryTransformer, x: Tensor, labels: Tensor, *, batch_size: int = 256
+    model: KeyMemoryTransformer,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    keys: Tensor | None = None,
+    batch_size: int = 256,
 ) -> PathwayAccuracies:
     """Accuracies on some inputs, in eval mode.
 
@@ -44,6 +49,7 @@ def pathway_accuracies(
         model: the classifier.
         x: `(B, ...)` inputs.
         labels: `(B,)` int64.
+        keys: `(B, D)` what the model's key encoder makes of the inputs, if it is at hand.
         batch_size: how many are classified at a time.
 
     Raises:
@@ -53,7 +59,9 @@ def pathway_accuracies(
         raise ValueError(f"expected one label for each of {len(x)} inputs, found {tuple(labels.shape)}")
     right = torch.zeros(3, device=x.device)
     with evaluating(model):
-        for part, wanted in zip(x.split(batch_size), labels.split(batch_size), strict=True):
+        for rows in torch.arange(len(x)).split(batch_size):
+            queries = model.key_encoder(x[rows]) if keys is None else keys[rows]
             for row, settings in enumerate(({}, {"use_memory": False}, {"use_input": False})):
-                right[row] += (model(part, **settings).argmax(1) == wanted).sum()
+                logits = model(x[rows], keys=queries, **settings)
+                right[row] += (logits.argmax(1) == labels[rows]).sum()
     return PathwayAccuracies(*(right.double() / len(x)).tolist())

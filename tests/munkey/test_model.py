@@ -69,6 +69,16 @@ def test_excluded_rows_do_not_answer() -> None:
     assert torch.equal(built(x), left_out)
 
 
+def test_keys_that_are_at_hand_are_not_made_again() -> None:
+    built, other = filled(), model()
+    x = images(12)
+    keys = built.key_encoder.keys(x)
+    other.remember(range(12), x, labels(12), keys=keys)
+    assert built.memory.store.digest() == other.memory.store.digest()
+    assert torch.equal(built(x), built(x, keys=built.key_encoder(x)))
+    assert not torch.equal(built(x), built(x, keys=keys.flip(0)))
+
+
 # --- training -------------------------------------------------------------------------------------------------
 
 
