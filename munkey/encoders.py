@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from munkey.checks import check_width
+from treediff.io import load_into, read_header, save_model
 from treediff.noise import counter_normal
 
 __all__ = ["FITTED_ON", "KeyEncoder", "ModuleEncoder", "Projection"]
@@ -107,6 +109,22 @@ class KeyEncoder(nn.Module):
     def from_config(cls, config: dict[str, Any]) -> Self:
         """An encoder of these settings, whose weights are to be loaded."""
         return cls(**config)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the encoder to a file of its own."""
+        save_model(self, path, {"config": self.config})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged, or holds something else.
+        """
+        encoder = cls.from_config(read_header(path, cls.__name__)["config"])
+        load_into(encoder, path)
+        return encoder
 
 
 class Projection(KeyEncoder):

@@ -67,6 +67,12 @@ def test_pictures(folder: Path, options: tuple[str, ...], name: str) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_encoder(folder: Path) -> None:
+    result = run(folder, "train_encoder.py", "--epochs", "5", "--hidden", "8", "--fitted-on", "permanent split")
+    assert result["nearest neighbour accuracy"] > 0.6  # type: ignore[operator]
+    assert (folder / "runs/encoder/encoder.safetensors").exists()
+
+
 def test_a_classifier_forgets(folder: Path) -> None:
     trained = run(folder, "train_munkey.py", "--epochs", "4")
     assert trained["accuracy"]["test"]["full"] > 0.6  # type: ignore[index]

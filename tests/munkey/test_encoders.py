@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +78,14 @@ def test_an_encoder_of_the_library_is_rebuilt_from_its_config(name: str) -> None
     again = type(encoder).from_config(encoder.config)
     again.load_state_dict(encoder.state_dict())
     assert again.fingerprint() == encoder.fingerprint() and torch.equal(again(images(3)), encoder(images(3)))
+
+
+def test_an_encoder_has_a_file_of_its_own(tmp_path: Path) -> None:
+    encoder = conv()
+    encoder.save(tmp_path / "encoder.safetensors")
+    assert ConvEncoder.load(tmp_path / "encoder.safetensors").fingerprint() == encoder.fingerprint()
+    with pytest.raises(ValueError, match="holds a ConvEncoder, expected a Projection"):
+        Projection.load(tmp_path / "encoder.safetensors")
 
 
 def test_principal_components_are_those_of_a_singular_value_decomposition() -> None:

@@ -1,0 +1,101 @@
+"""Train a key encoder on images alone, without labels: changed copies of one image are to have similar keys (SimCLR).
+
+    python examples/train_encoder.py                                       # real handwritten digits, a minute
+    python examples/train_encoder.py --data mnist --fitted-on "other data" --out runs/encoder-mnist
+
+Say what these images are to the classifier that will use the keys: `other data`, its `permanent split`, or
+`forgettable` if instances that may be forgotten are among them; then no classifier with these keys forgets exactly.
+Everything is here: copy it and change what you like. The last line printed is one JSON object with the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from munkey import ConvEncoder
+from munkey.encoders import FITTED_ON
+from treediff.augment import Augment, ColorJitter, RandomAffine, RandomFlip, RandomResizedCrop
+from treediff.cpu import tune_cpu
+from treediff.data import batches, load_dataset
+from treediff.layers import ProjectionHead, nt_xent
+
+
+def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> None:
+    """A plain PyTorch loop; the head that the loss looks through is thrown away afterwards."""
+    head = ProjectionHead(in_features=args.key_width, hidden=args.key_width, out_features=64)
+    parameters = [*encoder.parameters(), *head.parameters()]
+    steps = args.epochs * (len(images) // args.batch_size)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1)
+    moved = RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2))
+    crop = RandomResizedCrop(scale=(0.4, 1.0))
+    augment = Augment(crop, RandomFlip(), ColorJitter()) if images.shape[1] == 3 else Augment(crop, moved)
+    generator = torch.Generator().manual_seed(args.seed)
+    bar = tqdm(total=steps, desc="encoder", mininterval=1.0)
+    for _ in range(args.epochs):
+        for rows in batches(len(images), args.batch_size, generator=generator, drop_last=True):
+            views = [augment(images[rows], generator=generator) for _ in range(2)]
+            with torch.autocast("cpu", torch.bfloat16):
+                first, second = head(encoder.encode(torch.cat(views))).float().chunk(2)
+            loss = nt_xent(first, second, temperature=args.temperature)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    bar.close()
+
+
+def main() -> None:
+    """Read the data, train, look at the nearest neighbours, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
+    parser.add_argument("--out", type=Path, default=Path("runs/encoder"), help="folder for results")
+    parser.add_argument("--fitted-on", default="other data", choices=FITTED_ON)
+    parser.add_argument("--rows", type=int, help="use the first so many images only")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, help="by default as many as take a minute on the digits")
+    parser.add_argument("--key-width", type=int, default=64)
+    parser.add_argument("--hidden", type=int, default=32)
+    parser.add_argument("--stages", type=int, default=3)
+    parser.add_argument("--temperature", type=float, default=0.2)
+    parser.add_argument("--quick", action="store_true", help="one epoch, to see that it runs")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    tune_cpu()
+
+    data = load_dataset(args.data)
+    images = data.train_images[: args.rows]
+    args.epochs = args.epochs or (1 if args.quick else max(1, 60_000 // len(images)))
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        encoder = ConvEncoder(images.shape[1], args.key_width, args.fitted_on, args.hidden, args.stages)
+        start = time.perf_counter()
+        train(encoder, images, args)
+    seconds = time.perf_counter() - start
+    encoder.save(args.out / "encoder.safetensors")
+
+    result: dict[str, object] = {"data": data.name, "seconds": seconds, "fingerprint": encoder.fingerprint()}
+    if data.train_labels is not None and data.test_labels is not None:
+        keys = torch.nn.functional.normalize(encoder(images[:10_000]), dim=1)
+        queries = torch.nn.functional.normalize(encoder(data.test_images[:2_000]), dim=1)
+        nearest = data.train_labels[(queries @ keys.T).argmax(1)]
+        result["nearest neighbour accuracy"] = float((nearest == data.test_labels[:2_000]).double().mean())
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out")}
+    line = json.dumps(result | settings)
+    (args.out / "results.json").write_text(line)
+    print(line)
+
+
+if __name__ == "__main__":
+    main()
