@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from munkey import DurableStore, KeyMemoryTransformer, KeyStore, Projection
-from munkey.retrieval import Screen, nearest
+from munkey.retrieval import nearest
+from munkey.screen import Screen
 
 WIDTH = 128
 

@@ -1,18 +1,10 @@
 """Nearest keys, exactly: a fast screen in low precision, then float64 for the few rows that may be among the nearest.
 
-A product in bfloat16 is several times faster than in float32, and wrong by a known amount at most. With rounded vectors
-`q'` and `k'` (Cauchy and Schwarz),
+Rows that a first look at all keys does not rule out (`munkey.screen`) are looked at in float32, and the few that are
+left are scored in float64, each on its own, so that the result depends neither on the batch nor on where a row stands.
+Ties go to the smaller id, and to its first view.
 
-    |q k - q' k'| <= |q'| |k - k'| + |q - q'| |k|,
-
-to which come the roundings of the sum and of its result. So a row whose upper bound lies below the lower bounds of `k`
-other rows is no neighbour. Where all scores are near 1 the last rounding would be the greatest, so the product is taken
-of `(q', -o)` and `(k', 1)`: near the offset `o` little is rounded. Of a group of rows only the best score is kept; rows
-of groups that may hold a neighbour are looked at in float32, and the few that are left are scored in float64, each on
-its own, so that the result depends neither on the batch nor on where a row stands. Ties go to the smaller id, and to
-its first view.
-
-Letters: `B` queries, `R` rows, `D` width of a key, `k` neighbours, `G` groups of rows.
+Letters: `B` queries, `R` rows, `D` width of a key, `k` neighbours.
 """
 
 from __future__ import annotations
@@ -21,20 +13,15 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from munkey.checks import check_width
+from munkey.screen import Pairs, Screen, length_above, plain, product, screened
 
 __all__ = ["Neighbours", "Screen", "at_least", "nearest", "pair_scores"]
 
-_BLOCK = 1 << 19  # scores at a time, which a processor's cache holds
-_GROUP = 2048  # numbers of rows of which only the best score is kept, 4 to 16 rows
-_GROUPS = 32  # groups of which one counts for the bound on the k-th best
-_TOO_MANY = 0.01  # share of all pairs beyond which a look in full precision is cheaper than scoring them again
 _PAIRS = 1 << 24  # pairs of a query and a row at a time
+_ROWS_AT_ONCE = 1 << 19  # scores at a time
 _SCORED = 1 << 22  # numbers at a time that are scored again
-
-Pairs = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,27 +39,6 @@ class Neighbours:
     rows: Tensor
     scores: Tensor
     candidates: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Screen:
-    """Keys as the first look sees them, and what is needed to bound its error; each row of its own key alone.
-
-    Args:
-        keys: `(R, D + 1)` bfloat16, the rounded keys with a one behind.
-        rounding: `(R,)` float32, at least the length of what rounding took from each key.
-        length: `(R,)` float32, at least the length of each key.
-    """
-
-    keys: Tensor
-    rounding: Tensor
-    length: Tensor
-
-    @classmethod
-    def of(cls, keys: Tensor) -> Screen:
-        """The screen of some keys."""
-        rounded = keys.to(torch.bfloat16)
-        return cls(F.pad(rounded, (0, 1), value=1.0), _length(keys - rounded.to(keys.dtype)), _length(keys))
 
 
 @torch.no_grad()
@@ -113,9 +79,9 @@ def nearest(
     found = None
     # Elsewhere sums of products in bfloat16 may be rounded to bfloat16 half way.
     if screen is not None and keys.device.type == "cpu":
-        found = _screened(queries, screen, wanted)
+        found = screened(queries, screen, wanted)
     if found is None:
-        found = _plain(queries, keys, wanted)
+        found = plain(queries, keys, wanted)
     if len(found[0]) <= _PAIRS or len(queries) == 1:
         candidates = torch.bincount(found[0], minlength=len(queries))
         found = _narrowed(queries, keys, candidates, wanted, found)
@@ -143,12 +109,11 @@ def at_least(queries: Tensor, keys: Tensor, least: float) -> tuple[Tensor, Tenso
     """
     _check_queries(queries, keys)
     wide, found = queries.double(), []
-    room = (
-        2.0**-40 * float(_length(queries).amax()) * float(_length(keys).amax()) if len(queries) and len(keys) else 0.0
-    )
-    step = max(1, _BLOCK // max(1, len(queries)))
+    longest = [float(length_above(rows).amax()) if len(rows) else 0.0 for rows in (queries, keys)]
+    room = 2.0**-40 * longest[0] * longest[1]
+    step = max(1, _ROWS_AT_ONCE // max(1, len(queries)))
     for start, part in zip(range(0, len(keys), step), keys.split(step), strict=True):
-        row, query = (_product(part, wide) >= least - room).nonzero(as_tuple=True)
+        row, query = (product(part, wide) >= least - room).nonzero(as_tuple=True)
         found.append(torch.stack([query, row + start]))
     query, row = torch.cat(found, 1) if found else torch.zeros(2, 0, dtype=torch.int64)
     wide.zero_()  # a copy of queries, which may be keys
@@ -156,100 +121,6 @@ def at_least(queries: Tensor, keys: Tensor, least: float) -> tuple[Tensor, Tenso
     order = (scores >= least).nonzero().squeeze(1)
     order = order[(query * len(keys) + row)[order].argsort()]
     return query[order], row[order], scores[order]
-
-
-# --- the first look -------------------------------------------------------------------------------------------
-
-
-def _screened(queries: Tensor, screen: Screen, k: int) -> Pairs | None:
-    """Pairs of a query and a row that may be among its nearest; None if there are too many to score again."""
-    rounded = queries.to(torch.bfloat16)
-    look = F.pad(rounded, (0, 1))
-    sample = screen.keys[:: max(1, len(screen.keys) // 512)] @ look.T
-    offset = sample.topk(min(k, len(sample)), 0).values[-1] if len(sample) else rounded.new_zeros(len(queries))
-    lost = _length(queries - rounded.to(queries.dtype))
-    error = _Error(_length(rounded), lost, offset.abs().float(), torch.bfloat16)
-    look[:, -1] = -offset
-    place, query, group = _candidates(look, screen.keys, screen.rounding, screen.length, error, k)
-    if len(place) * group > _TOO_MANY * len(screen.keys) * len(queries) + 16 * k * len(queries):
-        return None
-    return _rows_of(place, query, group, len(screen.keys))
-
-
-def _plain(queries: Tensor, keys: Tensor, k: int) -> Pairs:
-    """The same by a look at the keys themselves, however many there are, in float64, which no setting makes coarser."""
-    none = torch.zeros(len(queries), device=keys.device)
-    error = _Error(_length(queries), none, none, torch.float64)
-    found = _candidates(queries.double(), keys, torch.zeros(len(keys), device=keys.device), _length(keys), error, k)
-    return _rows_of(*found, len(keys))
-
-
-def _rows_of(place: Tensor, query: Tensor, group: int, count: int) -> Pairs:
-    """All rows of some groups."""
-    row = (place[:, None] * group + torch.arange(group, device=place.device)).flatten()
-    inside = row < count
-    return query.repeat_interleave(group)[inside], row[inside]
-
-
-@dataclass(frozen=True, eq=False)
-class _Error:
-    """What bounds the error of a look: lengths `(B,)` of queries and of what rounding took from them, and offsets."""
-
-    length: Tensor
-    rounding: Tensor
-    offset: Tensor
-    dtype: torch.dtype
-
-    def bound(self, scores: Tensor, width: int, rounding: Tensor, length: Tensor) -> Tensor:
-        """`(G, B)` for some scores, and the greatest roundings and lengths `(G,)` of keys in each group."""
-        # Of the sum: a rounding of each number, with room for more, and what is too small to be held at all.
-        own = width * (2.0**-50 if self.dtype == torch.float64 else 2.0**-22)
-        off = torch.outer(rounding, self.length) + torch.outer(length, self.rounding)
-        off.add_(torch.outer(length + rounding, self.length), alpha=own).add_(self.offset, alpha=own)
-        off.add_(width * torch.finfo(torch.float32).tiny)
-        return off.add_(scores.abs(), alpha=torch.finfo(self.dtype).eps)  # of the result
-
-
-def _candidates(
-    queries: Tensor, keys: Tensor, rounding: Tensor, length: Tensor, error: _Error, k: int
-) -> tuple[Tensor, Tensor, int]:
-    """Groups of rows that may hold a neighbour, `(n,)`, of which query, and how many rows a group has."""
-    group = max(1, min(16, max(4, _GROUP // keys.shape[1]), len(keys) // (4 * k)))
-    best = _best_of_groups(queries, keys, group)
-    slack = error.bound(best, queries.shape[1], *(_greatest(column, group) for column in (rounding, length)))
-    least = _kth_best(best - slack, k)
-    # Not `>=`, so that what overflowed, and is no number, passes.
-    place, query = (~(best.add_(slack) < least)).nonzero(as_tuple=True)
-    return place, query, group
-
-
-def _kth_best(lower: Tensor, k: int) -> Tensor:
-    """`(B,)` a bound that at least `k` rows reach, from lower bounds `(G, B)` of groups."""
-    lower = _greatest(lower, max(1, min(_GROUPS, len(lower) // (4 * k))))
-    return lower.topk(k, 0).values[-1] if len(lower) >= k else lower.new_full((lower.shape[1],), -torch.inf)
-
-
-def _greatest(rows: Tensor, group: int) -> Tensor:
-    """`(ceil(n / group), ...)` the greatest of each group of rows."""
-    whole = len(rows) // group * group
-    best = rows[:whole].unflatten(0, (whole // group, group)).amax(1)
-    return torch.cat([best, rows[whole:].amax(0, keepdim=True)]) if whole < len(rows) else best
-
-
-def _best_of_groups(queries: Tensor, keys: Tensor, group: int) -> Tensor:
-    """`(G, B)` best score of each group of rows, in float32 at least; some at a time, so that a cache holds them."""
-    step = max(1, _BLOCK // max(1, len(queries)) // group) * group
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    return torch.cat([_greatest(_product(part, queries), group).to(wide) for part in keys.split(step)])
-
-
-def _product(keys: Tensor, queries: Tensor) -> Tensor:
-    if keys.dtype == queries.dtype:
-        return keys @ queries.T
-    wide = keys.to(queries.dtype)
-    scores = wide @ queries.T
-    wide.zero_()  # a copy of rows that may be forgotten later
-    return scores
 
 
 def _narrowed(queries: Tensor, keys: Tensor, candidates: Tensor, k: int, found: Pairs) -> Pairs:
@@ -267,13 +138,13 @@ def _narrowed(queries: Tensor, keys: Tensor, candidates: Tensor, k: int, found: 
     rows[query, place] = row
     for part in torch.arange(len(queries), device=keys.device).split(max(1, _SCORED // (most * keys.shape[1]))):
         copies = keys[rows[part]].to(wide)
-        longest[part] = _length(copies.flatten(0, 1)).view(len(part), most).amax(1)
+        longest[part] = length_above(copies.flatten(0, 1)).view(len(part), most).amax(1)
         scores[part] = copies.mul_(queries[part, None]).sum(2)
         copies.zero_()  # made of rows that may be forgotten later
     there = torch.zeros_like(scores, dtype=torch.bool)
     there[query, place] = True
     scores.masked_fill_(~there, -torch.inf)
-    slack = 2.0**-22 * keys.shape[1] * _length(queries) * longest
+    slack = 2.0**-22 * keys.shape[1] * length_above(queries) * longest
     least = scores.topk(k, 1).values[:, -1] - 2 * slack - torch.finfo(torch.float32).tiny
     # Not `>=`, so that what overflowed, and is no number, passes.
     kept = ~(scores[query, place] < least[query])
@@ -326,13 +197,6 @@ def pair_scores(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor) -> Te
     for copy in copies:  # of rows that may be forgotten later
         copy.zero_()
     return scores
-
-
-def _length(x: Tensor) -> Tensor:
-    """`(n,)` float32 numbers a little above the lengths of rows `(n, D)`."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    length: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=exact).float()
-    return length * (1 + 2.0**-10)
 
 
 def _check_queries(queries: Tensor, keys: Tensor) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from munkey.checks import check_width
 from munkey.holders import Holders, grown, reordered
-from munkey.retrieval import Screen
 from munkey.rows import Removal, RowIndex
+from munkey.screen import Screen
 
 __all__ = ["RowTable"]
 

@@ -143,7 +143,7 @@ def test_near_duplicates_are_all_pairs_above_a_threshold(seed: int, threshold: f
         best = {i: max(float((a * b).sum()) for a in stored[own] for b in stored[i]) for i in range(12) if i != own}
         expected = sorted(((i, s) for i, s in best.items() if s >= threshold), key=lambda twin: (-twin[1], twin[0]))
         assert got.get(own, []) == expected
-    assert not twins or got[3][0][0] == 5
+    assert not twins or threshold > 0.999 or got[3][0][0] == 5
     with pytest.raises(KeyError, match=r"ids \[77\] are not in the store"):
         found.find_near_duplicates([77])
 

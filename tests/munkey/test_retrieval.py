@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from stores import seeded
 from torch import Tensor
 
-from munkey import retrieval
-from munkey.retrieval import Neighbours, Screen, nearest
+from munkey import retrieval, screen
+from munkey.retrieval import Neighbours, nearest
+from munkey.screen import Screen
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -105,12 +106,12 @@ def test_a_look_is_as_wrong_as_its_bound_says_at_most(kind: str, offset: float) 
         keys, queries = (9 * keys).round(), (9 * queries).round()
     elif kind == "unequal":
         keys = keys * torch.logspace(-3, 3, 3000)[:, None]
-    screen, rounded = Screen.of(keys), queries.bfloat16()
+    kept, rounded = Screen.of(keys), queries.bfloat16()
     offsets = torch.full((40,), offset).bfloat16()
-    look = (screen.keys @ torch.cat([rounded, -offsets[:, None]], 1).T).double()
-    lost = retrieval._length(queries - rounded.float())
-    error = retrieval._Error(retrieval._length(rounded), lost, offsets.abs().float(), torch.bfloat16)
-    bound = error.bound(look, 51, screen.rounding, screen.length)
+    look = (kept.keys @ torch.cat([rounded, -offsets[:, None]], 1).T).double()
+    lost = screen.length_above(queries - rounded.float())
+    error = screen._Error(screen.length_above(rounded), lost, offsets.abs().float(), torch.bfloat16)
+    bound = error.bound(look, 51, kept.rounding, kept.length)
     wrong = (keys.double() @ queries.double().T - offset - look).abs()
     assert (wrong <= bound).all()
     assert (wrong / bound).max() > 0.05, "a bound so loose would let everything pass"
@@ -140,8 +141,8 @@ def test_scores_depend_neither_on_the_batch_nor_on_the_place(screened: bool) -> 
 
 @pytest.fixture
 def few_pairs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in (("_PAIRS", 300), ("_SCORED", 64), ("_BLOCK", 100)):
-        monkeypatch.setattr(retrieval, name, value)
+    for module, name, value in ((retrieval, "_PAIRS", 300), (retrieval, "_SCORED", 64), (screen, "_BLOCK", 100)):
+        monkeypatch.setattr(module, name, value)
     yield
 
 
@@ -157,13 +158,13 @@ def test_a_screen_narrows_and_where_it_does_not_full_precision_does(monkeypatch:
     generator = seeded()
     keys = torch.nn.functional.normalize(torch.randn(20_000, 64, generator=generator), dim=1)
     looks: list[torch.dtype] = []
-    look = retrieval._best_of_groups
+    look = screen._best_of_groups
 
     def spy(queries: Tensor, keys: Tensor, group: int) -> Tensor:
         looks.append(keys.dtype)
         return look(queries, keys, group)
 
-    monkeypatch.setattr(retrieval, "_best_of_groups", spy)
+    monkeypatch.setattr(screen, "_best_of_groups", spy)
     found = search(keys[:50], keys, torch.arange(20_000), 4, True)
     assert looks == [torch.bfloat16] and found.candidates.max() < 2000
     # Keys that differ by less than bfloat16 can tell.

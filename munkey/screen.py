@@ -1,0 +1,152 @@
+"""A first look at all keys in low precision, which rules out rows that cannot be among the nearest.
+
+A product in bfloat16 is several times faster than in float32, and wrong by a known amount at most. With rounded vectors
+`q'` and `k'` (Cauchy and Schwarz),
+
+    |q k - q' k'| <= |q'| |k - k'| + |q - q'| |k|,
+
+to which come the roundings of the sum and of its result. So a row whose upper bound lies below the lower bounds of `k`
+other rows is no neighbour. Where all scores are near 1 the last rounding would be the greatest, so the product is taken
+of `(q', -o)` and `(k', 1)`: near the offset `o` little is rounded. Of a group of rows only the best score is kept.
+
+Letters: `B` queries, `R` rows, `D` width of a key, `k` neighbours, `G` groups of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Pairs", "Screen", "length_above", "plain", "product", "screened"]
+
+_BLOCK = 1 << 19  # scores at a time, which a processor's cache holds
+_GROUP = 2048  # numbers of rows of which only the best score is kept, 4 to 16 rows
+_GROUPS = 32  # groups of which one counts for the bound on the k-th best
+_TOO_MANY = 0.01  # share of all pairs beyond which a look in full precision is cheaper than scoring them again
+
+Pairs = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Screen:
+    """Keys as the first look sees them, and what is needed to bound its error; each row of its own key alone.
+
+    Args:
+        keys: `(R, D + 1)` bfloat16, the rounded keys with a one behind.
+        rounding: `(R,)` float32, at least the length of what rounding took from each key.
+        length: `(R,)` float32, at least the length of each key.
+    """
+
+    keys: Tensor
+    rounding: Tensor
+    length: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor) -> Screen:
+        """The screen of some keys."""
+        rounded = keys.to(torch.bfloat16)
+        return cls(F.pad(rounded, (0, 1), value=1.0), length_above(keys - rounded.to(keys.dtype)), length_above(keys))
+
+
+def screened(queries: Tensor, screen: Screen, k: int) -> Pairs | None:
+    """Pairs of a query and a row that may be among its nearest; None if there are too many to score again."""
+    rounded = queries.to(torch.bfloat16)
+    look = F.pad(rounded, (0, 1))
+    sample = screen.keys[:: max(1, len(screen.keys) // 512)] @ look.T
+    offset = sample.topk(min(k, len(sample)), 0).values[-1] if len(sample) else rounded.new_zeros(len(queries))
+    lost = length_above(queries - rounded.to(queries.dtype))
+    error = _Error(length_above(rounded), lost, offset.abs().float(), torch.bfloat16)
+    look[:, -1] = -offset
+    place, query, group = _candidates(look, screen.keys, screen.rounding, screen.length, error, k)
+    if len(place) * group > _TOO_MANY * len(screen.keys) * len(queries) + 16 * k * len(queries):
+        return None
+    return _rows_of(place, query, group, len(screen.keys))
+
+
+def plain(queries: Tensor, keys: Tensor, k: int) -> Pairs:
+    """The same by a look at the keys themselves, however many there are, in float64, which no setting makes coarser."""
+    none = torch.zeros(len(queries), device=keys.device)
+    error = _Error(length_above(queries), none, none, torch.float64)
+    found = _candidates(
+        queries.double(), keys, torch.zeros(len(keys), device=keys.device), length_above(keys), error, k
+    )
+    return _rows_of(*found, len(keys))
+
+
+def _rows_of(place: Tensor, query: Tensor, group: int, count: int) -> Pairs:
+    """All rows of some groups."""
+    row = (place[:, None] * group + torch.arange(group, device=place.device)).flatten()
+    inside = row < count
+    return query.repeat_interleave(group)[inside], row[inside]
+
+
+@dataclass(frozen=True, eq=False)
+class _Error:
+    """What bounds the error of a look: lengths `(B,)` of queries and of what rounding took from them, and offsets."""
+
+    length: Tensor
+    rounding: Tensor
+    offset: Tensor
+    dtype: torch.dtype
+
+    def bound(self, scores: Tensor, width: int, rounding: Tensor, length: Tensor) -> Tensor:
+        """`(G, B)` for some scores, and the greatest roundings and lengths `(G,)` of keys in each group."""
+        # Of the sum: a rounding of each number, with room for more, and what is too small to be held at all.
+        own = width * (2.0**-50 if self.dtype == torch.float64 else 2.0**-22)
+        off = torch.outer(rounding, self.length) + torch.outer(length, self.rounding)
+        off.add_(torch.outer(length + rounding, self.length), alpha=own).add_(self.offset, alpha=own)
+        off.add_(width * torch.finfo(torch.float32).tiny)
+        return off.add_(scores.abs(), alpha=torch.finfo(self.dtype).eps)  # of the result
+
+
+def _candidates(
+    queries: Tensor, keys: Tensor, rounding: Tensor, length: Tensor, error: _Error, k: int
+) -> tuple[Tensor, Tensor, int]:
+    """Groups of rows that may hold a neighbour, `(n,)`, of which query, and how many rows a group has."""
+    group = max(1, min(16, max(4, _GROUP // keys.shape[1]), len(keys) // (4 * k)))
+    best = _best_of_groups(queries, keys, group)
+    slack = error.bound(best, queries.shape[1], *(_greatest(column, group) for column in (rounding, length)))
+    least = _kth_best(best - slack, k)
+    # Not `>=`, so that what overflowed, and is no number, passes.
+    place, query = (~(best.add_(slack) < least)).nonzero(as_tuple=True)
+    return place, query, group
+
+
+def _kth_best(lower: Tensor, k: int) -> Tensor:
+    """`(B,)` a bound that at least `k` rows reach, from lower bounds `(G, B)` of groups."""
+    lower = _greatest(lower, max(1, min(_GROUPS, len(lower) // (4 * k))))
+    return lower.topk(k, 0).values[-1] if len(lower) >= k else lower.new_full((lower.shape[1],), -torch.inf)
+
+
+def _greatest(rows: Tensor, group: int) -> Tensor:
+    """`(ceil(n / group), ...)` the greatest of each group of rows."""
+    whole = len(rows) // group * group
+    best = rows[:whole].unflatten(0, (whole // group, group)).amax(1)
+    return torch.cat([best, rows[whole:].amax(0, keepdim=True)]) if whole < len(rows) else best
+
+
+def _best_of_groups(queries: Tensor, keys: Tensor, group: int) -> Tensor:
+    """`(G, B)` best score of each group of rows, in float32 at least; some at a time, so that a cache holds them."""
+    step = max(1, _BLOCK // max(1, len(queries)) // group) * group
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    return torch.cat([_greatest(product(part, queries), group).to(wide) for part in keys.split(step)])
+
+
+def product(keys: Tensor, queries: Tensor) -> Tensor:
+    """`(R, B)` dot products in the dtype of the queries."""
+    if keys.dtype == queries.dtype:
+        return keys @ queries.T
+    wide = keys.to(queries.dtype)
+    scores = wide @ queries.T
+    wide.zero_()  # a copy of rows that may be forgotten later
+    return scores
+
+
+def length_above(x: Tensor) -> Tensor:
+    """`(n,)` float32 numbers a little above the lengths of rows `(n, D)`."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    length: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=exact).float()
+    return length * (1 + 2.0**-10)
