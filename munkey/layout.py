@@ -27,6 +27,10 @@ _HEADER = 4096  # bytes: a block of a disk
 _STATE = _HEADER - 64  # within one sector, which disks write at once
 _FORMAT = 1
 _ROWS = 4096  # at a time
+_DTYPES = {
+    dtype_name(dtype): dtype
+    for dtype in (torch.bool, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 @dataclass(frozen=True)
@@ -90,15 +94,18 @@ class Layout:
         text, _, found = disk.read(file, 0, _STATE).rstrip().rpartition(b" ")
         if checksum(text) != found:
             raise ValueError(f"{path!r} is no store, or its first bytes are damaged; restore a backup")
-        described = json.loads(text)
-        if described["format"] != _FORMAT:
-            raise ValueError(
-                f"{path!r} has format version {described['format']}, this munkey reads version {_FORMAT}; install the "
-                "release that wrote it"
-            )
-        dtypes = tuple(getattr(torch, dtype) for dtype, _ in described["columns"])
-        shapes = tuple(tuple(shape) for _, shape in described["columns"])
-        layout = cls(described["about"], shapes, dtypes, described["room"])
+        try:
+            described = json.loads(text)
+            if described["format"] != _FORMAT:
+                raise ValueError(
+                    f"{path!r} has format version {described['format']}, this munkey reads version {_FORMAT}; install "
+                    "the release that wrote it"
+                )
+            dtypes = tuple(_DTYPES[name] for name, _ in described["columns"])
+            shapes = tuple(tuple(int(size) for size in shape) for _, shape in described["columns"])
+            layout = cls(dict(described["about"]), shapes, dtypes, int(described["room"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path!r} is no store: its description lacks something ({error!r})") from None
         if disk.size(file) != layout.size:
             raise ValueError(
                 f"{path!r} has {disk.size(file)} bytes, expected {layout.size}; it was cut short, or written to; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import json
 import os
 import random
 import re
@@ -19,6 +20,7 @@ from disks import FailingDisk, Killed, MemoryDisk
 from stores import SECRET, WIDTHS, keys_of, seeded
 
 from munkey import DurableStore, KeyStore
+from munkey.digest import checksum
 from munkey.disk import Disk
 
 State = tuple[str, tuple[int, ...]]
@@ -325,6 +327,27 @@ def test_damage_is_seen_and_the_file_left_alone(
     with pytest.raises(ValueError, match=re.escape(message)):
         DurableStore.open(path)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "has format version 2, this munkey reads version 1; install the release that wrote it"),
+        ({"columns": [["load", [2]]]}, "is no store: its description lacks something (KeyError('load'))"),
+        ({"room": None}, "is no store: its description lacks something (TypeError("),
+        ({"room": 10**9}, "expected"),
+    ],
+)
+def test_a_description_by_somebody_else_is_refused(
+    filled: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "store"
+    text = path.read_bytes()[:4032].rstrip().rpartition(b" ")[0]
+    other = json.dumps({**json.loads(text), **changes}).encode()
+    damage(path, 0, (other + b" " + checksum(other)).ljust(4032))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DurableStore.open(path)
 
 
 def test_bad_calls(tmp_path: Path) -> None:
