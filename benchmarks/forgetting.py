@@ -80,8 +80,7 @@ def trained(
         )
     model.remember(ids, task.images[ids], task.labels[ids], keys=task.keys[ids])
     values = model.memory.store.values
-    weights = [weight for weight in model.parameters() if weight.requires_grad and weight is not values]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(weights, lr=2e-3, weight_decay=0.05)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameter_groups(0.05), lr=2e-3)]
     optimizers.append(torch.optim.SparseAdam([values], lr=1e-2))
     model.attach(optimizers[1])
     steps = args.epochs * -(-len(ids) // args.batch_size)

@@ -127,8 +127,7 @@ def modelling(rounds: int) -> dict[str, float]:
     ids = torch.arange(60_000)
     model.memory.remember(ids, model.key_encoder(images), labels)
     values = model.memory.store.values
-    weights = [weight for weight in model.parameters() if weight.requires_grad and weight is not values]
-    optimizers = [torch.optim.AdamW(weights), torch.optim.SparseAdam([values])]
+    optimizers = [torch.optim.AdamW(model.parameter_groups(0.05)), torch.optim.SparseAdam([values])]
     model.attach(optimizers[1])
 
     def step(memory: bool) -> None:

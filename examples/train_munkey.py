@@ -30,8 +30,7 @@ from treediff.data import batches, load_dataset
 def train(model: KeyMemoryTransformer, images: Tensor, labels: Tensor, ids: Tensor, args: argparse.Namespace) -> None:
     """A plain PyTorch loop. Values have an optimiser of their own, whose cost follows the batch, not the memory."""
     values = model.memory.store.values
-    weights = [weight for weight in model.parameters() if weight.requires_grad and weight is not values]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.05)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameter_groups(0.05), lr=args.learning_rate)]
     if values.requires_grad:
         optimizers.append(torch.optim.SparseAdam([values], lr=args.value_rate))
         model.attach(optimizers[1])

@@ -263,6 +263,22 @@ class KeyMemoryTransformer(nn.Module):
         theirs = self.aggregation.one(found, uniform[2])
         return theirs if own is None else torch.where((uniform[1] < share)[:, None], own, theirs)
 
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """All trained weights but the values, for an optimiser: matrices with decay, vectors and nulls without.
+
+        Values are trained by an optimiser of their own: decay would move rows that no instance of the batch owns, and
+        `SparseAdam([model.memory.store.values])`, with `sparse=True`, costs no more than the rows of a batch.
+
+        Args:
+            weight_decay: of the matrices.
+        """
+        values = self.memory.store.values
+        trained = [weight for weight in self.parameters() if weight.requires_grad and weight is not values]
+        nulls = (self.start, self.null_input, self.memory.null)
+        plain = [weight for weight in trained if weight.ndim < 2 or any(weight is null for null in nulls)]
+        decayed = [weight for weight in trained if all(weight is not other for other in plain)]
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
     def attach(self, *holders: torch.optim.Optimizer | EMA) -> None:
         """Tell the memory what else keeps something of its values; see `KeyStore.attach`."""
         self.memory.store.attach(*holders)

@@ -155,6 +155,19 @@ def test_it_learns_labels_that_only_the_memory_can_tell() -> None:
         assert (built(images(12)[kept], use_input=False).argmax(1) == labels(12)[kept]).all()
 
 
+@pytest.mark.parametrize("settings", [{}, {"mode": "exact"}, {"aggregation": "rank"}])
+def test_groups_hold_every_weight_once_and_decay_matrices_only(settings: dict[str, str]) -> None:
+    built = model(**settings)
+    decayed, plain = built.parameter_groups(0.1)
+    names = {id(weight): name for name, weight in built.named_parameters()}
+    found = sorted(names[id(weight)] for group in (decayed, plain) for weight in group["params"])
+    trained = {name for name, weight in built.named_parameters() if weight.requires_grad}
+    assert found == sorted(trained - {"memory.store.values"})
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert all(names[id(weight)].endswith(("weight", "position")) for weight in decayed["params"])
+    assert {"start", "null_input", "memory.null", "norm.weight"} <= {names[id(weight)] for weight in plain["params"]}
+
+
 # --- forgetting -----------------------------------------------------------------------------------------------
 
 
