@@ -91,7 +91,12 @@ class KeyValueMemory(nn.Module):
         permanent: bool = False,
     ) -> None:
         """Store new instances; arguments and errors as for `KeyStore.add`, and ValueError for a key of length 0."""
-        self.store.add(ids, self.scaled(keys, "keys"), labels, values, permanent=permanent)
+        scaled = self.scaled(keys, "keys")
+        try:
+            self.store.add(ids, scaled, labels, values, permanent=permanent)
+        finally:
+            if scaled is not keys:
+                scaled.zero_()  # a copy of rows that may be forgotten later
 
     def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
         """Erase instances; see `KeyStore.forget`."""

@@ -307,7 +307,11 @@ class KeyMemoryTransformer(nn.Module):
         if self.mode == "exact" and labels is None:
             raise ValueError("in exact mode a value is written from key and label; pass labels")
         found = self.key_encoder.keys(x) if keys is None else keys
-        self.memory.remember(ids, found, labels, permanent=permanent)
+        try:
+            self.memory.remember(ids, found, labels, permanent=permanent)
+        finally:
+            if keys is None:
+                found.zero_()  # a copy of rows that may be forgotten later
 
     def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
         """Delete instances from the memory, at once and without their data; see `KeyStore.forget`.

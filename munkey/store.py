@@ -197,7 +197,8 @@ class KeyStore(HashedTable):
     ) -> Receipt:
         """Store new keys, labels and values of instances that are there; arguments as for `add`.
 
-        Nothing of the old ones is left: they are forgotten first, which the receipt says.
+        Nothing of the old ones is left: they are forgotten first, which the receipt says. These are two changes, one
+        after the other, so that an interruption between them leaves the ids forgotten.
 
         Raises:
             KeyError: if an id is not there.
