@@ -61,7 +61,12 @@ def some(ids: Sequence[int], most: int = 5) -> str:
 
 
 def check_rows(
-    ids: Sequence[int], keys: Tensor, labels: Tensor | None, values: Tensor | None, widths: tuple[int, int]
+    ids: Sequence[int],
+    keys: Tensor,
+    labels: Tensor | None,
+    values: Tensor | None,
+    widths: tuple[int, int],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys `(B, P, D)`, labels `(B,)` and values `(B, P, V)` or None, once all is as it must be.
 
@@ -73,9 +78,9 @@ def check_rows(
         seen: set[int] = set()
         twice = [i for i in ids if i in seen or seen.add(i)]  # type: ignore[func-returns-value]
         raise ValueError(f"ids {some(twice)} come twice; give the keys of one instance together, as (B, P, D)")
-    keys = _floating("keys", keys, len(ids), widths[0])
+    keys = _floating("keys", keys, len(ids), widths[0], dtype)
     if values is not None:
-        values = _floating("values", values, len(ids), widths[1])
+        values = _floating("values", values, len(ids), widths[1], dtype)
         if values.shape[1] != keys.shape[1]:
             raise ValueError(f"expected one value for each of {keys.shape[1]} keys of an id, found {values.shape[1]}")
     if labels is None:
@@ -89,7 +94,7 @@ def check_rows(
     return keys, labels, values
 
 
-def _floating(name: str, rows: Tensor, count: int, width: int) -> Tensor:
+def _floating(name: str, rows: Tensor, count: int, width: int, dtype: torch.dtype) -> Tensor:
     if not isinstance(rows, Tensor) or not rows.is_floating_point():
         found = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
         raise TypeError(f"{name} must be a floating-point tensor, found {found}")
@@ -100,7 +105,10 @@ def _floating(name: str, rows: Tensor, count: int, width: int) -> Tensor:
             f"expected {name} of shape ({count}, {width}), or ({count}, P, {width}) for P of each id; found "
             f"{tuple(rows.shape)}"
         )
-    if not rows.isfinite().all():
-        bad = (~rows.isfinite().all(2)).any(1).nonzero().squeeze(1)
-        raise ValueError(f"{name} must be finite; those of {len(bad)} instances are not, the first is number {bad[0]}")
+    finite = rows.isfinite() & (rows.abs() <= torch.finfo(dtype).max)
+    if not finite.all():
+        bad = (~finite.all(2)).any(1).nonzero().squeeze(1)
+        raise ValueError(
+            f"{name} must be finite as {dtype}; those of {len(bad)} instances are not, the first is number {bad[0]}"
+        )
     return rows

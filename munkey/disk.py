@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
-__all__ = ["Disk", "put_in_place", "wipe_leftovers", "write_beside"]
+__all__ = ["Disk", "replacing", "wipe_leftovers"]
 
 _ZEROS = 1 << 20
 
 
 class Disk:
     """Files of the operating system."""
+
+    def open_to_read(self, path: str) -> int:
+        """A descriptor to read only."""
+        return os.open(path, os.O_RDONLY)
 
     def open(self, path: str, *, create: bool = False) -> int:
         """A descriptor to read and write."""
@@ -65,6 +72,15 @@ class Disk:
         """Cut, or add zeros."""
         os.ftruncate(file, size)
 
+    def allocate(self, file: int, size: int) -> None:
+        """Make an empty file so long, with blocks of its own, so that no write to it fails for want of room."""
+        try:
+            os.posix_fallocate(file, 0, size)
+        except (AttributeError, OSError) as error:  # not on every system, and not on every file system
+            if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            self.zero(file, 0, size)
+
     def sync(self, file: int) -> None:
         """Wait until all that was written is on the medium."""
         os.fsync(file)
@@ -105,23 +121,29 @@ class Disk:
 _PARTIAL, _OLD = ".partial", ".old"
 
 
-def write_beside(disk: Disk, path: str) -> int:
-    """A descriptor of a new file that is to take the place of `path`; call `put_in_place` when it is written."""
-    wipe_leftovers(disk, path)
-    return disk.open(path + _PARTIAL, create=True)
+@contextmanager
+def replacing(disk: Disk, path: str) -> Iterator[int]:
+    """A descriptor of a new file that takes the place of `path`, at once, when the context is left.
 
-
-def put_in_place(disk: Disk, file: int, path: str) -> None:
-    """Put a file that `write_beside` gave in the place of `path`, at once, and overwrite what was there before.
-
-    An interruption leaves the old file or the new one; what it may leave beside it, `wipe_leftovers` finds.
+    What was there before is overwritten, and so is the new file if there is an error before. An interruption leaves the
+    old file or the new one; what it may leave beside it, `wipe_leftovers` finds. The descriptor stays open, unless
+    there is an error.
     """
-    disk.sync(file)
-    if disk.exists(path):
-        disk.link(path, path + _OLD)  # a name by which it is found once the other one is gone
-    disk.replace(path + _PARTIAL, path)
-    disk.sync_folder(path)
     wipe_leftovers(disk, path)
+    file = disk.open(path + _PARTIAL, create=True)
+    try:
+        yield file
+        disk.sync(file)
+        if disk.exists(path):
+            disk.link(path, path + _OLD)  # a name by which it is found once the other one is gone
+        disk.replace(path + _PARTIAL, path)
+        disk.sync_folder(path)
+        wipe_leftovers(disk, path)
+    except BaseException:
+        disk.close(file)
+        with suppress(OSError):
+            wipe_leftovers(disk, path)
+        raise
 
 
 def wipe_leftovers(disk: Disk, path: str) -> None:

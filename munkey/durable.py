@@ -6,7 +6,7 @@ Letters: `D` width of a key, `V` width of a value.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -16,6 +16,7 @@ from munkey.disk import Disk
 from munkey.livefile import LiveFile
 from munkey.rows import Removal
 from munkey.store import KeyStore
+from munkey.table import wipe_copies
 
 __all__ = ["DurableStore"]
 
@@ -103,7 +104,7 @@ class DurableStore(KeyStore):
         keys, values = columns[-2:]
         store = cls(keys.shape[1], values.shape[1], dtype=keys.dtype, **settings)
         store.live = live
-        KeyStore._write(store, *columns)
+        KeyStore.append(store, *columns)
         for column in columns:
             column.zero_()
         if receipts is not None:
@@ -144,9 +145,15 @@ class DurableStore(KeyStore):
         """
         self.holders.check(self.values)
         order = self.order()
-        parts = ([column[order[start : start + _ROWS]] for column in self.columns] for start in self._starts())
-        self.live.rebuild(parts, room=self.used)
+        self.live.rebuild(self._in_order(order), room=self.used)
         super().compact()
+
+    def _in_order(self, order: Tensor) -> Iterator[list[Tensor]]:
+        for start in self._starts():
+            part = [column[order[start : start + _ROWS]] for column in self.columns]
+            yield part
+            for column in part:
+                column.zero_()  # copies of rows that may be forgotten later
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyStore:
         """A copy is in memory only: two stores cannot follow one file."""
@@ -157,8 +164,9 @@ class DurableStore(KeyStore):
         return other
 
     def _take(self, found: dict[str, Tensor]) -> None:  # type: ignore[override]
+        fitting = [found[name].to(column) for name, column in zip(found, self.columns, strict=True)]
+        self.live.rebuild([fitting], room=len(fitting[0]))  # first, so that what fails there is nowhere
         super()._take(found)
-        self.sync()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if fn(self.keys[:0]).dtype != self.keys.dtype:
@@ -168,10 +176,17 @@ class DurableStore(KeyStore):
     def _starts(self) -> range:
         return range(0, self.used, _ROWS)
 
-    def _write(self, *columns: Tensor) -> None:
+    def append(self, *columns: Tensor) -> Tensor:
+        """See `RowTable.append`."""
         fitting = [new.detach().to(column) for new, column in zip(columns, self.columns, strict=True)]
         self.live.append(fitting)  # first, so that what fails there is nowhere
-        super()._write(*columns)
+        rows = super().append(*fitting)
+        wipe_copies(fitting, columns)
+        return rows
+
+    def _ready(self) -> None:
+        super()._ready()
+        self.live.check()
 
     def erase(self, ids: list[int], removal: Removal) -> None:
         """See `RowTable.erase`."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from munkey.conv_encoder import ConvEncoder
-from munkey.disk import Disk, put_in_place, write_beside
+from munkey.disk import Disk, replacing
+from munkey.durable import DurableStore
 from munkey.efficientnet import EfficientNetLite0
 from munkey.encoders import KeyEncoder, Projection
 from munkey.presets import Settings, assemble
@@ -52,12 +53,9 @@ def save(model: KeyMemoryTransformer, path: Path, disk: Disk | None = None) -> N
         state = {key: tensor for key, tensor in state.items() if not key.startswith(_ENCODER)}
     header["digest"] = _digest(store.secret, state)
     data = model_bytes(type(model).__name__, state, header)
-    file = write_beside(disk, name)
-    try:
+    with replacing(disk, name) as file:
         disk.write(file, 0, data)
-        put_in_place(disk, file, name)
-    finally:
-        disk.close(file)
+    disk.close(file)
 
 
 def load(
@@ -93,6 +91,12 @@ def load(
         settings: Settings = config  # type: ignore[assignment]
         model = assemble(cls, inputs, classes, key_encoder, settings, None, dtype_named(header["dtype"], path))
     store = model.memory.store
+    if store.holders.followed(store.values):
+        raise ValueError("an optimiser or an average follows the model's memory; load first, then attach, or detach it")
+    if isinstance(store, DurableStore) and store.secret != secret:
+        raise ValueError(
+            "the model's memory lives in a file with another secret; load into a model with a KeyStore in memory"
+        )
     load_into(model, path, rows=_ROWS, without=None if key_encoder.in_file else _ENCODER)
     store.seed, store.scale, store.secret = header["store"]["seed"], header["store"]["scale"], secret
     return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -52,7 +52,8 @@ class HashedTable(RowTable):
         """A hexadecimal digest of the content, the same for the same rows in any order.
 
         After values were trained it is computed anew, which takes a time that grows with the table; otherwise it
-        follows what is added and erased.
+        follows what is added and erased. Changes of `values.data`, which PyTorch does not count, are not seen until
+        `compact`, a save, or training.
         """
         return self._digest(self.used, self._total())
 
@@ -75,6 +76,14 @@ class HashedTable(RowTable):
         self._sum, self._version = total % MODULUS, self.values._version
         return self._sum
 
+    def _forget_total(self) -> None:
+        """Trust no sum: values may have changed."""
+        self._sum = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._sum = None  # a copy of a parameter counts its changes from 0
+
     def append(self, *columns: Tensor) -> Tensor:  # noqa: D102
         total = self._total()
         rows = super().append(*columns)
@@ -82,9 +91,8 @@ class HashedTable(RowTable):
         return rows
 
     def compact(self) -> None:  # noqa: D102
-        total = self._total()
         super().compact()
-        self._keep(total)
+        self._sum = None
 
     def _take(self, found: dict[str, Tensor]) -> None:  # type: ignore[override]
         self._sum = None

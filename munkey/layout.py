@@ -81,8 +81,8 @@ class Layout:
         text = json.dumps(described, sort_keys=True).encode()
         if len(text) + 33 > _STATE:
             raise ValueError(f"the description of a store must fit into {_STATE - 33} bytes, found {len(text)}")
+        disk.allocate(file, self.size)
         disk.write(file, 0, (text + b" " + checksum(text)).ljust(_STATE))
-        disk.resize(file, self.size)
 
     @classmethod
     def read(cls, disk: Disk, file: int, path: str) -> Self:

@@ -19,13 +19,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from munkey.digest import MODULUS, checksum, rows_hash
-from munkey.disk import Disk, put_in_place, wipe_leftovers, write_beside
+from munkey.disk import Disk, replacing, wipe_leftovers
 from munkey.layout import Layout
 from munkey.rows import Removal
 
@@ -35,6 +35,7 @@ _JOURNAL, _LOCK = ".journal", ".lock"
 _ROWS = 4096  # at a time
 
 Columns = Sequence[Tensor]
+State = tuple[int, int]
 
 
 class LiveFile:
@@ -42,10 +43,10 @@ class LiveFile:
 
     Args:
         path: the file.
-        secret: under which rows are hashed.
         disk: what reads and writes.
 
     Attributes:
+        secret: under which rows are hashed.
         count: number of rows.
         total: sum of the hashes of the rows as they are in the file.
     """
@@ -74,7 +75,7 @@ class LiveFile:
             live._lock()
             if disk.exists(path):
                 raise FileExistsError(f"there is a file {path!r} already; open it, or remove it")
-            live.journal = disk.open(path + _JOURNAL, create=True)
+            live._open_journal()
             live._clear()
             live._write_whole(
                 about, [columns], [c.shape[1:] for c in columns], [c.dtype for c in columns], len(columns[0])
@@ -96,7 +97,8 @@ class LiveFile:
         with live._closed_on_error():
             live._lock()
             wipe_leftovers(disk, path)
-            live.file, live.journal = disk.open(path), disk.open(path + _JOURNAL, create=True)
+            live.file = disk.open(path)
+            live._open_journal()
             live.layout = Layout.read(disk, live.file, path)
             about = live.layout.about
             live.secret = bytes.fromhex(about["secret"])
@@ -111,6 +113,12 @@ class LiveFile:
         self.guard = self.disk.open(self.path + _LOCK, create=True)
         if not self.disk.lock(self.guard):
             raise BlockingIOError(f"{self.path!r} is open in another store, here or in another process; close it there")
+
+    def _open_journal(self) -> None:
+        there = self.disk.exists(self.path + _JOURNAL)
+        self.journal = self.disk.open(self.path + _JOURNAL, create=not there)
+        if not there:
+            self.disk.sync_folder(self.path)  # or the power could take the journal, and leave what it announced
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
@@ -139,20 +147,22 @@ class LiveFile:
         Raises:
             OSError: if they cannot be written; then the file is as it was.
         """
-        self._check()
+        self.check()
         before, after = self.count, self.count + len(columns[0])
         if after > self.layout.room:
             self.rebuild(self._parts(), room=max(after, before + before // 2))
-        old, total = self.total, self.total + rows_hash(self.secret, columns)
-        self._note({"change": "append", "before": before, "after": after, "total": old})
+        old, total = self.total, (self.total + rows_hash(self.secret, columns)) % MODULUS
+        self._note("append", (before, old), (after, total))
+        self.broken = True  # until it is finished or taken back
         try:
             self.layout.write_rows(self.disk, self.file, before, columns)
             self.disk.sync(self.file)
-            self._finish(after, after, total % MODULUS)
         except OSError:
-            with self._broken_on_error():
-                self._finish(before, after, old)
+            self._finish(before, after, old)
+            self.broken = False
             raise
+        self._finish(after, after, total)
+        self.broken = False
 
     def erase(self, removal: Removal) -> None:
         """Remove rows, and move the last ones into the holes.
@@ -160,29 +170,34 @@ class LiveFile:
         Raises:
             OSError: if that fails; the file can be opened again, and the rows are then there or not, all of them.
         """
-        self._check()
+        self.check()
+        wipe_leftovers(self.disk, self.path)
         gone = self.read(removal.gone.cpu())
         total = (self.total - rows_hash(self.secret, gone)) % MODULUS
         for column in gone:
             column.zero_()
-        plan = {"change": "erase", "before": removal.before, "after": removal.after, "total": total}
-        plan |= {"holes": removal.holes.tolist(), "movers": removal.movers.tolist()}
-        self._note(plan)
-        with self._broken_on_error():
-            self._move(plan)
+        holes, movers = removal.holes.tolist(), removal.movers.tolist()
+        self._note("erase", (removal.before, self.total), (removal.after, total), holes=holes, movers=movers)
+        self.broken = True
+        self._move({"before": (removal.before, 0), "after": (removal.after, total), "holes": holes, "movers": movers})
+        self.broken = False
 
     def _parts(self) -> Iterator[Columns]:
         """All rows, some at a time."""
         for start in range(0, self.count, _ROWS):
-            yield self.read(torch.arange(start, min(start + _ROWS, self.count)))
+            columns = self.read(torch.arange(start, min(start + _ROWS, self.count)))
+            yield columns
+            for column in columns:
+                column.zero_()  # copies of rows that may be forgotten later
 
     def rebuild(self, parts: Iterable[Columns], *, room: int) -> None:
         """Write rows to a new file and put it in the place of this one, whose bytes are overwritten.
 
         Raises:
-            OSError: if it cannot be written; then the file is as it was.
+            OSError: if it cannot be written; then the file is as it was, unless it was about to be replaced: then it
+                is to be opened again.
         """
-        self._check()
+        self.check()
         old, layout = self.file, self.layout
         self._write_whole(layout.about, parts, layout.shapes, layout.dtypes, room)
         self.disk.close(old)
@@ -196,20 +211,20 @@ class LiveFile:
         room: int,
     ) -> None:
         layout = Layout(dict(about), tuple(tuple(shape) for shape in shapes), tuple(dtypes), room)
-        file, count, total = write_beside(self.disk, self.path), 0, 0
-        try:
+        count = total = 0
+        with replacing(self.disk, self.path) as file:
             layout.write_header(self.disk, file)
             for columns in parts:
                 layout.write_rows(self.disk, file, count, columns)
                 count, total = count + len(columns[0]), total + rows_hash(self.secret, columns)
             layout.write_state(self.disk, file, count, total % MODULUS)
-            put_in_place(self.disk, file, self.path)
-        except BaseException:
-            self.disk.close(file)
-            raise
+            self.disk.sync(file)
+            self.broken = True  # which file the name leads to is not known from here on
+        self.broken = False
         self.file, self.layout, self.count, self.total = file, layout, count, total % MODULUS
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError if the file is closed, OSError if a change failed half way."""
         if self.file < 0:
             raise ValueError(f"the store in {self.path!r} is closed; open it again")
         if self.broken:
@@ -217,26 +232,29 @@ class LiveFile:
                 f"{self.path!r} failed half way through a change; close the store and open it, which mends it"
             )
 
-    @contextmanager
-    def _broken_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError:
-            self.broken = True
-            raise
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a store in a file cannot be pickled, as two would write to one file; save the model, or copy it"
+        )
 
     # --- the journal --------------------------------------------------------------------------------------
 
-    def _note(self, plan: Mapping[str, Any]) -> None:
+    def _note(self, change: str, before: State, after: State, **rows: list[int]) -> None:
+        """Announce a change, from a number of rows and the sum of their hashes to others."""
+        self._write_note({"change": change, "before": before, "after": after, **rows})
+
+    def _write_note(self, note: Mapping[str, Any]) -> None:
         start = self.disk.size(self.journal)
-        text = json.dumps(plan).encode()
+        text = json.dumps(note).encode()
+        broken, self.broken = self.broken, True
         try:
             self.disk.write(self.journal, start, text + b" " + checksum(text) + b"\n")
             self.disk.sync(self.journal)
         except OSError:
-            with self._broken_on_error():
-                self.disk.resize(self.journal, start)
+            self.disk.resize(self.journal, start)
+            self.broken = broken
             raise
+        self.broken = broken
 
     def _clear(self) -> None:
         self.disk.resize(self.journal, 0)
@@ -256,16 +274,24 @@ class LiveFile:
 
     def _recover(self) -> None:
         """Finish what was going, take back what was coming."""
+        self.count, self.total = state = self.layout.read_state(self.disk, self.file, self.path)
         notes = self._notes()
         if not notes:
             self._clear()
-            self.count, self.total = self.layout.read_state(self.disk, self.file, self.path)
             return
         plan = notes[0]
-        if plan["change"] == "append":
-            self._finish(plan["before"], plan["after"], plan["total"])
+        before, after = tuple(plan["before"]), tuple(plan["after"])
+        if state not in (before, after):
+            raise ValueError(
+                f"the journal beside {self.path!r} is of another state of the file; if the file is a backup that "
+                f"was put there, remove {self.path + _JOURNAL!r}"
+            )
+        if state == after:  # all but the last step
+            self._finish(after[0], max(before[0], after[0]), after[1])
+        elif plan["change"] == "append":
+            self._finish(before[0], after[0], before[1])
         elif len(notes) > 1:
-            self._finish(plan["after"], plan["before"], plan["total"])
+            self._finish(after[0], before[0], after[1])
         else:
             self._move(plan)
 
@@ -273,8 +299,9 @@ class LiveFile:
         """Move rows into holes; until it is noted, they are still where they were, and can be moved again."""
         self.layout.move_rows(self.disk, self.file, plan["movers"], plan["holes"])
         self.disk.sync(self.file)
-        self._note({"moved": True})  # from here on the places that rows came from may be zero
-        self._finish(plan["after"], plan["before"], plan["total"])
+        self._write_note({"moved": True})  # from here on the places that rows came from may be zero
+        (before, _), (after, total) = plan["before"], plan["after"]
+        self._finish(after, before, total)
 
     def _finish(self, count: int, wipe_to: int, total: int) -> None:
         """Have so many rows; what is behind them is overwritten."""

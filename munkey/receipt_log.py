@@ -9,9 +9,9 @@ taken away in the middle shows to everyone, and a log that was written by someon
 chain cannot show that lines are missing at its end, nor that all of it was written anew: publish the last value,
 `head`, now and then, and compare.
 
-What was forgotten is named by *tokens*, keyed hashes of id and key: whoever has a candidate image but not the secret
-learns nothing from them. An event 'forgot' says that rows are gone, 'returned' that the very same ones were added
-again; the later one counts.
+What was forgotten is named by *tokens*, keyed hashes of id, label and key: whoever has a candidate image but not the
+secret learns nothing from them. An event 'forgot' says that rows are gone, 'returned' that the very same ones were
+added again; the later one counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -37,15 +37,15 @@ Path = str | os.PathLike[str]
 _ROWS = 4096  # at a time
 
 
-def tokens_of(secret: bytes, ids: Tensor, keys: Tensor) -> list[str]:
-    """Keyed hashes of rows: what a log calls them."""
+def tokens_of(secret: bytes, ids: Tensor, labels: Tensor, keys: Tensor) -> list[str]:
+    """Keyed hashes of rows, by id, label and key, whatever the dtype of the keys: what a log calls them."""
     tokens = []
-    for owners, rows in zip(ids.split(_ROWS), keys.detach().split(_ROWS), strict=True):
-        numbers, content = (
-            part.cpu().reshape(len(part), part[:1].numel()).contiguous().view(torch.uint8) for part in (owners, rows)
-        )
-        for number, key in zip(numbers.numpy(), content.numpy(), strict=True):
-            tokens.append(keyed_hash(secret, b"token", number.data, key.data).hex())
+    for owner, label, rows in zip(ids.split(_ROWS), labels.split(_ROWS), keys.detach().split(_ROWS), strict=True):
+        numbers = torch.stack((owner, label), 1).cpu().view(torch.uint8).numpy()
+        wide = rows.cpu().to(torch.float64, copy=True)
+        content = wide.view(torch.uint8).numpy()
+        tokens += [keyed_hash(secret, b"token", n.data, k.data).hex() for n, k in zip(numbers, content, strict=True)]
+        wide.zero_()  # a copy of rows that may be forgotten
     return tokens
 
 
@@ -84,7 +84,7 @@ def verify(path: Path, *, secret: bytes | None = None, disk: Disk | None = None)
     disk, name = disk or Disk(), os.fspath(path)
     if not disk.exists(name):
         raise FileNotFoundError(f"no log at {name!r}")
-    file = disk.open(name)
+    file = disk.open_to_read(name)
     try:
         data = disk.read(file, 0, disk.size(file))
     finally:
@@ -119,6 +119,7 @@ class ReceiptLog:
         disk: what reads and writes.
 
     Raises:
+        BlockingIOError: if another store writes to it.
         OSError: if the file cannot be read or written.
         ValueError: as for `verify`.
 
@@ -133,6 +134,8 @@ class ReceiptLog:
         self.file = self.disk.open(self.path, create=not there)
         self.gone: set[str] = set()
         try:
+            if not self.disk.lock(self.file):
+                raise BlockingIOError(f"another store writes to the log {self.path!r}; close it there first")
             if not there:
                 self.disk.sync_folder(self.path)
             found = verify(self.path, secret=secret, disk=self.disk)
@@ -160,6 +163,12 @@ class ReceiptLog:
             self.disk.close(self.file)
             self.file = -1
 
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of a store keeps no log: two would write over each other's lines."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an open log cannot be pickled; close it, and give the other store its path")
+
     def __enter__(self) -> Self:
         return self
 
@@ -172,8 +181,10 @@ class ReceiptLog:
         chain = _chain(self.head, event)
         line = _line(event, chain, _seal(self.secret, chain))
         try:
-            self.disk.write(self.file, self.size, line)
-            self.disk.sync(self.file)
+            # Its end last: a line that has one is whole, whatever interrupts.
+            for start, stop in ((0, len(line) - 1), (len(line) - 1, len(line))):
+                self.disk.write(self.file, self.size + start, line[start:stop])
+                self.disk.sync(self.file)
         except OSError:
             self.disk.resize(self.file, self.size)
             raise

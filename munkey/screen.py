@@ -47,8 +47,19 @@ class Screen:
     @classmethod
     def of(cls, keys: Tensor) -> Screen:
         """The screen of some keys."""
-        rounded = keys.to(torch.bfloat16)
-        return cls(F.pad(rounded, (0, 1), value=1.0), length_above(keys - rounded.to(keys.dtype)), length_above(keys))
+        count, width = keys.shape
+        empty = torch.empty(2, count, dtype=torch.float32, device=keys.device)
+        screen = cls(keys.new_empty(count, width + 1, dtype=torch.bfloat16), *empty)
+        screen.write(keys)
+        return screen
+
+    def write(self, keys: Tensor) -> None:
+        """Be the screen of some keys, as many as there are rows."""
+        self.keys[:, :-1] = keys
+        self.keys[:, -1] = 1
+        lost = self.keys[:, :-1].to(keys.dtype).sub_(keys)
+        self.rounding.copy_(length_above(lost))
+        self.length.copy_(length_above(keys))
 
 
 def screened(queries: Tensor, screen: Screen, k: int) -> Pairs | None:

@@ -5,11 +5,14 @@ Letters: `M` rows, `D` width of a key, `V` width of a value, `B` instances of a 
 
 from __future__ import annotations
 
+import operator
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -102,8 +105,8 @@ class KeyStore(HashedTable):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __contains__(self, instance: object) -> bool:
-        return instance in self.index
+    def __contains__(self, instance: SupportsIndex) -> bool:
+        return operator.index(instance) in self.index
 
     def __iter__(self) -> Iterator[int]:
         """Ids in ascending order; the order of rows would tell the history."""
@@ -186,7 +189,7 @@ class KeyStore(HashedTable):
         there = [instance for instance in wanted if instance in self.index]
         if there:
             raise ValueError(f"ids {some(there)} are in the store already; use replace to change them")
-        self._write(*self._new_rows(wanted, keys, labels, values, permanent))
+        self._write(wanted, self._new_rows(wanted, keys, labels, values, permanent))
 
     def replace(
         self,
@@ -208,14 +211,14 @@ class KeyStore(HashedTable):
         wanted = as_ids(ids)
         rows = self._new_rows(wanted, keys, labels, values, permanent=False)
         receipt = self.forget(wanted)
-        self._write(*rows)
+        self._write(wanted, rows)
         return receipt
 
     def _new_rows(
         self, ids: list[int], keys: Tensor, labels: Tensor | None, values: Tensor | None, permanent: bool
     ) -> tuple[Tensor, ...]:
         """One tensor for each column of the table."""
-        keys, labels, values = check_rows(ids, keys, labels, values, self.widths)
+        keys, labels, values = check_rows(ids, keys, labels, values, self.widths, self.keys.dtype)
         count, device = keys.shape[1], self.ids.device
         owner = torch.tensor(ids, dtype=torch.int64, device=device).repeat_interleave(count)
         view = torch.arange(count, device=device).repeat(len(ids))
@@ -225,17 +228,24 @@ class KeyStore(HashedTable):
         labels, stays = labels.repeat_interleave(count), torch.full_like(view, permanent, dtype=torch.bool)
         return owner, view, labels, stays, keys.flatten(0, 1), values.reshape(-1, self.widths[1])
 
-    def _write(self, *columns: Tensor) -> None:
+    def _write(self, ids: list[int], columns: Sequence[Tensor]) -> None:
         rows = self.append(*columns)
-        if self.log is not None and self.log.gone:
+        if self.log is None or not self.log.gone:
+            return
+        try:
             self.log.returned(self._tokens(rows))
+        except OSError:
+            self.erase(ids, Removal.of(rows.tolist(), self.used, self.ids.device))
+            self._forget_total()
+            raise
 
     # --- forgetting ---------------------------------------------------------------------------------------
 
     def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
         """Erase instances, here and in all that is attached; all of them or, if something is wrong, none.
 
-        The cost follows the rows that go, not those that stay.
+        The cost follows the rows that go, not those that stay; but for the digest, which is taken anew if values were
+        trained since the last one, and tables of neighbours.
 
         Args:
             ids: `(B,)` int64; an id that comes twice counts once.
@@ -258,7 +268,12 @@ class KeyStore(HashedTable):
         self._check_forgettable(known)
         return self._forget(known, absent, self.log)
 
+    def _ready(self) -> None:
+        """Raise an error if `erase` would."""
+        self.holders.check_still()
+
     def _forget(self, known: list[int], absent: tuple[int, ...], log: ReceiptLog | None) -> Receipt:
+        self._ready()
         removal = Removal.of(self.index.of_all(known), self.used, self.ids.device)
         before, total = self.digest(), self._total_after(removal)
         after, size = self._digest(removal.after, total), len(removal.gone) * self.row_bytes()
@@ -270,16 +285,18 @@ class KeyStore(HashedTable):
         self._keep(total)
         return receipt
 
-    def _tokens(self, rows: Tensor) -> list[str]:
+    def _tokens(self, rows: Tensor | slice) -> list[str]:
         keys = self.keys[rows]
-        tokens = tokens_of(self.secret, self.ids[rows], keys)
-        keys.zero_()  # a copy of rows that are to go
+        tokens = tokens_of(self.secret, self.ids[rows], self.labels[rows], keys)
+        if not isinstance(rows, slice):
+            keys.zero_()  # a copy of rows that are to go
         return tokens
 
     def keep_receipts(self, path: str | os.PathLike[str], *, disk: Disk | None = None) -> Receipt:
         """Write a receipt to a log whenever something is forgotten; first, forget what the log says is gone.
 
-        So whoever restores a backup and gives it the log has all that was forgotten since forgotten again.
+        So whoever restores a backup and gives it the log has all that was forgotten since forgotten again. A receipt is
+        written before rows are erased: if that fails, they are erased when the log is next given to the store.
 
         Args:
             path: the log; it is made if there is none. See `munkey.receipt_log`.
@@ -289,21 +306,34 @@ class KeyStore(HashedTable):
             what was forgotten again; it is not logged twice.
 
         Raises:
+            BlockingIOError: if another store writes to the log.
             OSError: if the log cannot be read or written.
             ValueError: if a line of the log was changed, or it is of another store, or as for `forget`.
         """
+        if self.log is not None:
+            self.log.close()
+            self.log = None
         log = ReceiptLog(path, self.secret, disk=disk)
-        owners = self.ids[: self.used].tolist()
-        tokens = tokens_of(self.secret, self.ids[: self.used], self.keys[: self.used]) if log.gone else []
-        known = sorted({owner for owner, token in zip(owners, tokens, strict=False) if token in log.gone})
         try:
-            self._check_forgettable(known)
-            receipt = self._forget(known, (), None)
+            receipt = self._forget_again(log)
         except BaseException:
             log.close()
             raise
         self.log = log
         return receipt
+
+    def _forget_again(self, log: ReceiptLog) -> Receipt:
+        """Forget what a log says is gone."""
+        rows = slice(0, self.used)
+        gone = [token in log.gone for token in self._tokens(rows)] if log.gone else []
+        known = sorted({owner for owner, there in zip(self.ids[rows].tolist(), gone, strict=False) if there})
+        self._check_forgettable(known)
+        return self._forget(known, (), None)
+
+    def _take(self, found: dict[str, Tensor]) -> None:  # type: ignore[override]
+        super()._take(found)
+        if self.log is not None:
+            self._forget_again(self.log)
 
     def attach(self, *holders: torch.optim.Optimizer | EMA) -> None:
         """Tell the store what else keeps something of its values, so that it can be erased, moved and grown there too.
@@ -316,13 +346,25 @@ class KeyStore(HashedTable):
             TypeError: if one is something else.
             ValueError: if one does not follow the values.
         """
+        store = weakref.ref(self)  # an optimiser does not keep a store alive
+
+        def stepped(*_: object) -> None:
+            found = store()
+            if found is not None:
+                found._forget_total()
+
         for holder in holders:
-            self.holders.attach(self.values, holder)
+            self.holders.attach(self.values, holder, stepped)
+
+    def detach(self, *holders: torch.optim.Optimizer | EMA) -> None:
+        """Leave out what was attached; it keeps what it has of instances, and forgetting does not reach it any more."""
+        for holder in holders:
+            self.holders.detach(holder)
 
     def _require(self, ids: list[int]) -> None:
         unknown = [instance for instance in ids if instance not in self.index]
         if unknown:
-            raise KeyError(f"ids {some(unknown)} are not in the store; forget passes over them with missing='ignore'")
+            raise KeyError(f"ids {some(unknown)} are not in the store; forget can pass over them with missing='ignore'")
 
     def _check_forgettable(self, ids: list[int]) -> None:
         stay = self.permanent[self.rows_of(ids)]

@@ -6,7 +6,7 @@ Letters: `M` rows in use, `R` rows there is room for, `D` width of a key, `V` wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from munkey.holders import Holders, grown, reordered
 from munkey.rows import Removal, RowIndex
 from munkey.screen import Screen
 
-__all__ = ["RowTable"]
+__all__ = ["RowTable", "wipe_copies"]
 
 _LEAST_ROOM = 16
 _BUFFERS = ("ids", "views", "labels", "permanent", "keys")
@@ -80,7 +80,8 @@ class RowTable(nn.Module):
         self.register_buffer("permanent", torch.zeros(0, dtype=torch.bool, device=device))
         self.register_buffer("keys", torch.zeros(0, key_width, device=device, dtype=dtype))
         self.values = nn.Parameter(torch.zeros(0, value_width, device=device, dtype=dtype))
-        for name, column in zip(_SCREEN, _screen(self.keys), strict=True):
+        screen = Screen.of(self.keys)
+        for name, column in zip(_SCREEN, (screen.keys, screen.rounding, screen.length), strict=True):
             self.register_buffer(name, column, persistent=False)
         self.used = 0
         self.index = RowIndex(self.ids, self.views)
@@ -111,23 +112,26 @@ class RowTable(nn.Module):
     @torch.no_grad()
     def append(self, *columns: Tensor) -> Tensor:
         """Write new rows, given like `columns`; the numbers they got."""
-        rows = torch.arange(self.used, self.used + len(columns[0]), device=self.ids.device)
+        self.holders.check_still()
+        start, stop = self.used, self.used + len(columns[0])
         room = len(self.ids)
-        if self.used + len(rows) > room:
-            room = max(_LEAST_ROOM, self.used + len(rows), room + room // 2)
+        if stop > room:
+            room = max(_LEAST_ROOM, stop, room + room // 2)
             self._rebuild(partial(grown, room=room), lambda numbers: numbers)
-        for column, new in zip(self.columns, columns, strict=True):
-            column[rows] = new.to(column)
-        for name, new in zip(_SCREEN, _screen(self.keys[rows]), strict=True):
-            getattr(self, name)[rows] = new
-        self.index.add(self.ids[rows], self.views[rows], self.used)
-        self.used += len(rows)
-        self.holders.added()
-        return rows
+        fitting = [new.to(column) for new, column in zip(columns, self.columns, strict=True)]
+        for column, new in zip(self.columns, fitting, strict=True):
+            column[start:stop] = new
+        wipe_copies(fitting, columns)
+        Screen(*(getattr(self, name)[start:stop] for name in _SCREEN)).write(self.keys[start:stop])
+        self.index.add(self.ids[start:stop], self.views[start:stop], start)
+        self.used = stop
+        self.holders.added(self.values, slice(start, stop))
+        return torch.arange(start, stop, device=self.ids.device)
 
     @torch.no_grad()
     def erase(self, ids: list[int], removal: Removal) -> None:
         """Overwrite the rows of some ids, here and in all that is attached."""
+        self.holders.check_still()
         self.index.remove(ids)
         self.index.move(self.ids[removal.movers], self.views[removal.movers], removal.holes)
         for column in (*self.columns, *(getattr(self, name) for name in _SCREEN)):
@@ -154,12 +158,20 @@ class RowTable(nn.Module):
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
         self._rebuild(partial(reordered, order=order), lambda numbers: place[numbers])
+        self.holders.moved = True
         self.index = RowIndex(self.ids, self.views)
 
     def _rebuild(self, make: Callable[[Tensor], Tensor], renumber: Callable[[Tensor], Tensor]) -> None:
-        for name in (*_BUFFERS, *_SCREEN):
-            setattr(self, name, make(getattr(self, name)))
-        self.holders.rebuild(self.values, make, renumber)
+        """Put other tensors in the place of all; those there were are wiped once all others are there."""
+        self.holders.check_still()
+        names = (*_BUFFERS, *_SCREEN)
+        old = [getattr(self, name) for name in names]
+        new = [make(tensor) for tensor in old]
+        old += self.holders.rebuild(self.values, make, renumber)
+        for name, tensor in zip(names, new, strict=True):
+            setattr(self, name, tensor)
+        for tensor in old:
+            tensor.zero_()
 
     # --- state --------------------------------------------------------------------------------------------
 
@@ -200,31 +212,44 @@ class RowTable(nn.Module):
         for name, shape in shapes.items():
             if tuple(found[name].shape) != shape:
                 return f"expected {name} of shape {shape}, found {tuple(found[name].shape)}"
-        if rows and len(torch.unique(torch.stack((found["ids"], found["views"])), dim=1).T) != rows:
-            return "an id has two rows of one view"
-        if any(self.values in optimizer.state for optimizer in self.holders.optimizers) or self.holders.averages:
-            return "an optimiser or an average follows the present rows; load first, then attach"
+            if found[name].is_floating_point() != getattr(self, name).is_floating_point():
+                return f"expected {name} like {getattr(self, name).dtype}, found {found[name].dtype}"
+        order = found["views"].argsort(stable=True)
+        order = order[found["ids"][order].argsort(stable=True)]
+        ids, views = found["ids"][order], found["views"][order]
+        first = torch.searchsorted(ids, ids)
+        if not torch.equal(views, torch.arange(rows, device=ids.device) - first):
+            return "the views of an id are not 0, 1, ... in some order"
+        if not all(found[name].to(getattr(self, name)).isfinite().all() for name in ("keys", "values")):
+            return "keys and values must be finite"
+        if self.holders.followed(self.values):
+            return "an optimiser or an average follows the present rows; load first, then attach, or detach it"
         return None
 
     @torch.no_grad()
     def _take(self, found: Mapping[str, Tensor]) -> None:
         """Have these rows and no others; the old ones are wiped."""
-        self._rebuild(lambda old: reordered(old, old.new_zeros(0, dtype=torch.int64)), lambda numbers: numbers - 1)
         self.values.grad = None
+        self._rebuild(lambda old: old.new_zeros(0, *old.shape[1:]), lambda numbers: numbers)
         for name in _BUFFERS:
             setattr(self, name, found[name].to(getattr(self, name), copy=True))
         self.values.data = found["values"].detach().to(self.values.data, copy=True)
         self._look_again()
-        self.used = len(self.ids)
+        self.used, self.holders.moved = len(self.ids), False
         self.index = RowIndex(self.ids, self.views)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        names = (*_COLUMNS, *_SCREEN)
+        old = [getattr(self, name).detach() for name in names]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._look_again()  # another dtype of the keys is not another one of the screen
+        wipe_copies(old, [getattr(self, name).detach() for name in names])
         return self
 
     def _look_again(self) -> None:
-        for name, column in zip(_SCREEN, _screen(self.keys), strict=True):
+        screen = Screen.of(self.keys)
+        for name, column in zip(_SCREEN, (screen.keys, screen.rounding, screen.length), strict=True):
+            getattr(self, name).zero_()
             setattr(self, name, column)
 
     def extra_repr(self) -> str:
@@ -234,6 +259,8 @@ class RowTable(nn.Module):
         )
 
 
-def _screen(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    screen = Screen.of(keys)
-    return screen.keys, screen.rounding, screen.length
+def wipe_copies(copies: Iterable[Tensor], of: Iterable[Tensor]) -> None:
+    """Overwrite tensors that are not the same memory as others."""
+    for copy, original in zip(copies, of, strict=True):
+        if copy.data_ptr() != original.data_ptr():
+            copy.zero_()

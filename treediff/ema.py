@@ -26,6 +26,9 @@ class EMA:
     Raises:
         ValueError: if the decay is out of range.
 
+    Attributes:
+        own: the model's own weights while it has the averaged ones, otherwise None.
+
     Examples:
         >>> model = nn.Linear(2, 1)
         >>> ema = EMA(model, decay=0.999)
@@ -39,6 +42,7 @@ class EMA:
             raise ValueError(f"decay must be at least 0 and below 1, found {decay}")
         self.model, self.decay, self.warm_up = model, decay, warm_up
         self.steps = 0
+        self.own: dict[str, Tensor] | None = None
         self.weights = {name: _precise(weight.detach()) for name, weight in model.named_parameters()}
 
     @torch.no_grad()
@@ -57,19 +61,21 @@ class EMA:
     @contextmanager
     def average(self) -> Iterator[None]:
         """Within this context the model has the averaged weights; afterwards its own again, whatever happens."""
-        own = self._exchange(self.weights)
+        outer, self.own = self.own, {name: weight.clone() for name, weight in self._now().items()}
         try:
+            self._put(self.weights)
             yield
         finally:
-            self._exchange(own)
+            self._put(self.own)
+            for weight in self.own.values():
+                weight.zero_()  # freed memory keeps what was in it
+            self.own = outer
 
     @torch.no_grad()
-    def _exchange(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _put(self, weights: dict[str, Tensor]) -> None:
         now = self._now()
-        kept = {name: weight.clone() for name, weight in now.items()}
         for name, weight in weights.items():
             now[name].copy_(weight)
-        return kept
 
     def _now(self) -> dict[str, Tensor]:
         """What the model has at present for each average."""

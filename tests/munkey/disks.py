@@ -23,36 +23,53 @@ class FailingDisk(Disk):
         error: what the step raises; the process is killed if not given, in the middle of the step if it is a write.
     """
 
-    def __init__(self, at: int = -1, error: OSError | None = None) -> None:
-        self.at, self.error, self.steps = at, error, 0
+    def __init__(self, at: int = -1, error: BaseException | None = None) -> None:
+        self.at, self.error, self.steps, self.dead = at, error, 0, False
         self.files: list[int] = []
 
     def step(self) -> bool:
         """Whether this is the step."""
+        if self.dead:
+            raise Killed
         self.steps += 1
         if self.steps - 1 != self.at:
             return False
         if self.error is not None:
             raise self.error
+        self.dead = True
         return True
 
     def die(self) -> None:
         """Close what the process had open, as a system does."""
+        self.dead = True
         for file in self.files:
             super().close(file)
         self.files = []
 
     def open(self, path: str, *, create: bool = False) -> int:
+        if self.dead:
+            raise Killed
         self.files.append(super().open(path, create=create))
         return self.files[-1]
 
+    def open_to_read(self, path: str) -> int:
+        self.files.append(super().open_to_read(path))
+        return self.files[-1]
+
     def close(self, file: int) -> None:
+        if self.dead:
+            return
         self.files.remove(file)
         super().close(file)
 
+    def allocate(self, file: int, size: int) -> None:
+        self._or_die()
+        super().allocate(file, size)
+
     def write(self, file: int, start: int, data: bytes | memoryview) -> None:
         if self.step():
-            super().write(file, start, memoryview(data)[: len(data) // 2])
+            whole = (start + len(data) // 2) // SECTOR * SECTOR  # a sector is written whole or not
+            super().write(file, start, memoryview(data)[: max(0, whole - start)])
             raise Killed
         super().write(file, start, data)
 
@@ -115,6 +132,7 @@ class MemoryDisk(Disk):
         self.pending_names: list[dict[str, Inode]] = []
         self.opened: dict[int, Inode] = {}
         self.inodes: list[Inode] = []
+        self.locks: set[int] = set()
 
     def after_power_loss(self, luck: random.Random) -> MemoryDisk:
         """What is there when the power is back."""
@@ -143,7 +161,7 @@ class MemoryDisk(Disk):
 
     def _step(self) -> None:
         self.steps += 1
-        if self.steps - 1 == self.at:
+        if self.steps - 1 >= self.at >= 0:
             raise Killed
 
     def open(self, path: str, *, create: bool = False) -> int:
@@ -152,14 +170,21 @@ class MemoryDisk(Disk):
                 raise FileNotFoundError(errno.ENOENT, path)
             self.inodes.append(Inode())
             self._rename({**self.names, path: self.inodes[-1]})
-        file = len(self.opened) + 100
+        file = len(self.opened) + 100  # never given twice
         self.opened[file] = self.names[path]
         return file
+
+    def open_to_read(self, path: str) -> int:
+        return self.open(path)
+
+    def allocate(self, file: int, size: int) -> None:
+        self.resize(file, size)
 
     def lock(self, file: int) -> bool:
         if self.opened[file].locked:
             return False
         self.opened[file].locked = True
+        self.locks.add(file)
         return True
 
     def size(self, file: int) -> int:
@@ -221,4 +246,5 @@ class MemoryDisk(Disk):
         self.medium_names, self.pending_names = dict(self.names), []
 
     def close(self, file: int) -> None:
-        self.opened[file].locked = False
+        if file in self.locks:
+            self.opened[file].locked = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from classifiers import CLASSES, SIZE, encoder, filled, images, labels, model, train
+from disks import FailingDisk, Killed
 from torch import nn
 
-from munkey import ConvEncoder, KeyMemoryTransformer, ModuleEncoder, Projection
+from munkey import ConvEncoder, DurableStore, KeyMemoryTransformer, ModuleEncoder, Projection, files
 from treediff.io import model_bytes, read_header, read_tensors
 
 
@@ -150,11 +152,42 @@ def test_a_file_tells_nothing_of_history_in_its_header(tmp_path: Path) -> None:
     assert re.fullmatch("[0-9a-f]{64}", header["digest"]) and json.dumps(header)
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    path, built = tmp_path / "a.safetensors", filled()
-    built.save(path)
-    before = path.read_bytes()
-    built.forget([1])
-    with pytest.raises(OSError):
-        built.save(tmp_path / "no such folder" / "a.safetensors")
-    assert path.read_bytes() == before
+def test_a_file_that_cannot_be_written_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    built, whole = filled(), []
+    for forgotten in (False, True):
+        built.forget([1] if forgotten else [])
+        built.save(tmp_path / "model.safetensors")
+        whole.append((tmp_path / "model.safetensors").read_bytes())
+    for killed in (False, True):
+        for at in range(40):
+            folder = tmp_path / f"{killed} {at}"
+            folder.mkdir()
+            path = folder / "a.safetensors"
+            path.write_bytes(whole[0])
+            disk = FailingDisk(at, None if killed else OSError(errno.ENOSPC, "full"))
+            try:
+                files.save(built, path, disk=disk)
+            except (OSError, Killed):
+                disk.die()
+                assert path.read_bytes() in whole
+                assert killed or os.listdir(folder) == ["a.safetensors"], "no part of a file is left"
+                built.save(path)
+            assert path.read_bytes() == whole[1] and os.listdir(folder) == ["a.safetensors"]
+    assert disk.steps < 40
+
+
+def test_a_memory_that_is_followed_is_not_loaded_into(tmp_path: Path) -> None:
+    built = filled()
+    built.save(tmp_path / "a.safetensors")
+    other = filled(seed=3)
+    optimizers = train(other, list(range(12)), steps=1)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError, match="an optimiser or an average follows the model's memory; load first"):
+        KeyMemoryTransformer.load(tmp_path / "a.safetensors", model=other)
+    assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
+    other.memory.store.detach(*optimizers)
+    KeyMemoryTransformer.load(tmp_path / "a.safetensors", model=other)
+    other.memory.store = DurableStore.create(tmp_path / "store", 5, 4, secret=b"another")
+    with pytest.raises(ValueError, match="the model's memory lives in a file with another secret; load into"):
+        KeyMemoryTransformer.load(tmp_path / "a.safetensors", model=other)
+    other.memory.store.close()

@@ -173,7 +173,7 @@ class Mixing(torch.optim.SGD):
     [
         (
             torch.zeros(2),
-            "Mixing keeps 'memory' of shape (2,) for values of shape (16, 2): it mixes instances, and none",
+            "Mixing keeps 'memory' of shape (2,) for values of shape (16, 2), in which no instance can be found",
         ),
         ([torch.zeros(2)], "Mixing keeps 'memory', a list, in which no instance can be found and erased; train values"),
     ],
@@ -187,6 +187,129 @@ def test_an_optimizer_that_mixes_rows_is_refused_and_nothing_is_lost(state: obje
         with pytest.raises(ValueError, match=re.escape(message)):
             act()
     assert found.digest() == before and list(found) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (torch.zeros(16, 16), "keeps 'memory' of shape (16, 16) for values of shape (16, 2)"),
+        (
+            torch.zeros(16, 2).to_sparse(),
+            "keeps 'memory', a sparse tensor, in which no instance can be found",
+        ),
+    ],
+)
+def test_other_state_of_which_no_row_can_be_erased(state: Tensor, message: str) -> None:
+    found = store()
+    found.add([1, 2], keys_of([1, 2]))
+    if state.is_sparse:
+        state = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (16, 2), check_invariants=True)
+    found.attach(Mixing([found.values], state))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        found.forget([1])
+    assert 1 in found
+
+
+def test_an_optimizer_that_keeps_its_history_under_another_weight_is_refused() -> None:
+    found, other = store(), nn.Parameter(torch.ones(3))
+    found.add([1, 2], keys_of([1, 2]))
+    optimizer = torch.optim.LBFGS([other, found.values], max_iter=3)
+    found.attach(optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = found.read(torch.arange(2)).pow(2).sum() + other.pow(4).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"LBFGS keeps .*, a list, in which no instance can be found and erased"):
+        found.forget([1])
+    found.detach(optimizer)
+    assert found.forget([1]).rows == 1
+
+
+def test_who_did_not_follow_so_far_is_not_attached() -> None:
+    found = store()
+    found.add(range(4), keys_of(list(range(4))))
+    optimizer, ema = torch.optim.Adam([found.values]), EMA(Holder(found))
+    found.values.pow(2).sum().backward()
+    optimizer.step()
+    found.forget([0])
+    with pytest.raises(ValueError, match="rows have moved since this optimiser's first step, and it did not follow"):
+        found.attach(optimizer)
+    found.add(range(10, 40), keys_of(list(range(10, 40))))
+    with pytest.raises(ValueError, match="the EMA has an average of 16 of 33 rows: the store joined the model"):
+        found.attach(ema)
+    late = Holder(store())
+    other = EMA(nn.ParameterList([nn.Parameter(torch.zeros(1))]))
+    other.model.add_module("rows", late.rows)
+    with pytest.raises(ValueError, match="the EMA has an average of none of 0 rows"):
+        late.rows.attach(other)
+
+
+def test_nothing_changes_while_the_values_are_those_of_an_average() -> None:
+    found, _, ema = holding("Adam")
+    before = found.digest()
+    with ema.average():
+        for act in (lambda: found.forget([1]), lambda: found.add([77], keys_of([77])), found.compact):
+            with pytest.raises(
+                ValueError, match=r"the values are those of an EMA at present; leave `with ema\.average"
+            ):
+                act()
+        assert found.digest() != before
+    assert found.digest() == before
+    found.forget([1])
+
+
+def test_an_average_of_a_new_row_begins_as_its_value() -> None:
+    found, _, ema = holding("Adam")
+    for ids in ([50], list(range(60, 90))):
+        found.add(ids, keys_of(ids), values=torch.full((len(ids), 1, 2), 3.0))
+        assert (ema.weights["rows.values"][found.rows_of(ids)] == 3).all()
+
+
+def test_a_sparse_gradient_is_overwritten_wherever_it_is() -> None:
+    found = store()
+    found.add([1, 2, 3], keys_of([1, 2, 3]))
+    found.attach(torch.optim.SGD([found.values], lr=0.1))
+    for _ in range(2):
+        found.read(found.rows_of([1, 2, 1]), sparse=True).sum().backward()
+    grad = found.values.grad
+    assert grad is not None and not grad.is_coalesced() and grad._values().any()
+    found.forget([1])
+    assert not grad._values().any()
+
+
+def test_a_state_is_loaded_whatever_gradient_there_is() -> None:
+    found = store()
+    found.add(range(5), keys_of(list(range(5))))
+    found.attach(torch.optim.SGD([found.values], lr=0.1))
+    found.read(found.rows_of(range(5)), sparse=True).sum().backward()
+    found.load_state_dict(found.state_dict())
+    assert len(found) == 5 and found.values.grad is None
+
+
+@each_optimizer
+def test_a_digest_follows_every_optimizer(name: str) -> None:
+    found, optimizer, _ = holding(name)
+    before = found.digest()
+    optimizer.zero_grad()
+    found.read(found.rows_of([1]), sparse=name == "SparseAdam").pow(2).sum().backward()
+    optimizer.step()
+    fresh = store()
+    rows = found.get(list(found))
+    fresh.add(rows.ids, rows.keys, values=rows.values)
+    assert before != found.digest() == fresh.digest()
+
+
+def test_a_digest_of_a_copy_is_its_own() -> None:
+    found = store()
+    found.add([1], keys_of([1]))
+    other = copy.deepcopy(found)
+    with torch.no_grad():
+        other.values[0, 0] += 1
+    assert other.digest() != found.digest()
 
 
 def test_state_that_holds_nothing_of_a_row_is_fine() -> None:

@@ -283,7 +283,7 @@ def test_bad_settings(settings: dict[str, object], error: type[Exception], messa
         (lambda m: m.remember([0], images(1)), ValueError, "ids [0] are in the store already"),
         (lambda m: m.loss(images(1), labels(1), ids=[99]), KeyError, "ids [99] are not in the store"),
         (lambda m: m.loss(images(2), labels(2), ids=[1]), ValueError, "expected one id for each of 2 inputs, found 1"),
-        (lambda m: m.forget([99]), KeyError, "ids [99] are not in the store; forget passes over them with missing="),
+        (lambda m: m.forget([99]), KeyError, "ids [99] are not in the store; forget can pass over them with missing="),
     ],
 )
 def test_bad_calls_lose_nothing(call: object, error: type[Exception], message: str) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
+import pickle
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -11,7 +15,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
-from disks import FailingDisk, Killed
+from disks import FailingDisk, Killed, MemoryDisk
 from hypothesis import HealthCheck, given, settings
 from stores import SECRET, WIDTHS, keys_of, store
 
@@ -24,6 +28,11 @@ def filled(path: Path) -> KeyStore:
     found.add(range(6), keys_of(list(range(6)), 2))
     found.keep_receipts(path)
     return found
+
+
+def close_log(found: KeyStore) -> None:
+    assert found.log is not None
+    found.log.close()
 
 
 def test_a_receipt_is_json_and_back() -> None:
@@ -102,11 +111,95 @@ def test_another_key_under_an_old_id_is_another_instance(tmp_path: Path) -> None
     found.forget([3])
     found.add([3], keys_of([3], salt=5))
     new = found.state_dict()
+    close_log(found)
     for state, there in ((backup, False), (new, True)):
         restored = store()
         restored.load_state_dict(state)
         restored.keep_receipts(tmp_path / "log")
+        close_log(restored)
         assert (3 in restored) == there
+
+
+def test_another_label_of_an_old_key_is_another_instance(tmp_path: Path) -> None:
+    found = store()
+    found.add([3], keys_of([3]), torch.tensor([1]))
+    found.keep_receipts(tmp_path / "log")
+    backup = found.state_dict()
+    found.replace([3], keys_of([3]), torch.tensor([2]))
+    close_log(found)
+    restored = store()
+    restored.load_state_dict(backup)
+    restored.keep_receipts(tmp_path / "log")
+    assert 3 not in restored
+
+
+def test_another_dtype_does_not_bring_anyone_back(tmp_path: Path) -> None:
+    found = filled(tmp_path / "log")
+    backup = found.state_dict()
+    found.double().forget([3])
+    close_log(found)
+    restored = store()
+    restored.load_state_dict(backup)
+    assert restored.keep_receipts(tmp_path / "log").forgotten == (3,)
+
+
+def test_a_state_that_is_loaded_beside_a_log_is_forgotten_again(tmp_path: Path) -> None:
+    found = filled(tmp_path / "log")
+    backup = found.state_dict()
+    found.forget([3])
+    found.load_state_dict(backup)
+    assert 3 not in found and len(found) == 5
+
+
+def test_only_one_store_writes_to_a_log(tmp_path: Path) -> None:
+    found = filled(tmp_path / "log")
+    with pytest.raises(BlockingIOError, match=r"another store writes to the log .*; close it there first"):
+        store().keep_receipts(tmp_path / "log")
+    other = copy.deepcopy(found)
+    assert other.log is None
+    other.forget([1])
+    found.forget([2])
+    assert [event["receipt"]["forgotten"] for event in verify(tmp_path / "log", secret=SECRET).events] == [[2]]
+    with pytest.raises(TypeError, match="an open log cannot be pickled; close it, and give the other store its path"):
+        pickle.dumps(found)
+    found.keep_receipts(tmp_path / "log")  # again, or another one: the first is closed
+    found.keep_receipts(tmp_path / "second")
+    store().keep_receipts(tmp_path / "log")
+
+
+def test_who_cannot_be_logged_to_be_back_is_not(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    found = store()
+    found.add([3, 4], keys_of([3, 4]))
+    found.keep_receipts(tmp_path / "log", disk=disk)
+    found.forget([3])
+    before = found.digest()
+    disk.at, disk.error = disk.steps, OSError(errno.ENOSPC, "full")
+    with pytest.raises(OSError, match="full"):
+        found.add([3], keys_of([3]))
+    assert 3 not in found and found.digest() == before
+
+
+def test_a_log_survives_a_loss_of_power() -> None:
+    ids = list(range(28))
+    for at in range(30):
+        disk = MemoryDisk()
+        found = store()
+        found.add(ids, keys_of(ids))
+        found.keep_receipts("log", disk=disk)
+        found.forget([0, 1])
+        disk.at = disk.steps + at
+        try:
+            found.forget(ids[2:])  # a line of several sectors
+            done = True
+        except Killed:
+            done = False
+        for seed in range(10):
+            events = verify("log", disk=copy.deepcopy(disk).after_power_loss(random.Random(seed))).events
+            assert len(events) == 2 if done else len(events) in (1, 2)
+        if done:
+            break
+    assert at > 2
 
 
 def test_a_restored_file_forgets_again_before_it_answers(tmp_path: Path) -> None:
@@ -187,6 +280,7 @@ def test_a_changed_line_is_named(tmp_path: Path, change: Callable[[Path], object
     found = filled(path)
     for instance in range(3):
         found.forget([instance])
+    close_log(found)
     change(path)
     content = path.read_bytes()
     with pytest.raises(ValueError, match=message):
@@ -201,6 +295,7 @@ def test_a_line_that_was_interrupted_is_none(tmp_path: Path) -> None:
     path = tmp_path / "log"
     found = filled(path)
     found.forget([1])
+    close_log(found)
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"event":')
     assert len(verify(path).events) == 1
@@ -214,11 +309,10 @@ def test_bad_calls(tmp_path: Path) -> None:
         verify(tmp_path / "log")
     found = filled(tmp_path / "log")
     found.forget([1])
+    close_log(found)
     other = KeyStore(*WIDTHS, secret=b"another")
     with pytest.raises(ValueError, match=r"line 1 of .* was not written with the secret of this store"):
         other.keep_receipts(tmp_path / "log")
-    assert found.log is not None
-    found.log.close()
     with pytest.raises(ValueError, match=re.escape("is closed; open it again")):
         found.forget([2])
     assert 2 in found, "what cannot be logged is not forgotten"

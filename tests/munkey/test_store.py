@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import hypothesis.strategies as st
 import pytest
@@ -165,3 +166,41 @@ def test_a_digest_follows_training() -> None:
         found.values[0, 0] = 5
     seen.add(found.digest())
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"views": torch.tensor([1, 0, 0])}, "the views of an id are not 0, 1, ... in some order"),
+        ({"views": torch.tensor([0, 0, 2])}, "the views of an id are not 0, 1, ... in some order"),
+        ({"ids": torch.tensor([1, 1, 2])}, "the views of an id are not 0, 1, ... in some order"),
+        ({"keys": torch.full((3, 3), torch.nan)}, "keys and values must be finite"),
+        ({"values": torch.full((3, 2), torch.inf)}, "keys and values must be finite"),
+        ({"keys": torch.zeros(3, 4)}, "expected keys of shape (3, 3), found (3, 4)"),
+        ({"labels": torch.zeros(3)}, "expected labels like torch.int64, found torch.float32"),
+    ],
+)
+def test_a_state_that_makes_no_sense_is_refused(change: dict[str, torch.Tensor], message: str) -> None:
+    other = store()
+    other.add([1, 2, 3], keys_of([1, 2, 3]))
+    found = store()
+    found.add([7], keys_of([7]))
+    before = found.digest()
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        found.load_state_dict({**other.state_dict(), **change})
+    assert found.digest() == before and list(found) == [7]
+
+
+def test_membership_takes_any_whole_number() -> None:
+    found = store()
+    found.add([3], keys_of([3]))
+    assert torch.tensor(3) in found and 4 not in found
+    with pytest.raises(TypeError):
+        assert "3" in found  # type: ignore[operator]
+
+
+def test_a_key_must_be_finite_as_it_is_stored() -> None:
+    found = store(dtype=torch.float16)
+    with pytest.raises(ValueError, match=re.escape("keys must be finite as torch.float16; those of 1 instances are")):
+        found.add([1, 2], torch.tensor([[1e10, 0, 0], [1.0, 0, 0]]))
+    assert len(found) == 0
