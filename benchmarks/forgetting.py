@@ -6,10 +6,9 @@
 
 For each seed one model is trained on everything. Then, for each kind of forget set, a copy of it forgets, and another
 model, of another seed, is trained without. Accuracies and the area under the curve of the loss attack are in percent;
-the attack tells forgotten instances from test images. The *floor* is the gap between two models trained without, of
-different seeds: what a gap of zero looks like. Settings of the model are options by name, as in
-`--set own_token_probability=0.5`. Progress is saved after each row; the last line printed is one JSON object.
-"""
+the attack tells forgotten instances from test images of the same kind. The *floor* is the gap between two models
+trained without, of different seeds: what a gap of zero looks like. Settings of the model are options by name, as in
+`--set own_token_probability=0.5`. Progress is saved after each row; the last line printed is one JSON object. """
 
 from __future__ import annotations
 
@@ -56,8 +55,21 @@ class Task:
             return order[: round(len(order) * float(kind.removeprefix("random-").removesuffix("%")) / 100)]
         if kind == "class":
             return (self.labels == self.labels[order[0]]).nonzero().squeeze(1)
-        keys = torch.nn.functional.normalize(self.keys, dim=1)
-        return (keys @ keys[order[0]]).topk(len(keys) // 100).indices
+        return self._near(self.keys, order[0], len(order) // 100)
+
+    def others(self, kind: str, seed: int) -> Tensor:
+        """Test images of the same kind as what is forgotten."""
+        first = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(1000 + seed))[0]
+        if kind == "class":
+            return (self.test_labels == self.labels[first]).nonzero().squeeze(1)
+        if kind == "cluster":
+            return self._near(self.test_keys, first, len(self.test_keys) // 100)
+        return torch.arange(len(self.test_images))
+
+    def _near(self, keys: Tensor, row: Tensor, count: int) -> Tensor:
+        """The keys most like that of a training image."""
+        unit = torch.nn.functional.normalize(keys, dim=1)
+        return (unit @ torch.nn.functional.normalize(self.keys[row], dim=0)).topk(count).indices
 
 
 def encoder_of(args: argparse.Namespace, shape: tuple[int, ...]) -> KeyEncoder:
@@ -115,7 +127,9 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     ]
 
 
-def measured(model: KeyMemoryTransformer, task: Task, forget: Tensor, retain: Tensor) -> dict[str, float]:
+def measured(
+    model: KeyMemoryTransformer, task: Task, forget: Tensor, retain: Tensor, others: Tensor
+) -> dict[str, float]:
     """Accuracies and the attack, in percent."""
     found, losses = {}, {}
     splits = {
@@ -128,21 +142,30 @@ def measured(model: KeyMemoryTransformer, task: Task, forget: Tensor, retain: Te
             logits = torch.cat([model(a, keys=k) for a, k in zip(x.split(256), keys.split(256), strict=True)])
         found[name] = 100 * float((logits.argmax(1) == labels).double().mean())
         losses[name] = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    found["attack"] = 100 * loss_attack(losses["forget"], losses["test"])
+    found["attack"] = 100 * loss_attack(losses["forget"], losses["test"][others])
     return found
 
 
-def input_alone(model: KeyMemoryTransformer, task: Task, forget: Tensor) -> float:
+def input_alone(model: KeyMemoryTransformer, task: Task, forget: Tensor, others: Tensor) -> float:
     """The attack on the input pathway: what the weights kept, in percent."""
     with torch.no_grad():
         losses = [
             torch.nn.functional.cross_entropy(model(x, use_memory=False), labels, reduction="none")
             for x, labels in (
                 (task.images[forget], task.labels[forget]),
-                (task.test_images, task.test_labels),
+                (task.test_images[others], task.test_labels[others]),
             )
         ]
     return 100 * loss_attack(*losses)
+
+
+def setting(pair: str) -> tuple[str, Any]:
+    """A name and its value: JSON, or a word."""
+    name, _, value = pair.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def main() -> None:
@@ -161,7 +184,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     tune_cpu()
-    settings = {name: json.loads(value) for name, value in (pair.split("=") for pair in args.set)}
+    settings = dict(setting(pair) for pair in args.set)
     task = Task(args)
     everything = torch.arange(len(task.images))
     rows: list[dict[str, Any]] = []
@@ -171,25 +194,26 @@ def main() -> None:
         for kind in args.kinds:
             forget = task.forget_set(kind, seed)
             retain = everything[~torch.isin(everything, forget)]
-            before = measured(full, task, forget, retain)
+            others = task.others(kind, seed)
+            before = measured(full, task, forget, retain, others)
             model = copy.deepcopy(full)
             receipt = model.forget(forget)
-            after = measured(model, task, forget, retain)
+            after = measured(model, task, forget, retain, others)
             oracles = [trained(task, retain, seed + 100 * n, settings, args) for n in range(1, 2 + args.floor)]
-            found = [measured(oracle, task, forget, retain) for oracle in oracles]
+            found = [measured(oracle, task, forget, retain, others) for oracle in oracles]
             row = {"seed": seed, "kind": kind, "forgotten": receipt.rows, "before": before, "after": after}
             row |= {
                 "oracle": found[0],
                 "gap": average_gap(after, found[0]),
                 "gap before": average_gap(before, found[0]),
             }
-            row |= {"input attack": input_alone(model, task, forget)}
-            row |= {"input attack of the oracle": input_alone(oracles[0], task, forget)}
+            row |= {"input attack": input_alone(model, task, forget, others)}
+            row |= {"input attack of the oracle": input_alone(oracles[0], task, forget, others)}
             row |= {"floor": average_gap(found[1], found[0])} if args.floor else {}
             rows.append(row | {"minutes": (time.perf_counter() - start) / 60})
             print(json.dumps(rows[-1]), flush=True)
             about = {name: value for name, value in vars(args).items() if name not in ("out", "data")}
-            about["encoder"] = Path(args.encoder).name
+            about |= {"encoder": Path(args.encoder).name, "fitted on": task.encoder.fitted_on}
             result = json.dumps({"data": task.name, **about, "results": rows})
             if args.out:
                 args.out.write_text(result + "\n")

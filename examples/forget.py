@@ -30,7 +30,8 @@ def chosen(model: KeyMemoryTransformer, args: argparse.Namespace) -> list[int]:
         return list(args.ids)
     if args.file is not None:
         return [int(line) for line in args.file.read_text().split()]
-    return [i for i in store if int(store.get([i]).labels[0]) == args.label]
+    there = slice(0, store.used)
+    return sorted(set(store.ids[there][store.labels[there] == args.label].tolist()))
 
 
 def measure(model: KeyMemoryTransformer, data: ImageDataset, groups: dict[str, torch.Tensor]) -> dict[str, object]:
@@ -72,8 +73,11 @@ def main() -> None:
     data, model = load_dataset(args.data), KeyMemoryTransformer.load(args.model).eval()
     store = model.memory.store
     ids = [i for i in chosen(model, args) if args.missing == "raise" or i in store]
-    rows = store.get(ids)  # kept only to look for their bytes afterwards
-    groups = {"forgotten": torch.tensor(ids), "kept": torch.tensor([i for i in store if i not in set(ids)])}
+    if not ids:
+        raise SystemExit("nothing to forget: none of these are in the memory")
+    rows = store.get(ids[:100])  # kept only to look for their bytes afterwards
+    kept = sorted(set(store) - set(ids))
+    groups = {"forgotten": torch.tensor(ids), "kept": torch.tensor(kept, dtype=torch.int64)}
     results = {"before": measure(model, data, groups)}
     start = time.perf_counter()
     receipt = model.forget(ids)

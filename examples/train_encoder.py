@@ -1,6 +1,6 @@
 """Train a key encoder on images alone, without labels: changed copies of one image are to have similar keys (SimCLR).
 
-    python examples/train_encoder.py                                       # real handwritten digits, a minute
+    python examples/train_encoder.py --fitted-on forgettable               # real handwritten digits, a minute
     python examples/train_encoder.py --data mnist --fitted-on "other data" --out runs/encoder-mnist
 
 Say what these images are to the classifier that will use the keys: `other data`, its `permanent split`, or
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
     parser.add_argument("--out", type=Path, default=Path("runs/encoder"), help="folder for results")
-    parser.add_argument("--fitted-on", default="other data", choices=FITTED_ON)
+    parser.add_argument("--fitted-on", required=True, choices=FITTED_ON, help="what these images are, see above")
     parser.add_argument("--rows", type=int, help="use the first so many images only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="by default as many as take a minute on the digits")

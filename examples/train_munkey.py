@@ -84,7 +84,10 @@ def main() -> None:
         raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")
     args.epochs = args.epochs or (1 if args.quick else max(1, 90_000 // len(images)))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
-    left_out, ids = order[: args.leave_out].sort().values, order[args.leave_out :].sort().values
+    # Which images stay for good must not depend on who else is there; who is left out is none of them.
+    stay = order[: int(args.permanent * len(order))] if args.mode == "exact" else order[:0]
+    left_out = order[len(stay) :][: args.leave_out]
+    ids = order[~torch.isin(order, left_out)]
     (args.out / "left_out.txt").write_text("".join(f"{i}\n" for i in left_out.tolist()))
     channels, height, width = images.shape[1:]
     with torch.random.fork_rng():
@@ -102,10 +105,10 @@ def main() -> None:
             sparse=True,
         )
     start = time.perf_counter()
-    seen = ids[: int(args.permanent * len(ids))] if args.mode == "exact" else ids
+    seen = stay if args.mode == "exact" else ids
     model.remember(seen, images[seen], labels[seen], permanent=args.mode == "exact")
     train(model, images, labels, seen, args)
-    rest = ids[len(seen) :]
+    rest = ids[~torch.isin(ids, seen)]
     model.remember(rest, images[rest], labels[rest])
     seconds = time.perf_counter() - start
 

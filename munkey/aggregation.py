@@ -54,19 +54,23 @@ class Ensemble(Aggregation):
 
     def forward(self, found: Retrieved, predict: Predict) -> Tensor:
         """See the class."""
-        logits, there = predict(found.tokens), found.ids >= 0
+        logits, there = predict(found.tokens), found.there
         # Where nothing is there, all tokens are the null token, and their mean is its prediction.
         there = there | ~there.any(1, keepdim=True)
-        weights = there / there.sum(1, keepdim=True)
+        weights = there.to(logits.dtype) / there.sum(1, keepdim=True)
         if self.average == "logits":
             return (weights[..., None] * logits).sum(1).to(logits.dtype)
         return torch.logsumexp(weights.log()[..., None] + logits.log_softmax(2), 1).to(logits.dtype)
 
     def one(self, found: Retrieved, uniform: Tensor) -> Tensor:
         """That of any of the neighbours there are, which come before those that are not."""
-        count = (found.ids >= 0).sum(1)
-        pick = (uniform * count).to(torch.int64)
+        pick = self.pick(found.there, uniform)
         return found.tokens[torch.arange(len(pick), device=pick.device), pick]
+
+    @staticmethod
+    def pick(there: Tensor, uniform: Tensor) -> Tensor:
+        """`(B,)` the place of one of the neighbours there are, `(B, k)`, each as likely; 0 if there is none."""
+        return (uniform * there.sum(1)).to(torch.int64)
 
     def extra_repr(self) -> str:
         """What is averaged."""
@@ -78,7 +82,7 @@ class _Mix(Aggregation):
 
     def mixed(self, found: Retrieved) -> Tensor:
         """`(B, V)`; the null token where there is no neighbour."""
-        there = found.ids >= 0
+        there = found.there
         there = there | ~there.any(1, keepdim=True)
         weights = self.preferences(found).masked_fill(~there, -torch.inf).softmax(1)
         return (weights[..., None] * found.tokens).sum(1)
@@ -122,7 +126,7 @@ class SoftmaxMix(_Mix):
 
     def preferences(self, found: Retrieved) -> Tensor:
         """See the class."""
-        scores = torch.where(found.ids >= 0, found.scores, 0.0).to(self.log_temperature.dtype)
+        scores = torch.where(found.there, found.scores, 0.0).to(self.log_temperature.dtype)
         return scores * torch.exp(-self.log_temperature)
 
 

@@ -54,7 +54,8 @@ def loss_attack(members: Tensor, others: Tensor) -> float:
 
     Args:
         members: `(n,)` losses of what was trained on, or forgotten.
-        others: `(m,)` losses of what never was.
+        others: `(m,)` losses of what never was, drawn in the same way: if a class was forgotten, of that class, or the
+            attack tells how hard the class is.
 
     Raises:
         ValueError: if one is empty or not finite.

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -68,7 +67,7 @@ class KeyEncoder(nn.Module):
         Raises:
             ValueError: if `encode` gives another shape, or a key that is not finite.
         """
-        return self._encoded(x, x.split(_ROWS))
+        return self._encoded(x, _ROWS)
 
     @torch.no_grad()
     def keys(self, x: Tensor) -> Tensor:
@@ -77,16 +76,23 @@ class KeyEncoder(nn.Module):
         A product of matrices may round a row otherwise in another place of the batch, so that a stored key would tell
         what it was stored with. Here each input is encoded on its own.
         """
-        return self._encoded(x, [row.clone() for row in x.split(1)])
+        return self._encoded(x, 1)
 
-    def _encoded(self, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        # In full precision: a key is to be the same wherever it is asked for.
+    def _encoded(self, x: Tensor, size: int) -> Tensor:
+        weight = next((t for t in self.state_dict().values() if t.is_floating_point()), x)
+        keys = weight.new_zeros(len(x), self.width)
+        # In the precision of the weights, whatever autocast says: a key is the same wherever it is asked for.
         with torch.autocast(x.device.type, enabled=False):
-            keys = torch.cat([self.encode(part) for part in parts]) if len(x) else x.new_zeros(0, self.width)
-        if keys.shape != (len(x), self.width):
-            raise ValueError(
-                f"expected keys of shape {(len(x), self.width)} from the encoder, found {tuple(keys.shape)}"
-            )
+            for start in range(0, len(x), size):
+                # Laid out in one way, which decides how a convolution rounds.
+                part = x[start : start + size].to(weight.dtype).clone(memory_format=torch.contiguous_format)
+                found = self.encode(part)
+                if found.shape != (len(part), self.width):
+                    raise ValueError(
+                        f"expected keys of shape {(len(part), self.width)} from the encoder, found {tuple(found.shape)}"
+                    )
+                keys[start : start + size] = found
+                found.zero_()  # a copy of rows that may be forgotten later
         if not keys.isfinite().all():
             raise ValueError(
                 "the encoder gave a key that is not finite; look at its weights, and at the range of inputs"
@@ -227,6 +233,7 @@ class ModuleEncoder(KeyEncoder):
 
     def __init__(self, module: nn.Module, width: int, *, fitted_on: str) -> None:
         super().__init__(width, fitted_on)
+        self.config["module"] = repr(module)  # weights do not tell activations apart
         self.module = module.eval().requires_grad_(False)
 
     def encode(self, x: Tensor) -> Tensor:

@@ -30,10 +30,10 @@ class FaissSearch:
 
     def __init__(self, store: KeyStore) -> None:
         try:
-            import faiss
+            import faiss  # noqa: F401
         except ImportError as error:
             raise ImportError(f"{error}; FaissSearch needs it: pip install faiss-cpu") from None
-        self._faiss, self.store = faiss, store
+        self.store = store
         self._index: Any = None
         self._changes = -1
         store.holders.copies.append(self)
@@ -50,7 +50,9 @@ class FaissSearch:
             raise ValueError("this index is of another store, or was closed; make one with FaissSearch(store)")
         if self._changes != store.holders.changes:
             self._changes = store.holders.changes
-            self._index = self._faiss.IndexFlatIP(store.widths[0])
+            import faiss
+
+            self._index = faiss.IndexFlatIP(store.widths[0])
             self._index.add(store.keys[: store.used].float().numpy())
         spare = 0 if exclude_ids is None or not store.used else 1 + int(store.views[: store.used].max())
         scores, rows = (torch.from_numpy(found) for found in self._index.search(queries.float().numpy(), k + spare))

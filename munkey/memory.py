@@ -42,12 +42,17 @@ class Retrieved:
     Args:
         tokens: `(B, k, V)` values; the null token where there were fewer than `k` rows.
         scores: `(B, k)` similarities; `-inf` where there is no row.
-        ids: `(B, k)` owners; -1 where there is no row.
+        ids: `(B, k)` owners; -1 where there is no row, which may be an owner's id as well.
     """
 
     tokens: Tensor
     scores: Tensor
     ids: Tensor
+
+    @property
+    def there(self) -> Tensor:
+        """`(B, k)` bool, whether there is a row."""
+        return self.scores > -torch.inf
 
 
 class KeyValueMemory(nn.Module):
@@ -108,12 +113,14 @@ class KeyValueMemory(nn.Module):
         Raises:
             ValueError: if one has length 0, where there is no angle.
         """
-        if self.metric == "dot" or not x.is_floating_point():
-            return x
-        length = torch.linalg.vector_norm(x.double(), dim=-1, keepdim=True)
+        if self.metric == "dot" or not x.is_floating_point() or not x.isfinite().all():
+            return x  # what is wrong with it, the store says
+        wide = x.to(torch.float64, copy=True)
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         if not (length > 0).all():
             raise ValueError(f"{name} must have a length above 0, or there is no angle; use metric='dot'")
-        unit: Tensor = (x.double() / length).to(x.dtype)
+        unit = wide.div_(length).to(x.dtype, copy=True)
+        wide.zero_()  # a copy of rows that may be forgotten later
         return unit
 
     # --- finding ------------------------------------------------------------------------------------------
@@ -192,13 +199,16 @@ class KeyValueMemory(nn.Module):
 
     def read(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
         """`(..., V)` values of rows `(...)`, the null token for row -1."""
-        store, there, rows = self.store, (rows >= 0)[..., None], rows.clamp(min=0)
-        if not store.used:
-            return self.null.expand(*rows.shape, -1)
-        values = store.read(rows, sparse=sparse)
-        if self.writer is not None:
-            values = values + self.writer(store.keys[rows], store.labels[rows])
-        return torch.where(there, values, self.null)
+        flat = rows.flatten()
+        there = (flat >= 0).nonzero().squeeze(1)
+        values = self.null.repeat(len(flat), 1)
+        if len(there):
+            found = self.store.read(flat[there], sparse=sparse)
+            if self.writer is not None:
+                found = found + self.writer(self.store.keys[flat[there]], self.store.labels[flat[there]])
+            values = values.index_copy(0, there, found.to(values.dtype))
+        read: Tensor = values.unflatten(0, rows.shape)
+        return read
 
     def forward(
         self,

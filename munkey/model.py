@@ -137,7 +137,11 @@ class KeyMemoryTransformer(nn.Module):
             ValueError: if a setting is out of range, or exact mode would not be exact.
         """
         height, width = (size, size) if isinstance(size, int) else size
-        inputs = {"channels": channels, "size": [height, width], "patch": patch or patch_for(height, width)}
+        inputs = {
+            "channels": channels,
+            "size": [height, width],
+            "patch": patch_for(height, width) if patch is None else patch,
+        }
         return cast("Self", assemble(cls, inputs, num_classes, key_encoder, settings, device, dtype))
 
     @classmethod
@@ -209,6 +213,8 @@ class KeyMemoryTransformer(nn.Module):
         inputs = self.tokens(x) if use_input else self.null_input.expand(len(x), -1, -1)
         if not use_memory:
             return self.predict(inputs, self.memory.null.expand(len(x), 1, -1)).squeeze(1)
+        if self.mode == "exact" and self.training and torch.is_grad_enabled():
+            check_exact(self.memory.store)
         queries = self.key_encoder(x) if keys is None else keys
         found = self.memory(queries, self.neighbours, exclude_ids=exclude_ids)
         logits: Tensor = self.aggregation(found, lambda values: self.predict(inputs, values))
@@ -230,7 +236,8 @@ class KeyMemoryTransformer(nn.Module):
             x: `(B, ...)` inputs.
             labels: `(B,)` int64.
             ids: `(B,)` what each of them is in the memory.
-            generator: decides what is dropped, and whose value is read.
+            generator: decides which pathways are dropped, and whose value is read; `dropout` inside of blocks, if there
+                is any, draws from PyTorch's global generator.
 
         Raises:
             KeyError: if an id is not in the memory.
@@ -241,27 +248,41 @@ class KeyMemoryTransformer(nn.Module):
         wanted = as_ids(ids)
         if len(wanted) != len(x):
             raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
+        if not wanted:
+            raise ValueError("a loss is the mean over instances; found none")
+        self._check_labels(labels)
         if self.mode == "exact":
             check_exact(self.memory.store)
-        uniform = torch.rand(3, len(x), generator=generator, device=x.device)
-        inputs, values = self.tokens(x), self._values(wanted, uniform)
+        uniform = torch.rand(4, len(x), generator=generator, device=x.device)
         hidden, alone = uniform[0] < self.drop_input, uniform[0] >= 1 - self.drop_exemplar
-        inputs = torch.where(hidden[:, None, None], self.null_input, inputs)
-        values = torch.where(alone[:, None], self.memory.null, values)
+        inputs = torch.where(hidden[:, None, None], self.null_input, self.tokens(x))
+        values = self._values(wanted, uniform, alone)
         return F.cross_entropy(self.predict(inputs, values[:, None]).squeeze(1), labels)
 
-    def _values(self, wanted: list[int], uniform: Tensor) -> Tensor:
-        """`(B, V)` the value each instance is trained beside."""
-        store, share = self.memory.store, self.own_token_probability
+    def _values(self, wanted: list[int], uniform: Tensor, alone: Tensor) -> Tensor:
+        """`(B, V)` the value each instance is trained beside; the null token where it is alone.
+
+        Only rows that are used are read, since a sparse optimiser moves all that were.
+        """
+        memory, store = self.memory, self.memory.store
         rows = store.one_row_of_each(wanted, uniform[2])
-        own = self.memory.read(rows, sparse=self.sparse) if share > 0 else None
-        if own is not None and share == 1:
-            return own
-        near, scores = self.memory.neighbours_of_rows(rows, self.neighbours)
-        ids = torch.where(near >= 0, store.ids[near.clamp(min=0)], -1)
-        found = Retrieved(self.memory.read(near, sparse=self.sparse), scores, ids)
-        theirs = self.aggregation.one(found, uniform[2])
-        return theirs if own is None else torch.where((uniform[1] < share)[:, None], own, theirs)
+        if self.own_token_probability == 1:
+            return memory.read(torch.where(alone, -1, rows), sparse=self.sparse)
+        near, scores = memory.neighbours_of_rows(rows, self.neighbours)
+        own = uniform[1] < self.own_token_probability
+        if isinstance(self.aggregation, Ensemble):
+            pick = self.aggregation.pick(near >= 0, uniform[3])
+            rows = torch.where(own, rows, near.gather(1, pick[:, None]).squeeze(1))
+            return memory.read(torch.where(alone, -1, rows), sparse=self.sparse)
+        theirs = torch.where((own | alone)[:, None], -1, near)
+        tokens = memory.read(theirs, sparse=self.sparse)
+        found = Retrieved(tokens, scores.masked_fill(theirs < 0, -torch.inf), theirs)
+        mine = memory.read(torch.where(own & ~alone, rows, -1), sparse=self.sparse)
+        return torch.where((own & ~alone)[:, None], mine, self.aggregation.one(found, uniform[3]))
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if labels.numel() and labels.max() >= self.head.out_features:
+            raise ValueError(f"expected labels below {self.head.out_features}, found {int(labels.max())}")
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """All trained weights but the values, for an optimiser: matrices with decay, vectors and nulls without.
@@ -306,6 +327,8 @@ class KeyMemoryTransformer(nn.Module):
         self.tokens.check(x)
         if self.mode == "exact" and labels is None:
             raise ValueError("in exact mode a value is written from key and label; pass labels")
+        if labels is not None:
+            self._check_labels(labels)
         found = self.key_encoder.keys(x) if keys is None else keys
         try:
             self.memory.remember(ids, found, labels, permanent=permanent)

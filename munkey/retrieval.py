@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from munkey.checks import check_width
-from munkey.screen import Pairs, Screen, length_above, plain, product, screened
+from munkey.screen import Pairs, Screen, length_above, may_overflow, plain, product, screened
 
 __all__ = ["Neighbours", "Screen", "at_least", "nearest", "pair_scores"]
 
-_PAIRS = 1 << 24  # pairs of a query and a row at a time
+_PAIRS = 1 << 21  # pairs of a query and a row at a time
 _ROWS_AT_ONCE = 1 << 19  # scores at a time
 _SCORED = 1 << 22  # numbers at a time that are scored again
 
@@ -82,10 +82,11 @@ def nearest(
         found = screened(queries, screen, wanted)
     if found is None:
         found = plain(queries, keys, wanted)
-    if len(found[0]) <= _PAIRS or len(queries) == 1:
-        candidates = torch.bincount(found[0], minlength=len(queries))
-        found = _narrowed(queries, keys, candidates, wanted, found)
-        return _ranked(queries, keys, ids, views, k, exclude_ids, candidates, found)
+    if len(found) <= _PAIRS or len(queries) == 1:
+        pairs = found.pairs()
+        candidates = torch.bincount(pairs[0], minlength=len(queries))
+        pairs = _narrowed(queries, keys, candidates, wanted, pairs)
+        return _ranked(queries, keys, ids, views, k, exclude_ids, candidates, pairs)
     # Too many to look at together, as of many equal keys.
     own = [None, None] if exclude_ids is None else exclude_ids.chunk(2)
     halves = [
@@ -144,8 +145,10 @@ def _narrowed(queries: Tensor, keys: Tensor, candidates: Tensor, k: int, found: 
     there = torch.zeros_like(scores, dtype=torch.bool)
     there[query, place] = True
     scores.masked_fill_(~there, -torch.inf)
+    if may_overflow(queries, longest):
+        return query, row
     slack = 2.0**-22 * keys.shape[1] * length_above(queries) * longest
-    least = scores.topk(k, 1).values[:, -1] - 2 * slack - torch.finfo(torch.float32).tiny
+    least = scores.topk(k, 1).values[:, -1] - 2 * slack - 8 * keys.shape[1] * torch.finfo(torch.float32).tiny
     # Not `>=`, so that what overflowed, and is no number, passes.
     kept = ~(scores[query, place] < least[query])
     return query[kept], row[kept]
@@ -191,6 +194,8 @@ def _ranked(
 
 def pair_scores(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor) -> Tensor:
     """`(n,)` float64 dot products, each summed in the same order whatever else is in the batch."""
+    if len(row) == 1:  # a sum that is alone is divided among threads
+        return pair_scores(queries, keys, query.expand(2), row.expand(2))[:1]
     copies = [queries[query], keys[row]]
     copies += [copy.double() for copy in copies]
     scores = (copies[2] * copies[3]).sum(1)

@@ -1,7 +1,7 @@
 """A first look at all keys in low precision, which rules out rows that cannot be among the nearest.
 
-A product in bfloat16 is several times faster than in float32, and wrong by a known amount at most. With rounded vectors
-`q'` and `k'` (Cauchy and Schwarz),
+A product in bfloat16 is several times faster than in float32 where the processor has it, and wrong by a known amount.
+With rounded vectors `q'` and `k'` (Cauchy and Schwarz),
 
     |q k - q' k'| <= |q'| |k - k'| + |q - q'| |k|,
 
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Pairs", "Screen", "length_above", "plain", "product", "screened"]
+__all__ = ["Groups", "Pairs", "Screen", "length_above", "may_overflow", "plain", "product", "screened"]
 
 _BLOCK = 1 << 19  # scores at a time, which a processor's cache holds
 _GROUP = 2048  # numbers of rows of which only the best score is kept, 4 to 16 rows
 _GROUPS = 32  # groups of which one counts for the bound on the k-th best
+_ROWS = 4096  # at a time, in float64
 _TOO_MANY = 0.01  # share of all pairs beyond which a look in full precision is cheaper than scoring them again
 
 Pairs = tuple[Tensor, Tensor]
@@ -57,13 +58,47 @@ class Screen:
         """Be the screen of some keys, as many as there are rows."""
         self.keys[:, :-1] = keys
         self.keys[:, -1] = 1
-        lost = self.keys[:, :-1].to(keys.dtype).sub_(keys)
+        lost = self.keys[:, :-1].to(keys.dtype, copy=True).sub_(keys)
         self.rounding.copy_(length_above(lost))
         self.length.copy_(length_above(keys))
 
 
-def screened(queries: Tensor, screen: Screen, k: int) -> Pairs | None:
-    """Pairs of a query and a row that may be among its nearest; None if there are too many to score again."""
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Groups of rows that may hold a neighbour: their number, and of which query `(n,)` each.
+
+    Args:
+        place: `(n,)`.
+        query: `(n,)`.
+        size: rows of a group.
+        count: rows in all.
+    """
+
+    place: Tensor
+    query: Tensor
+    size: int
+    count: int
+
+    def __len__(self) -> int:
+        """Pairs of a query and a row."""
+        return len(self.place) * self.size
+
+    def pairs(self) -> Pairs:
+        """All rows of all groups."""
+        row = (self.place[:, None] * self.size + torch.arange(self.size, device=self.place.device)).flatten()
+        inside = row < self.count
+        return self.query.repeat_interleave(self.size)[inside], row[inside]
+
+
+def may_overflow(queries: Tensor, length: Tensor) -> bool:
+    """Whether a sum of products with keys of such lengths may leave the range of float32."""
+    return bool(len(queries) and len(length) and not float(length_above(queries).amax() * length.amax()) < 2.0**126)
+
+
+def screened(queries: Tensor, screen: Screen, k: int) -> Groups | None:
+    """Groups that may hold a neighbour; None if there are too many to score again, or numbers are too great."""
+    if may_overflow(queries, screen.length):
+        return None
     rounded = queries.to(torch.bfloat16)
     look = F.pad(rounded, (0, 1))
     sample = screen.keys[:: max(1, len(screen.keys) // 512)] @ look.T
@@ -71,27 +106,16 @@ def screened(queries: Tensor, screen: Screen, k: int) -> Pairs | None:
     lost = length_above(queries - rounded.to(queries.dtype))
     error = _Error(length_above(rounded), lost, offset.abs().float(), torch.bfloat16)
     look[:, -1] = -offset
-    place, query, group = _candidates(look, screen.keys, screen.rounding, screen.length, error, k)
-    if len(place) * group > _TOO_MANY * len(screen.keys) * len(queries) + 16 * k * len(queries):
-        return None
-    return _rows_of(place, query, group, len(screen.keys))
+    found = _candidates(look, screen.keys, screen.rounding, screen.length, error, k)
+    return None if len(found) > _TOO_MANY * len(screen.keys) * len(queries) + 16 * k * len(queries) else found
 
 
-def plain(queries: Tensor, keys: Tensor, k: int) -> Pairs:
+def plain(queries: Tensor, keys: Tensor, k: int) -> Groups:
     """The same by a look at the keys themselves, however many there are, in float64, which no setting makes coarser."""
     none = torch.zeros(len(queries), device=keys.device)
     error = _Error(length_above(queries), none, none, torch.float64)
-    found = _candidates(
-        queries.double(), keys, torch.zeros(len(keys), device=keys.device), length_above(keys), error, k
-    )
-    return _rows_of(*found, len(keys))
-
-
-def _rows_of(place: Tensor, query: Tensor, group: int, count: int) -> Pairs:
-    """All rows of some groups."""
-    row = (place[:, None] * group + torch.arange(group, device=place.device)).flatten()
-    inside = row < count
-    return query.repeat_interleave(group)[inside], row[inside]
+    lost = torch.zeros(len(keys), device=keys.device)
+    return _candidates(queries.double(), keys, lost, length_above(keys), error, k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,25 +133,23 @@ class _Error:
         own = width * (2.0**-50 if self.dtype == torch.float64 else 2.0**-22)
         off = torch.outer(rounding, self.length) + torch.outer(length, self.rounding)
         off.add_(torch.outer(length + rounding, self.length), alpha=own).add_(self.offset, alpha=own)
-        off.add_(width * torch.finfo(torch.float32).tiny)
+        off.add_(4 * width * torch.finfo(torch.float32).tiny)
         return off.add_(scores.abs(), alpha=torch.finfo(self.dtype).eps)  # of the result
 
 
-def _candidates(
-    queries: Tensor, keys: Tensor, rounding: Tensor, length: Tensor, error: _Error, k: int
-) -> tuple[Tensor, Tensor, int]:
-    """Groups of rows that may hold a neighbour, `(n,)`, of which query, and how many rows a group has."""
+def _candidates(queries: Tensor, keys: Tensor, rounding: Tensor, length: Tensor, error: _Error, k: int) -> Groups:
     group = max(1, min(16, max(4, _GROUP // keys.shape[1]), len(keys) // (4 * k)))
     best = _best_of_groups(queries, keys, group)
     slack = error.bound(best, queries.shape[1], *(_greatest(column, group) for column in (rounding, length)))
     least = _kth_best(best - slack, k)
     # Not `>=`, so that what overflowed, and is no number, passes.
     place, query = (~(best.add_(slack) < least)).nonzero(as_tuple=True)
-    return place, query, group
+    return Groups(place, query, group, len(keys))
 
 
 def _kth_best(lower: Tensor, k: int) -> Tensor:
     """`(B,)` a bound that at least `k` rows reach, from lower bounds `(G, B)` of groups."""
+    lower = lower.masked_fill(lower.isnan(), -torch.inf)  # what overflowed says nothing
     lower = _greatest(lower, max(1, min(_GROUPS, len(lower) // (4 * k))))
     return lower.topk(k, 0).values[-1] if len(lower) >= k else lower.new_full((lower.shape[1],), -torch.inf)
 
@@ -158,6 +180,11 @@ def product(keys: Tensor, queries: Tensor) -> Tensor:
 
 def length_above(x: Tensor) -> Tensor:
     """`(n,)` float32 numbers a little above the lengths of rows `(n, D)`."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    length: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=exact).float()
-    return length * (1 + 2.0**-10)
+    found = torch.empty(len(x), device=x.device)
+    for part, lengths in zip(x.split(_ROWS), found.split(_ROWS), strict=True):
+        wide = part.to(torch.float64, copy=True)  # whose squares are neither too great nor too small
+        lengths.copy_(torch.linalg.vector_norm(wide, dim=1))
+        wide.zero_()  # a copy of rows that may be forgotten later
+    # Room for what is rounded, and for numbers that products in low precision take for 0.
+    above: Tensor = found * (1 + 2.0**-10) + x.shape[1] ** 0.5 * torch.finfo(torch.float32).tiny
+    return above

@@ -55,6 +55,25 @@ def test_a_key_depends_on_its_own_input_only(name: str) -> None:
 
 
 @each
+def test_a_key_depends_neither_on_layout_nor_on_autocast(name: str) -> None:
+    encoder, x = ENCODERS[name](), images(20)
+    keys = encoder.keys(x)
+    assert torch.equal(encoder.keys(x.contiguous(memory_format=torch.channels_last)), keys)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encoder.keys(x), keys) and encoder(x.bfloat16()).dtype == torch.float32
+
+
+def test_a_fingerprint_sees_what_has_no_weights() -> None:
+    found = set()
+    for activation in (nn.ReLU(), nn.Tanh()):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Flatten(), nn.Linear(48, 5), activation)
+        found.add(ModuleEncoder(net, 5, fitted_on="other data").fingerprint())
+    assert len(found) == 2
+
+
+@each
 def test_a_key_does_not_change_in_training_mode(name: str) -> None:
     encoder, x = ENCODERS[name](), images(3)
     before = encoder(x)

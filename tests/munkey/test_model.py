@@ -60,6 +60,19 @@ def test_pathways() -> None:
         torch.testing.assert_close(alone[b], by_hand(built, x[b], built.memory.null))
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_any_number_is_an_id(aggregation: str) -> None:
+    x, found = images(12), []
+    for shift in (0, -6, 2**40):
+        built = model(aggregation=aggregation)
+        built.remember([i + shift for i in range(12)], x, labels(12), keys=None)
+        store = built.memory.store
+        with torch.no_grad():  # values depend on the id
+            store.values[:12] = torch.randn(12, 4, generator=seeded())
+        found.append(built(images(5, seed=1)))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_excluded_rows_do_not_answer() -> None:
     built = filled()
     x = images(12)[[3]]
@@ -109,6 +122,45 @@ def test_with_its_neighbours_values_an_instance_never_reads_its_own(aggregation:
     near = built.memory.neighbours(built.key_encoder(x[[2]]), 4, exclude_ids=[2]).rows[0]
     assert int(store.rows_of([2])) not in touched.tolist() and set(touched.tolist()) <= set(near.tolist())
     assert len(touched) == (1 if aggregation == "ensemble" else 4)
+
+
+def test_every_view_is_trained_with_every_neighbour() -> None:
+    built = filled(own_token_probability=0.0, drop_exemplar=0.0)
+    store = built.memory.store
+    store.forget(range(12))
+    keys = torch.eye(5)[:3].repeat_interleave(2, 0).view(3, 2, 5) + 0.01 * torch.randn(3, 2, 5, generator=seeded())
+    store.add([0, 1, 2], keys)
+    seen: set[tuple[int, int]] = set()
+    rows_of, read = store.one_row_of_each, built.memory.read
+
+    def spy(rows: Tensor, **settings: bool) -> Tensor:
+        seen.add((asked[-1], int(rows)))
+        return read(rows, **settings)
+
+    asked: list[int] = []
+
+    def one(ids: list[int], uniform: Tensor) -> Tensor:
+        rows = rows_of(ids, uniform)
+        asked.append(int(rows))
+        return rows
+
+    built.memory.read, store.one_row_of_each = spy, one  # type: ignore[method-assign,assignment]
+    for step in range(150):
+        built.loss(images(1), labels(1), ids=[0], generator=seeded(step))
+    assert len(seen) == 8  # two views, four neighbours
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_sparse_gradient_holds_the_rows_that_were_used(aggregation: str) -> None:
+    for dropped in (0.0, 1.0):
+        for share in (0.0, 1.0):
+            settings = {"drop_input": 0.0, "drop_exemplar": dropped, "own_token_probability": share, "sparse": True}
+            built = filled(aggregation=aggregation, **settings)
+            built.attach(torch.optim.SGD([built.memory.store.values], lr=0.1))
+            built.loss(images(12)[[2]], labels(12)[[2]], ids=[2], generator=seeded()).backward()
+            grad = built.memory.store.values.grad
+            rows = 0 if grad is None else len(grad.coalesce().indices()[0].unique())
+            assert rows == (0 if dropped else 4 if aggregation != "ensemble" and not share else 1)
 
 
 def test_how_often_a_pathway_is_dropped() -> None:
@@ -264,6 +316,7 @@ def test_bad_parts(settings: dict[str, object], error: type[Exception], message:
         ({"aggregation": "mean"}, ValueError, "aggregation must be one of ensemble, softmax, rank; found 'mean'"),
         ({"wide": 3}, TypeError, "there are no settings wide; there are mode, width, depth"),
         ({"depth": 0}, ValueError, "depth must be at least 1, found 0"),
+        ({"patch": 0}, ValueError, "patch must be at least 1, found 0"),
         ({"patch": 5}, ValueError, "patches must fill the image; 5 does not divide 8 and 6"),
         ({"width": 8, "heads": 3}, ValueError, "heads"),
     ],
@@ -283,6 +336,9 @@ def test_bad_settings(settings: dict[str, object], error: type[Exception], messa
         (lambda m: m.remember([0], images(1)), ValueError, "ids [0] are in the store already"),
         (lambda m: m.loss(images(1), labels(1), ids=[99]), KeyError, "ids [99] are not in the store"),
         (lambda m: m.loss(images(2), labels(2), ids=[1]), ValueError, "expected one id for each of 2 inputs, found 1"),
+        (lambda m: m.loss(images(0), labels(0), ids=[]), ValueError, "a loss is the mean over instances; found none"),
+        (lambda m: m.loss(images(1), torch.tensor([3]), ids=[1]), ValueError, "expected labels below 3, found 3"),
+        (lambda m: m.remember([50], images(1), torch.tensor([7])), ValueError, "expected labels below 3, found 7"),
         (lambda m: m.forget([99]), KeyError, "ids [99] are not in the store; forget can pass over them with missing="),
     ],
 )
@@ -294,6 +350,24 @@ def test_bad_calls_lose_nothing(call: object, error: type[Exception], message: s
     assert built.memory.store.digest() == before
 
 
+def test_exact_mode_goes_on_training_after_it_forgot() -> None:
+    x, y, found = images(12), labels(12), []
+    for extra in (False, True):
+        built = model(mode="exact")
+        if extra:
+            built.remember([11], x[[11]], y[[11]])
+        built.remember(range(8), x[:8], y[:8], permanent=True)
+        if extra:
+            built.forget([11])
+        train(built, list(range(8)))
+        if extra:
+            built.remember([10], x[[10]], y[[10]])
+            built.forget([10])
+        train(built, list(range(8)))
+        found.append(built.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_what_exact_mode_refuses() -> None:
     built = model(mode="exact")
     with pytest.raises(ValueError, match="in exact mode a value is written from key and label; pass labels"):
@@ -301,6 +375,12 @@ def test_what_exact_mode_refuses() -> None:
     built.remember([1, 2], images(2), labels(2), permanent=True)
     built.loss(images(2), labels(2), ids=[1, 2])
     built.remember([3], images(1, seed=9), labels(1))
+    built.train()
+    with pytest.raises(ValueError, match="but the memory holds 1 rows that can be forgotten"):
+        built(images(2))
+    with torch.no_grad():
+        built(images(2))
+    built.eval()
     with pytest.raises(
         ValueError, match="but the memory holds 1 rows that can be forgotten; train first, on instances"
     ):

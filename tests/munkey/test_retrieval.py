@@ -64,7 +64,7 @@ def test_finds_what_a_sort_finds(rows: int, batch: int, width: int, k: int, seed
     generator = seeded(seed)
     dtype, screened = data.draw(st.sampled_from(DTYPES)), data.draw(st.booleans())
     # Few different numbers make ties, great and small ones rounding.
-    shape = data.draw(st.sampled_from(["normal", "ties", "whole", "near one", "great", "small"]))
+    shape = data.draw(st.sampled_from(["normal", "ties", "whole", "near one", "great", "small", "wide"]))
     keys, queries = (torch.randn(n, width, generator=generator) for n in (rows, batch))
     if shape == "ties":
         keys, queries = keys.round(), queries.round()
@@ -75,6 +75,10 @@ def test_finds_what_a_sort_finds(rows: int, batch: int, width: int, k: int, seed
     elif shape in ("great", "small"):
         keys = keys * (1e18 if shape == "great" else 1e-18) ** (1 if dtype != torch.float16 else 0.2)
         queries = queries * (1e18 if shape == "great" else 1e-18) ** (1 if dtype != torch.float16 else 0.2)
+    elif shape == "wide":  # from where squares vanish to where they overflow
+        low, high = (-25, 25) if dtype != torch.float16 else (-6, 2)
+        keys = keys * 10.0 ** torch.randint(low, high, (rows, 1), generator=generator)
+        queries = queries * 10.0 ** torch.randint(low // 2, high // 2, (batch, 1), generator=generator)
     keys, queries = keys.to(dtype), queries.to(dtype)
     owners = torch.randperm(rows, generator=generator) // data.draw(st.integers(1, 3)) - 5
     views = torch.zeros_like(owners)
@@ -94,8 +98,55 @@ def test_finds_what_a_sort_finds_among_many(screened: bool, dtype: torch.dtype) 
     found = search(queries, keys, torch.arange(5000), 6, screened)
     torch.testing.assert_close(found.scores.T, exact.topk(6, 0).values, rtol=1e-12, atol=0)
     assert torch.equal(found.rows.T, exact.topk(6, 0).indices)
-    if dtype != torch.float16:  # whose results are rounded more than a screen's
-        assert found.candidates.float().mean() < 600
+    assert found.candidates.float().mean() < 600
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["greatest", "overflow", "lengths", "small", "smaller", "subnormal"])
+def test_extremes(screened: bool, dtype: torch.dtype, k: int, kind: str) -> None:
+    keys, queries = torch.randn(3000, 24, generator=seeded()), torch.randn(20, 24, generator=seeded(1))
+    if kind == "greatest":
+        keys[700] = torch.tensor([3.4e38, -3.4e38] + [0.0] * 22)
+    elif kind == "overflow":
+        keys[700, :2], queries = torch.tensor([1e38, -1e38]), 10 * queries
+    elif kind == "lengths":
+        keys[[3, 700, 701, 2900]] = 5e18 * keys[[3, 700, 701, 2900]].sign()
+        queries = 3e18 * queries
+    elif kind == "small":
+        keys = 1e-23 * (1 + keys / 100)
+    elif kind == "smaller":
+        keys, queries = 1e-25 * (1 + 1e-7 * keys), 1e-3 * queries
+    else:
+        keys[:] = 0
+        keys[700], keys[1900] = 2e-39, 1e-39
+        queries = 1e17 * queries.abs()
+    keys, queries = keys.to(dtype), queries.to(dtype)
+    found = search(queries, keys, torch.arange(3000), k, screened)
+    best = (keys.double()[None] * queries.double()[:, None]).sum(2).topk(k, 1).values
+    assert torch.equal(found.scores, best)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_screen_is_the_rounded_key_and_bounds_of_its_lengths(dtype: torch.dtype) -> None:
+    keys = torch.randn(50, 7, generator=seeded()).to(dtype)
+    kept = Screen.of(keys)
+    assert torch.equal(kept.keys[:, :-1], keys.bfloat16()) and (kept.keys[:, -1] == 1).all()
+    lost = (keys.double() - keys.bfloat16().double()).norm(dim=1)
+    for bound, exact in ((kept.rounding, lost), (kept.length, keys.double().norm(dim=1))):
+        assert (bound.double() >= exact).all() and (bound.double() <= exact * 1.01 + 1e-30).all()
+
+
+def test_a_pair_has_the_same_score_alone() -> None:
+    keys, threads = torch.randn(3, 70_000, generator=seeded()), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rows = torch.arange(3)
+        together = retrieval.pair_scores(keys, keys, rows, rows)
+        alone = torch.cat([retrieval.pair_scores(keys, keys, row, row) for row in rows.split(1)])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5, -300.0])
