@@ -64,7 +64,7 @@ def test_no_tensor_in_reach_holds_what_was_forgotten() -> None:
     shapes = (store.keys.shape, store.values.shape)
     owned = [tensor for tensor in reachable(built, *holders) if tensor.shape in shapes]
     pieces = [row.detach().numpy().tobytes() for tensor in owned for row in tensor[rows] if row.any()]
-    assert len(pieces) > 10 and all(piece in content(owned) for piece in pieces), "the search finds what is there"
+    assert len(pieces) > 7 and all(piece in content(owned) for piece in pieces), "the search finds what is there"
     built.forget([2, 7])
     after = content(reachable(built, *holders))
     assert not any(piece in after for piece in pieces)

@@ -138,12 +138,13 @@ def test_a_screen_is_the_rounded_key_and_bounds_of_its_lengths(dtype: torch.dtyp
 
 
 def test_a_pair_has_the_same_score_alone() -> None:
-    keys, threads = torch.randn(3, 70_000, generator=seeded()), torch.get_num_threads()
+    keys, threads = torch.randn(8, 70_000, generator=seeded()), torch.get_num_threads()
+    queries = torch.randn(8, 70_000, generator=seeded(1))
     torch.set_num_threads(2)
     try:
-        rows = torch.arange(3)
-        together = retrieval.pair_scores(keys, keys, rows, rows)
-        alone = torch.cat([retrieval.pair_scores(keys, keys, row, row) for row in rows.split(1)])
+        rows = torch.arange(8)
+        together = retrieval.pair_scores(queries, keys, rows, rows)
+        alone = torch.cat([retrieval.pair_scores(queries, keys, row, row) for row in rows.split(1)])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(together, alone)
