@@ -137,9 +137,11 @@ def _narrowed(queries: Tensor, keys: Tensor, candidates: Tensor, k: int, found: 
     longest = torch.zeros(len(queries), device=keys.device)
     rows = row.new_zeros(len(queries), most)
     rows[query, place] = row
-    for part in torch.arange(len(queries), device=keys.device).split(max(1, _SCORED // (most * keys.shape[1]))):
+    step = max(1, _SCORED // (most * keys.shape[1]))
+    for start in range(0, len(queries), step):
+        part = slice(start, start + step)
         copies = keys[rows[part]].to(wide)
-        longest[part] = length_above(copies.flatten(0, 1)).view(len(part), most).amax(1)
+        longest[part] = length_above(copies.flatten(0, 1)).unflatten(0, (-1, most)).amax(1)
         scores[part] = copies.mul_(queries[part, None]).sum(2)
         copies.zero_()  # made of rows that may be forgotten later
     there = torch.zeros_like(scores, dtype=torch.bool)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 __all__ = ["Groups", "Pairs", "Screen", "length_above", "may_overflow", "plain", "product", "screened"]
 
@@ -99,14 +98,15 @@ def screened(queries: Tensor, screen: Screen, k: int) -> Groups | None:
     """Groups that may hold a neighbour; None if there are too many to score again, or numbers are too great."""
     if may_overflow(queries, screen.length):
         return None
-    rounded = queries.to(torch.bfloat16)
-    look = F.pad(rounded, (0, 1))
+    look = queries.new_zeros(len(queries), queries.shape[1] + 1, dtype=torch.bfloat16)
+    rounded = look[:, :-1].copy_(queries)
     sample = screen.keys[:: max(1, len(screen.keys) // 512)] @ look.T
-    offset = sample.topk(min(k, len(sample)), 0).values[-1] if len(sample) else rounded.new_zeros(len(queries))
-    lost = length_above(queries - rounded.to(queries.dtype))
-    error = _Error(length_above(rounded), lost, offset.abs().float(), torch.bfloat16)
+    offset = sample.topk(min(k, len(sample)), 0).values[-1] if len(sample) else look.new_zeros(len(queries))
+    lost = rounded.to(queries.dtype, copy=True).sub_(queries)
+    error = _Error(length_above(rounded), length_above(lost), offset.abs().float(), torch.bfloat16)
     look[:, -1] = -offset
     found = _candidates(look, screen.keys, screen.rounding, screen.length, error, k)
+    look.zero_()  # queries may be keys
     return None if len(found) > _TOO_MANY * len(screen.keys) * len(queries) + 16 * k * len(queries) else found
 
 
@@ -114,8 +114,10 @@ def plain(queries: Tensor, keys: Tensor, k: int) -> Groups:
     """The same by a look at the keys themselves, however many there are, in float64, which no setting makes coarser."""
     none = torch.zeros(len(queries), device=keys.device)
     error = _Error(length_above(queries), none, none, torch.float64)
-    lost = torch.zeros(len(keys), device=keys.device)
-    return _candidates(queries.double(), keys, lost, length_above(keys), error, k)
+    lost, wide = torch.zeros(len(keys), device=keys.device), queries.to(torch.float64, copy=True)
+    found = _candidates(wide, keys, lost, length_above(keys), error, k)
+    wide.zero_()  # queries may be keys
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ import torch
 from classifiers import filled, images, labels
 from stores import seeded
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from munkey import KeyMemoryTransformer
+from munkey import DurableStore, KeyMemoryTransformer, KeyStore, KeyValueMemory
 from treediff import EMA
 
 
@@ -54,7 +57,11 @@ def reachable(*roots: object) -> list[Tensor]:
 
 def content(tensors: list[Tensor]) -> bytes:
     """Whole storages, room that no view shows included."""
-    return b"".join(bytes(tensor.untyped_storage()) for tensor in tensors if not tensor.is_sparse)
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors if not tensor.is_sparse
+    }
+    whole = (torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values())
+    return b"".join(memoryview(part.numpy()) for part in whole)
 
 
 def test_no_tensor_in_reach_holds_what_was_forgotten() -> None:
@@ -68,6 +75,56 @@ def test_no_tensor_in_reach_holds_what_was_forgotten() -> None:
     built.forget([2, 7])
     after = content(reachable(built, *holders))
     assert not any(piece in after for piece in pieces)
+
+
+class Keep(TorchDispatchMode):
+    """Holds on to every tensor that any operation makes, which would otherwise be memory that is free but not empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))  # type: ignore[dict-item]
+        self.kept += [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and not leaf.is_sparse]
+        return result
+
+
+@pytest.mark.parametrize("kind", ["KeyStore", "DurableStore"])
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_nothing_the_library_makes_on_its_way_is_left(tmp_path: Path, kind: str, metric: str) -> None:
+    found = KeyStore(16, 12) if kind == "KeyStore" else DurableStore.create(tmp_path / "store", 16, 12)
+    memory = KeyValueMemory(found, metric=metric)
+    keys, values = torch.randn(40, 16, generator=seeded()), torch.randn(40, 12, generator=seeded(1))
+    queries = keys[:8] + 0.1 * torch.randn(8, 16, generator=seeded(2))
+    stored = memory.scaled(keys, "keys")
+    pieces = [
+        row.contiguous().view(torch.uint8).numpy().tobytes()
+        for rows in (stored, stored.bfloat16(), stored.double())
+        for row in rows[:5].clone()
+    ]
+    given = keys.clone()
+    with Keep() as mode:
+        memory.remember(range(40), given, values=values.clone())
+        given.zero_()
+        memory.neighbours(queries, 3)
+        memory.neighbours_of_rows(found.rows_of(range(20)), 3)
+        memory.find_near_duplicates(range(5), 0.9)
+        found.keep_receipts(tmp_path / "log")
+        found.digest()
+        memory.remember(range(100, 160), torch.randn(60, 16, generator=seeded(3)))  # makes it grow
+        found.compact()
+        if isinstance(found, DurableStore):
+            found.sync()
+        found.double().float() if kind == "KeyStore" else None
+    there = content(mode.kept)
+    assert sum(piece in there for piece in pieces[:5]) == 5, "the search finds what is there"
+    with mode:
+        found.forget(range(5))
+    left = content(mode.kept)
+    assert not any(piece in left for piece in pieces)
 
 
 CHILD = """
