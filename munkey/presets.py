@@ -24,7 +24,7 @@ __all__ = ["Settings", "assemble", "patch_for"]
 class Settings(TypedDict, total=False):
     """What the factories of `KeyMemoryTransformer` take beyond the shapes.
 
-    Args:
+    Attributes:
         mode: 'paper' or 'exact'; 'paper' if not given.
         width: of the transformer; 64.
         depth: number of its blocks; 2.
