@@ -8,7 +8,8 @@ For each seed one model is trained on everything. Then, for each kind of forget 
 model, of another seed, is trained without. Accuracies and the area under the curve of the loss attack are in percent;
 the attack tells forgotten instances from test images of the same kind. The *floor* is the gap between two models
 trained without, of different seeds: what a gap of zero looks like. Settings of the model are options by name, as in
-`--set own_token_probability=0.5`. Progress is saved after each row; the last line printed is one JSON object. """
+`--set own_token_probability=0.5`. Progress is saved after each row; the last line printed is one JSON object.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ index of faiss with the same keys; they are filled once, and other ids go in eve
 *Searching*: the 4 nearest of the same queries and keys, with our exact search and faiss' flat index in turns;
 neighbours are compared, and ids that differ are counted where float64 scores are more than 1e-6 apart. `--keys` adds
 keys of real images, an `.npz` with `keys` and `queries`. *Model*: a training step and inference with 4 neighbours
-beside the same transformer without neighbours. The last line printed is one JSON object."""
+beside the same transformer without neighbours. The last line printed is one JSON object.
+"""
 
 from __future__ import annotations
 

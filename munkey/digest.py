@@ -10,12 +10,12 @@ secret.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["MODULUS", "checksum", "keyed_hash", "rows_hash"]
+__all__ = ["MODULUS", "add_tensors", "checksum", "keyed_hash", "rows_hash"]
 
 #: Sums of hashes are taken modulo this.
 MODULUS = 1 << 256
@@ -29,6 +29,13 @@ def keyed_hash(secret: bytes, *parts: bytes | memoryview) -> bytes:
     for part in parts:
         found.update(part)
     return found.digest()
+
+
+def add_tensors(update: Callable[[bytes | memoryview], object], tensors: Mapping[str, Tensor]) -> None:
+    """Give tensors to the `update` of a hash, by name, with dtype and shape, whatever their order."""
+    for name, tensor in sorted(tensors.items()):
+        update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def checksum(data: bytes) -> bytes:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from munkey.checks import check_width
+from munkey.digest import add_tensors
 from treediff.io import load_into, read_header, save_model
 from treediff.noise import counter_normal
 
@@ -106,9 +107,7 @@ class KeyEncoder(nn.Module):
     def fingerprint(self) -> str:
         """Hexadecimal digest of class, settings and weights; keys of another encoder do not belong to it."""
         digest = hashlib.sha256(json.dumps([type(self).__name__, self.config], sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        add_tensors(digest.update, self.state_dict())
         return digest.hexdigest()
 
     @classmethod

@@ -10,10 +10,10 @@ import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from munkey.conv_encoder import ConvEncoder
+from munkey.digest import add_tensors
 from munkey.disk import Disk, replacing
 from munkey.durable import DurableStore
 from munkey.efficientnet import EfficientNetLite0
@@ -105,7 +105,5 @@ def load(
 def _digest(secret: bytes, state: dict[str, Tensor]) -> str:
     """A keyed digest of tensors by name."""
     digest = hashlib.blake2b(key=secret, digest_size=32)
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    add_tensors(digest.update, state)
     return digest.hexdigest()
