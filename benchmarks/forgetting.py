@@ -2,31 +2,39 @@
 
     python benchmarks/forgetting.py --data fashion-mnist --out docs/results/forgetting_fashion.json
     python benchmarks/forgetting.py --data path/to/cifar10.npz --encoder efficientnet --epochs 30 \
-        --kinds random-10% --out docs/results/forgetting_cifar.json
+        --kinds random-10% --also neighbours=1 aggregation=rank --out docs/results/forgetting_cifar.json
 
 For each seed one model is trained on everything. Then, for each kind of forget set, a copy of it forgets, and another
 model, of another seed, is trained without. Accuracies and the area under the curve of the loss attack are in percent;
 the attack tells forgotten instances from test images of the same kind. The *floor* is the gap between two models
 trained without, of different seeds: what a gap of zero looks like. Settings of the model are options by name, as in
-`--set own_token_probability=0.5`. Progress is saved after each row; the last line printed is one JSON object.
+`--set own_token_probability=0.5`; `--set drop_exemplar=1 drop_input=0` is a transformer without memory, which forgets
+nothing. `--also` asks the same models with another number of neighbours or another aggregation. Every row is saved when
+it is there, and not made again by the next run with the same settings. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
+import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from munkey import ConvEncoder, EfficientNetLite0, KeyEncoder, KeyMemoryTransformer, Projection
+from munkey.aggregation import AGGREGATIONS
 from munkey.audit import average_gap, loss_attack
+from munkey.retrieval import nearest
+from treediff.augment import Augment, RandomAffine, RandomFlip
 from treediff.cpu import tune_cpu
 from treediff.data import batches, load_dataset
 
@@ -37,17 +45,38 @@ class Task:
     def __init__(self, args: argparse.Namespace) -> None:
         data = load_dataset(args.data)
         assert data.train_labels is not None and data.test_labels is not None
-        rows = slice(0, args.rows)
+        rows = slice(0, len(data.train_images) - args.holdout)
         self.name, self.images, self.labels = data.name, data.train_images[rows], data.train_labels[rows]
         self.test_images, self.test_labels = data.test_images, data.test_labels
+        if args.holdout:
+            self.test_images, self.test_labels = data.train_images[rows.stop :], data.train_labels[rows.stop :]
         self.classes = 1 + int(torch.cat([self.labels, self.test_labels]).max())
         self.encoder = encoder_of(args, tuple(self.images.shape[1:]))
-        self.keys = self._keys(self.images, "keys", self.encoder.keys)
-        self.test_keys = self._keys(self.test_images, "queries", self.encoder)
+        self.keys, self.test_keys = (F.normalize(keys, dim=1) for keys in self._keys(args.keys))
 
-    @staticmethod
-    def _keys(x: Tensor, name: str, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.cat([encode(part) for part in tqdm(x.split(250), desc=name, mininterval=1.0)])
+    def _keys(self, path: Path | None) -> tuple[Tensor, Tensor]:
+        """Of both splits; from the file if it is there, or to it."""
+        mark = self.encoder.fingerprint() + digest(self.images) + digest(self.test_images)
+        if path and path.exists():
+            with np.load(path) as file:
+                if str(file["mark"]) != mark:
+                    raise SystemExit(f"{path} holds keys of other images or of another encoder; name another file")
+                return torch.from_numpy(file["keys"]), torch.from_numpy(file["queries"])
+        keys, queries = (
+            torch.cat([encode(part) for part in tqdm(x.split(250), desc=name, mininterval=1.0)])
+            for name, encode, x in (
+                ("keys", self.encoder.keys, self.images),
+                ("queries", self.encoder, self.test_images),
+            )
+        )
+        if path:
+            np.savez(path, keys=keys.numpy(), queries=queries.numpy(), mark=mark)
+        return keys, queries
+
+    def key_accuracy(self) -> float:
+        """How often the nearest key is of the right class, in percent: what the keys alone know."""
+        found = nearest(self.test_keys, self.keys, torch.arange(len(self.keys)), 1).rows[:, 0]
+        return 100 * float((self.labels[found] == self.test_labels).double().mean())
 
     def forget_set(self, kind: str, seed: int) -> Tensor:
         """Rows to forget: a share at random, the class of a random row, or what is nearest to a random row."""
@@ -69,8 +98,11 @@ class Task:
 
     def _near(self, keys: Tensor, row: Tensor, count: int) -> Tensor:
         """The keys most like that of a training image."""
-        unit = torch.nn.functional.normalize(keys, dim=1)
-        return (unit @ torch.nn.functional.normalize(self.keys[row], dim=0)).topk(count).indices
+        return (keys @ self.keys[row]).topk(count).indices
+
+
+def digest(x: Tensor) -> str:
+    return hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()
 
 
 def encoder_of(args: argparse.Namespace, shape: tuple[int, ...]) -> KeyEncoder:
@@ -81,32 +113,31 @@ def encoder_of(args: argparse.Namespace, shape: tuple[int, ...]) -> KeyEncoder:
     return ConvEncoder.load(args.encoder)
 
 
-def trained(
-    task: Task, ids: Tensor, seed: int, settings: dict[str, Any], args: argparse.Namespace
-) -> KeyMemoryTransformer:
+def trained(task: Task, ids: Tensor, seed: int, args: argparse.Namespace) -> KeyMemoryTransformer:
     """A model of some instances."""
     channels, height, width = task.images.shape[1:]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = KeyMemoryTransformer.for_images(
-            task.classes, channels, (height, width), task.encoder, seed=seed, sparse=True, **settings
+            task.classes, channels, (height, width), task.encoder, seed=seed, sparse=True, **dict(args.set)
         )
     model.remember(ids, task.images[ids], task.labels[ids], keys=task.keys[ids])
     values = model.memory.store.values
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameter_groups(0.05), lr=2e-3)]
-    optimizers.append(torch.optim.SparseAdam([values], lr=1e-2))
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameter_groups(0.05), lr=args.learning_rate)]
+    optimizers.append(torch.optim.SparseAdam([values], lr=args.value_rate))
     model.attach(optimizers[1])
     steps = args.epochs * -(-len(ids) // args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], 2e-3, total_steps=steps + 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], args.learning_rate, total_steps=steps + 1)
     generator = torch.Generator().manual_seed(seed)
+    moved = RandomAffine(translate=0.1)
+    augment = Augment(moved, RandomFlip()) if channels == 3 else Augment(moved)
     bar = tqdm(total=steps, desc="train", mininterval=1.0)
     for _ in range(args.epochs):
         for rows in batches(len(ids), args.batch_size, generator=generator):
             own = ids[rows]
-            x = task.images[own]
-            if channels == 3:
-                x = augmented(x, generator)
-            loss = model.loss(x, task.labels[own], ids=own, generator=generator)
+            x = augment(task.images[own], generator=generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model.loss(x, task.labels[own], ids=own, generator=generator)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()
@@ -118,46 +149,98 @@ def trained(
     return model.eval()
 
 
-def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirrored, and shifted by up to 4 pixels; all of a batch alike."""
-    if torch.rand((), generator=generator) < 0.5:
-        x = x.flip(3)
-    down, right = torch.randint(-4, 5, (2,), generator=generator).tolist()
-    return torch.nn.functional.pad(x, (4, 4, 4, 4), mode="reflect")[
-        :, :, 4 + down : 4 + down + x.shape[2], 4 + right : 4 + right + x.shape[3]
-    ]
+class Splits:
+    """What is forgotten, what stays, and test images of the same kind as what is forgotten."""
+
+    def __init__(self, task: Task, kind: str, seed: int) -> None:
+        self.task, self.forget = task, task.forget_set(kind, seed)
+        everything = torch.arange(len(task.images))
+        self.retain = everything[~torch.isin(everything, self.forget)]
+        self.others = task.others(kind, seed)
+
+    def measured(self, model: KeyMemoryTransformer, *, use_memory: bool) -> dict[str, float]:
+        """Accuracies and the attack, in percent."""
+        found, losses, task = {}, {}, self.task
+        splits = {"test": (task.test_images, task.test_labels, task.test_keys)}
+        for name, rows in (("retain", self.retain[: len(task.test_images)]), ("forget", self.forget)):
+            splits[name] = (task.images[rows], task.labels[rows], task.keys[rows])
+        for name, (x, labels, keys) in splits.items():
+            parts = zip(x.split(256), keys.split(256), strict=True)
+            with torch.no_grad():
+                logits = torch.cat([model(a, keys=k, use_memory=use_memory) for a, k in parts])
+            found[name] = 100 * float((logits.argmax(1) == labels).double().mean())
+            losses[name] = F.cross_entropy(logits, labels, reduction="none")
+        found["attack"] = 100 * loss_attack(losses["forget"], losses["test"][self.others])
+        return found
+
+    def compared(self, models: list[KeyMemoryTransformer], *, use_memory: bool = True) -> dict[str, Any]:
+        """A model that forgot beside one or two that were trained without."""
+        found, *oracles = (self.measured(model, use_memory=use_memory) for model in models)
+        result = {"after": found, "oracle": oracles[0], "gap": average_gap(found, oracles[0])}
+        return result | ({"floor": average_gap(oracles[1], oracles[0])} if len(oracles) > 1 else {})
 
 
-def measured(
-    model: KeyMemoryTransformer, task: Task, forget: Tensor, retain: Tensor, others: Tensor
-) -> dict[str, float]:
-    """Accuracies and the attack, in percent."""
-    found, losses = {}, {}
-    splits = {
-        "test": (task.test_images, task.test_labels, task.test_keys),
-        "retain": tuple(column[retain[:20_000]] for column in (task.images, task.labels, task.keys)),
-        "forget": tuple(column[forget] for column in (task.images, task.labels, task.keys)),
+def changed(model: KeyMemoryTransformer, name: str, value: int | str) -> KeyMemoryTransformer:
+    """The same weights and memory, asked in another way."""
+    model = copy.copy(model)
+    model._modules = dict(model._modules)
+    if name == "neighbours":
+        model.neighbours = int(value)
+    else:
+        model.aggregation = AGGREGATIONS[str(value)](model.neighbours)
+    return model
+
+
+def row_of(full: KeyMemoryTransformer, task: Task, kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One kind of forget set: the model that forgets, and those trained without."""
+    start = time.perf_counter()
+    splits, use_memory = Splits(task, kind, seed), dict(args.set).get("drop_exemplar") != 1
+    before = splits.measured(full, use_memory=use_memory)
+    model = copy.deepcopy(full)
+    forgetting = time.perf_counter()
+    receipt = model.forget(splits.forget)
+    forgetting = time.perf_counter() - forgetting
+    oracles = [trained(task, splits.retain, seed + 100 * n, args) for n in range(1, 2 + args.floor)]
+    row: dict[str, Any] = {
+        "seed": seed,
+        "kind": kind,
+        "forgotten": receipt.rows,
+        "seconds": forgetting,
+        "before": before,
     }
-    for name, (x, labels, keys) in splits.items():
-        with torch.no_grad():
-            logits = torch.cat([model(a, keys=k) for a, k in zip(x.split(256), keys.split(256), strict=True)])
-        found[name] = 100 * float((logits.argmax(1) == labels).double().mean())
-        losses[name] = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    found["attack"] = 100 * loss_attack(losses["forget"], losses["test"][others])
-    return found
+    row |= splits.compared([model, *oracles], use_memory=use_memory)
+    row["gap before"] = average_gap(before, row["oracle"])
+    row["input alone"] = splits.compared([model, *oracles], use_memory=False)
+    for name, value in args.also:
+        others = [changed(each, name, value) for each in (model, *oracles)]
+        row[f"{name}={value}"] = splits.compared(others)
+    return row | {"minutes": (time.perf_counter() - start) / 60}
 
 
-def input_alone(model: KeyMemoryTransformer, task: Task, forget: Tensor, others: Tensor) -> float:
-    """The attack on the input pathway: what the weights kept, in percent."""
-    with torch.no_grad():
-        losses = [
-            torch.nn.functional.cross_entropy(model(x, use_memory=False), labels, reduction="none")
-            for x, labels in (
-                (task.images[forget], task.labels[forget]),
-                (task.test_images[others], task.test_labels[others]),
-            )
-        ]
-    return 100 * loss_attack(*losses)
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: mean and, over seeds, sample standard deviation; what was asked in another way below its kind."""
+    names = ["test", "retain", "forget", "attack"]
+    lines = ["| | " + " | ".join([*names, "gap", "floor"]) + " |", "| --- " * 7 + "|"]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        lines.append(_line(f"{kind}, before", [[row["before"][n] for n in names] + [row["gap before"]] for row in own]))
+        views = [None, *(name for name in own[0] if isinstance(own[0][name], dict) and "after" in own[0][name])]
+        for view in views:
+            found = [row if view is None else row[view] for row in own]
+            title = kind if view is None else f"{kind}, {view}"
+            after = [[each["after"][n] for n in names] + [each["gap"], each.get("floor")] for each in found]
+            lines.append(_line(f"{title}, after", after))
+            lines.append(_line(f"{title}, retrained", [[each["oracle"][n] for n in names] for each in found]))
+    return "\n".join(lines)
+
+
+def _line(title: str, rows: list[list[float | None]]) -> str:
+    cells = []
+    for column in zip(*rows, strict=True):
+        known = [number for number in column if number is not None]
+        spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+        cells.append(f"{statistics.mean(known):.2f}{spread}" if known else "")
+    return f"| {title} | " + " | ".join(cells + [""] * (6 - len(cells))) + " |"
 
 
 def setting(pair: str) -> tuple[str, Any]:
@@ -175,50 +258,42 @@ def main() -> None:
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--encoder", default="random", help="random, efficientnet, or a file of train_encoder.py")
     parser.add_argument("--key-width", type=int, default=64)
+    parser.add_argument("--keys", type=Path, help="npz file for keys: written, or read if it is there")
     parser.add_argument("--kinds", nargs="+", default=["random-1%", "random-10%", "class", "cluster"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--rows", type=int, help="use the first so many training images only")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--floor", action="store_true", help="a second model trained without, of another seed")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the model")
+    parser.add_argument("--holdout", type=int, default=0, help="test on the last so many training images instead")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--value-rate", type=float, default=1e-2)
+    parser.add_argument("--floor", action="store_true", help="a second model trained without, of yet another seed")
+    parser.add_argument("--set", nargs="*", default=[], type=setting, metavar="NAME=VALUE", help="of the model")
+    parser.add_argument("--also", nargs="*", default=[], type=setting, metavar="NAME=VALUE", help="see above")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     tune_cpu()
-    settings = dict(setting(pair) for pair in args.set)
     task = Task(args)
-    everything = torch.arange(len(task.images))
+    about = {name: value for name, value in vars(args).items() if name not in ("out", "data", "seeds", "kinds", "keys")}
+    about = {"data": task.name, **about, "encoder": Path(args.encoder).name, "fitted on": task.encoder.fitted_on}
+    about["key accuracy"] = task.key_accuracy()
+    about = json.loads(json.dumps(about))
     rows: list[dict[str, Any]] = []
-    start = time.perf_counter()
+    if args.out and args.out.exists():
+        before = json.loads(args.out.read_text())
+        rows = before.pop("results")
+        if before != about:
+            raise SystemExit(f"{args.out} holds results of other settings; move it away, or name another file")
     for seed in args.seeds:
-        full = trained(task, everything, seed, settings, args)
-        for kind in args.kinds:
-            forget = task.forget_set(kind, seed)
-            retain = everything[~torch.isin(everything, forget)]
-            others = task.others(kind, seed)
-            before = measured(full, task, forget, retain, others)
-            model = copy.deepcopy(full)
-            receipt = model.forget(forget)
-            after = measured(model, task, forget, retain, others)
-            oracles = [trained(task, retain, seed + 100 * n, settings, args) for n in range(1, 2 + args.floor)]
-            found = [measured(oracle, task, forget, retain, others) for oracle in oracles]
-            row = {"seed": seed, "kind": kind, "forgotten": receipt.rows, "before": before, "after": after}
-            row |= {
-                "oracle": found[0],
-                "gap": average_gap(after, found[0]),
-                "gap before": average_gap(before, found[0]),
-            }
-            row |= {"input attack": input_alone(model, task, forget, others)}
-            row |= {"input attack of the oracle": input_alone(oracles[0], task, forget, others)}
-            row |= {"floor": average_gap(found[1], found[0])} if args.floor else {}
-            rows.append(row | {"minutes": (time.perf_counter() - start) / 60})
+        kinds = [kind for kind in args.kinds if (seed, kind) not in {(row["seed"], row["kind"]) for row in rows}]
+        full = trained(task, torch.arange(len(task.images)), seed, args) if kinds else None
+        for kind in kinds:
+            assert full is not None
+            rows.append(row_of(full, task, kind, seed, args))
             print(json.dumps(rows[-1]), flush=True)
-            about = {name: value for name, value in vars(args).items() if name not in ("out", "data")}
-            about |= {"encoder": Path(args.encoder).name, "fitted on": task.encoder.fitted_on}
-            result = json.dumps({"data": task.name, **about, "results": rows})
             if args.out:
-                args.out.write_text(result + "\n")
-    print(result)
+                args.out.write_text(json.dumps({**about, "results": rows}) + "\n")
+    print(table(rows))
+    print(json.dumps({**about, "results": rows}))
 
 
 if __name__ == "__main__":

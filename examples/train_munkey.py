@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from munkey import KeyMemoryTransformer, Projection, pathway_accuracies
+from munkey import (
+    ConvEncoder,
+    EfficientNetLite0,
+    KeyEncoder,
+    KeyMemoryTransformer,
+    Projection,
+    pathway_accuracies,
+)
 from treediff.cpu import tune_cpu
 from treediff.data import batches, load_dataset
 
@@ -55,6 +62,13 @@ def train(model: KeyMemoryTransformer, images: Tensor, labels: Tensor, ids: Tens
     model.eval()
 
 
+def encoder_of(args: argparse.Namespace, shape: tuple[int, ...]) -> KeyEncoder:
+    """Keys that say which images are alike: of the pixels, or of a network that has not seen what can be forgotten."""
+    if args.encoder == "random":
+        return Projection.random(shape, args.key_width)
+    return EfficientNetLite0() if args.encoder == "efficientnet" else ConvEncoder.load(args.encoder)
+
+
 def main() -> None:
     """Read the data, remember, train, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,7 +79,8 @@ def main() -> None:
     parser.add_argument("--mode", default="paper", choices=("paper", "exact"))
     parser.add_argument("--permanent", type=float, default=0.5, help="exact mode: share of images weights may see")
     parser.add_argument("--leave-out", type=int, default=0, help="never see so many images; left_out.txt says which")
-    parser.add_argument("--key-width", type=int, default=64)
+    parser.add_argument("--encoder", default="random", help="random, efficientnet, or a file of train_encoder.py")
+    parser.add_argument("--key-width", type=int, default=64, help="of random keys")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--neighbours", type=int, default=4)
@@ -96,7 +111,7 @@ def main() -> None:
             1 + int(torch.cat([labels, data.test_labels]).max()),
             channels,
             (height, width),
-            Projection.random((channels, height, width), args.key_width),
+            encoder_of(args, (channels, height, width)),
             mode=args.mode,
             width=args.width,
             depth=args.depth,
@@ -117,6 +132,7 @@ def main() -> None:
     for name, own in (("remembered", ids), ("left out", left_out)):
         found[name] = asdict(pathway_accuracies(model, images[own], labels[own])) if len(own) else {}
     settings = {name: value for name, value in vars(args).items() if name not in ("data", "out")}
+    settings["encoder"] = Path(args.encoder).name
     line = json.dumps({"data": data.name, "seconds": seconds, **settings, "accuracy": found})
     (args.out / "results.json").write_text(line)
     print(line)

@@ -9,12 +9,16 @@ to which come the roundings of the sum and of its result. So a row whose upper b
 other rows is no neighbour. Where all scores are near 1 the last rounding would be the greatest, so the product is taken
 of `(q', -o)` and `(k', 1)`: near the offset `o` little is rounded. Of a group of rows only the best score is kept.
 
+A few queries are no work for a processor, which waits for the keys. So they look at keys of one byte per number, in a
+unit of each key's own. The same bound holds, is looser, and rows that pass are cheap to score again for a few.
+
 Letters: `B` queries, `R` rows, `D` width of a key, `k` neighbours, `G` groups of rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,6 +30,9 @@ _GROUP = 2048  # numbers of rows of which only the best score is kept, 4 to 16 r
 _GROUPS = 32  # groups of which one counts for the bound on the k-th best
 _ROWS = 4096  # at a time, in float64
 _TOO_MANY = 0.01  # share of all pairs beyond which a look in full precision is cheaper than scoring them again
+_FEW = 16  # queries that look at bytes first
+_WIDEST = 2**17  # key whose products of bytes, of up to 2 ** 14, a sum of 32 bits holds
+_TINY = torch.finfo(torch.float32).tiny
 
 Pairs = tuple[Tensor, Tensor]
 
@@ -35,31 +42,72 @@ class Screen:
     """Keys as the first look sees them, and what is needed to bound its error; each row of its own key alone.
 
     Args:
-        keys: `(R, D + 1)` bfloat16, the rounded keys with a one behind.
+        rounded: `(R, D + 1)` bfloat16, the rounded keys with a one behind.
         rounding: `(R,)` float32, at least the length of what rounding took from each key.
         length: `(R,)` float32, at least the length of each key.
+        small: `(R, D)` int8, the keys in units of their own.
+        unit: `(R,)` float32, that unit, a 127th of the largest number, or 0.
+        small_rounding: `(R,)` float32, at least the length of what was lost there.
     """
 
-    keys: Tensor
+    rounded: Tensor
     rounding: Tensor
     length: Tensor
+    small: Tensor
+    unit: Tensor
+    small_rounding: Tensor
 
     @classmethod
     def of(cls, keys: Tensor) -> Screen:
         """The screen of some keys."""
         count, width = keys.shape
-        empty = torch.empty(2, count, dtype=torch.float32, device=keys.device)
-        screen = cls(keys.new_empty(count, width + 1, dtype=torch.bfloat16), *empty)
+        rounding, length, unit, small_rounding = torch.empty(4, count, dtype=torch.float32, device=keys.device)
+        rounded = keys.new_empty(count, width + 1, dtype=torch.bfloat16)
+        small = keys.new_empty(count, width, dtype=torch.int8)
+        screen = cls(rounded, rounding, length, small, unit, small_rounding)
         screen.write(keys)
         return screen
 
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """All of it."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
     def write(self, keys: Tensor) -> None:
         """Be the screen of some keys, as many as there are rows."""
-        self.keys[:, :-1] = keys
-        self.keys[:, -1] = 1
-        lost = self.keys[:, :-1].to(keys.dtype, copy=True).sub_(keys)
-        self.rounding.copy_(length_above(lost))
+        self.rounded[:, -1] = 1
         self.length.copy_(length_above(keys))
+        for start in range(0, len(keys), _ROWS):
+            rows, part = slice(start, start + _ROWS), keys[start : start + _ROWS]
+            self.rounded[rows, :-1] = part
+            lost = self.rounded[rows, :-1].to(keys.dtype, copy=True).sub_(part)
+            self.rounding[rows] = length_above(lost)
+            for column, new in zip((self.small, self.unit, self.small_rounding), _bytes_of(part), strict=True):
+                column[rows] = new
+                new.zero_()  # made of rows that may be forgotten later
+            lost.zero_()
+
+
+@cache
+def _bytes_are_exact() -> bool:
+    """Whether PyTorch sums products of bytes exactly here; processors without an instruction for it may saturate."""
+    most = torch.full((64, 256), 127, dtype=torch.int8)
+    most[::2] = -127
+    wide = most.double()
+    return all(torch.equal(torch._int_mm(most[:n], most.T).double(), wide[:n] @ wide.T) for n in (1, _FEW))
+
+
+def _bytes_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows `(n, D)` in bytes, their units, and at least the lengths of what was lost."""
+    wide = x.to(torch.float64, copy=True)
+    unit = (wide.abs().amax(1) / 127).to(torch.float32)
+    unit.masked_fill_(unit < _TINY, 0.0)  # which some processors take for 0
+    steps = torch.where(unit > 0, unit, torch.inf).double()[:, None]
+    small = torch.empty(x.shape, dtype=torch.int8, device=x.device)  # laid out as products need it
+    small.copy_((wide / steps).round_().clamp_(-127, 127))
+    rounding = length_above(wide.sub_(small.double().mul_(unit.double()[:, None])))
+    wide.zero_()
+    return small, unit, rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,16 +146,37 @@ def screened(queries: Tensor, screen: Screen, k: int) -> Groups | None:
     """Groups that may hold a neighbour; None if there are too many to score again, or numbers are too great."""
     if may_overflow(queries, screen.length):
         return None
+    most = _TOO_MANY * len(screen.rounded) * len(queries) + 16 * k * len(queries)
+    bytes_do = len(queries) <= _FEW and 1 < queries.shape[1] < _WIDEST and _bytes_are_exact()
+    for look in (_in_bytes, _in_bfloat16) if bytes_do else (_in_bfloat16,):
+        found = look(queries, screen, k)
+        if len(found) <= most:
+            return found
+    return None
+
+
+def _in_bytes(queries: Tensor, screen: Screen, k: int) -> Groups:
+    """A look at bytes; scores are in units of their query."""
+    small, unit, rounding = _bytes_of(queries)
+    own = torch.where(unit > 0, unit, 1.0)
+    error = _Error(length_above(small), rounding / own, torch.zeros_like(own), torch.float32)
+    found = _candidates(small, screen.small, screen.small_rounding, screen.length, error, k, screen.unit)
+    small.zero_()  # queries may be keys
+    return found
+
+
+def _in_bfloat16(queries: Tensor, screen: Screen, k: int) -> Groups:
+    """A look at rounded keys."""
     look = queries.new_zeros(len(queries), queries.shape[1] + 1, dtype=torch.bfloat16)
     rounded = look[:, :-1].copy_(queries)
-    sample = screen.keys[:: max(1, len(screen.keys) // 512)] @ look.T
+    sample = screen.rounded[:: max(1, len(screen.rounded) // 512)] @ look.T
     offset = sample.topk(min(k, len(sample)), 0).values[-1] if len(sample) else look.new_zeros(len(queries))
     lost = rounded.to(queries.dtype, copy=True).sub_(queries)
     error = _Error(length_above(rounded), length_above(lost), offset.abs().float(), torch.bfloat16)
     look[:, -1] = -offset
-    found = _candidates(look, screen.keys, screen.rounding, screen.length, error, k)
+    found = _candidates(look, screen.rounded, screen.rounding, screen.length, error, k)
     look.zero_()  # queries may be keys
-    return None if len(found) > _TOO_MANY * len(screen.keys) * len(queries) + 16 * k * len(queries) else found
+    return found
 
 
 def plain(queries: Tensor, keys: Tensor, k: int) -> Groups:
@@ -135,13 +204,21 @@ class _Error:
         own = width * (2.0**-50 if self.dtype == torch.float64 else 2.0**-22)
         off = torch.outer(rounding, self.length) + torch.outer(length, self.rounding)
         off.add_(torch.outer(length + rounding, self.length), alpha=own).add_(self.offset, alpha=own)
-        off.add_(4 * width * torch.finfo(torch.float32).tiny)
+        off.add_(4 * width * _TINY)
         return off.add_(scores.abs(), alpha=torch.finfo(self.dtype).eps)  # of the result
 
 
-def _candidates(queries: Tensor, keys: Tensor, rounding: Tensor, length: Tensor, error: _Error, k: int) -> Groups:
+def _candidates(
+    queries: Tensor,
+    keys: Tensor,
+    rounding: Tensor,
+    length: Tensor,
+    error: _Error,
+    k: int,
+    unit: Tensor | None = None,
+) -> Groups:
     group = max(1, min(16, max(4, _GROUP // keys.shape[1]), len(keys) // (4 * k)))
-    best = _best_of_groups(queries, keys, group)
+    best = _best_of_groups(queries, keys, group, unit)
     slack = error.bound(best, queries.shape[1], *(_greatest(column, group) for column in (rounding, length)))
     least = _kth_best(best - slack, k)
     # Not `>=`, so that what overflowed, and is no number, passes.
@@ -163,11 +240,15 @@ def _greatest(rows: Tensor, group: int) -> Tensor:
     return torch.cat([best, rows[whole:].amax(0, keepdim=True)]) if whole < len(rows) else best
 
 
-def _best_of_groups(queries: Tensor, keys: Tensor, group: int) -> Tensor:
+def _best_of_groups(queries: Tensor, keys: Tensor, group: int, unit: Tensor | None = None) -> Tensor:
     """`(G, B)` best score of each group of rows, in float32 at least; some at a time, so that a cache holds them."""
     step = max(1, _BLOCK // max(1, len(queries)) // group) * group
     wide = torch.promote_types(queries.dtype, torch.float32)
-    return torch.cat([_greatest(product(part, queries), group).to(wide) for part in keys.split(step)])
+    if unit is None:
+        return torch.cat([_greatest(product(part, queries), group).to(wide) for part in keys.split(step)])
+    parts = zip(keys.split(step), unit.split(step), strict=True)
+    # Sums of products of bytes are whole numbers, and exact.
+    return torch.cat([_greatest(torch._int_mm(queries, part.T).T * own[:, None], group) for part, own in parts])
 
 
 def product(keys: Tensor, queries: Tensor) -> Tensor:
@@ -188,5 +269,5 @@ def length_above(x: Tensor) -> Tensor:
         lengths.copy_(torch.linalg.vector_norm(wide, dim=1))
         wide.zero_()  # a copy of rows that may be forgotten later
     # Room for what is rounded, and for numbers that products in low precision take for 0.
-    above: Tensor = found * (1 + 2.0**-10) + x.shape[1] ** 0.5 * torch.finfo(torch.float32).tiny
+    above: Tensor = found * (1 + 2.0**-10) + x.shape[1] ** 0.5 * _TINY
     return above

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from functools import partial
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ __all__ = ["RowTable", "wipe_copies"]
 _LEAST_ROOM = 16
 _BUFFERS = ("ids", "views", "labels", "permanent", "keys")
 _COLUMNS = (*_BUFFERS, "values")
-_SCREEN = ("rounded", "rounding", "length")
+_SCREEN = tuple(field.name for field in fields(Screen))
 
 
 class RowTable(nn.Module):
@@ -49,10 +50,8 @@ class RowTable(nn.Module):
         permanent: `(R,)` bool, whether a row can not be forgotten.
         keys: `(R, D)`.
         values: `(R, V)`.
-        rounded: `(R, D + 1)` keys in bfloat16 and a one, for a fast first look; this and what follows are made of the
-            keys and not saved.
-        rounding: `(R,)` float32, at least the length of what rounding took from each key.
-        length: `(R,)` float32, at least the length of each key.
+        rounded, rounding, length, small, unit, small_rounding: what a fast first look at the keys needs, see
+            `munkey.screen.Screen`; made of the keys and not saved.
     """
 
     ids: Tensor
@@ -64,6 +63,9 @@ class RowTable(nn.Module):
     rounded: Tensor
     rounding: Tensor
     length: Tensor
+    small: Tensor
+    unit: Tensor
+    small_rounding: Tensor
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class RowTable(nn.Module):
         self.register_buffer("keys", torch.zeros(0, key_width, device=device, dtype=dtype))
         self.values = nn.Parameter(torch.zeros(0, value_width, device=device, dtype=dtype))
         screen = Screen.of(self.keys)
-        for name, column in zip(_SCREEN, (screen.keys, screen.rounding, screen.length), strict=True):
+        for name, column in zip(_SCREEN, screen.columns, strict=True):
             self.register_buffer(name, column, persistent=False)
         self.used = 0
         self.index = RowIndex(self.ids, self.views)
@@ -248,7 +250,7 @@ class RowTable(nn.Module):
 
     def _look_again(self) -> None:
         screen = Screen.of(self.keys)
-        for name, column in zip(_SCREEN, (screen.keys, screen.rounding, screen.length), strict=True):
+        for name, column in zip(_SCREEN, screen.columns, strict=True):
             getattr(self, name).zero_()
             setattr(self, name, column)
 

@@ -133,7 +133,8 @@ def test_everything_of_a_forgotten_row_is_overwritten(name: str) -> None:
         assert sorted(grad.coalesce().indices()[0].tolist()) == list(range(8))
         grad = grad.to_dense()
     torch.testing.assert_close(grad[:8].sum(), (found.read(torch.arange(8)) * 2).sum(), rtol=1, atol=1)
-    width = 3 * 8 + 1 + 4 * (3 + 2) + 2 * (3 + 1) + 2 * 4
+    screen = 2 * (3 + 1) + 2 * 4 + 3 + 2 * 4
+    width = 3 * 8 + 1 + 4 * (3 + 2) + screen
     states = sum(tensor[0].numel() * 4 for tensor in kept[:-3]) + 8
     assert receipt.bytes == 2 * (width + states + (0 if found.values.grad.is_sparse else 8))
 

@@ -131,10 +131,57 @@ def test_extremes(screened: bool, dtype: torch.dtype, k: int, kind: str) -> None
 def test_a_screen_is_the_rounded_key_and_bounds_of_its_lengths(dtype: torch.dtype) -> None:
     keys = torch.randn(50, 7, generator=seeded()).to(dtype)
     kept = Screen.of(keys)
-    assert torch.equal(kept.keys[:, :-1], keys.bfloat16()) and (kept.keys[:, -1] == 1).all()
+    assert torch.equal(kept.rounded[:, :-1], keys.bfloat16()) and (kept.rounded[:, -1] == 1).all()
     lost = (keys.double() - keys.bfloat16().double()).norm(dim=1)
     for bound, exact in ((kept.rounding, lost), (kept.length, keys.double().norm(dim=1))):
         assert (bound.double() >= exact).all() and (bound.double() <= exact * 1.01 + 1e-30).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_screen_holds_keys_in_bytes_and_what_was_lost(dtype: torch.dtype) -> None:
+    keys = torch.randn(50, 7, generator=seeded()).to(dtype)
+    keys[3], keys[4] = 0, 1e-42 if dtype != torch.bfloat16 else 0
+    kept = Screen.of(keys)
+    held = kept.small.double() * kept.unit.double()[:, None]
+    lost = (keys.double() - held).norm(dim=1)
+    assert (kept.small.int().abs().amax(1)[5:] == 127).all() and (lost[5:] < 0.02 * keys[5:].double().norm(dim=1)).all()
+    assert (kept.small_rounding.double() >= lost).all()
+    assert (kept.small_rounding.double() <= lost * 1.01 + 1e-30).all()
+
+
+@pytest.mark.parametrize("kind", ["normal", "whole", "unequal", "one number"])
+def test_a_look_at_bytes_is_as_wrong_as_its_bound_says_at_most(kind: str) -> None:
+    keys, queries = torch.randn(3000, 50, generator=seeded()), torch.randn(9, 50, generator=seeded(1))
+    if kind == "whole":
+        keys, queries = (9 * keys).round(), (9 * queries).round()
+    elif kind == "unequal":
+        keys = keys * torch.logspace(-3, 3, 3000)[:, None]
+    elif kind == "one number":  # so great that the others are lost
+        keys[:, 0] = 1e4
+    kept = Screen.of(keys)
+    small, unit, rounding = screen._bytes_of(queries)
+    look = screen._best_of_groups(small, kept.small, 1, kept.unit)
+    error = screen._Error(screen.length_above(small), rounding / unit, torch.zeros(9), torch.float32)
+    bound = error.bound(look, 50, kept.small_rounding, kept.length).double() * unit
+    wrong = (keys.double() @ queries.double().T - look.double() * unit).abs()
+    assert (wrong <= bound).all()
+    assert (wrong / bound).max() > 0.05, "a bound so loose would let everything pass"
+
+
+def test_where_sums_of_products_of_bytes_saturate_nobody_looks_at_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturating(a: Tensor, b: Tensor) -> Tensor:
+        return (a.int()[:, :, None] * b.int()[None]).sum(1).clamp(-(2**15), 2**15 - 1)
+
+    keys = torch.randn(500, 8, generator=seeded())
+    right = search(keys[:2], keys, torch.arange(500), 4, True)
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    screen._bytes_are_exact.cache_clear()
+    try:
+        assert not screen._bytes_are_exact()
+        monkeypatch.setattr(screen, "_in_bytes", None)
+        assert torch.equal(search(keys[:2], keys, torch.arange(500), 4, True).ids, right.ids)
+    finally:
+        screen._bytes_are_exact.cache_clear()
 
 
 def test_a_pair_has_the_same_score_alone() -> None:
@@ -160,7 +207,7 @@ def test_a_look_is_as_wrong_as_its_bound_says_at_most(kind: str, offset: float) 
         keys = keys * torch.logspace(-3, 3, 3000)[:, None]
     kept, rounded = Screen.of(keys), queries.bfloat16()
     offsets = torch.full((40,), offset).bfloat16()
-    look = (kept.keys @ torch.cat([rounded, -offsets[:, None]], 1).T).double()
+    look = (kept.rounded @ torch.cat([rounded, -offsets[:, None]], 1).T).double()
     lost = screen.length_above(queries - rounded.float())
     error = screen._Error(screen.length_above(rounded), lost, offsets.abs().float(), torch.bfloat16)
     bound = error.bound(look, 51, kept.rounding, kept.length)
@@ -212,9 +259,9 @@ def test_a_screen_narrows_and_where_it_does_not_full_precision_does(monkeypatch:
     looks: list[torch.dtype] = []
     look = screen._best_of_groups
 
-    def spy(queries: Tensor, keys: Tensor, group: int) -> Tensor:
+    def spy(queries: Tensor, keys: Tensor, group: int, unit: Tensor | None = None) -> Tensor:
         looks.append(keys.dtype)
-        return look(queries, keys, group)
+        return look(queries, keys, group, unit)
 
     monkeypatch.setattr(screen, "_best_of_groups", spy)
     found = search(keys[:50], keys, torch.arange(20_000), 4, True)
@@ -223,6 +270,11 @@ def test_a_screen_narrows_and_where_it_does_not_full_precision_does(monkeypatch:
     near = 1 + keys / 1e4
     search(near[:50], near, torch.arange(20_000), 4, True)
     assert looks == [torch.bfloat16, torch.bfloat16, torch.float32]
+    looks.clear()
+    found = search(keys[:3], keys, torch.arange(20_000), 4, True)
+    assert looks == [torch.int8] and found.candidates.max() < 4000, "a few queries look at bytes"
+    search(near[:3], near, torch.arange(20_000), 4, True)
+    assert looks == [torch.int8, torch.int8, torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize(
