@@ -14,7 +14,8 @@ from munkey.memory import KeyValueMemory, Retrieved
 from munkey.model import KeyMemoryTransformer
 from munkey.pathways import PathwayAccuracies, pathway_accuracies
 from munkey.receipts import Receipt
-from munkey.store import KeyStore, Rows
+from munkey.store import KeyStore
+from munkey.stored import Rows
 from munkey.writer import ValueWriter
 
 __all__ = [

@@ -5,53 +5,27 @@ Letters: `M` rows, `D` width of a key, `V` width of a value, `B` instances of a 
 
 from __future__ import annotations
 
-import operator
 import os
 import time
-import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import SupportsIndex
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from munkey.checks import as_ids, check_rows, some
 from munkey.disk import Disk
-from munkey.hashed import HashedTable
 from munkey.receipt_log import ReceiptLog, tokens_of
 from munkey.receipts import Receipt
 from munkey.rows import Removal
+from munkey.stored import StoredRows
 from treediff import EMA
 from treediff.noise import counter_normal
 
-__all__ = ["KeyStore", "Rows"]
+__all__ = ["KeyStore"]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What a store holds of some instances, one row for each key, in the order of the request.
-
-    Args:
-        ids: `(M,)` int64.
-        views: `(M,)` int64, the number of each key among those of its id.
-        labels: `(M,)` int64; -1 for none.
-        permanent: `(M,)` bool, whether they can not be forgotten.
-        keys: `(M, D)`.
-        values: `(M, V)`.
-    """
-
-    ids: Tensor
-    views: Tensor
-    labels: Tensor
-    permanent: Tensor
-    keys: Tensor
-    values: Tensor
-
-
-class KeyStore(HashedTable):
+class KeyStore(StoredRows):
     """A table with one row for each instance: id, key, label, and a value that can be trained.
 
     An id may own several keys, as of changed copies of one image; each has a row and a value of its own, and forgetting
@@ -99,66 +73,6 @@ class KeyStore(HashedTable):
         super().__init__(key_width, value_width, secret=secret, device=device, dtype=dtype)
         self.seed, self.scale = seed, scale
         self.log: ReceiptLog | None = None
-
-    # --- what is there ------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __contains__(self, instance: SupportsIndex) -> bool:
-        return operator.index(instance) in self.index
-
-    def __iter__(self) -> Iterator[int]:
-        """Ids in ascending order; the order of rows would tell the history."""
-        return iter(sorted(self.index))
-
-    def contains(self, ids: Iterable[int] | Tensor) -> Tensor:
-        """`(B,)` bool, which ids are there."""
-        return torch.tensor([instance in self.index for instance in as_ids(ids)], dtype=torch.bool)
-
-    def rows_of(self, ids: Iterable[int] | Tensor) -> Tensor:
-        """`(M,)` numbers of the rows of ids, those of one id after those of another.
-
-        Row numbers change whenever something is forgotten.
-
-        Raises:
-            KeyError: if an id is not there.
-        """
-        wanted = as_ids(ids)
-        self._require(wanted)
-        return torch.tensor(self.index.of_all(wanted), dtype=torch.int64, device=self.ids.device)
-
-    def one_row_of_each(self, ids: Iterable[int] | Tensor, uniform: Tensor) -> Tensor:
-        """`(B,)` number of one row of each id; uniform numbers `(B,)` in [0, 1) decide which of several.
-
-        Raises:
-            KeyError: if an id is not there.
-        """
-        wanted = as_ids(ids)
-        self._require(wanted)
-        rows = self.index.one_of_each(wanted, uniform.tolist())
-        return torch.tensor(rows, dtype=torch.int64, device=self.ids.device)
-
-    def get(self, ids: Iterable[int] | Tensor) -> Rows:
-        """A copy of what is stored of ids.
-
-        Raises:
-            KeyError: if an id is not there.
-        """
-        rows = self.rows_of(ids)
-        return Rows(*(column[rows] for column in self.columns))
-
-    def read(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
-        """`(..., V)` values of rows, through which a gradient flows.
-
-        Args:
-            rows: `(...)` int64 row numbers.
-            sparse: whether the gradient is sparse, so that a step costs no more than the rows that were read.
-        """
-        read = F.embedding(rows, self.values, sparse=sparse)
-        if read.requires_grad and not self.holders.optimizers and not torch.compiler.is_compiling():
-            read.register_hook(_warn_unattached)
-        return read
 
     # --- writing ------------------------------------------------------------------------------------------
 
@@ -361,11 +275,6 @@ class KeyStore(HashedTable):
         for holder in holders:
             self.holders.detach(holder)
 
-    def _require(self, ids: list[int]) -> None:
-        unknown = [instance for instance in ids if instance not in self.index]
-        if unknown:
-            raise KeyError(f"ids {some(unknown)} are not in the store; forget can pass over them with missing='ignore'")
-
     def _check_forgettable(self, ids: list[int]) -> None:
         stay = self.permanent[self.rows_of(ids)]
         if stay.any():
@@ -376,11 +285,3 @@ class KeyStore(HashedTable):
             )
         self.holders.check(self.values)
         self.holders.check_copies()
-
-
-def _warn_unattached(grad: Tensor) -> None:
-    warnings.warn(
-        "values of a store are trained by an optimiser the store does not know; what it keeps of an instance would not "
-        "be forgotten. Tell the store: store.attach(optimizer)",
-        stacklevel=2,
-    )
