@@ -116,28 +116,26 @@ def searching(name: str, keys: Tensor, queries: Tensor, rounds: int) -> list[dic
     return found
 
 
-def modelling(rounds: int) -> dict[str, float]:
+def modelling(rounds: int, rows: int = 60_000) -> dict[str, float]:
     """A training step of 64 images and inference of 256, with 4 neighbours and without."""
     generator = torch.Generator().manual_seed(0)
-    images, labels = (
-        torch.rand(60_000, 1, 28, 28, generator=generator),
-        torch.randint(10, (60_000,), generator=generator),
-    )
+    images = torch.rand(rows, 1, 28, 28, generator=generator)
+    labels = torch.randint(10, (rows,), generator=generator)
     model = KeyMemoryTransformer.for_images(10, 1, 28, Projection.random((1, 28, 28), WIDTH), sparse=True)
-    ids = torch.arange(60_000)
+    ids = torch.arange(rows)
     model.memory.remember(ids, model.key_encoder(images), labels)
     values = model.memory.store.values
     optimizers = [torch.optim.AdamW(model.parameter_groups(0.05)), torch.optim.SparseAdam([values])]
     model.attach(optimizers[1])
 
     def step(memory: bool) -> None:
-        rows = torch.randint(60_000, (64,), generator=generator)
+        some = torch.randint(rows, (64,), generator=generator)
         for optimizer in optimizers:
             optimizer.zero_grad()
         if memory:
-            model.loss(images[rows], labels[rows], ids=rows).backward()
+            model.loss(images[some], labels[some], ids=some).backward()
         else:
-            F.cross_entropy(model(images[rows], use_memory=False), labels[rows]).backward()
+            F.cross_entropy(model(images[some], use_memory=False), labels[some]).backward()
         for optimizer in optimizers[: 1 + memory]:
             optimizer.step()
 
@@ -161,11 +159,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--keys", type=Path, nargs="*", default=[], help="npz files with keys and queries")
+    parser.add_argument("--quick", action="store_true", help="little of everything, to see that it runs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.rows = 1, [2000]
     generator = torch.Generator().manual_seed(0)
     searched = []
-    for rows, width in ((60_000, 768), (max(args.rows), WIDTH)):
+    for rows, width in ((2000, 16),) if args.quick else ((60_000, 768), (max(args.rows), WIDTH)):
         keys = F.normalize(torch.randn(rows + 256, width, generator=generator), dim=1)
         searched += searching("normal", keys[256:].contiguous(), keys[:256], args.rounds)
     for path in args.keys:
@@ -176,7 +177,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "searching": searched,
         "forgetting": forgetting(args.rounds, args.rows),
-        "model": modelling(args.rounds),
+        "model": modelling(args.rounds, 1000 if args.quick else 60_000),
     }
     line = json.dumps(result)
     if args.out:

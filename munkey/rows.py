@@ -40,6 +40,11 @@ class RowIndex:
     def __iter__(self) -> Iterator[int]:
         return iter(self._first)
 
+    def missing(self, ids: Iterable[int]) -> list[int]:
+        """Those of some ids that have no rows."""
+        there = self._first
+        return [instance for instance in ids if instance not in there]
+
     def of(self, instance: int) -> list[int]:
         """The rows of one id."""
         return [self._first[instance], *self._more.get(instance, ())]
@@ -47,7 +52,7 @@ class RowIndex:
     def of_all(self, ids: Iterable[int]) -> list[int]:
         """The rows of several ids, one id after the other."""
         if not self._more:
-            return [self._first[instance] for instance in ids]
+            return list(map(self._first.__getitem__, ids))
         return [row for instance in ids for row in self.of(instance)]
 
     def one_of_each(self, ids: Iterable[int], uniform: Iterable[float]) -> list[int]:

@@ -175,20 +175,21 @@ class KeyStore(StoredRows):
         if missing not in ("raise", "ignore"):
             raise ValueError(f"missing must be 'raise' or 'ignore', found {missing!r}")
         wanted = sorted(set(as_ids(ids)))
+        absent = self.index.missing(wanted)
         if missing == "raise":
-            self._require(wanted)
-        known = [instance for instance in wanted if instance in self.index]
-        absent = tuple(instance for instance in wanted if instance not in self.index)
-        self._check_forgettable(known)
-        return self._forget(known, absent, self.log)
+            self._require(absent)
+        known = sorted(set(wanted).difference(absent)) if absent else wanted
+        return self._forget(known, tuple(absent), self.log)
 
     def _ready(self) -> None:
         """Raise an error if `erase` would."""
         self.holders.check_still()
 
     def _forget(self, known: list[int], absent: tuple[int, ...], log: ReceiptLog | None) -> Receipt:
+        rows = self.index.of_all(known)
+        self._check_forgettable(rows)
         self._ready()
-        removal = Removal.of(self.index.of_all(known), self.used, self.ids.device)
+        removal = Removal.of(rows, self.used, self.ids.device)
         before, total = self.digest(), self._total_after(removal)
         after, size = self._digest(removal.after, total), len(removal.gone) * self.row_bytes()
         receipt = Receipt(tuple(known), absent, len(removal.gone), size, before, after, time.time())
@@ -241,7 +242,6 @@ class KeyStore(StoredRows):
         rows = slice(0, self.used)
         gone = [token in log.gone for token in self._tokens(rows)] if log.gone else []
         known = sorted({owner for owner, there in zip(self.ids[rows].tolist(), gone, strict=False) if there})
-        self._check_forgettable(known)
         return self._forget(known, (), None)
 
     def _take(self, found: dict[str, Tensor]) -> None:  # type: ignore[override]
@@ -275,10 +275,11 @@ class KeyStore(StoredRows):
         for holder in holders:
             self.holders.detach(holder)
 
-    def _check_forgettable(self, ids: list[int]) -> None:
-        stay = self.permanent[self.rows_of(ids)]
+    def _check_forgettable(self, rows: list[int]) -> None:
+        numbers = torch.tensor(rows, dtype=torch.int64, device=self.ids.device)
+        stay = self.permanent[numbers]
         if stay.any():
-            held = [instance for instance in ids if self.permanent[self.index.of(instance)[0]]]
+            held = sorted(set(self.ids[numbers[stay]].tolist()))
             raise ValueError(
                 f"ids {some(held)} are there for good: weights were trained on them, and would not forget them with "
                 "their rows; train anew without them"

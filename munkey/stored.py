@@ -104,7 +104,7 @@ class StoredRows(HashedTable):
         return read
 
     def _require(self, ids: list[int]) -> None:
-        unknown = [instance for instance in ids if instance not in self.index]
+        unknown = self.index.missing(ids)
         if unknown:
             raise KeyError(f"ids {some(unknown)} are not in the store; forget can pass over them with missing='ignore'")
 

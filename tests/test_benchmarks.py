@@ -1,0 +1,45 @@
+"""Benchmarks of forgetting run, on little."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    script, *options = command
+    return subprocess.run([sys.executable, str(BENCHMARKS / script), *options], capture_output=True, text=True)
+
+
+def test_forgetting_is_compared_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    out, keys = tmp_path / "out.json", tmp_path / "keys.npz"
+    options = ["--data", "digits", "--epochs", "1", "--seeds", "0", "--keys", str(keys), "--out", str(out)]
+    options += ["--floor", "random-10%", "--also", "neighbours=1"]
+    first = run("forgetting.py", *options, "--kinds", "random-10%")
+    assert first.returncode == 0, first.stderr[-2000:]
+    kept = json.loads(out.read_text())["results"][0]
+    assert kept["forgotten"] == 150 and {"gap", "floor", "gap before", "input alone", "neighbours=1"} <= kept.keys()
+    assert kept["neighbours=1"]["after"]["retain"] > kept["neighbours=1"]["after"]["test"], "its own label is nearest"
+    assert keys.exists()
+
+    second = run("forgetting.py", *options, "--kinds", "random-10%", "class", "cluster")
+    assert second.returncode == 0, second.stderr[-2000:]
+    rows = json.loads(second.stdout.splitlines()[-1])["results"]
+    assert [row["kind"] for row in rows] == ["random-10%", "class", "cluster"]
+    assert rows[0] == kept and "| class, before |" in second.stdout and "floor" not in rows[1]
+
+    other = run("forgetting.py", *options, "--set", "neighbours=2")
+    assert other.returncode and "holds results of other settings" in other.stderr
+
+
+def test_a_store_is_timed_beside_faiss(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    done = run("store.py", "--quick", "--out", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert {row["different"] for row in result["searching"]} == {0}
+    assert [row["forgotten"] for row in result["forgetting"]] == [1, 100]
