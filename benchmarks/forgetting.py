@@ -9,9 +9,10 @@ a copy of it forgets, and another model, of another seed, is trained without. Ac
 the loss attack are in percent; the attack tells forgotten instances from test images of the same kind. The *floor* is
 the gap between two models trained without, of different seeds: what a gap of zero looks like. Settings of the model are
 options by name, as in `--set own_token_probability=0.5`; `--set drop_exemplar=1 drop_input=0` is a transformer without
-memory, which forgets nothing. `--also` asks the same models with another number of neighbours or another aggregation.
-Every row is saved when it is there, and not made again by the next run with the same settings. The last line printed is
-one JSON object.
+memory, which forgets nothing. `--permanent 0.5` is exact mode, where weights see half of the images, and what forgot is
+compared with a model of the same seed. `--also` asks the same models with another number of neighbours or another
+aggregation. Every row is saved when it is there, and not made again by the next run with the same settings. The last
+line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Task:
         self.test_images, self.test_labels = data.test_images, data.test_labels
         if args.holdout:
             self.test_images, self.test_labels = data.train_images[rows.stop :], data.train_labels[rows.stop :]
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(7))
+        self.stay, self.forgettable = order.tensor_split([round(args.permanent * len(order))])
         self.classes = 1 + int(torch.cat([self.labels, self.test_labels]).max())
         self.encoder = encoder_of(args, tuple(self.images.shape[1:]))
         self.keys, self.test_keys = (F.normalize(keys, dim=1) for keys in self._keys(args.keys))
@@ -81,21 +84,27 @@ class Task:
 
     def forget_set(self, kind: str, seed: int) -> Tensor:
         """Rows to forget: a share at random, the class of a random row, or what is nearest to a random row."""
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(1000 + seed))
+        order = self._order(seed)
         if kind.startswith("random"):
-            return order[: round(len(order) * float(kind.removeprefix("random-").removesuffix("%")) / 100)]
+            share = float(kind.removeprefix("random-").removesuffix("%")) / 100
+            return order[: round(len(self.images) * share)]
         if kind == "class":
-            return (self.labels == self.labels[order[0]]).nonzero().squeeze(1)
-        return self._near(self.keys, order[0], len(order) // 100)
+            return order[self.labels[order] == self.labels[order[0]]]
+        return order[self._near(self.keys[order], order[0], len(self.images) // 100)]
 
     def others(self, kind: str, seed: int) -> Tensor:
         """Test images of the same kind as what is forgotten."""
-        first = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(1000 + seed))[0]
+        first = self._order(seed)[0]
         if kind == "class":
             return (self.test_labels == self.labels[first]).nonzero().squeeze(1)
         if kind == "cluster":
             return self._near(self.test_keys, first, len(self.test_keys) // 100)
         return torch.arange(len(self.test_images))
+
+    def _order(self, seed: int) -> Tensor:
+        """What can be forgotten, in random order."""
+        generator = torch.Generator().manual_seed(1000 + seed)
+        return self.forgettable[torch.randperm(len(self.forgettable), generator=generator)]
 
     def _near(self, keys: Tensor, row: Tensor, count: int) -> Tensor:
         """The keys most like that of a training image."""
@@ -115,18 +124,20 @@ def encoder_of(args: argparse.Namespace, shape: tuple[int, ...]) -> KeyEncoder:
 
 
 def trained(task: Task, ids: Tensor, seed: int, args: argparse.Namespace) -> KeyMemoryTransformer:
-    """A model of some instances."""
+    """A model of some instances; in exact mode weights see those that stay for good."""
     channels, height, width = task.images.shape[1:]
+    settings = {"mode": "exact" if args.permanent else "paper", "sparse": True, **dict(args.set)}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = KeyMemoryTransformer.for_images(
-            task.classes, channels, (height, width), task.encoder, seed=seed, sparse=True, **dict(args.set)
+            task.classes, channels, (height, width), task.encoder, seed=seed, **settings
         )
-    model.remember(ids, task.images[ids], task.labels[ids], keys=task.keys[ids])
-    values = model.memory.store.values
+    everyone, ids = ids, task.stay if args.permanent else ids
+    model.remember(ids, task.images[ids], task.labels[ids], keys=task.keys[ids], permanent=args.permanent > 0)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameter_groups(0.05), lr=args.learning_rate)]
-    optimizers.append(torch.optim.SparseAdam([values], lr=args.value_rate))
-    model.attach(optimizers[1])
+    if not args.permanent:
+        optimizers.append(torch.optim.SparseAdam([model.memory.store.values], lr=args.value_rate))
+        model.attach(optimizers[1])
     steps = args.epochs * -(-len(ids) // args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], args.learning_rate, total_steps=steps + 1)
     generator = torch.Generator().manual_seed(seed)
@@ -146,6 +157,8 @@ def trained(task: Task, ids: Tensor, seed: int, args: argparse.Namespace) -> Key
             schedule.step()
             bar.update()
     bar.close()
+    later = everyone[~torch.isin(everyone, ids)]
+    model.remember(later, task.images[later], task.labels[later], keys=task.keys[later])
     return model.eval()
 
 
@@ -200,7 +213,9 @@ def row_of(full: KeyMemoryTransformer, task: Task, kind: str, seed: int, args: a
     forgetting = time.perf_counter()
     receipt = model.forget(splits.forget)
     forgetting = time.perf_counter() - forgetting
-    oracles = [trained(task, splits.retain, seed + 100 * n, args) for n in range(1, 2 + (kind in args.floor))]
+    # An exact model is compared with one of the same seed, to which it must be equal.
+    others = range(not args.permanent, 1 + (not args.permanent) + (kind in args.floor))
+    oracles = [trained(task, splits.retain, seed + 100 * n, args) for n in others]
     row: dict[str, Any] = {
         "seed": seed,
         "kind": kind,
@@ -212,8 +227,7 @@ def row_of(full: KeyMemoryTransformer, task: Task, kind: str, seed: int, args: a
     row["gap before"] = average_gap(before, row["oracle"])
     row["input alone"] = splits.compared([model, *oracles], use_memory=False)
     for name, value in args.also:
-        others = [changed(each, name, value) for each in (model, *oracles)]
-        row[f"{name}={value}"] = splits.compared(others)
+        row[f"{name}={value}"] = splits.compared([changed(each, name, value) for each in (model, *oracles)])
     return row | {"minutes": (time.perf_counter() - start) / 60}
 
 
@@ -263,6 +277,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--holdout", type=int, default=0, help="test on the last so many training images instead")
+    parser.add_argument("--permanent", type=float, default=0.0, help="exact mode: share of images weights may see")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--value-rate", type=float, default=1e-2)
