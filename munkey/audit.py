@@ -69,9 +69,9 @@ def loss_attack(members: Tensor, others: Tensor) -> float:
     for name, losses in (("members", members), ("others", others)):
         if losses.ndim != 1 or not len(losses) or not losses.isfinite().all():
             raise ValueError(f"expected finite losses (n,) of some {name}, found {tuple(losses.shape)}")
-    ordered = others.double().sort().values
-    less = len(ordered) - torch.searchsorted(ordered, members.double(), right=True)
-    equal = torch.searchsorted(ordered, members.double(), right=True) - torch.searchsorted(ordered, members.double())
+    ordered, wide = others.double().sort().values, members.double()
+    below, through = (torch.searchsorted(ordered, wide, right=right) for right in (False, True))
+    less, equal = len(ordered) - through, through - below
     return float((less + equal / 2).double().mean() / len(ordered))
 
 

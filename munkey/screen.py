@@ -112,13 +112,15 @@ def _bytes_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Groups of rows that may hold a neighbour: their number, and of which query `(n,)` each.
+    """Groups of rows that may hold a neighbour: which, and of which query `(n,)` each.
+
+    There are `G = ceil(R / size)` groups; the first has rows 0, G, 2 G and so on.
 
     Args:
         place: `(n,)`.
         query: `(n,)`.
         size: rows of a group.
-        count: rows in all.
+        count: rows in all, `R`.
     """
 
     place: Tensor
@@ -132,7 +134,8 @@ class Groups:
 
     def pairs(self) -> Pairs:
         """All rows of all groups."""
-        row = (self.place[:, None] * self.size + torch.arange(self.size, device=self.place.device)).flatten()
+        apart = -(-self.count // self.size)
+        row = (self.place[:, None] + apart * torch.arange(self.size, device=self.place.device)).flatten()
         inside = row < self.count
         return self.query.repeat_interleave(self.size)[inside], row[inside]
 
@@ -234,21 +237,38 @@ def _kth_best(lower: Tensor, k: int) -> Tensor:
 
 
 def _greatest(rows: Tensor, group: int) -> Tensor:
-    """`(ceil(n / group), ...)` the greatest of each group of rows."""
-    whole = len(rows) // group * group
-    best = rows[:whole].unflatten(0, (whole // group, group)).amax(1)
-    return torch.cat([best, rows[whole:].amax(0, keepdim=True)]) if whole < len(rows) else best
+    """`(G, ...)` the greatest of each group of rows `(n, ...)`; see `Groups`."""
+    count = -(-len(rows) // group)
+    best = rows[:count].clone()
+    for part in rows[count:].split(max(1, count)):
+        torch.maximum(best[: len(part)], part, out=best[: len(part)])
+    return best
 
 
 def _best_of_groups(queries: Tensor, keys: Tensor, group: int, unit: Tensor | None = None) -> Tensor:
     """`(G, B)` best score of each group of rows, in float32 at least; some at a time, so that a cache holds them."""
-    step = max(1, _BLOCK // max(1, len(queries)) // group) * group
-    wide = torch.promote_types(queries.dtype, torch.float32)
+    count = -(-len(keys) // group)
+    step = max(1, _BLOCK // max(1, len(queries)))
+    best = torch.empty(count, len(queries), dtype=torch.promote_types(queries.dtype, torch.float32), device=keys.device)
+    for start in range(0, count, step):
+        here = best[start : start + step]
+        for first in range(start, len(keys), count):
+            rows = slice(first, first + len(here))
+            scores = _scores(queries, keys[rows], unit if unit is None else unit[rows])
+            if first == start:
+                found = scores
+            else:  # the last rows may be fewer
+                torch.maximum(found[: len(scores)], scores, out=found[: len(scores)])
+        here[:] = found
+    return best
+
+
+def _scores(queries: Tensor, keys: Tensor, unit: Tensor | None) -> Tensor:
+    """`(R, B)` of some rows, of bytes in units of the queries."""
     if unit is None:
-        return torch.cat([_greatest(product(part, queries), group).to(wide) for part in keys.split(step)])
-    parts = zip(keys.split(step), unit.split(step), strict=True)
+        return product(keys, queries)
     # Sums of products of bytes are whole numbers, and exact.
-    return torch.cat([_greatest(torch._int_mm(queries, part.T).T * own[:, None], group) for part, own in parts])
+    return torch._int_mm(queries, keys.T).T * unit[:, None]
 
 
 def product(keys: Tensor, queries: Tensor) -> Tensor:
