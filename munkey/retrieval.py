@@ -21,7 +21,7 @@ __all__ = ["Neighbours", "Screen", "at_least", "nearest", "pair_scores"]
 
 _PAIRS = 1 << 21  # pairs of a query and a row at a time
 _ROWS_AT_ONCE = 1 << 19  # scores at a time
-_SCORED = 1 << 22  # numbers at a time that are scored again
+_SCORED = 1 << 18  # numbers at a time that are scored again, which a cache holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,16 +76,16 @@ def nearest(
     wanted = k
     if exclude_ids is not None:  # as many more as one owner can take
         wanted += 1 if views is None or not len(views) else 1 + int(views.max())
-    found = None
+    found, length = None, length_above(keys) if screen is None else screen.length
     # Elsewhere sums of products in bfloat16 may be rounded to bfloat16 half way.
     if screen is not None and keys.device.type == "cpu":
         found = screened(queries, screen, wanted)
     if found is None:
-        found = plain(queries, keys, wanted)
+        found = plain(queries, keys, length, wanted)
     if len(found) <= _PAIRS or len(queries) == 1:
         pairs = found.pairs()
         candidates = torch.bincount(pairs[0], minlength=len(queries))
-        pairs = _narrowed(queries, keys, candidates, wanted, pairs)
+        pairs = _narrowed(queries, keys, length, candidates, wanted, pairs)
         return _ranked(queries, keys, ids, views, k, exclude_ids, candidates, pairs)
     # Too many to look at together, as of many equal keys.
     own = [None, None] if exclude_ids is None else exclude_ids.chunk(2)
@@ -124,7 +124,7 @@ def at_least(queries: Tensor, keys: Tensor, least: float) -> tuple[Tensor, Tenso
     return query[order], row[order], scores[order]
 
 
-def _narrowed(queries: Tensor, keys: Tensor, candidates: Tensor, k: int, found: Pairs) -> Pairs:
+def _narrowed(queries: Tensor, keys: Tensor, length: Tensor, candidates: Tensor, k: int, found: Pairs) -> Pairs:
     """Those of the pairs that float32 does not rule out, where all queries have about as many."""
     (query, row), most = found, int(candidates.max()) if len(candidates) else 0
     if most <= 4 * k or most * len(queries) > 4 * len(query):
@@ -132,23 +132,12 @@ def _narrowed(queries: Tensor, keys: Tensor, candidates: Tensor, k: int, found: 
     order = query.argsort(stable=True)
     query, row = query[order], row[order]
     place = torch.arange(len(query), device=query.device) - (candidates.cumsum(0) - candidates)[query]
+    if may_overflow(queries, length[row]):
+        return query, row
     wide = torch.promote_types(keys.dtype, torch.float32)
     scores = torch.full((len(queries), most), -torch.inf, dtype=wide, device=keys.device)
-    longest = torch.zeros(len(queries), device=keys.device)
-    rows = row.new_zeros(len(queries), most)
-    rows[query, place] = row
-    step = max(1, _SCORED // (most * keys.shape[1]))
-    for start in range(0, len(queries), step):
-        part = slice(start, start + step)
-        copies = keys[rows[part]].to(wide)
-        longest[part] = length_above(copies.flatten(0, 1)).unflatten(0, (-1, most)).amax(1)
-        scores[part] = copies.mul_(queries[part, None]).sum(2)
-        copies.zero_()  # made of rows that may be forgotten later
-    there = torch.zeros_like(scores, dtype=torch.bool)
-    there[query, place] = True
-    scores.masked_fill_(~there, -torch.inf)
-    if may_overflow(queries, longest):
-        return query, row
+    scores[query, place] = _scored(queries, keys, query, row, wide)
+    longest = length.new_zeros(len(queries)).scatter_reduce_(0, query, length[row], "amax")
     slack = 2.0**-22 * keys.shape[1] * length_above(queries) * longest
     least = scores.topk(k, 1).values[:, -1] - 2 * slack - 8 * keys.shape[1] * torch.finfo(torch.float32).tiny
     # Not `>=`, so that what overflowed, and is no number, passes.
@@ -171,9 +160,7 @@ def _ranked(
 ) -> Neighbours:
     """The best `k` of some pairs, by a score in float64."""
     query, row = found
-    size = max(1, _SCORED // keys.shape[1])
-    parts = zip(query.split(size), row.split(size), strict=True)
-    scores = torch.cat([pair_scores(queries, keys, *part) for part in parts])
+    scores = _scored(queries, keys, query, row, torch.float64)
     if exclude_ids is not None:
         kept = ids[row] != exclude_ids[query]
         query, row, scores = query[kept], row[kept], scores[kept]
@@ -194,12 +181,21 @@ def _ranked(
     return best
 
 
-def pair_scores(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor) -> Tensor:
-    """`(n,)` float64 dot products, each summed in the same order whatever else is in the batch."""
+def _scored(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(n,)` dot products, some at a time."""
+    size = max(1, _SCORED // keys.shape[1])
+    parts = zip(query.split(size), row.split(size), strict=True)
+    return torch.cat([pair_scores(queries, keys, *part, dtype) for part in parts])
+
+
+def pair_scores(
+    queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """`(n,)` dot products, each summed in the same order whatever else is in the batch."""
     if len(row) == 1:  # a sum that is alone is divided among threads
-        return pair_scores(queries, keys, query.expand(2), row.expand(2))[:1]
+        return pair_scores(queries, keys, query.expand(2), row.expand(2), dtype)[:1]
     copies = [queries[query], keys[row]]
-    copies += [copy.double() for copy in copies]
+    copies += [copy.to(dtype) for copy in copies]
     scores = (copies[2] * copies[3]).sum(1)
     for copy in copies:  # of rows that may be forgotten later
         copy.zero_()

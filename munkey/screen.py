@@ -182,12 +182,12 @@ def _in_bfloat16(queries: Tensor, screen: Screen, k: int) -> Groups:
     return found
 
 
-def plain(queries: Tensor, keys: Tensor, k: int) -> Groups:
-    """The same by a look at the keys themselves, however many there are, in float64, which no setting makes coarser."""
+def plain(queries: Tensor, keys: Tensor, length: Tensor, k: int) -> Groups:
+    """The same by a look at keys of some lengths, however many pass, in float64, which no setting makes coarser."""
     none = torch.zeros(len(queries), device=keys.device)
     error = _Error(length_above(queries), none, none, torch.float64)
     lost, wide = torch.zeros(len(keys), device=keys.device), queries.to(torch.float64, copy=True)
-    found = _candidates(wide, keys, lost, length_above(keys), error, k)
+    found = _candidates(wide, keys, lost, length, error, k)
     wide.zero_()  # queries may be keys
     return found
 
