@@ -104,9 +104,11 @@ def _bytes_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     unit.masked_fill_(unit < _TINY, 0.0)  # which some processors take for 0
     steps = torch.where(unit > 0, unit, torch.inf).double()[:, None]
     small = torch.empty(x.shape, dtype=torch.int8, device=x.device)  # laid out as products need it
-    small.copy_((wide / steps).round_().clamp_(-127, 127))
-    rounding = length_above(wide.sub_(small.double().mul_(unit.double()[:, None])))
-    wide.zero_()
+    held = (wide / steps).round_().clamp_(-127, 127)
+    small.copy_(held)
+    rounding = length_above(wide.sub_(held.mul_(unit.double()[:, None])))
+    for copy in (wide, held):  # of rows that may be forgotten later
+        copy.zero_()
     return small, unit, rounding
 
 
