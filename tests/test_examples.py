@@ -70,7 +70,8 @@ def test_pictures(folder: Path, options: tuple[str, ...], name: str) -> None:
 def test_an_encoder(folder: Path) -> None:
     result = run(folder, "train_encoder.py", "--epochs", "5", "--hidden", "8", "--fitted-on", "permanent split")
     assert result["nearest neighbour accuracy"] > 0.6  # type: ignore[operator]
-    assert (folder / "runs/encoder/encoder.safetensors").exists()
+    options = ("--quick", "--encoder", "runs/encoder/encoder.safetensors", "--out", "encoded")
+    assert run(folder, "train_munkey.py", *options)["encoder"] == "encoder.safetensors"
 
 
 def test_a_classifier_forgets(folder: Path) -> None:
