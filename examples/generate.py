@@ -91,14 +91,6 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     model = DiffuseTreeVAE.load(args.model).eval()
-    bar = tqdm(desc="steps")
-    sampling: dict[str, Any] = {
-        "steps": args.steps,
-        "guidance": args.guidance,
-        "away_from": args.away_from,
-        "generator": torch.Generator().manual_seed(args.seed),
-        "callback": lambda _: bar.update(),
-    }
     if args.strip:
         name, make = "strip", strip
     elif args.refine:
@@ -107,6 +99,15 @@ def main() -> None:
         name, make = f"node-{args.node}", through_node
     else:
         name, make = "leaves", every_leaf
+    chains = len(model.tree_vae.topology.leaves) if make is every_leaf else 1
+    bar = tqdm(total=args.steps * chains, desc="steps", disable=args.strip)
+    sampling: dict[str, Any] = {
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "away_from": args.away_from,
+        "generator": torch.Generator().manual_seed(args.seed),
+        "callback": lambda _: bar.update(),
+    }
     path = args.out / f"{name}.png"
     with torch.no_grad():
         make(model, args, sampling, path)
