@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["NO_LABEL", "as_ids", "check_rows", "check_width", "some"]
+__all__ = ["NO_LABEL", "as_ids", "check_rows", "check_width", "distinct", "some"]
 
 #: The label of an instance that has none.
 NO_LABEL = -1
@@ -44,6 +44,14 @@ def as_ids(ids: Iterable[int] | Tensor) -> list[int]:
         if not -(2**63) <= instance < 2**63:
             raise ValueError(f"an id must fit into 64 bits, found {instance}")
     return listed
+
+
+def distinct(ids: Iterable[int] | Tensor) -> list[int]:
+    """Ids in ascending order, each once; errors as for `as_ids`."""
+    if isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.ndim == 1:
+        found: list[int] = ids.unique().tolist()
+        return found
+    return sorted(set(as_ids(ids)))
 
 
 def _whole(instance: object) -> int:

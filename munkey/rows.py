@@ -76,14 +76,19 @@ class RowIndex:
             else:
                 self._first[instance] = row
 
-    def remove(self, ids: Iterable[int]) -> None:
+    def remove(self, ids: Sequence[int]) -> None:
         """Forget ids."""
         for instance in ids:
             del self._first[instance]
-            self._more.pop(instance, None)
+        if self._more:
+            for instance in ids:
+                self._more.pop(instance, None)
 
     def move(self, ids: Tensor, views: Tensor, rows: Tensor) -> None:
         """Note where rows are now."""
+        if not self._more:
+            self._first.update(zip(ids.tolist(), rows.tolist(), strict=True))
+            return
         for instance, view, row in zip(ids.tolist(), views.tolist(), rows.tolist(), strict=True):
             if view:
                 self._more[instance][view - 1] = row
@@ -112,7 +117,7 @@ class Removal:
     @classmethod
     def of(cls, rows: Sequence[int], before: int, device: torch.device | None = None) -> Removal:
         """The removal of rows, without repetition, from the first `before`."""
-        gone = torch.tensor(sorted(rows), dtype=torch.int64)
+        gone = torch.tensor(rows, dtype=torch.int64).sort().values
         after = before - len(gone)
         split = int(torch.searchsorted(gone, after))
         stays = torch.ones(before - after, dtype=torch.bool)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from munkey.checks import as_ids, check_rows, some
+from munkey.checks import as_ids, check_rows, distinct, some
 from munkey.disk import Disk
 from munkey.receipt_log import ReceiptLog, tokens_of
 from munkey.receipts import Receipt
@@ -174,7 +174,7 @@ class KeyStore(StoredRows):
         """
         if missing not in ("raise", "ignore"):
             raise ValueError(f"missing must be 'raise' or 'ignore', found {missing!r}")
-        wanted = sorted(set(as_ids(ids)))
+        wanted = distinct(ids)
         absent = self.index.missing(wanted)
         if missing == "raise":
             self._require(absent)
