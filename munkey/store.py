@@ -186,10 +186,9 @@ class KeyStore(StoredRows):
         self.holders.check_still()
 
     def _forget(self, known: list[int], absent: tuple[int, ...], log: ReceiptLog | None) -> Receipt:
-        rows = self.index.of_all(known)
-        self._check_forgettable(rows)
+        removal = Removal.of(self.index.of_all(known), self.used, self.ids.device)
+        self._check_forgettable(removal.gone)
         self._ready()
-        removal = Removal.of(rows, self.used, self.ids.device)
         before, total = self.digest(), self._total_after(removal)
         after, size = self._digest(removal.after, total), len(removal.gone) * self.row_bytes()
         receipt = Receipt(tuple(known), absent, len(removal.gone), size, before, after, time.time())
@@ -275,11 +274,10 @@ class KeyStore(StoredRows):
         for holder in holders:
             self.holders.detach(holder)
 
-    def _check_forgettable(self, rows: list[int]) -> None:
-        numbers = torch.tensor(rows, dtype=torch.int64, device=self.ids.device)
-        stay = self.permanent[numbers]
+    def _check_forgettable(self, rows: Tensor) -> None:
+        stay = self.permanent[rows]
         if stay.any():
-            held = sorted(set(self.ids[numbers[stay]].tolist()))
+            held = distinct(self.ids[rows[stay]])
             raise ValueError(
                 f"ids {some(held)} are there for good: weights were trained on them, and would not forget them with "
                 "their rows; train anew without them"
