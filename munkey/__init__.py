@@ -12,6 +12,7 @@ from munkey.encoders import KeyEncoder, ModuleEncoder, Projection
 from munkey.faiss_search import FaissSearch
 from munkey.memory import KeyValueMemory, Retrieved
 from munkey.model import KeyMemoryTransformer
+from munkey.network import ExemplarTransformer
 from munkey.pathways import PathwayAccuracies, pathway_accuracies
 from munkey.receipts import Receipt
 from munkey.store import KeyStore
@@ -23,6 +24,7 @@ __all__ = [
     "DurableStore",
     "EfficientNetLite0",
     "Ensemble",
+    "ExemplarTransformer",
     "FaissSearch",
     "KeyEncoder",
     "KeyMemoryTransformer",

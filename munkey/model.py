@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any, Self, Unpack, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,15 @@ from munkey.checks import as_ids, check_width
 from munkey.encoders import KeyEncoder
 from munkey.memory import KeyValueMemory, Retrieved
 from munkey.modes import check_exact, check_mode, check_shares
-from munkey.presets import Settings, assemble, patch_for
+from munkey.network import ExemplarTransformer
+from munkey.presets import Presets
 from munkey.receipts import Receipt
-from munkey.transformer import ImageTokens, TransformerBlock, VectorTokens
 from treediff import EMA
 
 __all__ = ["KeyMemoryTransformer"]
 
 
-class KeyMemoryTransformer(nn.Module):
+class KeyMemoryTransformer(Presets, nn.Module):
     """A classifier with a pathway for the input and one for the memory.
 
     The transformer sees a class token, the tokens of the input, and one exemplar token, the projected value of a
@@ -49,9 +49,7 @@ class KeyMemoryTransformer(nn.Module):
     Args:
         key_encoder: from inputs to keys, frozen.
         memory: keys and values of instances; with a writer in exact mode.
-        tokens: from inputs to tokens, `ImageTokens` or `VectorTokens`.
-        blocks: the transformer.
-        num_classes: `n`.
+        network: the transformer.
         mode: 'paper' or 'exact'.
         aggregation: what is made of several neighbours.
         neighbours: `k`, how many are asked.
@@ -63,7 +61,7 @@ class KeyMemoryTransformer(nn.Module):
 
     Raises:
         TypeError: if a number is not whole.
-        ValueError: if the encoder's keys are not those of the memory, a share is out of range, or exact mode would not
+        ValueError: if encoder, memory and network do not fit together, a share is out of range, or exact mode would not
             be exact.
     """
 
@@ -72,9 +70,7 @@ class KeyMemoryTransformer(nn.Module):
         *,
         key_encoder: KeyEncoder,
         memory: KeyValueMemory,
-        tokens: ImageTokens | VectorTokens,
-        blocks: Iterable[TransformerBlock],
-        num_classes: int,
+        network: ExemplarTransformer,
         mode: str = "paper",
         aggregation: Aggregation | None = None,
         neighbours: int = 4,
@@ -84,10 +80,14 @@ class KeyMemoryTransformer(nn.Module):
         sparse: bool = False,
     ) -> None:
         super().__init__()
-        check_width(num_classes=num_classes, neighbours=neighbours)
+        check_width(neighbours=neighbours)
         if key_encoder.width != memory.store.widths[0]:
             raise ValueError(
                 f"the encoder gives keys of width {key_encoder.width}, the memory has {memory.store.widths[0]}"
+            )
+        if network.value_width != memory.store.widths[1]:
+            raise ValueError(
+                f"the network reads values of width {network.value_width}, the memory has {memory.store.widths[1]}"
             )
         self.mode = check_mode(mode, key_encoder, memory)
         own = (1.0 if mode == "paper" else 0.0) if own_token_probability is None else own_token_probability
@@ -95,97 +95,10 @@ class KeyMemoryTransformer(nn.Module):
         self.neighbours, self.sparse = neighbours, sparse
         self.own_token_probability, self.drop_input, self.drop_exemplar = own, drop_input, drop_exemplar
         self.key_encoder = key_encoder.requires_grad_(False)
-        self.memory, self.tokens, self.blocks = memory, tokens, nn.ModuleList(blocks)
-        self.aggregation = aggregation or Ensemble()
-        width = tokens.width
-        factory: Any = {"device": tokens.embed.weight.device, "dtype": tokens.embed.weight.dtype}
-        self.start = nn.Parameter(0.02 * torch.randn(width, **factory))
-        self.null_input = nn.Parameter(0.02 * torch.randn(tokens.count, width, **factory))
-        self.exemplar = nn.Linear(memory.store.widths[1], width, **factory)  # its bias is the type embedding
-        self.norm, self.head = nn.LayerNorm(width, **factory), nn.Linear(width, num_classes, **factory)
-        self.config: dict[str, Any] | None = None
-
-    # --- factories ----------------------------------------------------------------------------------------
-
-    @classmethod
-    def for_images(
-        cls,
-        num_classes: int,
-        channels: int,
-        size: int | tuple[int, int],
-        key_encoder: KeyEncoder,
-        *,
-        patch: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **settings: Unpack[Settings],
-    ) -> Self:
-        """A small model for images.
-
-        Args:
-            num_classes: `n`.
-            channels: 1 for grey, 3 for colour.
-            size: height and width, or one number for both.
-            key_encoder: from images to keys.
-            patch: height and width of a patch, must divide the size; about a quarter of the size if not given.
-            device: where the model lives.
-            dtype: of weights and memory.
-            **settings: see `munkey.presets.Settings`.
-
-        Raises:
-            TypeError: if a setting is unknown, or a number is not whole.
-            ValueError: if a setting is out of range, or exact mode would not be exact.
-        """
-        height, width = (size, size) if isinstance(size, int) else size
-        inputs = {
-            "channels": channels,
-            "size": [height, width],
-            "patch": patch_for(height, width) if patch is None else patch,
-        }
-        return cast("Self", assemble(cls, inputs, num_classes, key_encoder, settings, device, dtype))
-
-    @classmethod
-    def for_vectors(
-        cls,
-        num_classes: int,
-        features: int,
-        key_encoder: KeyEncoder,
-        *,
-        tokens: int = 8,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **settings: Unpack[Settings],
-    ) -> Self:
-        """A small model for vectors: rows of a table, features of texts.
-
-        Args:
-            num_classes: `n`.
-            features: numbers of a vector.
-            key_encoder: from vectors to keys.
-            tokens: how many tokens are made of a vector.
-            device: where the model lives.
-            dtype: of weights and memory.
-            **settings: see `munkey.presets.Settings`.
-
-        Raises:
-            TypeError: if a setting is unknown, or a number is not whole.
-            ValueError: if a setting is out of range, or exact mode would not be exact.
-        """
-        inputs = {"features": features, "count": tokens}
-        return cast("Self", assemble(cls, inputs, num_classes, key_encoder, settings, device, dtype))
+        self.memory, self.network, self.aggregation = memory, network, aggregation or Ensemble()
+        self.config = None
 
     # --- running ------------------------------------------------------------------------------------------
-
-    def predict(self, inputs: Tensor, values: Tensor) -> Tensor:
-        """`(B, m, n)` logits for an input's tokens `(B, S, W)` beside each of its values `(B, m, V)`, one at a time."""
-        batch, many = values.shape[:2]
-        exemplars = self.exemplar(values).flatten(0, 1)[:, None]
-        rows = inputs.repeat_interleave(many, 0)
-        x = torch.cat([self.start.expand(len(rows), 1, -1), rows, exemplars], 1)
-        for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.head(self.norm(x[:, 0])).unflatten(0, (batch, many))
-        return logits
 
     def forward(
         self,
@@ -209,15 +122,16 @@ class KeyMemoryTransformer(nn.Module):
             TypeError: if the inputs are no floating-point tensor.
             ValueError: if they have another shape than the model was built for, or are not finite.
         """
-        self.tokens.check(x)
-        inputs = self.tokens(x) if use_input else self.null_input.expand(len(x), -1, -1)
+        self.network.tokens.check(x)
+        inputs = self.network.tokens(x) if use_input else self.network.null_input.expand(len(x), -1, -1)
         if not use_memory:
-            return self.predict(inputs, self.memory.null.expand(len(x), 1, -1)).squeeze(1)
+            nothing: Tensor = self.network(inputs, self.memory.null.expand(len(x), 1, -1))
+            return nothing.squeeze(1)
         if self.mode == "exact" and self.training and torch.is_grad_enabled():
             check_exact(self.memory.store)
         queries = self.key_encoder(x) if keys is None else keys
         found = self.memory(queries, self.neighbours, exclude_ids=exclude_ids)
-        logits: Tensor = self.aggregation(found, lambda values: self.predict(inputs, values))
+        logits: Tensor = self.aggregation(found, lambda values: self.network(inputs, values))
         return logits
 
     # --- training -----------------------------------------------------------------------------------------
@@ -244,7 +158,7 @@ class KeyMemoryTransformer(nn.Module):
             TypeError: as for `forward`.
             ValueError: as for `forward`; in exact mode also if the memory holds something that can be forgotten.
         """
-        self.tokens.check(x)
+        self.network.tokens.check(x)
         wanted = as_ids(ids)
         if len(wanted) != len(x):
             raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
@@ -255,9 +169,9 @@ class KeyMemoryTransformer(nn.Module):
             check_exact(self.memory.store)
         uniform = torch.rand(4, len(x), generator=generator, device=x.device)
         hidden, alone = uniform[0] < self.drop_input, uniform[0] >= 1 - self.drop_exemplar
-        inputs = torch.where(hidden[:, None, None], self.null_input, self.tokens(x))
+        inputs = torch.where(hidden[:, None, None], self.network.null_input, self.network.tokens(x))
         values = self._values(wanted, uniform, alone)
-        return F.cross_entropy(self.predict(inputs, values[:, None]).squeeze(1), labels)
+        return F.cross_entropy(self.network(inputs, values[:, None]).squeeze(1), labels)
 
     def _values(self, wanted: list[int], uniform: Tensor, alone: Tensor) -> Tensor:
         """`(B, V)` the value each instance is trained beside; the null token where it is alone.
@@ -281,8 +195,8 @@ class KeyMemoryTransformer(nn.Module):
         return torch.where((own & ~alone)[:, None], mine, self.aggregation.one(found, uniform[3]))
 
     def _check_labels(self, labels: Tensor) -> None:
-        if labels.numel() and labels.max() >= self.head.out_features:
-            raise ValueError(f"expected labels below {self.head.out_features}, found {int(labels.max())}")
+        if labels.numel() and labels.max() >= self.network.num_classes:
+            raise ValueError(f"expected labels below {self.network.num_classes}, found {int(labels.max())}")
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """All trained weights but the values, for an optimiser: matrices with decay, vectors and nulls without.
@@ -295,7 +209,7 @@ class KeyMemoryTransformer(nn.Module):
         """
         values = self.memory.store.values
         trained = [weight for weight in self.parameters() if weight.requires_grad and weight is not values]
-        nulls = (self.start, self.null_input, self.memory.null)
+        nulls = (self.network.start, self.network.null_input, self.memory.null)
         plain = [weight for weight in trained if weight.ndim < 2 or any(weight is null for null in nulls)]
         decayed = [weight for weight in trained if all(weight is not other for other in plain)]
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -324,7 +238,7 @@ class KeyMemoryTransformer(nn.Module):
             permanent: whether they are there for good: in exact mode, whether weights may be trained on them.
             keys: `(B, D)` what `key_encoder.keys` makes of the inputs, if it is at hand.
         """
-        self.tokens.check(x)
+        self.network.tokens.check(x)
         if self.mode == "exact" and labels is None:
             raise ValueError("in exact mode a value is written from key and label; pass labels")
         if labels is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import torch
 
@@ -11,14 +11,12 @@ from munkey.aggregation import AGGREGATIONS
 from munkey.checks import check_width
 from munkey.encoders import KeyEncoder
 from munkey.memory import KeyValueMemory
+from munkey.network import ExemplarTransformer
 from munkey.store import KeyStore
 from munkey.transformer import ImageTokens, TransformerBlock, VectorTokens
 from munkey.writer import ValueWriter
 
-if TYPE_CHECKING:
-    from munkey.model import KeyMemoryTransformer
-
-__all__ = ["Settings", "assemble", "patch_for"]
+__all__ = ["Presets", "Settings", "assemble", "patch_for"]
 
 
 class Settings(TypedDict, total=False):
@@ -75,6 +73,10 @@ DEFAULTS: Settings = {
 }
 
 
+Model = TypeVar("Model", bound="Presets")
+_OF_MODEL = ("mode", "neighbours", "own_token_probability", "drop_input", "drop_exemplar", "sparse")
+
+
 def patch_for(height: int, width: int) -> int:
     """The greatest patch that fills an image and fits four times into each side; 1 if there is none."""
     both = math.gcd(height, width)
@@ -82,14 +84,14 @@ def patch_for(height: int, width: int) -> int:
 
 
 def assemble(
-    cls: type[KeyMemoryTransformer],
+    cls: type[Model],
     inputs: dict[str, Any],
     num_classes: int,
     key_encoder: KeyEncoder,
     given: Settings,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
-) -> KeyMemoryTransformer:
+) -> Model:
     """A model of these settings, for images (`channels`, `size`, `patch`) or vectors (`features`, `count`).
 
     Raises:
@@ -110,20 +112,92 @@ def assemble(
     store = KeyStore(key_encoder.width, settings["value_width"], seed=settings["seed"], scale=scale, **factory)
     store.values.requires_grad_(not exact)
     writer = ValueWriter(key_encoder.width, settings["value_width"], num_classes, **factory) if exact else None
-    model = cls(
-        key_encoder=key_encoder,
-        memory=KeyValueMemory(store, metric=settings["metric"], writer=writer),
-        tokens=tokens,
-        blocks=[
-            TransformerBlock(width, settings["heads"], dropout=settings["dropout"], **factory)
-            for _ in range(settings["depth"])
-        ],
-        num_classes=num_classes,
-        aggregation=AGGREGATIONS[settings["aggregation"]](settings["neighbours"]).to(**factory),
-        **{name: settings[name] for name in _OF_MODEL},  # type: ignore[literal-required]
-    )
+    blocks = [
+        TransformerBlock(width, settings["heads"], dropout=settings["dropout"], **factory)
+        for _ in range(settings["depth"])
+    ]
+    parts: dict[str, Any] = {
+        "key_encoder": key_encoder,
+        "memory": KeyValueMemory(store, metric=settings["metric"], writer=writer),
+        "network": ExemplarTransformer(
+            tokens=tokens, blocks=blocks, value_width=settings["value_width"], num_classes=num_classes
+        ),
+        "aggregation": AGGREGATIONS[settings["aggregation"]](settings["neighbours"]).to(**factory),
+    }
+    parts |= {name: settings[name] for name in _OF_MODEL}  # type: ignore[literal-required]
+    model = cls(**parts)
     model.config = {"inputs": inputs, "num_classes": num_classes, **settings}
     return model
 
 
-_OF_MODEL = ("mode", "neighbours", "own_token_probability", "drop_input", "drop_exemplar", "sparse")
+class Presets:
+    """Factories of a `KeyMemoryTransformer`."""
+
+    config: dict[str, Any] | None
+
+    @classmethod
+    def for_images(
+        cls,
+        num_classes: int,
+        channels: int,
+        size: int | tuple[int, int],
+        key_encoder: KeyEncoder,
+        *,
+        patch: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Unpack[Settings],
+    ) -> Self:
+        """A small model for images.
+
+        Args:
+            num_classes: `n`.
+            channels: 1 for grey, 3 for colour.
+            size: height and width, or one number for both.
+            key_encoder: from images to keys.
+            patch: height and width of a patch, must divide the size; about a quarter of the size if not given.
+            device: where the model lives.
+            dtype: of weights and memory.
+            **settings: see `munkey.presets.Settings`.
+
+        Raises:
+            TypeError: if a setting is unknown, or a number is not whole.
+            ValueError: if a setting is out of range, or exact mode would not be exact.
+        """
+        height, width = (size, size) if isinstance(size, int) else size
+        inputs = {
+            "channels": channels,
+            "size": [height, width],
+            "patch": patch_for(height, width) if patch is None else patch,
+        }
+        return assemble(cls, inputs, num_classes, key_encoder, settings, device, dtype)
+
+    @classmethod
+    def for_vectors(
+        cls,
+        num_classes: int,
+        features: int,
+        key_encoder: KeyEncoder,
+        *,
+        tokens: int = 8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Unpack[Settings],
+    ) -> Self:
+        """A small model for vectors: rows of a table, features of texts.
+
+        Args:
+            num_classes: `n`.
+            features: numbers of a vector.
+            key_encoder: from vectors to keys.
+            tokens: how many tokens are made of a vector.
+            device: where the model lives.
+            dtype: of weights and memory.
+            **settings: see `munkey.presets.Settings`.
+
+        Raises:
+            TypeError: if a setting is unknown, or a number is not whole.
+            ValueError: if a setting is out of range, or exact mode would not be exact.
+        """
+        inputs = {"features": features, "count": tokens}
+        return assemble(cls, inputs, num_classes, key_encoder, settings, device, dtype)

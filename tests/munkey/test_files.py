@@ -107,7 +107,7 @@ def test_a_model_built_from_parts_is_filled(tmp_path: Path) -> None:
     assert torch.equal(other(images(3)), built(images(3)))
     with pytest.raises(ValueError, match="was built from parts, which a file does not hold"):
         KeyMemoryTransformer.load(path)
-    with pytest.raises(ValueError, match="the file does not fit the model at 'head"):
+    with pytest.raises(ValueError, match=r"the file does not fit the model at 'network\.head"):
         wide = KeyMemoryTransformer.for_images(CLASSES + 1, 1, SIZE, encoder(), width=8, value_width=4)
         KeyMemoryTransformer.load(path, model=wide)
 

@@ -11,18 +11,28 @@ from stores import seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from munkey import KeyMemoryTransformer, KeyStore, KeyValueMemory, ModuleEncoder, Projection, ValueWriter
+from munkey import (
+    ExemplarTransformer,
+    KeyMemoryTransformer,
+    KeyStore,
+    KeyValueMemory,
+    ModuleEncoder,
+    Projection,
+    ValueWriter,
+)
+from munkey.transformer import TransformerBlock, VectorTokens
 
 AGGREGATIONS = ["ensemble", "softmax", "rank"]
 
 
 def by_hand(built: KeyMemoryTransformer, x: Tensor, values: Tensor) -> Tensor:
     """Logits `(n,)` of one image beside one value, token by token."""
-    sequence = torch.cat([built.start[None], built.tokens(x[None])[0], built.exemplar(values)[None]])[None]
-    for block in built.blocks:
+    net = built.network
+    sequence = torch.cat([net.start[None], net.tokens(x[None])[0], net.exemplar(values)[None]])[None]
+    for block in net.blocks:
         sequence = sequence + block.attention(block.attention_norm(sequence))  # type: ignore[operator]
         sequence = sequence + block.mlp(block.mlp_norm(sequence))  # type: ignore[operator]
-    return built.head(built.norm(sequence[0, 0]))  # type: ignore[no-any-return]
+    return net.head(net.norm(sequence[0, 0]))  # type: ignore[no-any-return]
 
 
 def test_the_ensemble_is_the_mean_of_one_run_for_each_neighbour() -> None:
@@ -166,15 +176,15 @@ def test_a_sparse_gradient_holds_the_rows_that_were_used(aggregation: str) -> No
 def test_how_often_a_pathway_is_dropped() -> None:
     built = filled(400, drop_input=0.3, drop_exemplar=0.2, own_token_probability=1.0)
     seen: list[tuple[Tensor, Tensor]] = []
-    predict = built.predict
+    forward = built.network.forward
 
     def spy(inputs: Tensor, values: Tensor) -> Tensor:
         seen.append((inputs, values))
-        return predict(inputs, values)
+        return forward(inputs, values)
 
-    built.predict = spy  # type: ignore[method-assign]
+    built.network.forward = spy  # type: ignore[method-assign]
     built.loss(images(400), labels(400), ids=range(400), generator=seeded())
-    hidden = (seen[0][0] == built.null_input).all(2).all(1)
+    hidden = (seen[0][0] == built.network.null_input).all(2).all(1)
     alone = (seen[0][1] == built.memory.null).all(2).squeeze(1)
     assert hidden.float().mean().item() == pytest.approx(0.3, abs=0.07)
     assert alone.float().mean().item() == pytest.approx(0.2, abs=0.06)
@@ -217,7 +227,8 @@ def test_groups_hold_every_weight_once_and_decay_matrices_only(settings: dict[st
     assert found == sorted(trained - {"memory.store.values"})
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert all(names[id(weight)].endswith(("weight", "position")) for weight in decayed["params"])
-    assert {"start", "null_input", "memory.null", "norm.weight"} <= {names[id(weight)] for weight in plain["params"]}
+    undecayed = {"network.start", "network.null_input", "memory.null", "network.norm.weight"}
+    assert undecayed <= {names[id(weight)] for weight in plain["params"]}
 
 
 # --- forgetting -----------------------------------------------------------------------------------------------
@@ -267,14 +278,13 @@ def test_in_exact_mode_a_model_that_forgot_is_one_that_never_saw() -> None:
 
 def parts(**changes: object) -> dict[str, object]:
     built = model()
-    settings: dict[str, object] = {
-        "key_encoder": built.key_encoder,
-        "memory": built.memory,
-        "tokens": built.tokens,
-        "blocks": built.blocks,
-        "num_classes": 3,
-    }
-    return {**settings, **changes}
+    return {"key_encoder": built.key_encoder, "memory": built.memory, "network": built.network, **changes}
+
+
+def network(**changes: int) -> ExemplarTransformer:
+    tokens = VectorTokens(3, 2, 8)
+    widths = {"value_width": 4, "num_classes": 3, **changes}
+    return ExemplarTransformer(tokens=tokens, blocks=[TransformerBlock(8, 2)], **widths)
 
 
 def exact_parts(scale: float = 0.0, trained: bool = False, fitted_on: str = "other data") -> dict[str, object]:
@@ -287,7 +297,7 @@ def exact_parts(scale: float = 0.0, trained: bool = False, fitted_on: str = "oth
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        (parts(num_classes=0), ValueError, "num_classes must be at least 1, found 0"),
+        (parts(network=network(value_width=7)), ValueError, "the network reads values of width 7, the memory has 4"),
         (parts(neighbours=1.5), TypeError, "neighbours must be a whole number, found 1.5"),
         (parts(key_encoder=Projection.random((5,), 6)), ValueError, "gives keys of width 6, the memory has 5"),
         (parts(mode="both"), ValueError, "mode must be 'paper' or 'exact', found 'both'"),
@@ -308,6 +318,13 @@ def exact_parts(scale: float = 0.0, trained: bool = False, fitted_on: str = "oth
 def test_bad_parts(settings: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         KeyMemoryTransformer(**settings)  # type: ignore[arg-type]
+
+
+def test_bad_widths_of_a_network() -> None:
+    with pytest.raises(ValueError, match="num_classes must be at least 1, found 0"):
+        network(num_classes=0)
+    with pytest.raises(TypeError, match=re.escape("value_width must be a whole number, found 1.5")):
+        network(value_width=1.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

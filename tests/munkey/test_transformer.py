@@ -50,9 +50,9 @@ def test_no_statistic_is_kept_of_a_batch() -> None:
 
 def test_the_static_path_compiles_whole() -> None:
     built = filled()
-    x, values = built.tokens(images(3)).detach(), torch.randn(3, 2, 4, generator=seeded())
-    compiled = torch.compile(built.predict, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, values), built.predict(x, values))
+    x, values = built.network.tokens(images(3)).detach(), torch.randn(3, 2, 4, generator=seeded())
+    compiled = torch.compile(built.network, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, values), built.network(x, values))
 
 
 def test_autocast() -> None:
