@@ -37,7 +37,7 @@ from munkey.aggregation import AGGREGATIONS
 from munkey.audit import average_gap, loss_attack
 from munkey.retrieval import nearest
 from treediff.augment import Augment, RandomAffine, RandomFlip
-from treediff.cpu import tune_cpu
+from treediff.cpu import has_fast, tune_cpu
 from treediff.data import batches, load_dataset
 
 
@@ -147,7 +147,7 @@ def trained(task: Task, ids: Tensor, seed: int, args: argparse.Namespace) -> Key
         for rows in batches(len(ids), args.batch_size, generator=generator):
             own = ids[rows]
             x = task.images[own] if channels == 1 else augment(task.images[own], generator=generator)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
                 loss = model.loss(x, task.labels[own], ids=own, generator=generator)
             for optimizer in optimizers:
                 optimizer.zero_grad()

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from treediff import DiffuseTreeVAE
-from treediff.cpu import tune_cpu
+from treediff.cpu import has_fast, tune_cpu
 from treediff.data import load_dataset
 from treediff.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, Sampler
 from treediff.metrics import FeatureClassifier, FeatureStatistics, frechet_bootstrap, frechet_distance
@@ -51,7 +51,7 @@ def row(
         seed = torch.Generator().manual_seed(args.seed)
         settings = {"sampler": sampler, "steps": steps, "grid": grid, "guidance": args.guidance, "generator": seed}
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
             drawn = model.generate(len(rows), first_index=int(rows[0]), **settings)
         seconds += time.perf_counter() - start
         features.append(classifier.features_of(drawn.images.float()))

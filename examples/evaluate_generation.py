@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from treediff import DiffuseTreeVAE
-from treediff.cpu import tune_cpu
+from treediff.cpu import has_fast, tune_cpu
 from treediff.data import load_dataset
 from treediff.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, Sampler
 from treediff.metrics import (
@@ -89,7 +89,7 @@ def draw(model: DiffuseTreeVAE, test_images: Tensor, args: argparse.Namespace) -
         seed = torch.Generator().manual_seed(args.seed)
         return model.refine(test_images[rows], first_index=int(rows[0]), generator=seed, **sampling)
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16) and not args.float32):
         samples = in_batches(sampled, args.samples, args.batch_size, "generate")
         alone = in_batches(of_tree, args.samples, args.batch_size, "tree")
         again = in_batches(refined, min(args.samples, len(test_images)), args.batch_size, "refine")

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from treediff.augment import Augment, RandomAffine, RandomFlip
-from treediff.cpu import tune_cpu
+from treediff.cpu import has_fast, tune_cpu
 from treediff.data import batches, load_dataset
 from treediff.metrics import FeatureClassifier
 
@@ -39,7 +39,7 @@ def train(model: FeatureClassifier, images: Tensor, labels: Tensor, args: argpar
         for rows in batches(len(images), args.batch_size, generator=generator):
             x = augment(images[rows], generator=generator)
             # About twice as fast as float32 where a CPU multiplies bfloat16; channels_last is slower there.
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
                 loss = F.cross_entropy(model(x), labels[rows])
             optimizer.zero_grad()
             loss.backward()

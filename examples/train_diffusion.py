@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from treediff import EMA, DiffuseTreeVAE, LeafConditionedDDPM, LeafDensity, TreeVAE
-from treediff.cpu import tune_cpu
+from treediff.cpu import has_fast, tune_cpu
 from treediff.data import ImageDataset, batches, load_dataset
 from treediff.generation import TreeSample
 from treediff.pictures import draw_tree, summarize_tree, write_html
@@ -40,7 +40,7 @@ def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace) -> EM
         for rows in batches(len(images), args.batch_size, generator=generator):
             x = images[rows]
             condition = condition_of(model.tree_vae, x, prior_share=args.prior_share, generator=generator)
-            with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16) and not args.float32):
                 loss = ddpm.loss(x, condition, generator=generator)
             optimizer.zero_grad()
             loss.backward()

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from munkey import ConvEncoder
 from munkey.encoders import FITTED_ON
 from treediff.augment import Augment, ColorJitter, RandomAffine, RandomFlip, RandomResizedCrop
-from treediff.cpu import tune_cpu
+from treediff.cpu import has_fast, tune_cpu
 from treediff.data import batches, load_dataset
 from treediff.layers import ProjectionHead, nt_xent
 
@@ -42,7 +42,7 @@ def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> Non
     for _ in range(args.epochs):
         for rows in batches(len(images), args.batch_size, generator=generator, drop_last=True):
             views = [augment(images[rows], generator=generator) for _ in range(2)]
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
                 first, second = head(encoder.encode(torch.cat(views))).float().chunk(2)
             loss = nt_xent(first, second, temperature=args.temperature)
             optimizer.zero_grad()

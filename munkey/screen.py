@@ -12,6 +12,8 @@ of `(q', -o)` and `(k', 1)`: near the offset `o` little is rounded. Of a group o
 A few queries are no work for a processor, which waits for the keys. So they look at keys of one byte per number, in a
 unit of each key's own. The same bound holds, is looser, and rows that pass are cheap to score again for a few.
 
+A processor that has neither looks at the keys themselves, in float32.
+
 Letters: `B` queries, `R` rows, `D` width of a key, `k` neighbours, `G` groups of rows.
 """
 
@@ -22,6 +24,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from treediff.cpu import has_fast
 
 __all__ = ["Groups", "Pairs", "Screen", "length_above", "may_overflow", "plain", "product", "screened"]
 
@@ -148,12 +152,13 @@ def may_overflow(queries: Tensor, length: Tensor) -> bool:
 
 
 def screened(queries: Tensor, screen: Screen, k: int) -> Groups | None:
-    """Groups that may hold a neighbour; None if there are too many to score again, or numbers are too great."""
+    """Groups that may hold a neighbour; None if no look is faster, too many pass, or numbers are too great."""
     if may_overflow(queries, screen.length):
         return None
     most = _TOO_MANY * len(screen.rounded) * len(queries) + 16 * k * len(queries)
-    bytes_do = len(queries) <= _FEW and 1 < queries.shape[1] < _WIDEST and _bytes_are_exact()
-    for look in (_in_bytes, _in_bfloat16) if bytes_do else (_in_bfloat16,):
+    few = len(queries) <= _FEW and 1 < queries.shape[1] < _WIDEST
+    looks = [_in_bytes] if few and has_fast(torch.int8) and _bytes_are_exact() else []
+    for look in [*looks, _in_bfloat16] if has_fast(torch.bfloat16) else looks:
         found = look(queries, screen, k)
         if len(found) <= most:
             return found
@@ -185,13 +190,22 @@ def _in_bfloat16(queries: Tensor, screen: Screen, k: int) -> Groups:
 
 
 def plain(queries: Tensor, keys: Tensor, length: Tensor, k: int) -> Groups:
-    """The same by a look at keys of some lengths, however many pass, in float64, which no setting makes coarser."""
-    none = torch.zeros(len(queries), device=keys.device)
-    error = _Error(length_above(queries), none, none, torch.float64)
-    lost, wide = torch.zeros(len(keys), device=keys.device), queries.to(torch.float64, copy=True)
+    """The same by a look at keys of some lengths, however many pass: in float32, or else in float64."""
+    narrow = _float32_is_whole(keys.device) and not may_overflow(queries, length)
+    dtype = torch.float32 if narrow else torch.float64
+    wide = queries.to(dtype, copy=True)
+    # Numbers that a product in float32 takes for 0; that others are rounded to it, the bound on a sum has room for.
+    tiny = keys.shape[1] ** 0.5 * _TINY if narrow else 0.0
+    lost, of_query = (torch.full((len(x),), tiny, device=keys.device) for x in (keys, queries))
+    error = _Error(length_above(queries), of_query, torch.zeros_like(of_query), dtype)
     found = _candidates(wide, keys, lost, length, error, k)
     wide.zero_()  # queries may be keys
     return found
+
+
+def _float32_is_whole(device: torch.device) -> bool:
+    """Whether products in float32 are no coarser than that, which is a setting, and known for a CPU only."""
+    return device.type == "cpu" and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
 
 
 @dataclass(frozen=True, eq=False)

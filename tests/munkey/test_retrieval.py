@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import hypothesis.strategies as st
 import pytest
@@ -19,9 +20,12 @@ from munkey.screen import Screen
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=[True, False], ids=["screen", "plain"])
-def screened(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
+LOOKS = ["screen", "float32", "float64"]
+
+
+@pytest.fixture(params=LOOKS)
+def look(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def slow(
@@ -47,8 +51,14 @@ def check(found: Neighbours, oracle: list[list[tuple[float, int, int, int]]], k:
         assert found.scores[b].tolist() == [row[0] for row in rows] + [-torch.inf] * missing
 
 
-def search(queries: Tensor, keys: Tensor, ids: Tensor, k: int, screened: bool, **settings: Tensor | None) -> Neighbours:
-    return nearest(queries, keys, ids, k, screen=Screen.of(keys) if screened else None, **settings)  # type: ignore[arg-type]
+def search(queries: Tensor, keys: Tensor, ids: Tensor, k: int, look: str, **settings: Tensor | None) -> Neighbours:
+    """With the look of a processor that has instructions for low precision, or not, whatever this one has."""
+    with (
+        patch.object(screen, "has_fast", lambda dtype: look == "screen"),
+        patch.object(screen, "_float32_is_whole", lambda device: look != "float64"),
+    ):
+        kept = None if look == "float64" else Screen.of(keys)
+        return nearest(queries, keys, ids, k, screen=kept, **settings)  # type: ignore[arg-type]
 
 
 @settings(max_examples=80)
@@ -62,7 +72,7 @@ def search(queries: Tensor, keys: Tensor, ids: Tensor, k: int, screened: bool, *
 )
 def test_finds_what_a_sort_finds(rows: int, batch: int, width: int, k: int, seed: int, data: st.DataObject) -> None:
     generator = seeded(seed)
-    dtype, screened = data.draw(st.sampled_from(DTYPES)), data.draw(st.booleans())
+    dtype, look = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(LOOKS))
     # Few different numbers make ties, great and small ones rounding.
     shape = data.draw(st.sampled_from(["normal", "ties", "whole", "near one", "great", "small", "wide"]))
     keys, queries = (torch.randn(n, width, generator=generator) for n in (rows, batch))
@@ -86,16 +96,16 @@ def test_finds_what_a_sort_finds(rows: int, batch: int, width: int, k: int, seed
         mine = (owners == i).nonzero().squeeze(1)
         views[mine] = torch.randperm(len(mine), generator=generator)
     exclude = torch.randint(-6, 20, (batch,), generator=generator) if data.draw(st.booleans()) else None
-    found = search(queries, keys, owners, k, screened, views=views, exclude_ids=exclude)
+    found = search(queries, keys, owners, k, look, views=views, exclude_ids=exclude)
     check(found, slow(queries, keys, owners, k, views, exclude), k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_finds_what_a_sort_finds_among_many(screened: bool, dtype: torch.dtype) -> None:
+def test_finds_what_a_sort_finds_among_many(look: str, dtype: torch.dtype) -> None:
     keys = torch.randn(5000, 24, generator=seeded()).to(dtype)
     queries = torch.randn(9, 24, generator=seeded(1)).to(dtype)
     exact = keys.double() @ queries.double().T
-    found = search(queries, keys, torch.arange(5000), 6, screened)
+    found = search(queries, keys, torch.arange(5000), 6, look)
     torch.testing.assert_close(found.scores.T, exact.topk(6, 0).values, rtol=1e-12, atol=0)
     assert torch.equal(found.rows.T, exact.topk(6, 0).indices)
     assert found.candidates.float().mean() < 600
@@ -104,7 +114,7 @@ def test_finds_what_a_sort_finds_among_many(screened: bool, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["greatest", "overflow", "lengths", "small", "smaller", "subnormal"])
-def test_extremes(screened: bool, dtype: torch.dtype, k: int, kind: str) -> None:
+def test_extremes(look: str, dtype: torch.dtype, k: int, kind: str) -> None:
     keys, queries = torch.randn(3000, 24, generator=seeded()), torch.randn(20, 24, generator=seeded(1))
     if kind == "greatest":
         keys[700] = torch.tensor([3.4e38, -3.4e38] + [0.0] * 22)
@@ -122,7 +132,7 @@ def test_extremes(screened: bool, dtype: torch.dtype, k: int, kind: str) -> None
         keys[700], keys[1900] = 2e-39, 1e-39
         queries = 1e17 * queries.abs()
     keys, queries = keys.to(dtype), queries.to(dtype)
-    found = search(queries, keys, torch.arange(3000), k, screened)
+    found = search(queries, keys, torch.arange(3000), k, look)
     best = (keys.double()[None] * queries.double()[:, None]).sum(2).topk(k, 1).values
     assert torch.equal(found.scores, best)
 
@@ -173,13 +183,13 @@ def test_where_sums_of_products_of_bytes_saturate_nobody_looks_at_them(monkeypat
         return (a.int()[:, :, None] * b.int()[None]).sum(1).clamp(-(2**15), 2**15 - 1)
 
     keys = torch.randn(500, 8, generator=seeded())
-    right = search(keys[:2], keys, torch.arange(500), 4, True)
+    right = search(keys[:2], keys, torch.arange(500), 4, "screen")
     monkeypatch.setattr(torch, "_int_mm", saturating)
     screen._bytes_are_exact.cache_clear()
     try:
         assert not screen._bytes_are_exact()
         monkeypatch.setattr(screen, "_in_bytes", None)
-        assert torch.equal(search(keys[:2], keys, torch.arange(500), 4, True).ids, right.ids)
+        assert torch.equal(search(keys[:2], keys, torch.arange(500), 4, "screen").ids, right.ids)
     finally:
         screen._bytes_are_exact.cache_clear()
 
@@ -195,6 +205,40 @@ def test_a_pair_has_the_same_score_alone() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("kind", ["normal", "unequal", "tiny"])
+def test_a_look_in_float32_is_as_wrong_as_its_bound_says_at_most(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, queries = torch.randn(3000, 50, generator=seeded()), torch.randn(40, 50, generator=seeded(1))
+    if kind == "unequal":
+        keys = keys * torch.logspace(-3, 3, 3000)[:, None]
+    elif kind == "tiny":
+        keys, queries = 1e-6 * keys, 1e-1 * queries
+        if dtype != torch.float16:
+            keys, queries = 1e-34 * keys, 1e20 * queries
+    keys, queries = keys.to(dtype), queries.to(dtype)
+    seen: list[Tensor] = []
+    bound_of = screen._Error.bound
+
+    def spy(self: screen._Error, scores: Tensor, *rest: object) -> Tensor:
+        assert self.dtype == torch.float32
+        seen.extend([scores.clone(), bound_of(self, scores, *rest)])  # type: ignore[arg-type]
+        return seen[1].clone()
+
+    monkeypatch.setattr(screen._Error, "bound", spy)
+    monkeypatch.setattr(screen, "_GROUP", 1)
+    flushing = torch.set_flush_denormal(kind == "tiny")
+    try:
+        screen.plain(queries, keys, screen.length_above(keys), 750)  # so many that a row is its own group
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushing and seen[0].shape == (3000, 40)
+    wrong = (keys.double() @ queries.double().T - seen[0]).abs()
+    assert (wrong <= seen[1]).all()
+    assert kind == "tiny" or (wrong / seen[1]).max() > 1e-4, "a bound so loose would let everything pass"
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5, -300.0])
@@ -216,25 +260,25 @@ def test_a_look_is_as_wrong_as_its_bound_says_at_most(kind: str, offset: float) 
     assert (wrong / bound).max() > 0.05, "a bound so loose would let everything pass"
 
 
-def test_equal_keys_come_in_the_order_of_ids_wherever_they_stand(screened: bool) -> None:
+def test_equal_keys_come_in_the_order_of_ids_wherever_they_stand(look: str) -> None:
     keys = torch.randn(40, 8, generator=seeded()).repeat(25, 1)
     order = torch.randperm(1000, generator=seeded(1))
-    one = search(keys[:40], keys, torch.arange(1000), 30, screened)
-    other = search(keys[:40], keys[order], order, 30, screened)
+    one = search(keys[:40], keys, torch.arange(1000), 30, look)
+    other = search(keys[:40], keys[order], order, 30, look)
     assert torch.equal(one.ids, other.ids) and torch.equal(one.scores, other.scores)
     assert torch.equal(one.ids[3, :25], torch.arange(25) * 40 + 3)
 
 
-def test_scores_depend_neither_on_the_batch_nor_on_the_place(screened: bool) -> None:
+def test_scores_depend_neither_on_the_batch_nor_on_the_place(look: str) -> None:
     keys, queries = torch.randn(3000, 33, generator=seeded()), torch.randn(70, 33, generator=seeded(1))
     ids = torch.arange(3000)
-    whole = search(queries, keys, ids, 5, screened)
+    whole = search(queries, keys, ids, 5, look)
     for rows in (slice(0, 1), slice(11, 14), slice(3, 70)):
-        alone = search(queries[rows], keys, ids, 5, screened)
+        alone = search(queries[rows], keys, ids, 5, look)
         assert torch.equal(whole.scores[rows], alone.scores) and torch.equal(whole.ids[rows], alone.ids)
-    moved = search(queries, keys.roll(7, 0), ids.roll(7), 5, screened)
+    moved = search(queries, keys.roll(7, 0), ids.roll(7), 5, look)
     assert torch.equal(whole.scores, moved.scores) and torch.equal(whole.ids, moved.ids)
-    fewer = search(queries, keys[whole.rows[0]], whole.ids[0], 5, screened)
+    fewer = search(queries, keys[whole.rows[0]], whole.ids[0], 5, look)
     assert torch.equal(whole.scores[0], fewer.scores[0])
 
 
@@ -246,10 +290,10 @@ def few_pairs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("few_pairs")
-def test_too_many_pairs_are_looked_at_in_turn(screened: bool) -> None:
+def test_too_many_pairs_are_looked_at_in_turn(look: str) -> None:
     keys, queries = torch.ones(500, 4), torch.randn(5, 4, generator=seeded())
     exclude = torch.tensor([0, 3, 600, 2, 1])
-    found = search(queries, keys, torch.arange(500), 3, screened, exclude_ids=exclude)
+    found = search(queries, keys, torch.arange(500), 3, look, exclude_ids=exclude)
     check(found, slow(queries, keys, torch.arange(500), 3, None, exclude), 3)
 
 
@@ -264,17 +308,21 @@ def test_a_screen_narrows_and_where_it_does_not_full_precision_does(monkeypatch:
         return look(queries, keys, group, unit)
 
     monkeypatch.setattr(screen, "_best_of_groups", spy)
-    found = search(keys[:50], keys, torch.arange(20_000), 4, True)
+    found = search(keys[:50], keys, torch.arange(20_000), 4, "screen")
     assert looks == [torch.bfloat16] and found.candidates.max() < 2000
     # Keys that differ by less than bfloat16 can tell.
     near = 1 + keys / 1e4
-    search(near[:50], near, torch.arange(20_000), 4, True)
+    search(near[:50], near, torch.arange(20_000), 4, "screen")
     assert looks == [torch.bfloat16, torch.bfloat16, torch.float32]
     looks.clear()
-    found = search(keys[:3], keys, torch.arange(20_000), 4, True)
+    found = search(keys[:3], keys, torch.arange(20_000), 4, "screen")
     assert looks == [torch.int8] and found.candidates.max() < 4000, "a few queries look at bytes"
-    search(near[:3], near, torch.arange(20_000), 4, True)
+    search(near[:3], near, torch.arange(20_000), 4, "screen")
     assert looks == [torch.int8, torch.int8, torch.bfloat16, torch.float32]
+    looks.clear()
+    for rows in (3, 50):
+        search(keys[:rows], keys, torch.arange(20_000), 4, "float32")
+    assert looks == [torch.float32, torch.float32], "without instructions for less nobody looks at less"
 
 
 @pytest.mark.parametrize(

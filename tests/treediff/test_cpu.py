@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from treediff.cpu import has_fast
 
 # Fills 32 MiB twelve times, and prints how many pages the system had to hand out for the last nine.
 PAGES = """
@@ -54,3 +57,25 @@ def test_without_glibc_nothing_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cpu.ctypes, "CDLL", NoLibrary)
     assert cpu._keep_memory() is False
+
+
+@pytest.mark.parametrize(
+    ("known", "bfloat16", "int8"),
+    [
+        ({}, False, False),
+        ({"avx2": True, "avx512_bf16": False, "avx_vnni": False}, False, False),
+        ({"avx512_bf16": True, "avx512_vnni": True}, True, True),
+        ({"bf16": True}, True, False),
+        ({"avx_vnni": True}, False, True),
+    ],
+)
+def test_what_a_processor_multiplies(
+    known: dict[str, bool], bfloat16: bool, int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    has_fast.cache_clear()
+    try:
+        assert has_fast(torch.float32) and has_fast(torch.float64)
+        assert (has_fast(torch.bfloat16), has_fast(torch.int8), has_fast(torch.float16)) == (bfloat16, int8, False)
+    finally:
+        has_fast.cache_clear()
