@@ -205,7 +205,8 @@ def plain(queries: Tensor, keys: Tensor, length: Tensor, k: int) -> Groups:
 
 def _float32_is_whole(device: torch.device) -> bool:
     """Whether products in float32 are no coarser than that, which is a setting, and known for a CPU only."""
-    return device.type == "cpu" and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return device.type == "cpu" and products.fp32_precision in ("none", "ieee")
 
 
 @dataclass(frozen=True, eq=False)

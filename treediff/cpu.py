@@ -42,7 +42,7 @@ def tune_cpu() -> dict[str, bool]:
 def has_fast(dtype: torch.dtype) -> bool:
     """Whether the CPU has instructions for products of a dtype; without, PyTorch makes them up, many times slower.
 
-    On a processor with AVX2 alone a matrix product in bfloat16 takes some fifty times as long as in float32. So let this
+    A processor with AVX2 alone takes some fifty times as long for a product in bfloat16 as in float32. So let this
     decide about autocast: `torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16))`.
 
     Args:
