@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from munkey import ConvEncoder, EfficientNetLite0, KeyEncoder, KeyMemoryTransformer, Projection
 from munkey.aggregation import AGGREGATIONS
-from munkey.audit import average_gap, loss_attack
+from munkey.audit import area_under_curve, average_gap
 from munkey.retrieval import nearest
 from treediff.augment import Augment, RandomAffine, RandomFlip
 from treediff.cpu import has_fast, tune_cpu
@@ -183,7 +183,7 @@ class Splits:
                 logits = torch.cat([model(a, keys=k, use_memory=use_memory) for a, k in parts])
             found[name] = 100 * float((logits.argmax(1) == labels).double().mean())
             losses[name] = F.cross_entropy(logits, labels, reduction="none")
-        found["attack"] = 100 * loss_attack(losses["forget"], losses["test"][self.others])
+        found["attack"] = 100 * area_under_curve(-losses["forget"], -losses["test"][self.others])
         return found
 
     def compared(self, models: list[KeyMemoryTransformer], *, use_memory: bool = True) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from munkey import KeyMemoryTransformer, pathway_accuracies
+from munkey.audit import erasure_report
 from treediff.data import ImageDataset, load_dataset
 
 
@@ -89,15 +90,16 @@ def main() -> None:
     path = args.out / "model.safetensors"
     model.save(path)
     (args.out / "receipt.json").write_text(receipt.to_json() + "\n")
-    files = {"before": args.model.read_bytes(), "after": path.read_bytes()}
-    pieces = [row.numpy().tobytes() for column in (rows.keys, rows.values) for row in column]
-    left = {name: sum(piece in content for piece in pieces) for name, content in files.items()}
+    report = erasure_report(rows, holders=[model], files=[args.model, path])
+    left = {"before": report.found[str(args.model)], "after": report.found[str(path)]}
+    left["tensors"] = report.found["tensors"]
     print(table(results))  # type: ignore[arg-type]
     print(
         f"forgot {len(receipt.forgotten)} instances in {1000 * seconds:.1f} ms; the memory is now {receipt.after[:16]}"
     )
     print(
-        f"of their {len(pieces)} keys and values the file held {left['before']} before, and holds {left['after']} now"
+        f"of their {report.pieces} keys and values the file held {left['before']} before, and holds {left['after']} "
+        f"now; {left['tensors']} are in the model's tensors"
     )
     about = {"seconds": seconds, "rows": receipt.rows, "bytes": receipt.bytes, "found": left, "accuracy": results}
     print(json.dumps({"data": data.name, **about}))

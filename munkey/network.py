@@ -73,13 +73,18 @@ class ExemplarTransformer(nn.Module):
         """`n`."""
         return self.head.out_features
 
-    def forward(self, inputs: Tensor, values: Tensor) -> Tensor:
-        """`(B, m, n)` logits for an input's tokens `(B, S, W)` beside each of its values `(B, m, V)`, one at a time."""
+    def features(self, inputs: Tensor, values: Tensor) -> Tensor:
+        """`(B, m, W)` what the head is given; arguments as for `forward`."""
         batch, many = values.shape[:2]
         exemplars = self.exemplar(values).flatten(0, 1)[:, None]
         rows = inputs.repeat_interleave(many, 0)
         x = torch.cat([self.start.expand(len(rows), 1, -1), rows, exemplars], 1)
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = self.head(self.norm(x[:, 0])).unflatten(0, (batch, many))
+        features: Tensor = self.norm(x[:, 0]).unflatten(0, (batch, many))
+        return features
+
+    def forward(self, inputs: Tensor, values: Tensor) -> Tensor:
+        """`(B, m, n)` logits for an input's tokens `(B, S, W)` beside each of its values `(B, m, V)`, one at a time."""
+        logits: Tensor = self.head(self.features(inputs, values))
         return logits

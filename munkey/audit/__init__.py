@@ -1,0 +1,37 @@
+"""Did it forget? What an attacker can tell, and how far a model is from one that never saw what was forgotten.
+
+Small functions over arrays, for any model. Every number has a direction and a value that it takes for a model trained
+without the forgotten instances (the retrained *oracle*); being beyond that value is no better than being before it.
+"""
+
+from munkey.audit.distances import Distance, average_gap, kl_of_margins, kolmogorov_smirnov, tug_of_war
+from munkey.audit.erasure import ErasureReport, erasure_report
+from munkey.audit.inside import InsideView, inside_attacks, inside_view, worst_attack
+from munkey.audit.membership import Attack, area_under_curve, attack, membership_scores
+from munkey.audit.references import classifier_scores, confidence_features, lira_scores, margins, rmia_scores
+from munkey.audit.relearning import relearning_curve, steps_to_reach
+
+__all__ = [
+    "Attack",
+    "Distance",
+    "ErasureReport",
+    "InsideView",
+    "area_under_curve",
+    "attack",
+    "average_gap",
+    "classifier_scores",
+    "confidence_features",
+    "erasure_report",
+    "inside_attacks",
+    "inside_view",
+    "kl_of_margins",
+    "kolmogorov_smirnov",
+    "lira_scores",
+    "margins",
+    "membership_scores",
+    "relearning_curve",
+    "rmia_scores",
+    "steps_to_reach",
+    "tug_of_war",
+    "worst_attack",
+]

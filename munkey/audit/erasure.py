@@ -1,0 +1,108 @@
+"""Whether bytes of what was forgotten are left, in tensors and in files.
+
+`KeyStore.forget` erases what the store knows to hold an instance. This looks, and knows nothing of how it was done.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from munkey.stored import Rows
+
+__all__ = ["ErasureReport", "erasure_report"]
+
+
+@dataclass(frozen=True)
+class ErasureReport:
+    """What was looked for and where it was found.
+
+    Attributes:
+        pieces: how many byte strings were looked for: each key and each value that is not all zero.
+        found: how many of them are there, by place: 'tensors', or the name of a file; 0 everywhere after forgetting.
+    """
+
+    pieces: int
+    found: dict[str, int]
+
+    @property
+    def clean(self) -> bool:
+        """Whether there is nothing anywhere."""
+        return not any(self.found.values())
+
+
+def erasure_report(
+    rows: Rows, *, holders: Iterable[object] = (), files: Iterable[str | os.PathLike[str]] = ()
+) -> ErasureReport:
+    """Look for the keys and values of some rows in all tensors within reach of some objects, and in files.
+
+    Whole storages are searched, room that no view shows included. Rows whose value was never changed from zero, as in
+    exact mode, are looked for by their keys alone; a row of few different numbers may be found by chance. **The rows
+    themselves are a copy of what is to be forgotten**: read them before, look, and delete them.
+
+    Args:
+        rows: what `KeyStore.get` said of the instances before they were forgotten.
+        holders: models, optimisers, averages: everything they refer to is searched, but for `rows` itself.
+        files: paths.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+
+    Examples:
+        >>> from munkey import KeyStore
+        >>> store = KeyStore(key_width=3, value_width=2)
+        >>> store.add([7, 8], torch.tensor([[0.3, 0.5, 0.7], [0.2, 0.4, 0.6]]))
+        >>> rows = store.get([7])
+        >>> erasure_report(rows, holders=[store]).found
+        {'tensors': 2}
+        >>> _ = store.forget([7])
+        >>> erasure_report(rows, holders=[store]).clean
+        True
+    """
+    pieces = [
+        row.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        for column in (rows.keys, rows.values)
+        for row in column
+        if row.any()
+    ]
+    own = {tensor.untyped_storage().data_ptr() for tensor in (rows.keys, rows.values)}
+    content = _content(_reachable(*holders), own)
+    found = {"tensors": sum(piece in content for piece in pieces)}
+    for path in files:
+        content = Path(path).read_bytes()
+        found[os.fspath(path)] = sum(piece in content for piece in pieces)
+    return ErasureReport(len(pieces), found)
+
+
+def _reachable(*roots: object) -> list[Tensor]:
+    """All tensors that can be reached from some objects, gradients included."""
+    seen: dict[int, object] = {}
+    todo = list(roots)
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, type) or type(thing).__name__ in ("module", "function"):
+            continue
+        seen[id(thing)] = thing
+        todo += gc.get_referents(thing)
+        if isinstance(thing, Tensor) and thing.grad is not None:
+            todo.append(thing.grad)
+    return [thing for thing in seen.values() if isinstance(thing, Tensor)]
+
+
+def _content(tensors: list[Tensor], without: set[int]) -> bytes:
+    """Whole storages, each once."""
+    storages = {}
+    for tensor in tensors:
+        for part in (tensor._values(), tensor._indices()) if tensor.is_sparse else (tensor,):
+            storages[part.untyped_storage().data_ptr()] = part.untyped_storage()
+    return b"".join(
+        torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu().numpy().tobytes()
+        for address, storage in storages.items()
+        if address not in without
+    )

@@ -1,0 +1,175 @@
+"""Attacks that see more than a model says: its weights beside tokens of the attacker's choice, features, gradients.
+
+Deleting a key takes an instance out of the memory. What the shared weights kept of it is asked here: they are run
+beside the null token, the mean of all tokens and the token of a random other instance. A null token that was never
+trained proves nothing, so the worst of all is what counts.
+
+Letters: `n` instances, `W` width of the transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from munkey.audit.membership import Attack, attack, membership_scores
+from munkey.audit.references import classifier_scores, confidence_features
+from munkey.memory import KeyValueMemory
+from munkey.model import KeyMemoryTransformer
+from treediff.modes import evaluating
+
+__all__ = ["InsideView", "inside_attacks", "inside_view", "worst_attack"]
+
+
+@dataclass(frozen=True, eq=False)
+class InsideView:
+    """What the shared weights make of some instances, without the memory's answer for them.
+
+    Attributes:
+        logits: `(n, classes)` by the token beside which they were asked: 'null', 'mean', 'random'.
+        features: `(n, W)` what the head is given beside the null token.
+        gradients: `(n,)` length of the gradient of each instance's loss by all weights of the network, beside the null
+            token.
+        labels: `(n,)`.
+    """
+
+    logits: dict[str, Tensor]
+    features: Tensor
+    gradients: Tensor
+    labels: Tensor
+
+
+@torch.no_grad()
+def inside_view(
+    model: KeyMemoryTransformer,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    batch_size: int = 256,
+    generator: torch.Generator | None = None,
+) -> InsideView:
+    """Look at instances through the shared weights, in eval mode.
+
+    Args:
+        model: the classifier; its memory gives the mean token and random ones. With an empty memory these are the null
+            token.
+        x: `(n, ...)` inputs.
+        labels: `(n,)` int64.
+        batch_size: how many are looked at together.
+        generator: chooses the random tokens; seed 0 if not given.
+
+    Raises:
+        ValueError: if there is not one label for each input.
+    """
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"expected one label for each of {len(x)} inputs, found {tuple(labels.shape)}")
+    generator = generator or torch.Generator(x.device).manual_seed(0)
+    memory, network = model.memory, model.network
+    rows = torch.arange(memory.store.used, device=x.device)
+    mean = memory.read(rows).mean(0) if len(rows) else memory.null
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("null", "mean", "random", "features", "gradients")}
+    with evaluating(model):
+        for own in torch.arange(len(x), device=x.device).split(batch_size):
+            inputs, null = network.tokens(x[own]), memory.null.expand(len(own), 1, -1)
+            others = _random_tokens(memory, len(own), generator)
+            for name, tokens in (("null", null), ("mean", mean.expand_as(null)), ("random", others)):
+                parts[name].append(network(inputs, tokens).squeeze(1))
+            parts["features"].append(network.features(inputs, null).squeeze(1))
+            parts["gradients"].append(_gradient_norms(model, x[own], labels[own]))
+    whole = {name: torch.cat(found) for name, found in parts.items()}
+    features, gradients = whole.pop("features"), whole.pop("gradients")
+    return InsideView(whole, features, gradients, labels)
+
+
+def inside_attacks(
+    forgotten: InsideView,
+    others: InsideView,
+    known_members: InsideView,
+    known_others: InsideView,
+    *,
+    fpr: float = 0.01,
+    resamples: int = 1000,
+    generator: torch.Generator | None = None,
+) -> dict[str, Attack]:
+    """All attacks from inside, by name; compare each with the same attack on a retrained oracle.
+
+    For each token the four scores of `membership_scores` and a classifier on confidences; a classifier on features; the
+    length of the gradient. Classifiers learn from what is known.
+
+    Args:
+        forgotten: what the attacker wants to know of.
+        others: instances that never were members, of the same kind.
+        known_members: instances the attacker knows to be members, such as retained ones.
+        known_others: instances he knows not to be; none of `others`.
+        fpr: see `attack`.
+        resamples: see `attack`.
+        generator: see `attack`.
+    """
+    pairs: dict[str, tuple[Tensor, ...]] = {}
+    views = (known_members, known_others, forgotten, others)
+    for token in forgotten.logits:
+        ours, theirs = (membership_scores(view.logits[token], view.labels) for view in (forgotten, others))
+        pairs |= {f"{token}, {name}": (ours[name], theirs[name]) for name in ours}
+        pairs[f"{token}, classifier"] = classifier_scores(
+            *(confidence_features(view.logits[token], view.labels) for view in views)
+        )
+    pairs["features"] = classifier_scores(*(view.features for view in views))
+    pairs["gradients"] = (-forgotten.gradients, -others.gradients)
+    return {
+        name: attack(ours, theirs, fpr=fpr, resamples=resamples, generator=generator)
+        for name, (ours, theirs) in pairs.items()
+    }
+
+
+def worst_attack(found: Mapping[str, Attack], oracle: Mapping[str, Attack]) -> str:
+    """The name of the attack whose area under the curve is farthest from the oracle's, in either direction.
+
+    Args:
+        found: attacks on a model that forgot.
+        oracle: the same attacks on one that was trained without.
+
+    Raises:
+        ValueError: if they are not the same attacks, or none.
+    """
+    if found.keys() != oracle.keys() or not found:
+        raise ValueError(f"expected the same attacks on both, found {sorted(found)} and {sorted(oracle)}")
+    return max(found, key=lambda name: abs(found[name].auc - oracle[name].auc))
+
+
+def _random_tokens(memory: KeyValueMemory, count: int, generator: torch.Generator) -> Tensor:
+    if not memory.store.used:
+        return memory.null.expand(count, 1, -1)
+    rows = torch.randint(memory.store.used, (count, 1), generator=generator, device=memory.null.device)
+    return memory.read(rows)
+
+
+def _gradient_norms(model: KeyMemoryTransformer, x: Tensor, labels: Tensor) -> Tensor:
+    network = model.network
+    weights = {name: weight.detach() for name, weight in network.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:
+        logits = functional_call(_Beside(network, model.memory.null.detach()), weights, (x[None],))
+        return F.cross_entropy(logits, label[None])
+
+    with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no rule for a batch of gradients
+        slopes = vmap(grad(loss), in_dims=(None, 0, 0))({f"network.{n}": w for n, w in weights.items()}, x, labels)
+    return torch.stack([slope.flatten(1).square().sum(1) for slope in slopes.values()]).sum(0).sqrt()
+
+
+class _Beside(torch.nn.Module):
+    """A network from inputs to logits beside one token."""
+
+    def __init__(self, network: torch.nn.Module, token: Tensor) -> None:
+        super().__init__()
+        self.network, self.token = network, token
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, n)` logits."""
+        logits: Tensor = self.network(self.network.tokens(x), self.token.expand(len(x), 1, -1))  # type: ignore[operator]
+        return logits.squeeze(1)
