@@ -4,65 +4,19 @@ from __future__ import annotations
 
 import copy
 import errno
-import json
 import os
-import pickle
 import random
-import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from disks import FailingDisk, Killed, MemoryDisk
+from durables import CHANGES, IDS, create, each_change, state, train
 from stores import SECRET, WIDTHS, keys_of, seeded
 
 from munkey import DurableStore, KeyStore
-from munkey.digest import checksum
-from munkey.disk import Disk
-
-State = tuple[str, tuple[int, ...]]
-IDS = list(range(20))
-
-
-def create(path: str | Path, disk: Disk | None = None) -> DurableStore:
-    store = DurableStore.create(path, *WIDTHS, secret=SECRET, disk=disk)
-    store.add(IDS, keys_of(IDS, 2), torch.tensor(IDS))
-    return store
-
-
-def state(store: KeyStore) -> State:
-    return store.digest(), tuple(store)
-
-
-def train(store: KeyStore) -> None:
-    with torch.no_grad():
-        store.values[: store.used] += 1
-
-
-CHANGES: dict[str, Callable[[DurableStore], object]] = {
-    "add": lambda store: store.add([100, 101], keys_of([100, 101])),
-    "add beyond the room": lambda store: store.add(range(100, 140), keys_of(list(range(100, 140)))),
-    "forget": lambda store: store.forget([3, 0, 19, 7, 18]),
-    "forget the last": lambda store: store.forget([18, 19]),
-    "forget all": lambda store: store.forget(IDS, missing="ignore"),
-    "replace": lambda store: store.replace([4], keys_of([4], salt=1)),
-    "compact": lambda store: store.compact(),
-    "sync": lambda store: (train(store), store.sync()),
-}
-each_change = pytest.mark.parametrize("name", CHANGES)
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("filled")
-    with create(folder / "store") as store:
-        store.forget([11])  # so that there is room
-    return folder
 
 
 @each_change
@@ -358,126 +312,3 @@ def test_loading_a_state_that_cannot_be_written_changes_nothing(filled: Path, tm
         store.forget([1])
     with DurableStore.open(tmp_path / "store") as again:
         assert set(again) == set(before[1]) - {1}
-
-
-def test_two_stores_cannot_follow_one_file(filled: Path, tmp_path: Path) -> None:
-    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
-    with (
-        DurableStore.open(tmp_path / "store") as store,
-        pytest.raises(TypeError, match="cannot be pickled, as two would"),
-    ):
-        pickle.dumps(store)
-
-
-def test_a_compacted_file_depends_on_its_content_alone(tmp_path: Path) -> None:
-    for name, gone in (("one", [31, 33]), ("other", [])):
-        with DurableStore.create(tmp_path / name, *WIDTHS, secret=SECRET) as store:
-            ids = [1, 2, 3, *gone] if gone else [3, 1, 2]
-            store.add(ids, keys_of(ids))
-            store.forget(gone)
-            store.compact()
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
-
-
-def test_a_store_that_failed_half_way_says_so_and_is_mended_by_opening(filled: Path, tmp_path: Path) -> None:
-    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
-    disk = FailingDisk()
-    store = DurableStore.open(tmp_path / "store", disk=disk)
-    disk.at, disk.error = disk.steps + 3, OSError(errno.EIO, "broken")
-    with pytest.raises(OSError, match="broken"):
-        store.forget([3])
-    with pytest.raises(OSError, match="failed half way through a change; close the store and open it, which mends it"):
-        store.forget([3])
-    store.close()
-    with DurableStore.open(tmp_path / "store") as again:
-        assert 3 not in again
-    with pytest.raises(ValueError, match="is closed; open it again"):
-        store.forget([4])
-
-
-def test_only_one_store_has_a_file_open(filled: Path, tmp_path: Path) -> None:
-    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "store"
-    with DurableStore.open(path):
-        with pytest.raises(
-            BlockingIOError, match="is open in another store, here or in another process; close it there"
-        ):
-            DurableStore.open(path)
-        code = f"from munkey import DurableStore; DurableStore.open({str(path)!r})"
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert "BlockingIOError" in run.stderr
-    DurableStore.open(path).close()
-
-
-def damage(path: Path, at: int, new: bytes) -> None:
-    with open(path, "r+b") as file:
-        file.seek(at, 2 if at < 0 else 0)
-        file.write(new)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda path: os.truncate(path, 6000), "has 6000 bytes, expected"),
-        (lambda path: os.truncate(path, 10), "is no store, or its first bytes are damaged; restore a backup"),
-        (lambda path: path.write_bytes(b"other" * 2000), "is no store, or its first bytes are damaged"),
-        (lambda path: damage(path, 3, b"x"), "is no store, or its first bytes are damaged"),
-        (lambda path: damage(path, 4040, b"x"), "is damaged: it does not say how many rows it has; restore a backup"),
-        (
-            lambda path: damage(path, 4100, b"x"),
-            "is damaged: its rows are not those that were written; restore a backup",
-        ),
-    ],
-)
-def test_damage_is_seen_and_the_file_left_alone(
-    filled: Path, tmp_path: Path, change: Callable[[Path], object], message: str
-) -> None:
-    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "store"
-    change(path)
-    content = path.read_bytes()
-    with pytest.raises(ValueError, match=re.escape(message)):
-        DurableStore.open(path)
-    assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"format": 2}, "has format version 2, this munkey reads version 1; install the release that wrote it"),
-        ({"columns": [["load", [2]]]}, "is no store: its description lacks something (KeyError('load'))"),
-        ({"room": None}, "is no store: its description lacks something (TypeError("),
-        ({"room": 10**9}, "expected"),
-    ],
-)
-def test_a_description_by_somebody_else_is_refused(
-    filled: Path, tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
-    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "store"
-    text = path.read_bytes()[:4032].rstrip().rpartition(b" ")[0]
-    other = json.dumps({**json.loads(text), **changes}).encode()
-    damage(path, 0, (other + b" " + checksum(other)).ljust(4032))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        DurableStore.open(path)
-
-
-def test_bad_calls(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no store at"):
-        DurableStore.open(tmp_path / "store")
-    with create(tmp_path / "store") as store:
-        before = state(store)
-        with pytest.raises(ValueError, match=r"a store in a file keeps its dtype, torch\.float32; create one with"):
-            store.double()
-        for call in (lambda: store.add([1], keys_of([1])), lambda: store.add([70], torch.full((1, 3), torch.nan))):
-            with pytest.raises(ValueError):
-                call()
-        with pytest.raises(KeyError):
-            store.forget([1, 99])
-        assert state(store) == before
-        store.load_state_dict(KeyStore(*WIDTHS).state_dict())
-        assert len(store) == 0
-    with pytest.raises(FileExistsError, match=r"there is a file .* already; open it, or remove it"):
-        create(tmp_path / "store")
-    with DurableStore.open(tmp_path / "store") as again:
-        assert len(again) == 0

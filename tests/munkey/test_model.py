@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
-from classifiers import CLASSES, SIZE, encoder, filled, images, labels, model, train
+from classifiers import filled, images, labels, model, train
 from stores import seeded
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from munkey import (
-    ExemplarTransformer,
     KeyMemoryTransformer,
-    KeyStore,
-    KeyValueMemory,
-    ModuleEncoder,
-    Projection,
-    ValueWriter,
 )
-from munkey.transformer import TransformerBlock, VectorTokens
 
 AGGREGATIONS = ["ensemble", "softmax", "rank"]
 
@@ -250,161 +241,3 @@ def test_outputs_after_forgetting_are_those_of_the_same_weights_beside_a_memory_
     assert torch.equal(built(x), other(x))
     assert built.memory.store.digest() == other.memory.store.digest()
     assert optimizers
-
-
-def test_in_exact_mode_a_model_that_forgot_is_one_that_never_saw() -> None:
-    def trained() -> KeyMemoryTransformer:
-        built = model(mode="exact")
-        built.remember(range(8), images(12)[:8], labels(12)[:8], permanent=True)
-        train(built, list(range(8)))
-        return built.eval()
-
-    x, y = images(12), labels(12)
-    one, other = trained(), trained()
-    one.remember([10, 8, 9], x[[10, 8, 9]], y[[10, 8, 9]])
-    one.forget([8])
-    one.remember([11], x[[11]], y[[11]])
-    one.forget([10])
-    other.remember([9], x[[9]], y[[9]])
-    other.remember([11], x[[11]], y[[11]])
-    ours, theirs = one.state_dict(), other.state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    fresh = images(9, seed=4)
-    assert torch.equal(one(fresh), other(fresh)) and not torch.equal(one(fresh), trained()(fresh))
-
-
-# --- bad input ------------------------------------------------------------------------------------------------
-
-
-def parts(**changes: object) -> dict[str, object]:
-    built = model()
-    return {"key_encoder": built.key_encoder, "memory": built.memory, "network": built.network, **changes}
-
-
-def network(**changes: int) -> ExemplarTransformer:
-    tokens = VectorTokens(3, 2, 8)
-    widths = {"value_width": 4, "num_classes": 3, **changes}
-    return ExemplarTransformer(tokens=tokens, blocks=[TransformerBlock(8, 2)], **widths)
-
-
-def exact_parts(scale: float = 0.0, trained: bool = False, fitted_on: str = "other data") -> dict[str, object]:
-    store = KeyStore(5, 4, scale=scale)
-    store.values.requires_grad_(trained)
-    module = ModuleEncoder(nn.Flatten(), 5, fitted_on=fitted_on)
-    return parts(mode="exact", memory=KeyValueMemory(store, writer=ValueWriter(5, 4, 3)), key_encoder=module)
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        (parts(network=network(value_width=7)), ValueError, "the network reads values of width 7, the memory has 4"),
-        (parts(neighbours=1.5), TypeError, "neighbours must be a whole number, found 1.5"),
-        (parts(key_encoder=Projection.random((5,), 6)), ValueError, "gives keys of width 6, the memory has 5"),
-        (parts(mode="both"), ValueError, "mode must be 'paper' or 'exact', found 'both'"),
-        (parts(mode="exact"), ValueError, "exact mode needs a memory with a writer"),
-        (
-            exact_parts(scale=0.1),
-            ValueError,
-            "in exact mode values are written, not learned; make the store with scale=",
-        ),
-        (exact_parts(trained=True), ValueError, "in exact mode values are written, not learned"),
-        (exact_parts(fitted_on="forgettable"), ValueError, "in exact mode the encoder must not have seen what can be"),
-        (exact_parts() | {"own_token_probability": 0.5}, ValueError, "in exact mode own_token_probability is 0"),
-        (parts(own_token_probability=1.5), ValueError, "own_token_probability must be between 0 and 1, found 1.5"),
-        (parts(drop_input=-0.1), ValueError, "drop_input must be between 0 and 1, found -0.1"),
-        (parts(drop_input=0.6, drop_exemplar=0.5), ValueError, "must add up to 1 at most, found 0.6 and 0.5"),
-    ],
-)
-def test_bad_parts(settings: dict[str, object], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        KeyMemoryTransformer(**settings)  # type: ignore[arg-type]
-
-
-def test_bad_widths_of_a_network() -> None:
-    with pytest.raises(ValueError, match="num_classes must be at least 1, found 0"):
-        network(num_classes=0)
-    with pytest.raises(TypeError, match=re.escape("value_width must be a whole number, found 1.5")):
-        network(value_width=1.5)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"aggregation": "mean"}, ValueError, "aggregation must be one of ensemble, softmax, rank; found 'mean'"),
-        ({"wide": 3}, TypeError, "there are no settings wide; there are mode, width, depth"),
-        ({"depth": 0}, ValueError, "depth must be at least 1, found 0"),
-        ({"patch": 0}, ValueError, "patch must be at least 1, found 0"),
-        ({"patch": 5}, ValueError, "patches must fill the image; 5 does not divide 8 and 6"),
-        ({"width": 8, "heads": 3}, ValueError, "heads"),
-    ],
-)
-def test_bad_settings(settings: dict[str, object], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        KeyMemoryTransformer.for_images(CLASSES, 1, SIZE, encoder(), **settings)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda m: m(images(2)[:, :, :7]), ValueError, "expected images of shape (batch, 1, 8, 6), found (2, 1, 7, 6)"),
-        (lambda m: m(images(2) * 255), ValueError, "images must lie in [0.0, 1.0], found values from"),
-        (lambda m: m(images(2).tolist()), TypeError, "expected images as a tensor, found list"),
-        (lambda m: m.remember([50], images(1) + torch.nan), ValueError, "images must be finite"),
-        (lambda m: m.remember([0], images(1)), ValueError, "ids [0] are in the store already"),
-        (lambda m: m.loss(images(1), labels(1), ids=[99]), KeyError, "ids [99] are not in the store"),
-        (lambda m: m.loss(images(2), labels(2), ids=[1]), ValueError, "expected one id for each of 2 inputs, found 1"),
-        (lambda m: m.loss(images(0), labels(0), ids=[]), ValueError, "a loss is the mean over instances; found none"),
-        (lambda m: m.loss(images(1), torch.tensor([3]), ids=[1]), ValueError, "expected labels below 3, found 3"),
-        (lambda m: m.remember([50], images(1), torch.tensor([7])), ValueError, "expected labels below 3, found 7"),
-        (lambda m: m.forget([99]), KeyError, "ids [99] are not in the store; forget can pass over them with missing="),
-    ],
-)
-def test_bad_calls_lose_nothing(call: object, error: type[Exception], message: str) -> None:
-    built = filled()
-    before = built.memory.store.digest()
-    with pytest.raises(error, match=re.escape(message)):
-        call(built)  # type: ignore[operator]
-    assert built.memory.store.digest() == before
-
-
-def test_exact_mode_goes_on_training_after_it_forgot() -> None:
-    x, y, found = images(12), labels(12), []
-    for extra in (False, True):
-        built = model(mode="exact")
-        if extra:
-            built.remember([11], x[[11]], y[[11]])
-        built.remember(range(8), x[:8], y[:8], permanent=True)
-        if extra:
-            built.forget([11])
-        train(built, list(range(8)))
-        if extra:
-            built.remember([10], x[[10]], y[[10]])
-            built.forget([10])
-        train(built, list(range(8)))
-        found.append(built.state_dict())
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-
-
-def test_what_exact_mode_refuses() -> None:
-    built = model(mode="exact")
-    with pytest.raises(ValueError, match="in exact mode a value is written from key and label; pass labels"):
-        built.remember([1], images(1))
-    built.remember([1, 2], images(2), labels(2), permanent=True)
-    built.loss(images(2), labels(2), ids=[1, 2])
-    built.remember([3], images(1, seed=9), labels(1))
-    built.train()
-    with pytest.raises(ValueError, match="but the memory holds 1 rows that can be forgotten"):
-        built(images(2))
-    with torch.no_grad():
-        built(images(2))
-    built.eval()
-    with pytest.raises(
-        ValueError, match="but the memory holds 1 rows that can be forgotten; train first, on instances"
-    ):
-        built.loss(images(2), labels(2), ids=[1, 2])
-    before = built.memory.store.digest()
-    with pytest.raises(ValueError, match=r"ids \[2\] are there for good: weights were trained on them"):
-        built.forget([3, 2])
-    assert built.memory.store.digest() == before
-    built.forget([3])
-    built.loss(images(2), labels(2), ids=[1, 2])

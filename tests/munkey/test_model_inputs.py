@@ -1,0 +1,112 @@
+"""What the classifier refuses, and that nothing is lost then."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from classifiers import CLASSES, SIZE, encoder, filled, images, labels, model
+from torch import nn
+
+from munkey import (
+    ExemplarTransformer,
+    KeyMemoryTransformer,
+    KeyStore,
+    KeyValueMemory,
+    ModuleEncoder,
+    Projection,
+    ValueWriter,
+)
+from munkey.transformer import TransformerBlock, VectorTokens
+
+
+def parts(**changes: object) -> dict[str, object]:
+    built = model()
+    return {"key_encoder": built.key_encoder, "memory": built.memory, "network": built.network, **changes}
+
+
+def network(**changes: int) -> ExemplarTransformer:
+    tokens = VectorTokens(3, 2, 8)
+    widths = {"value_width": 4, "num_classes": 3, **changes}
+    return ExemplarTransformer(tokens=tokens, blocks=[TransformerBlock(8, 2)], **widths)
+
+
+def exact_parts(scale: float = 0.0, trained: bool = False, fitted_on: str = "other data") -> dict[str, object]:
+    store = KeyStore(5, 4, scale=scale)
+    store.values.requires_grad_(trained)
+    module = ModuleEncoder(nn.Flatten(), 5, fitted_on=fitted_on)
+    return parts(mode="exact", memory=KeyValueMemory(store, writer=ValueWriter(5, 4, 3)), key_encoder=module)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (parts(network=network(value_width=7)), ValueError, "the network reads values of width 7, the memory has 4"),
+        (parts(neighbours=1.5), TypeError, "neighbours must be a whole number, found 1.5"),
+        (parts(key_encoder=Projection.random((5,), 6)), ValueError, "gives keys of width 6, the memory has 5"),
+        (parts(mode="both"), ValueError, "mode must be 'paper' or 'exact', found 'both'"),
+        (parts(mode="exact"), ValueError, "exact mode needs a memory with a writer"),
+        (
+            exact_parts(scale=0.1),
+            ValueError,
+            "in exact mode values are written, not learned; make the store with scale=",
+        ),
+        (exact_parts(trained=True), ValueError, "in exact mode values are written, not learned"),
+        (exact_parts(fitted_on="forgettable"), ValueError, "in exact mode the encoder must not have seen what can be"),
+        (exact_parts() | {"own_token_probability": 0.5}, ValueError, "in exact mode own_token_probability is 0"),
+        (parts(own_token_probability=1.5), ValueError, "own_token_probability must be between 0 and 1, found 1.5"),
+        (parts(drop_input=-0.1), ValueError, "drop_input must be between 0 and 1, found -0.1"),
+        (parts(drop_input=0.6, drop_exemplar=0.5), ValueError, "must add up to 1 at most, found 0.6 and 0.5"),
+    ],
+)
+def test_bad_parts(settings: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        KeyMemoryTransformer(**settings)  # type: ignore[arg-type]
+
+
+def test_bad_widths_of_a_network() -> None:
+    with pytest.raises(ValueError, match="num_classes must be at least 1, found 0"):
+        network(num_classes=0)
+    with pytest.raises(TypeError, match=re.escape("value_width must be a whole number, found 1.5")):
+        network(value_width=1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"aggregation": "mean"}, ValueError, "aggregation must be one of ensemble, softmax, rank; found 'mean'"),
+        ({"wide": 3}, TypeError, "there are no settings wide; there are mode, width, depth"),
+        ({"depth": 0}, ValueError, "depth must be at least 1, found 0"),
+        ({"patch": 0}, ValueError, "patch must be at least 1, found 0"),
+        ({"patch": 5}, ValueError, "patches must fill the image; 5 does not divide 8 and 6"),
+        ({"width": 8, "heads": 3}, ValueError, "heads"),
+    ],
+)
+def test_bad_settings(settings: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        KeyMemoryTransformer.for_images(CLASSES, 1, SIZE, encoder(), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m(images(2)[:, :, :7]), ValueError, "expected images of shape (batch, 1, 8, 6), found (2, 1, 7, 6)"),
+        (lambda m: m(images(2) * 255), ValueError, "images must lie in [0.0, 1.0], found values from"),
+        (lambda m: m(images(2).tolist()), TypeError, "expected images as a tensor, found list"),
+        (lambda m: m.remember([50], images(1) + torch.nan), ValueError, "images must be finite"),
+        (lambda m: m.remember([0], images(1)), ValueError, "ids [0] are in the store already"),
+        (lambda m: m.loss(images(1), labels(1), ids=[99]), KeyError, "ids [99] are not in the store"),
+        (lambda m: m.loss(images(2), labels(2), ids=[1]), ValueError, "expected one id for each of 2 inputs, found 1"),
+        (lambda m: m.loss(images(0), labels(0), ids=[]), ValueError, "a loss is the mean over instances; found none"),
+        (lambda m: m.loss(images(1), torch.tensor([3]), ids=[1]), ValueError, "expected labels below 3, found 3"),
+        (lambda m: m.remember([50], images(1), torch.tensor([7])), ValueError, "expected labels below 3, found 7"),
+        (lambda m: m.forget([99]), KeyError, "ids [99] are not in the store; forget can pass over them with missing="),
+    ],
+)
+def test_bad_calls_lose_nothing(call: object, error: type[Exception], message: str) -> None:
+    built = filled()
+    before = built.memory.store.digest()
+    with pytest.raises(error, match=re.escape(message)):
+        call(built)  # type: ignore[operator]
+    assert built.memory.store.digest() == before
