@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from munkey.posthoc.relabelling import wrong_labels
 from munkey.retrieval import nearest
 
 __all__ = ["at_random", "cluster", "low_density", "memorised", "mislabelled", "of_class"]
@@ -121,12 +122,9 @@ def mislabelled(labels: Tensor, count: int, classes: int, *, generator: torch.Ge
     Raises:
         ValueError: if there are not as many instances, or one class only.
     """
-    if classes < 2:
-        raise ValueError(f"a wrong label needs two classes or more, found {classes}")
     rows = at_random(len(labels), count, generator=generator).to(labels.device)
-    shift = torch.randint(1, classes, (count,), generator=generator).to(labels.device)
     wrong = labels.clone()
-    wrong[rows] = (labels[rows] + shift) % classes
+    wrong[rows] = wrong_labels(labels[rows], classes, generator=generator)
     return rows, wrong
 
 
