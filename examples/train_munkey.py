@@ -6,8 +6,8 @@
 
     python examples/forget.py --label 3                                    # afterwards: forget all threes
 
-An image's id is its place in the training set. Everything is here: copy it and change what you like. The last line
-printed is one JSON object with the results.
+An image's id is its place in the training set. Colour images are moved and mirrored. Everything is here: copy it and
+change what you like. The last line printed is one JSON object with the results.
 """
 
 from __future__ import annotations
@@ -30,26 +30,40 @@ from munkey import (
     Projection,
     pathway_accuracies,
 )
+from treediff.augment import Augment, RandomAffine, RandomFlip
 from treediff.cpu import tune_cpu
 from treediff.data import batches, load_dataset
 
 
-def train(model: KeyMemoryTransformer, images: Tensor, labels: Tensor, ids: Tensor, args: argparse.Namespace) -> None:
+def train(
+    model: KeyMemoryTransformer,
+    images: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    *,
+    epochs: int,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    value_rate: float = 1e-2,
+    augment: Augment | None = None,
+    seed: int = 0,
+) -> None:
     """A plain PyTorch loop. Values have an optimiser of their own, whose cost follows the batch, not the memory."""
     values = model.memory.store.values
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameter_groups(0.05), lr=args.learning_rate)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameter_groups(0.05), lr=learning_rate)]
     if values.requires_grad:
-        optimizers.append(torch.optim.SparseAdam([values], lr=args.value_rate))
+        optimizers.append(torch.optim.SparseAdam([values], lr=value_rate))
         model.attach(optimizers[1])
-    steps = args.epochs * -(-len(ids) // args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], args.learning_rate, total_steps=steps + 1)
-    generator = torch.Generator().manual_seed(args.seed)
+    steps = epochs * -(-len(ids) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], learning_rate, total_steps=steps + 1)
+    generator = torch.Generator().manual_seed(seed)
     bar = tqdm(total=steps, desc="munkey", mininterval=1.0)
     model.train()
-    for _ in range(args.epochs):
-        for rows in batches(len(ids), args.batch_size, generator=generator):
+    for _ in range(epochs):
+        for rows in batches(len(ids), batch_size, generator=generator):
             own = ids[rows]
-            loss = model.loss(images[own], labels[own], ids=own, generator=generator)
+            x = images[own] if augment is None else augment(images[own], generator=generator)
+            loss = model.loss(x, labels[own], ids=own, generator=generator)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()
@@ -122,7 +136,18 @@ def main() -> None:
     start = time.perf_counter()
     seen = stay if args.mode == "exact" else ids
     model.remember(seen, images[seen], labels[seen], permanent=args.mode == "exact")
-    train(model, images, labels, seen, args)
+    train(
+        model,
+        images,
+        labels,
+        seen,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        value_rate=args.value_rate,
+        augment=Augment(RandomAffine(translate=0.1), RandomFlip()) if channels == 3 else None,
+        seed=args.seed,
+    )
     rest = ids[~torch.isin(ids, seen)]
     model.remember(rest, images[rest], labels[rest])
     seconds = time.perf_counter() - start

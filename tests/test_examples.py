@@ -86,3 +86,21 @@ def test_a_classifier_forgets(folder: Path) -> None:
     (folder / "ids.txt").write_text("7\n" + (folder / "exact" / "left_out.txt").read_text())
     options = ("--file", "ids.txt", "--missing", "ignore", "--beside", "exact/model.safetensors")
     assert run(folder, "forget.py", *options)["accuracy"]["trained without"]  # type: ignore[index]
+
+
+def test_rivals(folder: Path) -> None:
+    found = run(folder, "rivals.py", "--epochs", "2")["accuracy"]
+    assert found["NearestNeighbours"]["test"] > 0.9  # type: ignore[index]
+    results = run(folder, "sisa.py", "--epochs", "1")["results"]
+    assert [1 <= result["slices"] <= 6 for result in results[1:]] == [True, True]  # type: ignore[index]
+
+
+def test_a_comparison_of_ways_to_forget(folder: Path) -> None:
+    options = ("--epochs", "2", "--seeds", "1", "--key-width", "32", "--methods", "fine_tune", "munkey", "sisa")
+    found = run(folder, "unlearning_benchmark.py", *options)
+    methods = [row["method"] for row in found["rows"]]  # type: ignore[attr-defined]
+    assert methods[-3:] == ["fine_tune", "munkey", "sisa"] and "munkey: retrained" in methods
+    out = folder / "runs/unlearning"
+    assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "table.md").read_text().count("\n") == 2 + len(methods)
+    assert json.loads((out / "results.json").read_text())["rows"] == found["rows"], "saved as it went"

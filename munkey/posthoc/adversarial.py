@@ -127,23 +127,24 @@ def _attacked(
 def _ascended(
     model: nn.Module, x: Tensor, labels: Tensor, radius: float, steps: int, bounds: tuple[float, float] | None
 ) -> Tensor:
-    """Inputs after steps up their loss; one that has left its class stays where it did."""
+    """Inputs after steps up their loss; one that has left its class stays where it did, and costs no more."""
     shape = (-1, *[1] * (x.ndim - 1))
-    moved = x.clone()
+    moved, left = x.clone(), torch.arange(len(x), device=x.device)
     for _ in range(steps):
-        point = moved.detach().requires_grad_()
+        point = moved[left].requires_grad_()
         with torch.enable_grad():
             logits = model(point)
-            (slope,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), point)
-        inside = (logits.argmax(-1) == labels).view(shape)
+            (slope,) = torch.autograd.grad(F.cross_entropy(logits, labels[left], reduction="sum"), point)
+        inside = logits.argmax(-1) == labels[left]
+        left, slope = left[inside], slope[inside]
+        if not len(left):
+            break
         length = slope.flatten(1).norm(dim=1).view(shape)
-        direction = torch.where(length > 0, slope / length, 0.0)
-        ahead = moved + direction * (radius / 10)
-        away = ahead - x
+        away = moved[left] - x[left] + torch.where(length > 0, slope / length, 0.0) * (radius / 10)
         size = away.flatten(1).norm(dim=1).view(shape)
-        ahead = x + away * torch.where(size > radius, radius / size, 1.0)
-        moved = torch.where(inside, ahead if bounds is None else ahead.clamp(*bounds), moved)
-    return moved.detach()
+        ahead = x[left] + away * torch.where(size > radius, radius / size, 1.0)
+        moved[left] = ahead if bounds is None else ahead.clamp(*bounds)
+    return moved
 
 
 @torch.no_grad()

@@ -1,0 +1,139 @@
+"""Models of unlearning_benchmark.py: what is trained, and how it forgets."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rivals import Features, NearestNeighbours, Plain, RACDelete, Rival, SemiParametric, fit
+from sisa import SISA
+from torch import Tensor, nn
+from train_munkey import train
+from unlearning.task import Task
+
+from munkey import KeyMemoryTransformer, posthoc
+from munkey.presets import patch_for
+from treediff.augment import Augment
+
+
+class Augmented(nn.Module):
+    """A classifier that moves and mirrors what it is trained on, so that methods after the fact do it, too."""
+
+    def __init__(self, model: nn.Module, augment: Augment | None, seed: int) -> None:
+        super().__init__()
+        self.model, self.augment, self.generator = model, augment, torch.Generator().manual_seed(seed)
+
+    def forward(self, x: Tensor, *, keys: Tensor | None = None) -> Tensor:
+        if self.training and self.augment is not None:
+            x = self.augment(x, generator=self.generator)
+        return self.model(x)
+
+
+class Bench:
+    """All models of one seed, trained when they are asked for."""
+
+    def __init__(self, task: Task, seed: int, args: argparse.Namespace, tuned: dict[str, dict[str, float]]) -> None:
+        self.task, self.seed, self.args, self.tuned = task, seed, args, tuned
+        self.gone, self.others = task.forget_set(seed)
+        self.all = torch.arange(len(task.images))
+        self.stay = self.all[~torch.isin(self.all, self.gone)]
+        self.fitted = functools.cache(self._fitted)
+
+    def _fitted(self, name: str, without: bool) -> nn.Module:
+        """A model of everything, or one of another seed that is trained without what is to be forgotten."""
+        task, args = self.task, self.args
+        ids, seed = (self.stay, self.seed + 100) if without else (self.all, self.seed)
+        if name.startswith("munkey"):
+            return self._munkey(name, ids, self.seed if "exact" in name else seed)
+        if name == "sisa":
+            epochs = max(1, round(2 * args.epochs / 4))  # three slices: as many steps in all as one model takes
+            learn = functools.partial(fit, augment=task.augment, epochs=epochs)
+            return SISA(
+                self._plain, lambda m, own, s: learn(m, task.images, task.labels, own, seed=s), ids, seed=self.seed
+            )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model: Rival = {
+                "plain": lambda: self._plain(seed),
+                "rac_delete": lambda: RACDelete(self._plain(seed), task.encoder, task.classes),
+                "semi_parametric": lambda: SemiParametric(self._features(), task.classes),
+                "nearest_neighbours": lambda: NearestNeighbours(task.encoder, task.classes),
+            }[name]()
+        model.remember(ids, task.images[ids], task.labels[ids], keys=task.keys[ids])
+        if model.trained:
+            fit(model, task.images, task.labels, ids, epochs=args.epochs, augment=task.augment, seed=seed)
+        return model
+
+    def _features(self) -> Features:
+        return Features(self.task.shape, patch_for(*self.task.shape[1:]))
+
+    def _plain(self, seed: int) -> Rival:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return Plain(self._features(), self.task.classes)
+
+    def _munkey(self, name: str, ids: Tensor, seed: int) -> KeyMemoryTransformer:
+        """In exact mode weights see half of the images, none of which is forgotten; the others are then stored."""
+        task, exact = self.task, "exact" in name
+        channels, *size = task.shape
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = KeyMemoryTransformer.for_images(
+                task.classes,
+                channels,
+                (size[0], size[1]),
+                task.encoder,
+                mode="exact" if exact else "paper",
+                sparse=True,
+            )
+        draw = torch.randperm(len(self.all), generator=torch.Generator().manual_seed(7))
+        for_good = draw[~torch.isin(draw, self.gone)][: len(draw) // 2]
+        seen = for_good if exact else ids
+        options = {"epochs": self.args.epochs, "batch_size": 128, "augment": task.augment, "seed": seed}
+        model.remember(seen, task.images[seen], task.labels[seen], keys=task.keys[seen], permanent=exact)
+        train(model, task.images, task.labels, seen, **options)
+        later = ids[~torch.isin(ids, seen)]
+        model.remember(later, task.images[later], task.labels[later], keys=task.keys[later])
+        return model
+
+    def row(self, method: str) -> dict[str, Any]:
+        """What a method leaves, measured."""
+        name, _, what = method.partition(": ")
+        if what:  # 'before' or 'retrained'
+            start = time.perf_counter()
+            model = self.fitted(name, what == "retrained")
+            return self.measured(model, time.perf_counter() - start)
+        if name in self.tuned:
+            return self.unlearned(name, self.tuned[name])
+        model = copy.deepcopy(self.fitted(name, False))
+        if isinstance(model, KeyMemoryTransformer):
+            model.memory.store.digest()  # after training it takes a pass over the store; see docs/results/munkey.md
+        start = time.perf_counter()
+        model.forget(self.gone)  # type: ignore[operator]
+        return self.measured(model, time.perf_counter() - start)
+
+    def unlearned(self, name: str, options: dict[str, float]) -> dict[str, Any]:
+        """A method after the fact, with some settings."""
+        task, settings = self.task, dict(options)
+        model = Augmented(copy.deepcopy(self.fitted("plain", False)), task.augment, self.seed)
+        sets = [(task.images[ids], task.labels[ids]) for ids in (self.stay, self.gone)]
+        passes = max(1, round(self.args.effort * self.args.epochs))
+        steps = passes * -(-len(sets[name == "neg_grad"][0]) // 128)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.pop("lr", 0.0), weight_decay=0.0)
+        start = time.perf_counter()
+        method: Callable[..., None] = getattr(posthoc, name)
+        method(model, *sets, optimizer=optimizer, steps=steps, **settings)
+        return self.measured(model, time.perf_counter() - start) | {"settings": options}
+
+    def measured(self, model: nn.Module, seconds: float) -> dict[str, Any]:
+        """What a model that forgot says, and what its weights hold."""
+        sets = self.gone, self.stay, self.others
+        found = {**self.task.measured(model, *sets), "seconds": seconds}
+        if isinstance(model, KeyMemoryTransformer):
+            found["inside"] = self.task.inside(model, *sets)
+        return found

@@ -1,0 +1,109 @@
+"""Data of unlearning_benchmark.py: images, keys, forget sets, and what is measured."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from train_munkey import encoder_of
+
+from munkey import KeyMemoryTransformer
+from munkey.audit import (
+    Attack,
+    attack,
+    classifier_scores,
+    confidence_features,
+    forget_sets,
+    inside_attacks,
+    inside_view,
+    membership_scores,
+)
+from treediff.augment import Augment, RandomAffine, RandomFlip
+from treediff.data import load_dataset
+
+
+class Task:
+    """Images, keys, and one forget set for each seed."""
+
+    def __init__(self, args: argparse.Namespace, *, holdout: int = 0) -> None:
+        data = load_dataset(args.data)
+        if data.train_labels is None or data.test_labels is None:
+            raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")
+        self.name, self.kind = data.name, args.forget
+        images, self.shape = data.train_images, tuple(data.train_images.shape[1:])
+        self.encoder = encoder_of(args, self.shape)
+        keys, queries = self._keys(args, images, data.test_images)
+        end = len(images) - holdout
+        self.images, self.labels, self.keys = images[:end], data.train_labels[:end], keys[:end]
+        self.test: tuple[Tensor, ...] = (data.test_images, data.test_labels, queries)
+        if holdout:
+            self.test = (images[end:], data.train_labels[end:], keys[end:])
+        self.classes = 1 + int(torch.cat([self.labels, self.test[1]]).max())
+        self.augment = Augment(RandomAffine(translate=0.1), RandomFlip()) if self.shape[0] == 3 else None
+
+    def _keys(self, args: argparse.Namespace, *splits: Tensor) -> list[Tensor]:
+        """Of both splits, made once for each data set and encoder."""
+        path = args.out / f"keys-{self.encoder.fingerprint()[:16]}.pt"
+        if not path.exists():
+            parts = [[self.encoder.keys(x) for x in tqdm(s.split(250), desc="keys", mininterval=1)] for s in splits]
+            torch.save([F.normalize(torch.cat(part), dim=1) for part in parts], path)
+        return torch.load(path)
+
+    def forget_set(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Training rows to forget, and test rows of the same kind."""
+        kind, _, amount = self.kind.partition(":")
+        generator = torch.Generator().manual_seed(1000 + seed)
+        row = int(torch.randint(len(self.labels), (1,), generator=generator))
+        everything = torch.arange(len(self.test[1]))
+        if kind == "class":
+            return forget_sets.of_class(self.labels, int(self.labels[row])), everything[
+                self.test[1] == self.labels[row]
+            ]
+        count, of_test = (round(float(amount) * len(labels)) for labels in (self.labels, self.test[1]))
+        if kind == "cluster":
+            near = (self.test[2] @ self.keys[row]).topk(of_test).indices
+            return forget_sets.cluster(self.keys, row, count), near
+        if kind == "low-density":
+            return forget_sets.low_density(self.keys, count), forget_sets.low_density(self.test[2], of_test)
+        return forget_sets.at_random(len(self.labels), count, generator=generator), everything
+
+    @torch.no_grad()
+    def measured(self, model: nn.Module, gone: Tensor, stay: Tensor, others: Tensor) -> dict[str, Any]:
+        """Accuracies in percent, and attacks that tell what was forgotten from test rows of the same kind."""
+        splits: dict[str, tuple[Tensor, ...]] = {"test": self.test}
+        for name, ids in (("retain", stay[: len(self.test[1])]), ("forget", gone)):
+            splits[name] = (self.images[ids], self.labels[ids], self.keys[ids])
+        model.eval()
+        logits = {
+            name: torch.cat([model(a, keys=b) for a, b in zip(x.split(256), keys.split(256), strict=True)]).float()
+            for name, (x, _, keys) in splits.items()
+        }
+        labels = {name: split[1] for name, split in splits.items()}
+        found = {name: 100 * float((logits[name].argmax(1) == y).double().mean()) for name, y in labels.items()}
+        ours = membership_scores(logits["forget"], labels["forget"])
+        theirs = membership_scores(logits["test"], labels["test"])
+        pairs: dict[str, tuple[Tensor, ...]] = {name: (ours[name], theirs[name][others]) for name in ours}
+        about = {name: confidence_features(logits[name], y) for name, y in labels.items()}
+        odd, even = others[1::2], others[::2]
+        pairs["classifier"] = classifier_scores(
+            about["retain"], about["test"][odd], about["forget"], about["test"][even]
+        )
+        attacks = {name: attack(a, b, resamples=200) for name, (a, b) in pairs.items()}
+        return {**found, "attack": 100 * attacks["loss"].auc, "attacks": summary(attacks)}
+
+    def inside(self, model: KeyMemoryTransformer, gone: Tensor, stay: Tensor, others: Tensor) -> dict[str, list[float]]:
+        """Attacks on the weights, with 1,000 images of each set at most."""
+        x, y, _ = self.test
+        sets = [(self.images[gone], self.labels[gone]), (x[others[::2]], y[others[::2]])]
+        sets += [(self.images[stay], self.labels[stay]), (x[others[1::2]], y[others[1::2]])]
+        views = [inside_view(model, images[:1000], labels[:1000]) for images, labels in sets]
+        return summary(inside_attacks(*views, resamples=200))
+
+
+def summary(attacks: dict[str, Attack]) -> dict[str, list[float]]:
+    """Area under the curve with its interval, and true positives at 1 % false ones, in percent."""
+    return {name: [100 * x for x in (a.auc, *a.auc_interval, a.tpr)] for name, a in attacks.items()}
