@@ -43,3 +43,13 @@ def test_a_store_is_timed_beside_faiss(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "out.json").read_text())
     assert {row["different"] for row in result["searching"]} == {0}
     assert [row["forgotten"] for row in result["forgetting"]] == [1, 100]
+
+
+def test_requests_are_served_one_after_the_other(tmp_path: Path) -> None:
+    options = ("--data", "digits", "--key-width", "16", "--rounds", "1", "--requests", "100", "--epochs", "1")
+    done = run("deletion_requests.py", *options, "--out", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert {"bytes", "build", "add 1", "answer 256"} <= result["service"][0].keys()
+    for where in ("in memory", "in a file"):
+        assert len(result["requests"][where]["seconds"]) == len(result["requests"][where]["accuracy"]) == 100

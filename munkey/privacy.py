@@ -1,0 +1,213 @@
+"""Experimental: noise on the gradients of the shared weights, so that even they say little of a forgotten instance.
+
+What is left of an instance after its row is deleted is in the shared weights. Here their gradients are clipped for
+each instance and noise is added (DP-SGD, Abadi et al., arXiv 1607.00133); values learn from their own instance
+without noise, and go with it. The claim, and what it rests on:
+
+*Claim.* Let `theta` be the shared weights, nulls included, at all steps, and `v_j` the values. For an instance `i`
+that is chosen before training, the joint distribution of (`theta`, all `v_j` with `j != i`) is `(epsilon,
+delta)`-close to that of a training without `i`, with the `epsilon` of DP-SGD, here `epsilon(...)`.
+
+*Why.* Fix everything that has nothing to do with `i`: first values, and in which batches each other instance is.
+Given `theta` up to a step, each other value is then a function of its own instance, so that the sum of the others'
+clipped gradients is fixed. With `i` the step is a mixture: with probability `q` a vector of length `clip` at most is
+added. That vector depends on `v_i`, and so on which batches `i` has been in; but a mixture over it is no easier to
+tell from the step without `i` than the worst vector, since these divergences are convex. So each step, given the
+steps before, is dominated by the subsampled Gaussian mechanism, and steps compose. All `v_j` are functions of `theta`
+and of what was fixed.
+
+*What it needs.* Each instance with its own value only (`own_token_probability` 1, paper mode); one row for each
+instance; an encoder that was not fitted on them; layers that do not mix instances; batches in which each instance is
+with probability `q` by itself (`poisson_batches`); a divisor, a number of steps and a learning rate that do not depend
+on how many instances there are; nothing tuned or stopped by instances that may be forgotten; optimisers of values
+whose state belongs to rows (SparseAdam). A set of `s` instances has about `s` times the `epsilon`. Whoever chooses
+what to forget by looking at the model is not covered. Noise comes from PyTorch's generator, which is no cryptographic
+one.
+
+Letters: `B` batch, `P` shared weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from munkey.checks import as_ids, check_width
+from munkey.model import KeyMemoryTransformer
+
+__all__ = ["epsilon", "poisson_batches", "private_backward"]
+
+
+def poisson_batches(
+    total: int, *, sample_rate: float, steps: int, generator: torch.Generator | None = None
+) -> Iterator[Tensor]:
+    """Rows of each batch: every one is in it with the same probability, by itself; a batch may be empty.
+
+    Args:
+        total: how many instances there are.
+        sample_rate: `q`, the probability, above 0, at most 1.
+        steps: how many batches.
+        generator: draws; seed 0 if not given.
+
+    Raises:
+        TypeError: if a number is not whole.
+        ValueError: if a number is out of range.
+
+    Examples:
+        >>> [len(rows) for rows in poisson_batches(100, sample_rate=0.1, steps=3)]
+        [9, 14, 8]
+    """
+    check_width(total=total, steps=steps)
+    _check_rate(sample_rate)
+    generator = generator or torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        yield (torch.rand(total, generator=generator) < sample_rate).nonzero().squeeze(1)
+
+
+def private_backward(
+    model: KeyMemoryTransformer,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    ids: Iterable[int] | Tensor,
+    clip: float,
+    noise_multiplier: float,
+    expected_batch_size: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Set gradients in place of `model.loss(...).backward()`; the mean loss that is returned is not private.
+
+        g = (sum_i g_i min(1, clip / |g_i|) + noise_multiplier clip N(0, 1)) / expected_batch_size
+
+    for the shared weights together, and the plain slope of its own loss, over `expected_batch_size`, for each value.
+
+    Args:
+        model: in paper mode, with `own_token_probability` 1 and one row for each instance.
+        x: `(B, ...)` inputs of a batch, which may be empty.
+        labels: `(B,)` int64.
+        ids: `(B,)` what each of them is in the memory.
+        clip: greatest length of an instance's gradient, above 0.
+        noise_multiplier: standard deviation of the noise in units of `clip`, at least 0.
+        expected_batch_size: `q` times the number of instances, as it was planned.
+        generator: draws pathways and noise; seed 0 if not given.
+
+    Raises:
+        KeyError: if an id is not in the memory.
+        TypeError: as for `KeyMemoryTransformer.loss`.
+        ValueError: as for `KeyMemoryTransformer.loss`, or if a number is out of range, or the model is trained in a way
+            for which the claim does not hold.
+    """
+    _check_model(model)
+    for name, number in (("clip", clip), ("expected_batch_size", expected_batch_size)):
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} must be above 0, found {number}")
+    if not 0 <= noise_multiplier < math.inf:
+        raise ValueError(f"noise_multiplier must be at least 0, found {noise_multiplier}")
+    wanted = as_ids(ids)
+    if len(wanted) != len(x):
+        raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
+    generator = generator or torch.Generator(x.device).manual_seed(0)
+    alone = _Alone(model)
+    weights = {name: weight for name, weight in alone.named_parameters() if weight.requires_grad}
+    totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    losses, store = x.new_zeros(0), model.memory.store
+    if len(x):
+        model.network.tokens.check(x)
+        rows = store.rows_of(wanted)
+        uniform = torch.rand(2, len(x), generator=generator, device=x.device)
+        hidden, null = uniform[0] < model.drop_input, uniform[0] >= 1 - model.drop_exemplar
+        slopes, own, losses = _slopes(alone, weights, store.values.detach()[rows], x, labels, hidden, null)
+        lengths = torch.stack([slope.flatten(1).square().sum(1) for slope in slopes.values()]).sum(0).sqrt()
+        factor = (clip / lengths).clamp(max=1.0)
+        totals = {name: torch.einsum("b,b...->...", factor, slope) for name, slope in slopes.items()}
+        store.values.grad = _rows_grad(store.values, rows, own / expected_batch_size, model.sparse)
+    for name, weight in weights.items():
+        noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
+        weight.grad = (totals[name] + noise_multiplier * clip * noise) / expected_batch_size
+    return losses.mean() if len(x) else x.new_zeros(())
+
+
+def epsilon(*, noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
+    """What `steps` steps of DP-SGD promise, by Opacus' accountant of Renyi divergences (extra `privacy`).
+
+    Args:
+        noise_multiplier: as for `private_backward`, above 0.
+        sample_rate: `q` of `poisson_batches`.
+        steps: how many.
+        delta: from 0 to 1; well below 1 over the number of instances.
+
+    Raises:
+        ImportError: if Opacus is missing.
+        TypeError: if `steps` is not whole.
+        ValueError: if a number is out of range.
+    """
+    check_width(steps=steps)
+    _check_rate(sample_rate)
+    if not 0 < noise_multiplier < math.inf:
+        raise ValueError(f"noise_multiplier must be above 0, found {noise_multiplier}")
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be between 0 and 1, found {delta}")
+    try:
+        from opacus.accountants import RDPAccountant  # type: ignore[import-untyped, unused-ignore]
+    except ImportError as error:
+        raise ImportError(f"{error}; to account for privacy: pip install 'treediff[privacy]'") from error
+    accountant = RDPAccountant()
+    accountant.history = [(noise_multiplier, sample_rate, steps)]
+    return float(accountant.get_epsilon(delta))
+
+
+class _Alone(nn.Module):
+    """The loss of one instance beside its own value, with all shared weights as parameters."""
+
+    def __init__(self, model: KeyMemoryTransformer) -> None:
+        super().__init__()
+        self.network, self.null = model.network, model.memory.null
+
+    def forward(self, value: Tensor, x: Tensor, label: Tensor, hidden: Tensor, null: Tensor) -> Tensor:
+        inputs = torch.where(hidden, self.network.null_input, self.network.tokens(x[None]))
+        values = torch.where(null, self.null, value)
+        return F.cross_entropy(self.network(inputs, values[None, None])[:, 0], label[None])
+
+
+def _slopes(alone: _Alone, weights: Mapping[str, Tensor], *given: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Each instance's own gradient of the shared weights and of its value, and its loss."""
+
+    def loss(shared: dict[str, Tensor], *instance: Tensor) -> Tensor:
+        found: Tensor = functional_call(alone, shared, instance)
+        return found
+
+    shared = {name: weight.detach() for name, weight in weights.items()}
+    with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no rule for a batch of gradients
+        by_both = vmap(grad_and_value(loss, argnums=(0, 1)), in_dims=(None, *[0] * len(given)))
+        (slopes, own), losses = by_both(shared, *given)
+    return slopes, own, losses
+
+
+def _rows_grad(values: Tensor, rows: Tensor, own: Tensor, sparse: bool) -> Tensor:
+    """A gradient that is zero but for some rows."""
+    found = torch.sparse_coo_tensor(rows[None], own, values.shape, check_invariants=False).coalesce()
+    return found if sparse else found.to_dense()
+
+
+def _check_model(model: KeyMemoryTransformer) -> None:
+    if model.mode != "paper" or model.own_token_probability != 1:
+        raise ValueError(
+            "the claim needs paper mode with own_token_probability=1, so that a value knows of its own instance only; "
+            f"found mode={model.mode!r}, own_token_probability={model.own_token_probability}"
+        )
+    if model.key_encoder.fitted_on == "forgettable":
+        raise ValueError("the claim needs an encoder that has not seen what can be forgotten")
+    store = model.memory.store
+    if len(store) != store.used:
+        raise ValueError(f"the claim needs one row for each instance, found {store.used} rows of {len(store)}")
+
+
+def _check_rate(sample_rate: float) -> None:
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"sample_rate must be above 0 and at most 1, found {sample_rate}")
