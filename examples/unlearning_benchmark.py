@@ -5,7 +5,8 @@
 
 Methods after the fact change a vision transformer; each is first tuned, by six trials, on other seeds and on training
 images held out for testing. Methods by design delete what they stored. All are compared with a model of their own kind
-that was trained without the forget set (the oracle), and with such a vision transformer. Every row is saved when it is
+that was trained without the forget set (the oracle), and with such a vision transformer. `--methods "munkey width=32"`
+says how the model is built; `noise=1` puts noise on the gradients of its shared weights. Every row is saved when it is
 there, and not made again by the next run. `DIR` gets results.json, table.md and picture.png.
 """
 

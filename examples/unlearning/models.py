@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 from rivals import Features, NearestNeighbours, Plain, RACDelete, Rival, SemiParametric, fit
 from sisa import SISA
 from torch import Tensor, nn
+from tqdm import tqdm
 from train_munkey import train
 from unlearning.task import Task
 
 from munkey import KeyMemoryTransformer, posthoc
 from munkey.presets import patch_for
+from munkey.privacy import poisson_batches, private_backward
 from treediff.augment import Augment
 
 
@@ -32,6 +35,50 @@ class Augmented(nn.Module):
         if self.training and self.augment is not None:
             x = self.augment(x, generator=self.generator)
         return self.model(x)
+
+
+def setting(pair: str) -> tuple[str, Any]:
+    """A name and its value: JSON, or a word."""
+    name, _, value = pair.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def train_private(
+    model: KeyMemoryTransformer,
+    images: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    planned: int,
+    noise: float,
+    *,
+    epochs: int,
+    augment: Augment | None,
+    seed: int,
+) -> None:
+    """With noise on the gradients of shared weights; only who is drawn depends on how many instances there are."""
+    optimizers = (
+        torch.optim.AdamW(model.parameter_groups(0.05), lr=2e-3),
+        torch.optim.SparseAdam([model.memory.store.values], lr=1e-2),
+    )
+    model.attach(optimizers[1])
+    rate, steps, generator = 128 / planned, epochs * planned // 128, torch.Generator().manual_seed(seed)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], 2e-3, total_steps=steps + 1)
+    model.train()
+    drawn = poisson_batches(len(ids), sample_rate=rate, steps=steps, generator=generator)
+    for rows in tqdm(drawn, total=steps, desc="private", mininterval=1.0):
+        own = ids[rows]
+        x = images[own] if augment is None else augment(images[own], generator=generator)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        options = {"clip": 1.0, "noise_multiplier": noise, "expected_batch_size": 128.0}
+        private_backward(model, x, labels[own], ids=own, generator=generator, **options)
+        for optimizer in optimizers:
+            optimizer.step()
+        schedule.step()
+    model.eval()
 
 
 class Bench:
@@ -49,7 +96,8 @@ class Bench:
         task, args = self.task, self.args
         ids, seed = (self.stay, self.seed + 100) if without else (self.all, self.seed)
         if name.startswith("munkey"):
-            return self._munkey(name, ids, self.seed if "exact" in name else seed)
+            settings = dict(setting(pair) for pair in name.split()[1:])
+            return self._munkey(settings, ids, self.seed if "mode" in settings else seed)
         if name == "sisa":
             epochs = max(1, round(2 * args.epochs / 4))  # three slices: as many steps in all as one model takes
             learn = functools.partial(fit, augment=task.augment, epochs=epochs)
@@ -77,26 +125,24 @@ class Bench:
             torch.manual_seed(seed)
             return Plain(self._features(), self.task.classes)
 
-    def _munkey(self, name: str, ids: Tensor, seed: int) -> KeyMemoryTransformer:
+    def _munkey(self, settings: dict[str, Any], ids: Tensor, seed: int) -> KeyMemoryTransformer:
         """In exact mode weights see half of the images, none of which is forgotten; the others are then stored."""
-        task, exact = self.task, "exact" in name
+        task, exact, noise = self.task, settings.get("mode") == "exact", settings.pop("noise", None)
         channels, *size = task.shape
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = KeyMemoryTransformer.for_images(
-                task.classes,
-                channels,
-                (size[0], size[1]),
-                task.encoder,
-                mode="exact" if exact else "paper",
-                sparse=True,
+                task.classes, channels, (size[0], size[1]), task.encoder, sparse=True, **settings
             )
         draw = torch.randperm(len(self.all), generator=torch.Generator().manual_seed(7))
         for_good = draw[~torch.isin(draw, self.gone)][: len(draw) // 2]
         seen = for_good if exact else ids
-        options = {"epochs": self.args.epochs, "batch_size": 128, "augment": task.augment, "seed": seed}
+        options: dict[str, Any] = {"epochs": self.args.epochs, "augment": task.augment, "seed": seed}
         model.remember(seen, task.images[seen], task.labels[seen], keys=task.keys[seen], permanent=exact)
-        train(model, task.images, task.labels, seen, **options)
+        if noise is not None:
+            train_private(model, task.images, task.labels, seen, len(self.all), noise, **options)
+        else:
+            train(model, task.images, task.labels, seen, batch_size=128, **options)
         later = ids[~torch.isin(ids, seen)]
         model.remember(later, task.images[later], task.labels[later], keys=task.keys[later])
         return model

@@ -22,6 +22,7 @@ from munkey.audit.membership import Attack, attack, membership_scores
 from munkey.audit.references import classifier_scores, confidence_features
 from munkey.memory import KeyValueMemory
 from munkey.model import KeyMemoryTransformer
+from munkey.store import KeyStore
 from treediff.modes import evaluating
 
 __all__ = ["InsideView", "inside_attacks", "inside_view", "worst_attack"]
@@ -71,13 +72,13 @@ def inside_view(
         raise ValueError(f"expected one label for each of {len(x)} inputs, found {tuple(labels.shape)}")
     generator = generator or torch.Generator(x.device).manual_seed(0)
     memory, network = model.memory, model.network
-    rows = torch.arange(memory.store.used, device=x.device)
-    mean = memory.read(rows).mean(0) if len(rows) else memory.null
+    rows = _in_order(memory.store)
+    mean = memory.read(rows).double().mean(0).to(memory.null.dtype) if len(rows) else memory.null
     parts: dict[str, list[Tensor]] = {name: [] for name in ("null", "mean", "random", "features", "gradients")}
     with evaluating(model):
         for own in torch.arange(len(x), device=x.device).split(batch_size):
             inputs, null = network.tokens(x[own]), memory.null.expand(len(own), 1, -1)
-            others = _random_tokens(memory, len(own), generator)
+            others = _random_tokens(memory, rows, len(own), generator)
             for name, tokens in (("null", null), ("mean", mean.expand_as(null)), ("random", others)):
                 parts[name].append(network(inputs, tokens).squeeze(1))
             parts["features"].append(network.features(inputs, null).squeeze(1))
@@ -142,11 +143,16 @@ def worst_attack(found: Mapping[str, Attack], oracle: Mapping[str, Attack]) -> s
     return max(found, key=lambda name: abs(found[name].auc - oracle[name].auc))
 
 
-def _random_tokens(memory: KeyValueMemory, count: int, generator: torch.Generator) -> Tensor:
-    if not memory.store.used:
+def _in_order(store: KeyStore) -> Tensor:
+    """Rows by id and view, so that nothing depends on where they are."""
+    by_view = store.views[: store.used].argsort(stable=True)
+    return by_view[store.ids[by_view].argsort(stable=True)]
+
+
+def _random_tokens(memory: KeyValueMemory, rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    if not len(rows):
         return memory.null.expand(count, 1, -1)
-    rows = torch.randint(memory.store.used, (count, 1), generator=generator, device=memory.null.device)
-    return memory.read(rows)
+    return memory.read(rows[torch.randint(len(rows), (count, 1), generator=generator, device=rows.device)])
 
 
 def _gradient_norms(model: KeyMemoryTransformer, x: Tensor, labels: Tensor) -> Tensor:

@@ -54,6 +54,17 @@ def test_a_view_is_that_of_a_loop_over_instances() -> None:
     assert not torch.equal(other.logits["random"], got.logits["random"])
 
 
+def test_a_view_does_not_depend_on_the_order_of_rows() -> None:
+    one, other, x, y = filled(9), filled(9), images(9), labels(9)
+    other.forget(range(9))
+    other.remember([4, 8, 1, 0, 7], x[[4, 8, 1, 0, 7]], y[[4, 8, 1, 0, 7]])
+    one.forget([2, 3, 5, 6])
+    assert not torch.equal(one.memory.store.ids[:5], other.memory.store.ids[:5])
+    ours, theirs = (inside_view(built, images(6, seed=3), labels(6)) for built in (one, other))
+    assert all(torch.equal(ours.logits[name], theirs.logits[name]) for name in ours.logits)
+    assert torch.equal(ours.gradients, theirs.gradients) and torch.equal(ours.features, theirs.features)
+
+
 def test_with_an_empty_memory_every_token_is_the_null() -> None:
     built = filled(3)
     built.forget(range(3))
