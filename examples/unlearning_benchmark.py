@@ -52,7 +52,7 @@ def tune(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         for name in tqdm(missing, desc="tuning"):
             tried[name] = []
             for options in AFTER[name]:
-                found = bench.unlearned(name, options)
+                found = bench.measured(*bench.unlearned(name, options))
                 gap = average_gap({n: found[n] for n in NAMES}, {n: oracle[n] for n in NAMES})
                 tried[name].append([gap, options])
             path.write_text(json.dumps(tried))

@@ -53,3 +53,13 @@ def test_requests_are_served_one_after_the_other(tmp_path: Path) -> None:
     assert {"bytes", "build", "add 1", "answer 256"} <= result["service"][0].keys()
     for where in ("in memory", "in a file"):
         assert len(result["requests"][where]["seconds"]) == len(result["requests"][where]["accuracy"]) == 100
+
+
+def test_single_instances_are_attacked_with_models_of_their_own(tmp_path: Path) -> None:
+    options = ["--models", "12", "--candidates", "24", "--epochs", "1", "--methods", "munkey", "--work", str(tmp_path)]
+    first = run("shadow_models.py", *options, "--out", str(tmp_path / "out.json"))
+    assert first.returncode == 0, first.stderr[-2000:]
+    found = json.loads((tmp_path / "out.json").read_text())["results"]["munkey"]
+    assert found.keys() == {"forgot", "oracle", "KS", "KS floor", "KL", "KL floor"}
+    second = run("shadow_models.py", *options)
+    assert json.loads(second.stdout.splitlines()[-1])["results"]["munkey"] == found, "from what was kept"

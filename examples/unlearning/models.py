@@ -84,10 +84,19 @@ def train_private(
 class Bench:
     """All models of one seed, trained when they are asked for."""
 
-    def __init__(self, task: Task, seed: int, args: argparse.Namespace, tuned: dict[str, dict[str, float]]) -> None:
+    def __init__(
+        self,
+        task: Task,
+        seed: int,
+        args: argparse.Namespace,
+        tuned: dict[str, dict[str, float]],
+        sets: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         self.task, self.seed, self.args, self.tuned = task, seed, args, tuned
         self.gone, self.others = task.forget_set(seed)
         self.all = torch.arange(len(task.images))
+        if sets is not None:  # everyone, and who is to be forgotten
+            self.all, self.gone = sets
         self.stay = self.all[~torch.isin(self.all, self.gone)]
         self.fitted = functools.cache(self._fitted)
 
@@ -134,7 +143,7 @@ class Bench:
             model = KeyMemoryTransformer.for_images(
                 task.classes, channels, (size[0], size[1]), task.encoder, sparse=True, **settings
             )
-        draw = torch.randperm(len(self.all), generator=torch.Generator().manual_seed(7))
+        draw = self.all[torch.randperm(len(self.all), generator=torch.Generator().manual_seed(7))]
         for_good = draw[~torch.isin(draw, self.gone)][: len(draw) // 2]
         seen = for_good if exact else ids
         options: dict[str, Any] = {"epochs": self.args.epochs, "augment": task.augment, "seed": seed}
@@ -148,12 +157,16 @@ class Bench:
         return model
 
     def row(self, method: str) -> dict[str, Any]:
-        """What a method leaves, measured."""
+        """What a method leaves, measured: a name as in `forgotten`, or a kind of model before, or retrained without."""
         name, _, what = method.partition(": ")
-        if what:  # 'before' or 'retrained'
-            start = time.perf_counter()
-            model = self.fitted(name, what == "retrained")
-            return self.measured(model, time.perf_counter() - start)
+        if not what:
+            return self.measured(*self.forgotten(name))
+        start = time.perf_counter()
+        model = self.fitted(name, what == "retrained")
+        return self.measured(model, time.perf_counter() - start)
+
+    def forgotten(self, name: str) -> tuple[nn.Module, float]:
+        """A model that forgot, and how many seconds that took."""
         if name in self.tuned:
             return self.unlearned(name, self.tuned[name])
         model = copy.deepcopy(self.fitted(name, False))
@@ -161,9 +174,9 @@ class Bench:
             model.memory.store.digest()  # after training it takes a pass over the store; see docs/results/munkey.md
         start = time.perf_counter()
         model.forget(self.gone)  # type: ignore[operator]
-        return self.measured(model, time.perf_counter() - start)
+        return model, time.perf_counter() - start
 
-    def unlearned(self, name: str, options: dict[str, float]) -> dict[str, Any]:
+    def unlearned(self, name: str, options: dict[str, float]) -> tuple[nn.Module, float]:
         """A method after the fact, with some settings."""
         task, settings = self.task, dict(options)
         model = Augmented(copy.deepcopy(self.fitted("plain", False)), task.augment, self.seed)
@@ -174,7 +187,7 @@ class Bench:
         start = time.perf_counter()
         method: Callable[..., None] = getattr(posthoc, name)
         method(model, *sets, optimizer=optimizer, steps=steps, **settings)
-        return self.measured(model, time.perf_counter() - start) | {"settings": options}
+        return model, time.perf_counter() - start
 
     def measured(self, model: nn.Module, seconds: float) -> dict[str, Any]:
         """What a model that forgot says, and what its weights hold."""

@@ -1,0 +1,142 @@
+"""Can anyone tell for a single instance that it was forgotten, rather than never there? With many models of one kind.
+
+    python benchmarks/shadow_models.py --models 64 --out docs/results/shadow_models.json
+
+Each model is trained on the digits but for a half, drawn anew, of some candidates, and then forgets a half of those it
+knew; an oracle is trained without these. So for each candidate there are models that forgot it and models that never
+saw it. One model after the other is then attacked with all others as references: U-LiRA (a pair of normal distributions
+of margins for each candidate), RMIA, and the loss alone. 50 % is what guessing gives; what oracles give beside it says
+what chance does. The distributions of margins of those that forgot and of oracles are compared instance by instance
+(Kolmogorov-Smirnov, KL), and beside them those of oracles where a candidate was left out late and where it never was
+in. Margins are saved as they come; the next run goes on. The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from munkey.audit import (
+    attack,
+    kl_of_margins,
+    kolmogorov_smirnov,
+    lira_scores,
+    margins,
+    membership_scores,
+    rmia_scores,
+)
+from treediff.cpu import tune_cpu
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
+from unlearning.models import Bench
+from unlearning.task import Task
+
+#: Of methods after the fact; the benchmark in examples/ finds settings by trials.
+SETTINGS = {"fine_tune": {"lr": 4e-3}, "scrub": {"lr": 1e-3, "rounds": 2}, "sal_un": {"lr": 1e-3, "share": 0.5}}
+
+
+class Shadows:
+    """Who knew, who forgot, and logits `(models, candidates, classes)` of those that forgot and of oracles."""
+
+    def __init__(self, task: Task, args: argparse.Namespace) -> None:
+        self.task, self.args = task, args
+        order = torch.randperm(len(task.images), generator=torch.Generator().manual_seed(0))
+        self.candidates, self.rest = order[: args.candidates], order[args.candidates :]
+        draw = torch.rand(args.models, args.candidates, generator=torch.Generator().manual_seed(1)).argsort(0)
+        self.never, self.gone = draw < args.models // 2, draw >= args.models * 3 // 4
+
+    def logits(self, name: str, path: Path) -> dict[str, Tensor]:
+        """Made one model after the other, and kept in a file."""
+        found: dict[str, list[Tensor]] = torch.load(path) if path.exists() else {"forgot": [], "oracle": []}
+        for number in tqdm(range(len(found["oracle"]), self.args.models), desc=name):
+            known = torch.cat([self.rest, self.candidates[~self.never[number]]])
+            bench = Bench(self.task, number, self.args, SETTINGS, (known, self.candidates[self.gone[number]]))
+            found["forgot"].append(self.asked(bench.forgotten(name)[0]))
+            found["oracle"].append(self.asked(bench.fitted("plain" if name in SETTINGS else name, True)))
+            torch.save(found, path)
+        return {side: torch.stack(each) for side, each in found.items()}
+
+    @torch.no_grad()
+    def asked(self, model: nn.Module) -> Tensor:
+        task, own = self.task, self.candidates
+        logits: Tensor = model.eval()(task.images[own], keys=task.keys[own])
+        return logits.float()
+
+    def attacks(self, logits: Tensor) -> dict[str, Any]:
+        """Each model attacked with the others as references: mean and deviation of areas, in percent."""
+        labels = self.task.labels[self.candidates]
+        margin, loss = margins(logits, labels), membership_scores(logits, labels)["loss"]
+        areas: dict[str, list[float]] = {"U-LiRA": [], "RMIA": [], "loss": []}
+        found: list[float] = []
+        for number in range(len(logits)):
+            others, never = torch.arange(len(logits)) != number, self.never[number]
+            inside = margin[others].masked_fill(~self.gone[others], torch.nan)
+            outside = margin[others].masked_fill(~self.never[others], torch.nan)
+            scores = {
+                "U-LiRA": lira_scores(margin[number], inside, outside, shared_variance=True),
+                "RMIA": rmia_scores(loss[number], loss[others], loss[number, never], loss[others][:, never]),
+                "loss": loss[number],
+            }
+            for name, score in scores.items():
+                told = attack(score[self.gone[number]], score[self.never[number]], resamples=1)
+                areas[name].append(100 * told.auc)
+                if name == "U-LiRA":
+                    found.append(100 * told.tpr)
+        about = {name: (statistics.mean(each), statistics.stdev(each)) for name, each in areas.items()}
+        return {**about, "U-LiRA, true at 1 % false": (statistics.mean(found), statistics.stdev(found))}
+
+    def distances(self, forgot: Tensor, oracle: Tensor) -> dict[str, float]:
+        """Mean over candidates, between margins where it was forgotten and where an oracle was trained without."""
+        labels, found = self.task.labels[self.candidates], dict.fromkeys(("KS", "KS floor", "KL", "KL floor"), 0.0)
+        ours, theirs = margins(forgot, labels), margins(oracle, labels)
+        for n in range(len(labels)):
+            gone, never = self.gone[:, n], self.never[:, n]
+            sides = {"": ours[gone, n], " floor": theirs[gone, n]}
+            for name, side in sides.items():
+                pair = side[:, None], theirs[never, n][:, None]
+                found[f"KS{name}"] += kolmogorov_smirnov(*pair).mean / len(labels)
+                found[f"KL{name}"] += kl_of_margins(*pair, bins=5, floor=0.05).mean / len(labels)
+        return found
+
+
+def main() -> None:
+    """All methods, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--models", type=int, default=64, help="of each kind, 12 at least")
+    parser.add_argument("--candidates", type=int, default=300)
+    parser.add_argument("--methods", nargs="+", default=["munkey", "munkey mode=exact", *SETTINGS])
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--effort", type=float, default=0.2)
+    parser.add_argument("--encoder", default="random")
+    parser.add_argument("--key-width", type=int, default=64)
+    parser.add_argument("--work", type=Path, default=Path("runs/shadow"), help="folder for logits")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.forget = "random:0.1"  # other sets are drawn here
+    tune_cpu()
+    task = Task(argparse.Namespace(**{**vars(args), "out": args.work}))
+    shadows = Shadows(task, args)
+    results: dict[str, dict[str, Any]] = {}
+    for name in args.methods:
+        logits = shadows.logits(name, args.work / f"{name.replace(' ', '_')}.pt")
+        results[name] = {side: shadows.attacks(each) for side, each in logits.items()}
+        results[name] |= shadows.distances(logits["forgot"], logits["oracle"])
+    about = {"data": task.name, "models": args.models, "candidates": args.candidates, "epochs": args.epochs}
+    line = json.dumps({**about, "results": results})
+    if args.out:
+        args.out.write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()
