@@ -77,11 +77,16 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tune_cpu()
-    tuned = tune(args)
-    task = Task(args)
-    about = {"data": task.name, "forget": args.forget, "epochs": args.epochs, "effort": args.effort, "tuned": tuned}
-    path = args.out / "results.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    settings = ("data", "forget", "epochs", "effort", "holdout", "encoder", "key_width")
+    about: dict[str, Any] = {name: Path(str(getattr(args, name))).name for name in settings}  # of files, no folders
+    path, rows = args.out / "results.json", []
+    if path.exists():
+        before = json.loads(path.read_text())
+        rows = before.pop("rows")
+        if before != about:
+            raise SystemExit(f"{path} holds results of other settings; name another folder")
+    path.write_text(json.dumps({**about, "rows": rows}) + "\n")
+    tuned, task = tune(args), Task(args)
     kinds = dict.fromkeys("plain" if name in AFTER else name for name in args.methods)
     wanted = [
         f"{kind}: {what}" for kind in kinds for what in ("before", "retrained") if what == "before" or kind != "sisa"

@@ -104,3 +104,6 @@ def test_a_comparison_of_ways_to_forget(folder: Path) -> None:
     assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "table.md").read_text().count("\n") == 2 + len(methods)
     assert json.loads((out / "results.json").read_text())["rows"] == found["rows"], "saved as it went"
+    command = [sys.executable, str(EXAMPLES / "unlearning_benchmark.py"), "--epochs", "3"]
+    other = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert other.returncode and "holds results of other settings; name another folder" in other.stderr
