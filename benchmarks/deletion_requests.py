@@ -134,20 +134,12 @@ def requests(data: Data, count: int, epochs: int) -> dict[str, Any]:
         for where in ("in memory", "in a file"):
             own = copy.deepcopy(model)
             if where == "in a file":
-                own.memory.store = in_file(own.memory.store, f"{folder}/store")
+                own.memory.store = DurableStore.copy_of(own.memory.store, f"{folder}/store")
             own.memory.store.digest()  # the first one after training takes a pass over the store
             found[where] = sequence(own, data, order)
             if isinstance(own.memory.store, DurableStore):
                 own.memory.store.close()
     return found
-
-
-def in_file(store: KeyStore, path: str) -> DurableStore:
-    """The same rows under the same secret."""
-    durable = DurableStore.create(path, *store.widths, secret=store.secret)
-    rows = slice(0, store.used)
-    durable.add(store.ids[rows], store.keys[rows], store.labels[rows], store.values.detach()[rows])
-    return durable
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ class DurableStore(KeyStore):
 
     Values that were trained are in the file after `sync`. Only one store at a time can have a file open.
 
-    Make one with `create`, and open it again with `open`.
+    Make one with `create`, or of one in memory with `copy_of`, and open it again with `open`.
 
     Examples:
         >>> import tempfile
@@ -78,10 +78,40 @@ class DurableStore(KeyStore):
             FileExistsError: if there is a file of that name.
             OSError: if the file cannot be written.
         """
-        store = cls(key_width, value_width, seed=seed, scale=scale, secret=secret, dtype=dtype)
-        about = {"seed": seed, "scale": scale, "secret": store.secret.hex()}
-        store.live = LiveFile.create(os.fspath(path), about, store.columns, store.secret, disk or Disk())
-        return store
+        empty = KeyStore(key_width, value_width, seed=seed, scale=scale, secret=secret, dtype=dtype)
+        return cls.copy_of(empty, path, disk)
+
+    @classmethod
+    def copy_of(cls, store: KeyStore, path: str | os.PathLike[str], disk: Disk | None = None) -> Self:
+        """A store in a new file with the rows, the seed and the secret of another, which stays as it is.
+
+        What is attached to the other one, and its log, are not taken over. A model goes on with a memory in a file by
+        `model.memory.store = DurableStore.copy_of(model.memory.store, path)`.
+
+        Args:
+            store: whose rows.
+            path: where; a journal and a lock are made beside it.
+            disk: what reads and writes.
+
+        Raises:
+            FileExistsError: if there is a file of that name.
+            OSError: if the file cannot be written; there is then none, or all of it.
+
+        Examples:
+            >>> import tempfile
+            >>> store = KeyStore(key_width=3, value_width=2)
+            >>> store.add([7, 8], torch.eye(3)[:2])
+            >>> with DurableStore.copy_of(store, tempfile.mkdtemp() + "/store") as durable:
+            ...     durable.digest() == store.digest()
+            True
+        """
+        made = cls(*store.widths, dtype=store.keys.dtype, **_settings(store))
+        columns = [column[: store.used].to(own) for column, own in zip(store.columns, made.columns, strict=True)]
+        about = {"seed": store.seed, "scale": store.scale, "secret": store.secret.hex()}
+        made.live = LiveFile.create(os.fspath(path), about, columns, store.secret, disk or Disk())
+        KeyStore.append(made, *columns)
+        wipe_copies(columns, store.columns)
+        return made
 
     @classmethod
     def open(
@@ -157,8 +187,7 @@ class DurableStore(KeyStore):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyStore:
         """A copy is in memory only: two stores cannot follow one file."""
-        settings: dict[str, Any] = {"seed": self.seed, "scale": self.scale, "secret": self.secret}
-        other = KeyStore(*self.widths, device=self.keys.device, dtype=self.keys.dtype, **settings)
+        other = KeyStore(*self.widths, device=self.keys.device, dtype=self.keys.dtype, **_settings(self))
         other.load_state_dict(self.state_dict())
         memo[id(self)] = other
         return other
@@ -197,3 +226,7 @@ class DurableStore(KeyStore):
     def row_bytes(self) -> int:
         """See `RowTable.row_bytes`; those in the file count, too."""
         return super().row_bytes() + sum(self.live.layout.widths)
+
+
+def _settings(store: KeyStore) -> dict[str, Any]:
+    return {"seed": store.seed, "scale": store.scale, "secret": store.secret}

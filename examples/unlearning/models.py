@@ -6,8 +6,10 @@ import argparse
 import copy
 import functools
 import json
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from tqdm import tqdm
 from train_munkey import train
 from unlearning.task import Task
 
-from munkey import KeyMemoryTransformer, posthoc
+from munkey import DurableStore, KeyMemoryTransformer, pathway_accuracies, posthoc
 from munkey.presets import patch_for
 from munkey.privacy import poisson_batches, private_backward
 from treediff.augment import Augment
@@ -160,7 +162,12 @@ class Bench:
         """What a method leaves, measured: a name as in `forgotten`, or a kind of model before, or retrained without."""
         name, _, what = method.partition(": ")
         if not what:
-            return self.measured(*self.forgotten(name))
+            model, seconds = self.forgotten(name)
+            found = self.measured(model, seconds)
+            if isinstance(model, KeyMemoryTransformer):
+                found["seconds in a file"] = self.seconds_in_a_file(name)
+                found["equal to its oracle"] = equal(model, self.fitted(name, True))
+            return found
         start = time.perf_counter()
         model = self.fitted(name, what == "retrained")
         return self.measured(model, time.perf_counter() - start)
@@ -175,6 +182,19 @@ class Bench:
         start = time.perf_counter()
         model.forget(self.gone)  # type: ignore[operator]
         return model, time.perf_counter() - start
+
+    def seconds_in_a_file(self, name: str) -> float:
+        """To forget where the memory is in a file: until the medium holds nothing of it."""
+        model = self.fitted(name, False)
+        assert isinstance(model, KeyMemoryTransformer)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            DurableStore.copy_of(model.memory.store, f"{folder}/store") as store,
+        ):
+            store.digest()
+            start = time.perf_counter()
+            store.forget(self.gone)
+            return time.perf_counter() - start
 
     def unlearned(self, name: str, options: dict[str, float]) -> tuple[nn.Module, float]:
         """A method after the fact, with some settings."""
@@ -191,8 +211,18 @@ class Bench:
 
     def measured(self, model: nn.Module, seconds: float) -> dict[str, Any]:
         """What a model that forgot says, and what its weights hold."""
-        sets = self.gone, self.stay, self.others
-        found = {**self.task.measured(model, *sets), "seconds": seconds}
+        task, sets = self.task, (self.gone, self.stay, self.others)
+        found = {**task.measured(model, *sets), "seconds": seconds}
+        found["relearned"] = task.relearned(model, self.gone, self.others)
         if isinstance(model, KeyMemoryTransformer):
-            found["inside"] = self.task.inside(model, *sets)
+            found["inside"] = task.inside(model, *sets)
+            rows = self.gone[:1000]
+            accuracies = pathway_accuracies(model, task.images[rows], task.labels[rows], keys=task.keys[rows])
+            found["pathways"] = asdict(accuracies)
         return found
+
+
+def equal(model: nn.Module, other: nn.Module) -> bool:
+    """Whether two models have the same weights and the same memory, bit by bit."""
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -1,7 +1,4 @@
-"""The table and the picture of unlearning_benchmark.py, from the results it saved.
-
-python examples/unlearning_report.py --results runs/unlearning/results.json
-"""
+"""The table and the picture of unlearning_benchmark.py, from the rows it saved."""
 
 from __future__ import annotations
 
@@ -65,9 +62,9 @@ def table(rows: Rows) -> str:
     """Markdown: the smallest gap to the own oracle first, what was not unlearned at the end.
 
     The *worst* attack is the one farthest from the same attack on the own oracle, in either direction, in percent;
-    *inside* attacks are those on the weights.
+    *inside* attacks are those on the weights. *Relearned*: see `Task.relearned`.
     """
-    head = [*NAMES, "own gap", "plain gap", "worst attack", "worst inside", "seconds"]
+    head = [*NAMES, "own gap", "plain gap", "worst attack", "worst inside", "relearned", "seconds"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
 
     def order(method: str) -> tuple[bool, float]:
@@ -80,6 +77,7 @@ def table(rows: Rows) -> str:
         cells = [summary([row[name] for row in own]) for name in NAMES]
         cells += [summary(gaps(rows, method, oracle)) for oracle in (oracle_of(method), "plain: retrained")]
         cells += [summary(attack_gaps(rows, method, where)) for where in ("attacks", "inside")]
+        cells.append(summary([row["relearned"] for row in own], 3))
         cells.append(f"{statistics.median(row['seconds'] for row in own):.3g}")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

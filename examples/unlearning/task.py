@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from munkey.audit import (
     inside_attacks,
     inside_view,
     membership_scores,
+    relearning_curve,
 )
 from treediff.augment import Augment, RandomAffine, RandomFlip
 from treediff.data import load_dataset
@@ -95,6 +98,21 @@ class Task:
         attacks = {name: attack(a, b, resamples=200) for name, (a, b) in pairs.items()}
         return {**found, "attack": 100 * attacks["loss"].auc, "attacks": summary(attacks)}
 
+    def relearned(self, model: nn.Module, gone: Tensor, others: Tensor, *, count: int = 256, steps: int = 20) -> float:
+        """How much lower the loss is, in nats, while it learns back what it forgot than while it learns as many fresh
+        test images of the same kind, in a mean over steps; a model without weights learns nothing."""
+        x, y, keys = self.test
+        losses = []
+        for rows, sets in ((others[:count], (x, y, keys)), (gone[:count], (self.images, self.labels, self.keys))):
+            own, (inputs, labels, queries) = copy.deepcopy(model).eval(), (part[rows] for part in sets)
+            said = _by_row(own, inputs, queries)
+            if not said(torch.arange(1)).requires_grad:
+                return 0.0
+            optimizer = torch.optim.AdamW(own.parameters(), lr=3e-4, weight_decay=0.0)
+            curve = relearning_curve(said, torch.arange(len(labels)), labels, optimizer=optimizer, steps=steps)
+            losses.append(float(curve[1:].mean()))
+        return losses[0] - losses[1]
+
     def inside(self, model: KeyMemoryTransformer, gone: Tensor, stay: Tensor, others: Tensor) -> dict[str, list[float]]:
         """Attacks on the weights, with 1,000 images of each set at most."""
         x, y, _ = self.test
@@ -102,6 +120,10 @@ class Task:
         sets += [(self.images[stay], self.labels[stay]), (x[others[1::2]], y[others[1::2]])]
         views = [inside_view(model, images[:1000], labels[:1000]) for images, labels in sets]
         return summary(inside_attacks(*views, resamples=200))
+
+
+def _by_row(model: nn.Module, x: Tensor, keys: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda rows: model(x[rows], keys=keys[rows])
 
 
 def summary(attacks: dict[str, Attack]) -> dict[str, list[float]]:

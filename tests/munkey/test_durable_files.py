@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from disks import FailingDisk
-from durables import create, state
+from durables import create, state, train
 from stores import SECRET, WIDTHS, keys_of
 
 from munkey import DurableStore, KeyStore
@@ -30,6 +30,50 @@ def test_two_stores_cannot_follow_one_file(filled: Path, tmp_path: Path) -> None
         pytest.raises(TypeError, match="cannot be pickled, as two would"),
     ):
         pickle.dumps(store)
+
+
+def test_a_store_in_memory_goes_on_in_a_file(tmp_path: Path) -> None:
+    ids = list(range(30))
+    store = KeyStore(*WIDTHS, seed=3, scale=0.5, secret=SECRET, dtype=torch.float64)
+    store.add(ids, keys_of(ids, 2), torch.tensor(ids))
+    store.add([50], keys_of([50]), permanent=True)
+    store.forget([4, 9])
+    train(store)
+    before = state(store)
+    with DurableStore.copy_of(store, tmp_path / "store") as durable:
+        assert state(durable) == before and durable.keys.dtype == torch.float64
+        for each in (store, durable):  # the first values of new ones are the same
+            each.add([60], keys_of([60]))
+            each.forget([0])
+        assert state(durable) == state(store) != before
+        with pytest.raises(ValueError, match="are there for good"):
+            durable.forget([50])
+    with DurableStore.open(tmp_path / "store") as again:
+        assert state(again) == state(store)
+    with pytest.raises(FileExistsError):
+        DurableStore.copy_of(store, tmp_path / "store")
+
+
+def test_a_copy_that_fails_is_whole_or_not_there(tmp_path: Path) -> None:
+    store, at, made = KeyStore(*WIDTHS, secret=SECRET), 0, False
+    store.add([1, 2], keys_of([1, 2]))
+    before = state(store)
+    while not made:
+        disk = FailingDisk(at, OSError(errno.ENOSPC, "full"))
+        try:
+            DurableStore.copy_of(store, tmp_path / "store", disk).close()
+            made = True
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            if (tmp_path / "store").exists():
+                with DurableStore.open(tmp_path / "store") as whole:
+                    assert state(whole) == before
+                (tmp_path / "store").unlink()
+        at += 1
+        assert state(store) == before
+    assert at > 10
+    with DurableStore.open(tmp_path / "store") as again:
+        assert state(again) == before
 
 
 def test_a_compacted_file_depends_on_its_content_alone(tmp_path: Path) -> None:
