@@ -22,6 +22,7 @@ import copy
 import hashlib
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from munkey import ConvEncoder, EfficientNetLite0, KeyEncoder, KeyMemoryTransformer, Projection
+from munkey import KeyMemoryTransformer
 from munkey.aggregation import AGGREGATIONS
 from munkey.audit import area_under_curve, average_gap
 from munkey.retrieval import nearest
 from treediff.augment import Augment, RandomAffine, RandomFlip
-from treediff.cpu import has_fast, tune_cpu
-from treediff.data import batches, load_dataset
+from treediff.cpu import tune_cpu
+from treediff.data import load_dataset
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
+from train_munkey import encoder_of, train
 
 
 class Task:
@@ -115,14 +119,6 @@ def digest(x: Tensor) -> str:
     return hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()
 
 
-def encoder_of(args: argparse.Namespace, shape: tuple[int, ...]) -> KeyEncoder:
-    if args.encoder == "random":
-        return Projection.random(shape, args.key_width)
-    if args.encoder == "efficientnet":
-        return EfficientNetLite0()
-    return ConvEncoder.load(args.encoder)
-
-
 def trained(task: Task, ids: Tensor, seed: int, args: argparse.Namespace) -> KeyMemoryTransformer:
     """A model of some instances; in exact mode weights see those that stay for good."""
     channels, height, width = task.images.shape[1:]
@@ -134,32 +130,21 @@ def trained(task: Task, ids: Tensor, seed: int, args: argparse.Namespace) -> Key
         )
     everyone, ids = ids, task.stay if args.permanent else ids
     model.remember(ids, task.images[ids], task.labels[ids], keys=task.keys[ids], permanent=args.permanent > 0)
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameter_groups(0.05), lr=args.learning_rate)]
-    if not args.permanent:
-        optimizers.append(torch.optim.SparseAdam([model.memory.store.values], lr=args.value_rate))
-        model.attach(optimizers[1])
-    steps = args.epochs * -(-len(ids) // args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], args.learning_rate, total_steps=steps + 1)
-    generator = torch.Generator().manual_seed(seed)
-    augment = Augment(RandomAffine(translate=0.1), RandomFlip())
-    bar = tqdm(total=steps, desc="train", mininterval=1.0)
-    for _ in range(args.epochs):
-        for rows in batches(len(ids), args.batch_size, generator=generator):
-            own = ids[rows]
-            x = task.images[own] if channels == 1 else augment(task.images[own], generator=generator)
-            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
-                loss = model.loss(x, task.labels[own], ids=own, generator=generator)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            schedule.step()
-            bar.update()
-    bar.close()
+    train(
+        model,
+        task.images,
+        task.labels,
+        ids,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        value_rate=args.value_rate,
+        augment=Augment(RandomAffine(translate=0.1), RandomFlip()) if channels == 3 else None,
+        seed=seed,
+    )
     later = everyone[~torch.isin(everyone, ids)]
     model.remember(later, task.images[later], task.labels[later], keys=task.keys[later])
-    return model.eval()
+    return model
 
 
 class Splits:

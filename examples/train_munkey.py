@@ -31,7 +31,7 @@ from munkey import (
     pathway_accuracies,
 )
 from treediff.augment import Augment, RandomAffine, RandomFlip
-from treediff.cpu import tune_cpu
+from treediff.cpu import has_fast, tune_cpu
 from treediff.data import batches, load_dataset
 
 
@@ -63,7 +63,8 @@ def train(
         for rows in batches(len(ids), batch_size, generator=generator):
             own = ids[rows]
             x = images[own] if augment is None else augment(images[own], generator=generator)
-            loss = model.loss(x, labels[own], ids=own, generator=generator)
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
+                loss = model.loss(x, labels[own], ids=own, generator=generator)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()
