@@ -7,32 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from munkey.checks import as_ids
-from munkey.neighbour_table import NeighbourTable
 from munkey.receipts import Receipt
-from munkey.retrieval import Neighbours, at_least, nearest, pair_scores
+from munkey.retrieval import Neighbours
+from munkey.searched import Search, exact
 from munkey.store import KeyStore
 from munkey.writer import ValueWriter
 
 __all__ = ["KeyValueMemory", "Retrieved", "Search"]
-
-
-class Search(Protocol):
-    """Anything that finds nearest rows of a store."""
-
-    def __call__(self, store: KeyStore, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
-        """The `k` nearest rows of each query `(B, D)`, without those of the owner `(B,)` that is not to be found."""
-
-
-def exact(store: KeyStore, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
-    """All rows are compared; see `munkey.retrieval`."""
-    keys, ids, views = (column[: store.used] for column in (store.keys, store.ids, store.views))
-    return nearest(queries, keys, ids, k, views=views, screen=store.screen, exclude_ids=exclude_ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,17 +134,7 @@ class KeyValueMemory(nn.Module):
 
         They are looked up once, and again where rows came or went since.
         """
-        store = self.store
-
-        def search(asked: Tensor) -> Neighbours:
-            queries = store.keys[asked]
-            found = self.search(store, queries, k, exclude_ids=store.ids[asked])
-            queries.zero_()  # a copy of rows that may be forgotten later
-            return found
-
-        found = self._table(k).get(rows, store.used, search)
-        scores = pair_scores(store.keys, store.keys, rows.repeat_interleave(k), found.clamp(min=0).flatten())
-        return found, scores.view_as(found).masked_fill(found < 0, -torch.inf)
+        return self.store.nearest_to_rows(rows, k, self.search)
 
     def find_near_duplicates(
         self, ids: Iterable[int] | Tensor, threshold: float = 0.99
@@ -175,25 +151,16 @@ class KeyValueMemory(nn.Module):
         Raises:
             KeyError: if an id is not in the memory.
         """
-        store = self.store
-        rows = store.rows_of(ids)
-        queries, owners = store.keys[rows], store.ids[rows]
-        query, row, scores = at_least(queries, store.keys[: store.used], threshold)
+        rows = self.store.rows_of(ids)
+        owners, queries, _ = self.store.described(rows)
+        query, others, scores = self.store.at_least(queries, threshold)
         queries.zero_()  # a copy of rows that are likely to be forgotten
         best: dict[int, dict[int, float]] = {}
-        for own, other, score in zip(owners[query].tolist(), store.ids[row].tolist(), scores.tolist(), strict=True):
+        for own, other, score in zip(owners[query].tolist(), others.tolist(), scores.tolist(), strict=True):
             if own != other:
                 twins = best.setdefault(own, {})
                 twins[other] = max(score, twins.get(other, score))
         return {own: sorted(twins.items(), key=lambda twin: (-twin[1], twin[0])) for own, twins in best.items()}
-
-    def _table(self, k: int) -> NeighbourTable:
-        tables = self.store.holders.tables
-        for table in tables:
-            if table.k == k:
-                return table
-        tables.append(NeighbourTable(k))
-        return tables[-1]
 
     # --- reading ------------------------------------------------------------------------------------------
 
@@ -205,7 +172,8 @@ class KeyValueMemory(nn.Module):
         if len(there):
             found = self.store.read(flat[there], sparse=sparse)
             if self.writer is not None:
-                found = found + self.writer(self.store.keys[flat[there]], self.store.labels[flat[there]])
+                _, keys, labels = self.store.described(flat[there])
+                found = found + self.writer(keys, labels)
             values = values.index_copy(0, there, found.to(values.dtype))
         read: Tensor = values.unflatten(0, rows.shape)
         return read

@@ -18,14 +18,14 @@ from munkey.disk import Disk
 from munkey.receipt_log import ReceiptLog, tokens_of
 from munkey.receipts import Receipt
 from munkey.rows import Removal
-from munkey.stored import StoredRows
+from munkey.searched import SearchedRows
 from treediff import EMA
 from treediff.noise import counter_normal
 
 __all__ = ["KeyStore"]
 
 
-class KeyStore(StoredRows):
+class KeyStore(SearchedRows):
     """A table with one row for each instance: id, key, label, and a value that can be trained.
 
     An id may own several keys, as of changed copies of one image; each has a row and a value of its own, and forgetting
