@@ -15,6 +15,7 @@ from munkey.model import KeyMemoryTransformer
 from munkey.network import ExemplarTransformer
 from munkey.pathways import PathwayAccuracies, pathway_accuracies
 from munkey.receipts import Receipt
+from munkey.sharded import ShardedKeyStore
 from munkey.store import KeyStore
 from munkey.stored import Rows
 from munkey.writer import ValueWriter
@@ -37,6 +38,7 @@ __all__ = [
     "Receipt",
     "Retrieved",
     "Rows",
+    "ShardedKeyStore",
     "SoftmaxMix",
     "ValueWriter",
     "pathway_accuracies",

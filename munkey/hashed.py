@@ -55,28 +55,30 @@ class HashedTable(RowTable):
         follows what is added and erased. Changes of `values.data`, which PyTorch does not count, are not seen until
         `compact`, a save, or training.
         """
-        return self._digest(self.used, self._total())
+        return self.digest_of(self.used, self.total())
 
-    def _digest(self, rows: int, total: int) -> str:
+    def digest_of(self, rows: int, total: int) -> str:
+        """That of so many rows whose hashes add up to `total`."""
         about = {name: str(column.dtype) for name, column in (("keys", self.keys), ("values", self.values))}
         text = json.dumps({**about, "widths": self.widths, "rows": rows}, sort_keys=True)
         return keyed_hash(self.secret, text.encode() + total.to_bytes(32, "little")).hex()
 
-    def _total(self) -> int:
+    def total(self) -> int:
         """The sum of the hashes of all rows."""
         if self._sum is None or self._version != self.values._version:
-            return self._keep(rows_hash(self.secret, [column[: self.used] for column in self.columns]))
+            return self.keep_total(rows_hash(self.secret, [column[: self.used] for column in self.columns]))
         return self._sum
 
-    def _total_after(self, removal: Removal) -> int:
-        return (self._total() - rows_hash(self.secret, self.columns, removal.gone)) % MODULUS
+    def total_after(self, removal: Removal) -> int:
+        """What it will be once rows are gone."""
+        return (self.total() - rows_hash(self.secret, self.columns, removal.gone)) % MODULUS
 
-    def _keep(self, total: int) -> int:
+    def keep_total(self, total: int) -> int:
         """A sum that holds for as long as nobody else changes values."""
         self._sum, self._version = total % MODULUS, self.values._version
         return self._sum
 
-    def _forget_total(self) -> None:
+    def forget_total(self) -> None:
         """Trust no sum: values may have changed."""
         self._sum = None
 
@@ -85,9 +87,9 @@ class HashedTable(RowTable):
         self._sum = None  # a copy of a parameter counts its changes from 0
 
     def append(self, *columns: Tensor) -> Tensor:  # noqa: D102
-        total = self._total()
+        total = self.total()
         rows = super().append(*columns)
-        self._keep(total + rows_hash(self.secret, self.columns, rows))
+        self.keep_total(total + rows_hash(self.secret, self.columns, rows))
         return rows
 
     def compact(self) -> None:  # noqa: D102

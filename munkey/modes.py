@@ -38,11 +38,11 @@ def check_mode(mode: str, key_encoder: KeyEncoder, memory: KeyValueMemory) -> st
 
 def check_exact(store: KeyStore) -> None:
     """Raise ValueError if weights would see something that can be forgotten."""
-    forgettable = store.used - int(store.permanent[: store.used].sum())
-    if forgettable:
+    if store.forgettable:
         raise ValueError(
-            f"in exact mode weights are trained on what stays for good, but the memory holds {forgettable} rows that "
-            "can be forgotten; train first, on instances remembered with permanent=True, and remember others afterwards"
+            f"in exact mode weights are trained on what stays for good, but the memory holds {store.forgettable} rows "
+            "that can be forgotten; train first, on instances remembered with permanent=True, and remember others "
+            "afterwards"
         )
 
 

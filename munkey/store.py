@@ -103,7 +103,7 @@ class KeyStore(SearchedRows):
         there = [instance for instance in wanted if instance in self.index]
         if there:
             raise ValueError(f"ids {some(there)} are in the store already; use replace to change them")
-        self._write(wanted, self._new_rows(wanted, keys, labels, values, permanent))
+        self._write(wanted, self.new_rows(wanted, keys, labels, values, permanent))
 
     def replace(
         self,
@@ -123,12 +123,12 @@ class KeyStore(SearchedRows):
             ValueError: as for `add` and `forget`.
         """
         wanted = as_ids(ids)
-        rows = self._new_rows(wanted, keys, labels, values, permanent=False)
+        rows = self.new_rows(wanted, keys, labels, values, permanent=False)
         receipt = self.forget(wanted)
         self._write(wanted, rows)
         return receipt
 
-    def _new_rows(
+    def new_rows(
         self, ids: list[int], keys: Tensor, labels: Tensor | None, values: Tensor | None, permanent: bool
     ) -> tuple[Tensor, ...]:
         """One tensor for each column of the table."""
@@ -147,10 +147,10 @@ class KeyStore(SearchedRows):
         if self.log is None or not self.log.gone:
             return
         try:
-            self.log.returned(self._tokens(rows))
+            self.log.returned(self.tokens(rows))
         except OSError:
             self.erase(ids, Removal.of(rows.tolist(), self.used, self.ids.device))
-            self._forget_total()
+            self.forget_total()
             raise
 
     # --- forgetting ---------------------------------------------------------------------------------------
@@ -185,21 +185,27 @@ class KeyStore(SearchedRows):
         """Raise an error if `erase` would."""
         self.holders.check_still()
 
-    def _forget(self, known: list[int], absent: tuple[int, ...], log: ReceiptLog | None) -> Receipt:
+    def removal_of(self, known: list[int]) -> Removal:
+        """What `erase` would do to the rows of ids that are there; errors as for `forget`."""
         removal = Removal.of(self.index.of_all(known), self.used, self.ids.device)
         self._check_forgettable(removal.gone)
         self._ready()
-        before, total = self.digest(), self._total_after(removal)
-        after, size = self._digest(removal.after, total), len(removal.gone) * self.row_bytes()
+        return removal
+
+    def _forget(self, known: list[int], absent: tuple[int, ...], log: ReceiptLog | None) -> Receipt:
+        removal = self.removal_of(known)
+        before, total = self.digest(), self.total_after(removal)
+        after, size = self.digest_of(removal.after, total), len(removal.gone) * self.row_bytes()
         receipt = Receipt(tuple(known), absent, len(removal.gone), size, before, after, time.time())
         if log is not None and known:
             # First, so that whoever finds the rows after an interruption knows that they are to go.
-            log.forgot(receipt, self._tokens(removal.gone))
+            log.forgot(receipt, self.tokens(removal.gone))
         self.erase(known, removal)
-        self._keep(total)
+        self.keep_total(total)
         return receipt
 
-    def _tokens(self, rows: Tensor | slice) -> list[str]:
+    def tokens(self, rows: Tensor | slice) -> list[str]:
+        """What a log knows rows by; see `munkey.receipt_log`."""
         keys = self.keys[rows]
         tokens = tokens_of(self.secret, self.ids[rows], self.labels[rows], keys)
         if not isinstance(rows, slice):
@@ -239,7 +245,7 @@ class KeyStore(SearchedRows):
     def _forget_again(self, log: ReceiptLog) -> Receipt:
         """Forget what a log says is gone."""
         rows = slice(0, self.used)
-        gone = [token in log.gone for token in self._tokens(rows)] if log.gone else []
+        gone = [token in log.gone for token in self.tokens(rows)] if log.gone else []
         known = sorted({owner for owner, there in zip(self.ids[rows].tolist(), gone, strict=False) if there})
         return self._forget(known, (), None)
 
@@ -264,7 +270,7 @@ class KeyStore(SearchedRows):
         def stepped(*_: object) -> None:
             found = store()
             if found is not None:
-                found._forget_total()
+                found.forget_total()
 
         for holder in holders:
             self.holders.attach(self.values, holder, stepped)

@@ -48,6 +48,11 @@ class StoredRows(HashedTable):
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def forgettable(self) -> int:
+        """How many rows are not there for good."""
+        return self.used - int(self.permanent[: self.used].sum())
+
     def __contains__(self, instance: SupportsIndex) -> bool:
         return operator.index(instance) in self.index
 
@@ -106,7 +111,12 @@ class StoredRows(HashedTable):
     def _require(self, ids: list[int]) -> None:
         unknown = self.index.missing(ids)
         if unknown:
-            raise KeyError(f"ids {some(unknown)} are not in the store; forget can pass over them with missing='ignore'")
+            raise not_there(unknown)
+
+
+def not_there(ids: list[int]) -> KeyError:
+    """The error that says that ids are not in a store."""
+    return KeyError(f"ids {some(ids)} are not in the store; forget can pass over them with missing='ignore'")
 
 
 def _warn_unattached(grad: Tensor) -> None:

@@ -1,0 +1,151 @@
+"""A folder with the rows of a `ShardedKeyStore`, which any number of ranks can load.
+
+    manifest.json                                    settings, digest, and for each file its rows and their hash
+    rows-00000-of-00004-<digest>.safetensors         ids, views, labels, permanent, keys, values, by id and view
+    ...
+
+A file holds the ids that `munkey.sharded.placement` gives to its rank of so many. Names tell content: a save writes new
+files, then puts a new manifest in the place of the old one, at once, and then overwrites and removes what it does not
+name. Whatever interrupts, the folder holds the old content or the new one; the next `load` wipes what was left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from munkey.digest import rows_hash
+from munkey.disk import Disk, replacing
+from munkey.sharded.placement import may_share, owners
+from munkey.sharded.ranks import Ranks
+from munkey.store import KeyStore
+from treediff.io import dtype_name, dtype_named, model_bytes, read_header, read_tensors
+
+if TYPE_CHECKING:
+    from munkey.sharded.store import ShardedKeyStore
+
+__all__ = ["load", "save"]
+
+_MANIFEST, _FORMAT, _CLASS = "manifest.json", 1, "ShardedKeyStore"
+_COLUMNS = ("ids", "views", "labels", "permanent", "keys", "values")
+
+
+def save(store: ShardedKeyStore, folder: str, disk: Disk) -> None:
+    """See `ShardedKeyStore.save`."""
+    ranks, local = store.ranks, store.local
+    if ranks.rank == 0:
+        os.makedirs(folder, exist_ok=True)
+    ranks.agree(lambda: None)
+    name = f"rows-{ranks.rank:05d}-of-{ranks.size:05d}-{local.digest()[:16]}.safetensors"
+    ranks.agree(lambda: _write(disk, os.path.join(folder, name), _shard(local)))
+    about = {"file": name, "rows": local.used, "hash": f"{local.total():064x}"}
+    manifest = {
+        "format": _FORMAT,
+        "class": _CLASS,
+        "widths": local.widths,
+        "dtype": dtype_name(local.keys.dtype),
+        "trained": local.values.requires_grad,
+        "seed": local.seed,
+        "scale": local.scale,
+        "secret": local.secret.hex(),
+        "digest": store.digest(),
+        "shards": ranks.gather(about),
+    }
+    text = json.dumps(manifest, indent=1, sort_keys=True).encode()
+    ranks.agree(lambda: _write(disk, os.path.join(folder, _MANIFEST), text) if ranks.rank == 0 else None)
+    ranks.agree(lambda: _wipe_others(disk, folder, manifest) if ranks.rank == 0 else None)
+
+
+def _shard(local: KeyStore) -> bytes:
+    order = local.order()
+    columns = {name: column[order] for name, column in zip(_COLUMNS, local.columns, strict=True)}
+    data = model_bytes(_CLASS, columns, {})
+    for column in columns.values():
+        column.zero_()  # a copy of rows that may be forgotten later
+    return data
+
+
+def _write(disk: Disk, path: str, data: bytes) -> None:
+    with replacing(disk, path) as file:
+        disk.write(file, 0, data)
+    disk.close(file)
+
+
+def _wipe_others(disk: Disk, folder: str, manifest: dict[str, Any]) -> None:
+    """Overwrite and remove files of rows that the manifest does not name."""
+    named = {shard["file"] for shard in manifest["shards"]}
+    for name in sorted(os.listdir(folder)):
+        if name.startswith("rows-") and name not in named:
+            path = os.path.join(folder, name)
+            file = disk.open(path)
+            try:
+                disk.zero(file, 0, disk.size(file))
+                disk.sync(file)
+            finally:
+                disk.close(file)
+            disk.remove(path)
+    disk.sync_folder(os.path.join(folder, _MANIFEST))
+
+
+def load(folder: str, ranks: Ranks, disk: Disk) -> tuple[KeyStore, str]:
+    """The rows of this rank, and the digest that all together must have; see `ShardedKeyStore.load`."""
+    manifest = ranks.agree(lambda: _manifest(folder))
+    ranks.same("manifest", manifest["digest"])
+    ranks.agree(lambda: _wipe_others(disk, folder, manifest) if ranks.rank == 0 else None)
+    local = KeyStore(
+        *manifest["widths"],
+        seed=manifest["seed"],
+        scale=manifest["scale"],
+        secret=bytes.fromhex(manifest["secret"]),
+        dtype=dtype_named(manifest["dtype"], folder),
+    )
+    local.values.requires_grad_(manifest["trained"])
+    ranks.agree(lambda: _take(local, folder, manifest["shards"], ranks))
+    return local, manifest["digest"]
+
+
+def _manifest(folder: str) -> dict[str, Any]:
+    path = os.path.join(folder, _MANIFEST)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no {_MANIFEST} in {folder!r}; is it a folder that ShardedKeyStore.save wrote?")
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest: dict[str, Any] = json.load(file)
+        if manifest["class"] != _CLASS:
+            raise KeyError("class")
+        if manifest["format"] != _FORMAT:
+            raise ValueError(
+                f"{path!r} has format version {manifest['format']}, this munkey reads version {_FORMAT}; install the "
+                "release that wrote it"
+            )
+        missing = {"widths", "dtype", "trained", "seed", "scale", "secret", "digest", "shards"} - manifest.keys()
+        if missing:
+            raise KeyError(*sorted(missing))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path!r} is no manifest of a store ({error!r}); restore a backup") from None
+    return manifest
+
+
+def _take(local: KeyStore, folder: str, shards: list[dict[str, Any]], ranks: Ranks) -> None:
+    """Read files in which there may be rows of this rank."""
+    for number, shard in enumerate(shards):
+        if may_share(ranks.rank, ranks.size, number, len(shards)):
+            columns = _read(local, os.path.join(folder, shard["file"]), shard)
+            mine = owners(columns[0], ranks.size) == ranks.rank
+            local.append(*(column[mine] for column in columns))
+            for column in columns:
+                column.zero_()  # a copy of rows that may be forgotten later
+
+
+def _read(local: KeyStore, path: str, shard: dict[str, Any]) -> list[Tensor]:
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path!r}, which the manifest names, is missing; restore a backup")
+    read_header(path, _CLASS)
+    tensors = read_tensors(path)
+    columns = [tensors[name] for name in _COLUMNS if name in tensors]
+    if len(columns) != len(_COLUMNS) or rows_hash(local.secret, columns) != int(shard["hash"], 16):
+        raise ValueError(f"{path!r} is damaged: its rows are not those that were saved; restore a backup")
+    return columns

@@ -1,0 +1,34 @@
+"""Which rank a row belongs to: a function of its id alone, so that nothing has to be looked up.
+
+The hash of an id, a number in [0, 1), is cut into as many equal ranges as there are ranks. With another number of ranks
+a range overlaps few others, so that a rank that loads reads few files.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from treediff.noise import counter_uniform
+
+__all__ = ["may_share", "owners"]
+
+
+def owners(ids: Tensor, ranks: int) -> Tensor:
+    """`(n,)` int64, the rank of each id `(n,)`, from 0 to `ranks - 1`.
+
+    Examples:
+        >>> owners(torch.arange(8), 2).unique().tolist()
+        [0, 1]
+    """
+    return (counter_uniform(0, ids, dtype=torch.float64) * ranks).to(torch.int64)
+
+
+def may_share(rank: int, ranks: int, other: int, others: int) -> bool:
+    """Whether an id of rank `rank` of `ranks` may belong to rank `other` of `others`.
+
+    Examples:
+        >>> [other for other in range(4) if may_share(1, 2, other, 4)]
+        [2, 3]
+    """
+    return rank * others < (other + 1) * ranks and other * ranks < (rank + 1) * others
