@@ -83,3 +83,62 @@ def filled(count: int = 40, **settings: Any) -> KeyStore:  # noqa: ANN401
 
 def queries(count: int = 7) -> Tensor:
     return torch.randn(count, WIDTHS[0], generator=seeded(3)).round(decimals=0)
+
+
+def save_on_ranks(folder: str) -> str:
+    store = ShardedKeyStore.of(filled())
+    store.forget([3, 5] if store.ranks.rank == 0 else [])
+    store.save(folder)
+    return store.digest()
+
+
+def load_on_ranks(folder: str) -> tuple[str, list[int], Any]:
+    store = ShardedKeyStore.load(folder)
+    store.add([100] if store.ranks.rank == 0 else [], keys_of([100][: 1 - store.ranks.rank]))
+    return store.digest(), list(store), store.forget([100]).after
+
+
+def refused_on_ranks(what: str, folder: str) -> str:
+    """The message of what goes wrong on one rank, as each rank sees it."""
+    rank, size = ranks_of(store := ShardedKeyStore.of(filled()))
+    last = rank == size - 1
+    calls: dict[str, Any] = {
+        "unknown": lambda: store.forget([1, 99] if last else [2]),
+        "known": lambda: store.add([7] if last else [], keys_of([7] if last else [])),
+        "two ranks": lambda: store.add([50], keys_of([50])),
+        "not finite": lambda: store.add([50 + rank], keys_of([50 + rank]) * (torch.nan if last else 1.0)),
+        "width": lambda: store.nearest(torch.zeros(2, 3 + last), 2),
+        "k": lambda: store.nearest(torch.zeros(2, 3), 2 + last),
+        "replace": lambda: store.replace([99] if last else [], keys_of([99] if last else [])),
+        "get": lambda: store.get([98] if last else [1]),
+        "settings": lambda: ShardedKeyStore(3, 2, seed=int(last)),
+        "secrets": lambda: ShardedKeyStore(3, 2, secret=b"one" if last else b"other"),
+        "content": lambda: ShardedKeyStore.of(filled(40 + last)),
+        "place": lambda: ShardedKeyStore.around(filled()),
+        "no folder": lambda: ShardedKeyStore.load(folder),
+        "log": lambda: store.keep_receipts(folder),
+    }
+    before = store.digest()
+    try:
+        calls[what]()
+    except Exception as error:
+        return f"{type(error).__name__}: {error.args[0]}" if store.digest() == before else "the store has changed"
+    return "nothing"
+
+
+def logged_on_ranks(folder: str) -> tuple[Any, ...]:
+    """Forget with a log, then give the log to a copy that was saved before."""
+    store = ShardedKeyStore.of(filled())
+    store.save(folder + "/backup")
+    nothing = store.keep_receipts(folder + "/log")
+    receipt = store.forget([3, 5])
+    store.add(
+        [5] if store.ranks.rank == 0 else [],
+        keys_of([5], 2)[: 1 - store.ranks.rank],
+        torch.tensor([5])[: 1 - store.ranks.rank],
+    )
+    store.close()
+    again = ShardedKeyStore.load(folder + "/backup")
+    back = again.keep_receipts(folder + "/log")
+    again.close()
+    return nothing.forgotten, receipt, back.forgotten, list(again), again.digest(), store.digest()

@@ -77,7 +77,7 @@ def _serve(rank: int, size: int, meet: str, pipe: Connection) -> None:
             break
         try:
             pipe.send(act(*args))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             error.add_note("".join(traceback.format_exception(error)))
             pipe.send(error)
     dist.destroy_process_group()

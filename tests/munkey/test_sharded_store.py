@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rank_cases import play_on_one, play_on_ranks, queries
+from rank_cases import (
+    filled,
+    load_on_ranks,
+    logged_on_ranks,
+    play_on_one,
+    play_on_ranks,
+    queries,
+    refused_on_ranks,
+    save_on_ranks,
+)
 from rank_pool import RankPool
+from stores import SECRET
 
-
-@pytest.fixture(scope="module", params=[1, 2, 3])
-def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
-    pool = RankPool(request.param)
-    yield pool
-    pool.close()
-
+from munkey.receipt_log import verify
 
 ids = st.lists(st.integers(-3, 12) | st.sampled_from([2**63 - 1, -(2**63)]), unique=True, max_size=8)
 operations = st.lists(st.tuples(st.sampled_from(["add", "add", "forget", "replace", "compact"]), ids), max_size=6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(operations=operations, k=st.integers(1, 5))
 def test_answers_are_those_of_one_store(pool: RankPool, operations: list, k: int) -> None:
     said, expected = play_on_one(operations, queries(), k)
@@ -42,3 +49,102 @@ def test_answers_are_those_of_one_store(pool: RankPool, operations: list, k: int
         assert answers["contains"] == [True] * len(mine) + [False]
         for ours, near in zip(answers["owners"], answers["nearest"], strict=True):
             assert torch.equal(ours, near[0][~near[2]]), "row numbers lead to the rows that were found"
+
+
+def test_what_so_many_ranks_saved_others_load(pool: RankPool, pools: Callable[[int], RankPool], tmp_path: Path) -> None:
+    one = filled()
+    one.forget([3, 5])
+    pieces = filled().get([3, 5])
+    assert set(pool.run(save_on_ranks, str(tmp_path))) == {one.digest()}
+    data = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert not any(key.numpy().tobytes() in data for key in pieces.keys)
+    for size in (1, 2, 3):
+        for digest, ids, after in pools(size).run(load_on_ranks, str(tmp_path)):
+            assert ids == [*sorted(one), 100] and digest != one.digest() == after
+
+
+def test_a_second_save_wipes_the_first(pool: RankPool, tmp_path: Path) -> None:
+    pool.run(save_on_ranks, str(tmp_path))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    (tmp_path / "rows-left-by-an-interruption").write_bytes(b"something")
+    pool.run(save_on_ranks, str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+MESSAGES = {
+    "unknown": "KeyError: ids [99] are not in the store; forget can pass over them with missing='ignore'",
+    "known": "ValueError: ids [7] are in the store already; use replace to change them",
+    "not finite": "ValueError: keys must be finite as torch.float32; those of 1 instances are not",
+    "width": "ValueError: expected queries of shape (B, 3)",
+    "replace": "KeyError: ids [99] are not in the store",
+    "get": "KeyError: ids [98] are not in the store",
+    "no folder": "FileNotFoundError: no manifest.json in",
+}
+OF_SEVERAL = {
+    "two ranks": "ValueError: ids [50] come from two ranks; give each instance to one of them",
+    "k": "ValueError: all ranks must have the same number of neighbours, and either all or no ids to exclude: ",
+    "settings": "ValueError: all ranks must have the same settings of a store: rank 0 has {",
+    "secrets": "ValueError: all ranks must have the same digest of an empty store, which the secret decides: ",
+    "content": "ValueError: all ranks must have the same content of a store: rank 0 has",
+    "place": "ValueError: ids [",
+}
+
+
+@pytest.mark.parametrize("what", [*MESSAGES, *OF_SEVERAL])
+def test_an_error_of_one_rank_is_raised_on_all_and_changes_nothing(pool: RankPool, tmp_path: Path, what: str) -> None:
+    if pool.size == 1 and what in OF_SEVERAL:
+        pytest.skip("it takes two ranks to disagree")
+    for said in pool.run(refused_on_ranks, what, str(tmp_path / "none")):
+        assert said.startswith((MESSAGES | OF_SEVERAL)[what])
+
+
+def test_a_log_makes_a_backup_forget(pool: RankPool, tmp_path: Path) -> None:
+    one = filled()
+    one.keep_receipts(tmp_path / "one")
+    receipt = one.forget([3, 5])
+    found = pool.run(logged_on_ranks, str(tmp_path))
+    for nothing, got, back, ids, digest, before in found:
+        assert nothing == () and back == (3,) and ids == [n for n in range(40) if n != 3]
+        assert digest == before
+        assert dataclasses.replace(got, time=0) == dataclasses.replace(receipt, time=0)
+        assert got == found[0][1], "one receipt, whoever asks"
+    verified = verify(tmp_path / "log", secret=SECRET)
+    assert [event["kind"] for event in verified.events] == ["forgot", "returned"]
+    assert verified.receipts == [found[0][1]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "which the manifest names, is missing; restore a backup"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), "is damaged: its rows are not those"),
+        (lambda path: path.write_bytes(b"?" * 100), "rows-"),
+    ],
+)
+def test_a_bad_file_is_named(pool: RankPool, tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+    pool.run(save_on_ranks, str(tmp_path))
+    path = sorted(tmp_path.glob("rows-*"))[-1]
+    damage(path)
+    for error in pool.tried(load_on_ranks, str(tmp_path)):
+        assert isinstance(error, ValueError | FileNotFoundError)
+        assert path.name in str(error) and message in str(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found.update(format=9), "has format version 9, this munkey reads version 1"),
+        (lambda found: found.update(**{"class": "other"}), "is no manifest of a store"),
+        (lambda found: found.pop("secret"), "is no manifest of a store"),
+        (lambda found: found.update(digest="0"), "are not those its manifest speaks of"),
+    ],
+)
+def test_a_manifest_of_another_kind_is_refused(
+    pool: RankPool, tmp_path: Path, change: Callable[[dict[str, object]], object], message: str
+) -> None:
+    pool.run(save_on_ranks, str(tmp_path))
+    found = json.loads((tmp_path / "manifest.json").read_text())
+    change(found)
+    (tmp_path / "manifest.json").write_text(json.dumps(found))
+    for error in pool.tried(load_on_ranks, str(tmp_path)):
+        assert isinstance(error, ValueError) and message in str(error)
