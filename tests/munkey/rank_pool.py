@@ -14,9 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_context = mp.get_context("forkserver")  # a server that has imported everything; each rank is a copy of it
+_context.set_forkserver_preload(["munkey"])
+
 
 class RankPool:
-    """So many ranks, on gloo; they stay, as starting them takes seconds.
+    """So many ranks, on gloo; they stay until they are closed, or end themselves.
 
     Args:
         size: how many.
@@ -24,10 +27,12 @@ class RankPool:
 
     def __init__(self, size: int) -> None:
         self.size, self.folder = size, tempfile.TemporaryDirectory()
-        spawn, self.pipes, self.processes = mp.get_context("spawn"), [], []
+        self.pipes, self.processes = [], []
         for rank in range(size):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(rank, size, f"{self.folder.name}/meet", theirs), daemon=True)
+            ours, theirs = _context.Pipe()
+            process = _context.Process(
+                target=_serve, args=(rank, size, f"{self.folder.name}/meet", theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours)
