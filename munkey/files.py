@@ -1,14 +1,15 @@
 """A `KeyMemoryTransformer` as one file.
 
 The file holds weights, memory and, if it is one of the library's own, the key encoder. The same content gives the same
-bytes, whatever was stored and forgotten before. The file that it takes the place of is overwritten.
+bytes, whatever was stored and forgotten before. The file that it takes the place of is overwritten. A model with its
+memory on several ranks is a folder, see `munkey.sharded.files`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -19,6 +20,9 @@ from munkey.durable import DurableStore
 from munkey.efficientnet import EfficientNetLite0
 from munkey.encoders import KeyEncoder, Projection
 from munkey.presets import Settings, assemble
+from munkey.sharded import ShardedKeyStore
+from munkey.sharded import files as sharded_files
+from munkey.store import KeyStore
 from treediff.io import dtype_name, dtype_named, load_into, model_bytes, read_header, read_tensors, require_config
 
 if TYPE_CHECKING:
@@ -48,14 +52,23 @@ def save(model: KeyMemoryTransformer, path: Path, disk: Disk | None = None) -> N
         "key_encoder": about,
         "store": {"seed": store.seed, "scale": store.scale, "secret": store.secret.hex()},
     }
-    state = model.state_dict()
-    if not encoder.in_file:
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(_ENCODER)}
+    absent = _absent(model)
+    state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(absent)}
     header["digest"] = _digest(store.secret, state)
     data = model_bytes(type(model).__name__, state, header)
+    if isinstance(store, ShardedKeyStore):
+        sharded_files.save(store, name, disk, data)
+        return
     with replacing(disk, name) as file:
         disk.write(file, 0, data)
     disk.close(file)
+
+
+def _absent(model: KeyMemoryTransformer) -> tuple[str, ...]:
+    """How the names begin of tensors that are not in the file."""
+    return (() if model.key_encoder.in_file else (_ENCODER,)) + (
+        (_ROWS,) if isinstance(model.memory.store, ShardedKeyStore) else ()
+    )
 
 
 def load(
@@ -65,23 +78,10 @@ def load(
     model: KeyMemoryTransformer | None,
 ) -> KeyMemoryTransformer:
     """Read a model from a file; see `KeyMemoryTransformer.load`."""
+    rows = ShardedKeyStore.load(path) if os.path.isdir(path) else None
+    path = path if rows is None else sharded_files.model_file(os.fspath(path))
     header = read_header(path, cls.__name__)
-    about, fresh = header["key_encoder"], False
-    if model is not None:
-        key_encoder = model.key_encoder
-    if key_encoder is None and about["class"] in _OWN:
-        key_encoder = _OWN[about["class"]].from_config(about["config"]).to(dtype_named(header["dtype"], path))
-        fresh = key_encoder.in_file
-    if key_encoder is None:
-        raise ValueError(
-            f"the keys in {os.fspath(path)!r} are from a {about['class']}, which the file does not hold; pass it as "
-            "key_encoder="
-        )
-    if not fresh and key_encoder.fingerprint() != about["fingerprint"]:
-        raise ValueError(
-            f"the keys in {os.fspath(path)!r} are from another encoder, a {about['class']} with fingerprint "
-            f"{about['fingerprint'][:12]}, found a {type(key_encoder).__name__} with {key_encoder.fingerprint()[:12]}"
-        )
+    key_encoder = _encoder(header, path, key_encoder if model is None else model.key_encoder)
     secret = bytes.fromhex(header["store"]["secret"])
     if _digest(secret, read_tensors(path)) != header["digest"]:
         raise ValueError(f"{os.fspath(path)!r} is damaged: its tensors are not those that were saved; take a backup")
@@ -91,15 +91,49 @@ def load(
         settings: Settings = config  # type: ignore[assignment]
         model = assemble(cls, inputs, classes, key_encoder, settings, None, dtype_named(header["dtype"], path))
     store = model.memory.store
+    _check_memory(store, secret, in_folder=rows is not None)
+    model.memory.store = store if rows is None else cast("KeyStore", rows)
+    try:
+        load_into(model, path, rows=_ROWS, without=_absent(model))
+    except BaseException:
+        model.memory.store = store
+        raise
+    if rows is None:
+        store.seed, store.scale, store.secret = header["store"]["seed"], header["store"]["scale"], secret
+    return model
+
+
+def _encoder(header: dict[str, Any], path: Path, given: KeyEncoder | None) -> KeyEncoder:
+    """The encoder that the keys are from."""
+    about = header["key_encoder"]
+    if given is None and about["class"] in _OWN:
+        made = _OWN[about["class"]].from_config(about["config"]).to(dtype_named(header["dtype"], path))
+        if made.in_file:  # its weights are still to come
+            return made
+        given = made
+    if given is None:
+        raise ValueError(
+            f"the keys in {os.fspath(path)!r} are from a {about['class']}, which the file does not hold; pass it as "
+            "key_encoder="
+        )
+    if given.fingerprint() != about["fingerprint"]:
+        raise ValueError(
+            f"the keys in {os.fspath(path)!r} are from another encoder, a {about['class']} with fingerprint "
+            f"{about['fingerprint'][:12]}, found a {type(given).__name__} with {given.fingerprint()[:12]}"
+        )
+    return given
+
+
+def _check_memory(store: KeyStore, secret: bytes, *, in_folder: bool) -> None:
+    """Raise ValueError if a model's memory cannot be filled from a file."""
     if store.holders.followed(store.values):
         raise ValueError("an optimiser or an average follows the model's memory; load first, then attach, or detach it")
     if isinstance(store, DurableStore) and store.secret != secret:
         raise ValueError(
             "the model's memory lives in a file with another secret; load into a model with a KeyStore in memory"
         )
-    load_into(model, path, rows=_ROWS, without=None if key_encoder.in_file else _ENCODER)
-    store.seed, store.scale, store.secret = header["store"]["seed"], header["store"]["scale"], secret
-    return model
+    if isinstance(store, ShardedKeyStore) and not in_folder:
+        raise ValueError("the model's memory is spread over ranks; load the file without model=, then call shard()")
 
 
 def _digest(secret: bytes, state: dict[str, Tensor]) -> str:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from munkey.checks import as_ids
 from munkey.receipts import Receipt
 from munkey.retrieval import Neighbours
 from munkey.searched import Search, exact
+from munkey.sharded.store import ShardedKeyStore
 from munkey.store import KeyStore
 from munkey.writer import ValueWriter
 
@@ -64,13 +67,19 @@ class KeyValueMemory(nn.Module):
     """
 
     def __init__(
-        self, store: KeyStore, *, metric: str = "cosine", writer: ValueWriter | None = None, search: Search = exact
+        self,
+        store: KeyStore | ShardedKeyStore,
+        *,
+        metric: str = "cosine",
+        writer: ValueWriter | None = None,
+        search: Search = exact,
     ) -> None:
         super().__init__()
         if metric not in ("cosine", "dot"):
             raise ValueError(f"metric must be 'cosine' or 'dot', found {metric!r}")
-        self.store, self.metric, self.writer, self.search = store, metric, writer, search
-        self.null = nn.Parameter(torch.zeros(store.widths[1], device=store.keys.device, dtype=store.values.dtype))
+        self.store = cast("KeyStore", store)  # what one says, the other says
+        self.metric, self.writer, self.search = metric, writer, search
+        self.null = nn.Parameter(torch.zeros(store.widths[1], device=store.values.device, dtype=store.values.dtype))
 
     def remember(
         self,
@@ -108,6 +117,25 @@ class KeyValueMemory(nn.Module):
         unit = wide.div_(length).to(x.dtype, copy=True)
         wide.zero_()  # a copy of rows that may be forgotten later
         return unit
+
+    def shard(self, group: dist.ProcessGroup | None = None) -> None:
+        """Spread the rows over the ranks of a group, all of which have them; see `munkey.ShardedKeyStore`.
+
+        From then on every call is made by all ranks. Optimisers and averages are attached afterwards.
+
+        Args:
+            group: of `torch.distributed`; the default one if not given.
+
+        Raises:
+            ValueError: if the ranks do not have the same rows and settings, or something follows the values.
+        """
+        if isinstance(self.store, ShardedKeyStore):
+            raise ValueError(
+                "the memory is spread over ranks already; save it, and load it with another number of ranks"
+            )
+        if self.store.holders.optimizers or self.store.holders.averages:
+            raise ValueError("an optimiser or an average follows the values; shard first, then attach, or detach it")
+        self.store = cast("KeyStore", ShardedKeyStore.of(self.store, group))
 
     # --- finding ------------------------------------------------------------------------------------------
 
@@ -169,7 +197,7 @@ class KeyValueMemory(nn.Module):
         flat = rows.flatten()
         there = (flat >= 0).nonzero().squeeze(1)
         values = self.null.repeat(len(flat), 1)
-        if len(there):
+        if len(there) or isinstance(self.store, ShardedKeyStore):  # where all ranks read together
             found = self.store.read(flat[there], sparse=sparse)
             if self.writer is not None:
                 _, keys, labels = self.store.described(flat[there])

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any, Self, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +28,7 @@ from munkey.modes import check_exact, check_mode, check_shares
 from munkey.network import ExemplarTransformer
 from munkey.presets import Presets
 from munkey.receipts import Receipt
+from munkey.sharded.ranks import Ranks
 from treediff import EMA
 
 __all__ = ["KeyMemoryTransformer"]
@@ -213,6 +215,17 @@ class KeyMemoryTransformer(Presets, nn.Module):
         plain = [weight for weight in trained if weight.ndim < 2 or any(weight is null for null in nulls)]
         decayed = [weight for weight in trained if all(weight is not other for other in plain)]
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+    def shard(self, group: dist.ProcessGroup | None = None) -> None:
+        """Spread the memory over the ranks of a group, all of which have the same model; see `KeyValueMemory.shard`.
+
+        It is saved as a folder from then on, which any number of ranks can load.
+
+        Raises:
+            ValueError: as there, and if ranks have other key encoders.
+        """
+        Ranks(group).same("fingerprint of the key encoder", self.key_encoder.fingerprint())
+        self.memory.shard(group)
 
     def attach(self, *holders: torch.optim.Optimizer | EMA) -> None:
         """Tell the memory what else keeps something of its values; see `KeyStore.attach`."""

@@ -167,7 +167,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
-def load_into(module: nn.Module, path: Path, *, rows: str | None = None, without: str | None = None) -> None:
+def load_into(module: nn.Module, path: Path, *, rows: str | None = None, without: tuple[str, ...] = ()) -> None:
     """Fill a module with a file's tensors; all must fit, and nothing is changed unless all do.
 
     Args:
@@ -183,8 +183,7 @@ def load_into(module: nn.Module, path: Path, *, rows: str | None = None, without
     """
     found = read_tensors(path)
     expected = module.state_dict()
-    if without is not None:
-        found |= {name: tensor for name, tensor in expected.items() if name.startswith(without)}
+    found |= {name: tensor for name, tensor in expected.items() if name.startswith(without)}
     for name in sorted(expected.keys() | found.keys()):
         any_rows = rows is not None and name.startswith(rows)
         want, got = _describe(expected.get(name), any_rows), _describe(found.get(name), any_rows)

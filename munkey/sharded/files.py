@@ -3,6 +3,7 @@
     manifest.json                                    settings, digest, and for each file its rows and their hash
     rows-00000-of-00004-<digest>.safetensors         ids, views, labels, permanent, keys, values, by id and view
     ...
+    model-<digest>.safetensors                       of a model with such a memory, all but its rows
 
 A file holds the ids that `munkey.sharded.placement` gives to its rank of so many. Names tell content: a save writes new
 files, then puts a new manifest in the place of the old one, at once, and then overwrites and removes what it does not
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from munkey.digest import rows_hash
+from munkey.digest import checksum, rows_hash
 from munkey.disk import Disk, replacing
 from munkey.sharded.placement import may_share, owners
 from munkey.sharded.ranks import Ranks
@@ -27,22 +28,20 @@ from treediff.io import dtype_name, dtype_named, model_bytes, read_header, read_
 if TYPE_CHECKING:
     from munkey.sharded.store import ShardedKeyStore
 
-__all__ = ["load", "save"]
+__all__ = ["load", "model_file", "save"]
 
 _MANIFEST, _FORMAT, _CLASS = "manifest.json", 1, "ShardedKeyStore"
 _COLUMNS = ("ids", "views", "labels", "permanent", "keys", "values")
 
 
-def save(store: ShardedKeyStore, folder: str, disk: Disk) -> None:
-    """See `ShardedKeyStore.save`."""
-    ranks, local = store.ranks, store.local
-    if ranks.rank == 0:
-        os.makedirs(folder, exist_ok=True)
-    ranks.agree(lambda: None)
+def save(store: ShardedKeyStore, folder: str, disk: Disk, model: bytes | None = None) -> None:
+    """See `ShardedKeyStore.save`; with the file of a model beside the rows, of which that of rank 0 is kept."""
+    ranks, local, first = store.ranks, store.local, store.ranks.rank == 0
+    ranks.agree(lambda: _prepare(folder, model) if first else None)
     name = f"rows-{ranks.rank:05d}-of-{ranks.size:05d}-{local.digest()[:16]}.safetensors"
     ranks.agree(lambda: _write(disk, os.path.join(folder, name), _shard(local)))
     about = {"file": name, "rows": local.used, "hash": f"{local.total():064x}"}
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": _FORMAT,
         "class": _CLASS,
         "widths": local.widths,
@@ -54,9 +53,33 @@ def save(store: ShardedKeyStore, folder: str, disk: Disk) -> None:
         "digest": store.digest(),
         "shards": ranks.gather(about),
     }
+    if model is not None:
+        weights = manifest["model"] = f"model-{checksum(model)[:16].decode()}.safetensors"
+        ranks.agree(lambda: _write(disk, os.path.join(folder, weights), model) if first else None)
     text = json.dumps(manifest, indent=1, sort_keys=True).encode()
-    ranks.agree(lambda: _write(disk, os.path.join(folder, _MANIFEST), text) if ranks.rank == 0 else None)
-    ranks.agree(lambda: _wipe_others(disk, folder, manifest) if ranks.rank == 0 else None)
+    ranks.agree(lambda: _write(disk, os.path.join(folder, _MANIFEST), text) if first else None)
+    ranks.agree(lambda: _wipe_others(disk, folder, manifest) if first else None)
+
+
+def _prepare(folder: str, model: bytes | None) -> None:
+    os.makedirs(folder, exist_ok=True)
+    if model is None and os.path.exists(os.path.join(folder, _MANIFEST)) and "model" in _manifest(folder):
+        raise ValueError(
+            f"{folder!r} holds a model, whose weights would be lost; save the model, or choose another folder"
+        )
+
+
+def model_file(folder: str) -> str:
+    """The file of the model in a folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: as for `ShardedKeyStore.load`.
+    """
+    manifest = _manifest(folder)
+    if "model" not in manifest:
+        raise FileNotFoundError(f"{folder!r} holds rows, but no model; load them with ShardedKeyStore.load")
+    return os.path.join(folder, manifest["model"])
 
 
 def _shard(local: KeyStore) -> bytes:
@@ -75,10 +98,10 @@ def _write(disk: Disk, path: str, data: bytes) -> None:
 
 
 def _wipe_others(disk: Disk, folder: str, manifest: dict[str, Any]) -> None:
-    """Overwrite and remove files of rows that the manifest does not name."""
-    named = {shard["file"] for shard in manifest["shards"]}
+    """Overwrite and remove what the manifest does not name."""
+    named = {shard["file"] for shard in manifest["shards"]} | {manifest.get("model")}
     for name in sorted(os.listdir(folder)):
-        if name.startswith("rows-") and name not in named:
+        if name.startswith(("rows-", "model-")) and name not in named:
             path = os.path.join(folder, name)
             file = disk.open(path)
             try:

@@ -37,6 +37,7 @@ class ShardedRows(nn.Module):
         ranks: of the group.
     """
 
+    per_rank = True  # no rank has what another has
     local: KeyStore
 
     def __init__(self, local: KeyStore, ranks: Ranks) -> None:

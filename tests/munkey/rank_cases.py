@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from classifiers import images as float_images
+from classifiers import labels
+from classifiers import model as classifier
 from stores import SECRET, WIDTHS, keys_of, seeded
 from torch import Tensor
 
-from munkey import KeyStore, ShardedKeyStore
+from munkey import KeyMemoryTransformer, KeyStore, ShardedKeyStore
+from treediff.distributed import World, data_parallel
 
 Operation = tuple[str, list[int]]
 
@@ -142,3 +147,91 @@ def logged_on_ranks(folder: str) -> tuple[Any, ...]:
     back = again.keep_receipts(folder + "/log")
     again.close()
     return nothing.forgotten, receipt, back.forgotten, list(again), again.digest(), store.digest()
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    return float_images(count, seed).double()
+
+
+def trained(built: KeyMemoryTransformer, steps: int, mode: str) -> tuple[dict[str, Tensor], str]:
+    """A few steps on batches of twelve, of which each rank has its part; weights, and the digest of the memory."""
+    rank, size = ranks_of(built.memory.store)
+    values, weights = built.memory.store.values, built.parameter_groups(0.01)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(weights, lr=1e-2)]
+    if mode == "paper":
+        optimizers.append(torch.optim.SparseAdam([values], lr=1e-2))
+        built.attach(optimizers[1])
+    loss = data_parallel(built, "loss", unused=True)
+    x, y = images(24), labels(24)
+    for step in range(steps):
+        own = World(rank, size).share(torch.randperm(24, generator=seeded(step))[:12])
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss(x[own], y[own], ids=own).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    names = ("memory.store.", "key_encoder.")
+    return {
+        name: w for name, w in built.state_dict().items() if not name.startswith(names)
+    }, built.memory.store.digest()
+
+
+def trained_model(mode: str, *, shard: bool) -> tuple[Any, ...]:
+    """Train, look, forget, and look again."""
+    settings = {"mode": mode, "neighbours": 1, "drop_input": 0.0, "drop_exemplar": 0.0, "sparse": True}
+    built = classifier(**settings).double()
+    built.remember(range(24), images(24), labels(24), permanent=mode == "exact")
+    if shard:
+        built.shard()
+    rank, size = ranks_of(built.memory.store)
+    weights, _ = trained(built, 4, mode)
+    built.eval()
+    near = built.find_near_duplicates(list(range(24))[rank::size], 0.9)
+    values = built.memory.store.get(range(24)).values
+    built.remember([50] if rank == 0 else [], images(1)[: 1 - rank], labels(1)[: 1 - rank])
+    with torch.no_grad():
+        before = built(images(6, 1)[rank::size])
+        receipt = built.forget([50] if mode == "exact" else [1, 2, 50])
+        after = built(images(6, 1)[rank::size])
+    return weights, values, before, after, receipt.forgotten, near
+
+
+def trained_model_on_ranks(mode: str) -> tuple[Any, ...]:
+    return trained_model(mode, shard=True)
+
+
+def saved_model(folder: str) -> Tensor:
+    built = classifier().double()
+    built.remember(range(24), images(24), labels(24))
+    built.shard()
+    built.save(folder)
+    built.forget([3])
+    built.save(folder)
+    with torch.no_grad():
+        return built(images(6, 1))
+
+
+def loaded_model(folder: str) -> tuple[Tensor, str, list[str]]:
+    built = KeyMemoryTransformer.load(folder)
+    said = []
+    for act in (
+        lambda: built.memory.store.save(folder),
+        lambda: KeyMemoryTransformer.load(folder + "/../one", model=built),
+    ):
+        try:
+            act()
+        except ValueError as error:
+            said.append(str(error))
+    with torch.no_grad():
+        return built(images(6, 1)), built.memory.store.digest(), said
+
+
+def sharded_with_other_encoders() -> str:
+    built = classifier(seed=0)
+    if dist.is_initialized() and dist.get_rank():
+        built.key_encoder.weight.add_(1)
+    try:
+        built.shard()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
