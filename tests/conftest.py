@@ -1,9 +1,14 @@
 """Settings for all tests."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 from hypothesis import settings
+from rank_pool import RankPool
 
 pytest.register_assert_rewrite("datafiles")  # its asserts show their values, as those of the tests do
 
@@ -12,3 +17,24 @@ pytest.register_assert_rewrite("datafiles")  # its asserts show their values, as
 settings.register_profile("local", deadline=None, print_blob=True)
 settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Callable[[int], RankPool]]:
+    """So many ranks; they are started once."""
+    made: list[RankPool] = []
+
+    @cache
+    def pool(size: int) -> RankPool:
+        made.append(RankPool(size))
+        return made[-1]
+
+    yield pool
+    for each in made:
+        each.close()
+
+
+@pytest.fixture(params=[1, 2, 3])
+def pool(pools: Callable[[int], RankPool], request: pytest.FixtureRequest) -> RankPool:
+    """One to three ranks."""
+    return pools(request.param)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from treediff.distributed import ALONE, World
 from treediff.layers.contrastive import ProjectionHead, decision_nt_xent, nt_xent
 from treediff.layers.init import initialize
 from treediff.visits import Visits
@@ -42,6 +43,7 @@ class TreeContrast(nn.Module):
         hidden: width of the heads' hidden layer.
         out_features: width of their output.
         generator: where initial weights come from.
+        world: the processes that share a batch; pairs of all of them are told apart.
 
     Raises:
         ValueError: if a weight is negative or not finite, or a width is below 1.
@@ -67,9 +69,10 @@ class TreeContrast(nn.Module):
         hidden: int = 512,
         out_features: int = 64,
         generator: torch.Generator | None = None,
+        world: World = ALONE,
     ) -> None:
         super().__init__()
-        self.weight, self.temperature = weight, temperature
+        self.weight, self.temperature, self.world = weight, temperature, world
         self.decision_weight = weight if decision_weight is None else decision_weight
         for name in ("weight", "decision_weight"):
             if not 0 <= (found := getattr(self, name)) < math.inf:
@@ -109,7 +112,7 @@ class TreeContrast(nn.Module):
         if self.decision_weight:
             total = self.decision_weight * self._decisions(visits, split)
         if split is None:
-            pairs = [head(d).chunk(2) for head, d in zip(self.heads, ladder, strict=True)]
+            pairs = [self._pairs(head(d)) for head, d in zip(self.heads, ladder, strict=True)]
             losses = [nt_xent(first, second, temperature=self.temperature) for first, second in pairs]
             total = total + self.weight * torch.stack(losses).mean()
         return total
@@ -124,4 +127,9 @@ class TreeContrast(nn.Module):
         if split is not None:
             chosen = columns.index(split)
             logits, reach = logits[:, chosen : chosen + 1], reach[:, chosen : chosen + 1]
-        return decision_nt_xent(*logits.chunk(2), weights=torch.stack(reach.chunk(2)))
+        return decision_nt_xent(*self._pairs(logits), weights=torch.stack(self._pairs(reach)))
+
+    def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second views of all processes."""
+        first, second = x.chunk(2)
+        return self.world.gather(first), self.world.gather(second)

@@ -9,7 +9,7 @@ Letters: `B` batch, `N` processes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["World", "data_parallel", "start"]
+__all__ = ["ALONE", "World", "data_parallel", "start"]
 
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this is.
+    """Which of how many processes this is; a lone one if not told otherwise.
 
     Args:
         rank: from 0 to `size - 1`.
@@ -52,51 +52,80 @@ class World:
         each = -(-len(rows) // self.size)
         return rows[torch.arange(self.rank * each, (self.rank + 1) * each, device=rows.device) % len(rows)]
 
+    def map(self, act: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> Tensor:
+        """What an act makes of all parts, in their order and the same on all processes, each of which does some.
+
+        Args:
+            act: from a part to a tensor with as many rows, on the CPU where there are several processes.
+            parts: the same on all processes, at least one.
+        """
+        mine = [act(part) for part in parts[self.rank :: self.size]]
+        if self.size == 1:
+            return torch.cat(mine)
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, mine)
+        return torch.cat([everyone[number % self.size][number // self.size] for number in range(len(parts))])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`(N B, ...)` rows of all processes, `(B, ...)` of each, those of rank 0 first; gradients flow to all."""
+        if self.size == 1:
+            return x
+        from torch.distributed.nn.functional import all_gather
+
+        return torch.cat(all_gather(x.contiguous()))
+
+    @torch.no_grad()
+    def follow_first(self, module: nn.Module) -> None:
+        """Have the weights and buffers of the first process."""
+        if self.size > 1:
+            for tensor in module.state_dict(keep_vars=True).values():
+                dist.broadcast(tensor.detach(), 0)
+
+
+#: The world of a script that `torchrun` did not start.
+ALONE = World()
+
 
 def start() -> World:
-    """Join the processes that `torchrun` started, by nccl on accelerators and gloo elsewhere; or be alone.
-
-    Raises:
-        ValueError: if the environment says that there are several processes, but not where they meet.
-    """
-    if dist.is_initialized():
-        return World(dist.get_rank(), dist.get_world_size())
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return World()
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    """Join the processes that `torchrun` started, by nccl on accelerators and gloo elsewhere; or be alone."""
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return ALONE
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return World(dist.get_rank(), dist.get_world_size())
 
 
-def data_parallel(module: nn.Module, method: str = "forward", *, unused: bool = False) -> Callable[..., Any]:
-    """A method of a module whose gradients are averaged over all processes; the method itself on one.
+def data_parallel(act: Callable[..., Any], *modules: nn.Module, unused: bool = False) -> Callable[..., Any]:
+    """A loss whose gradients are averaged over all processes; the loss itself on a lone one.
 
-    Modules that say `per_rank = True`, such as a memory that is spread over processes, are left alone.
+    It is `torch.nn.parallel.DistributedDataParallel` for any function. Modules that say `per_rank = True`, such as a
+    memory that is spread over processes, are left alone.
 
     Args:
-        module: the same on all processes.
-        method: such as 'loss'.
-        unused: whether a step may leave out some of its trained parameters.
+        act: such as `model.loss`.
+        modules: whose parameters train in it; the same on all processes.
+        unused: whether a step may leave out some of them.
 
     Examples:
-        >>> loss = data_parallel(torch.nn.Linear(2, 1))
-        >>> loss(torch.zeros(3, 2)).shape
-        torch.Size([3, 1])
+        >>> model = torch.nn.Linear(2, 1)
+        >>> loss = data_parallel(lambda x: model(x).square().mean(), model)
+        >>> loss(torch.zeros(3, 2)).backward()
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return getattr(module, method)  # type: ignore[no-any-return]
-    call = _Call(module, method)
-    alone = [f"{name}." for name, part in call.named_modules() if getattr(part, "per_rank", False)]
-    names = [name for name in call.state_dict(keep_vars=True) if name.startswith(tuple(alone))]
+        return act
+    call = _Call(act, modules)
+    alone = tuple(f"{name}." for name, part in call.named_modules() if getattr(part, "per_rank", False))
+    names = [name for name in call.state_dict(keep_vars=True) if name.startswith(alone)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(call, names)
     return DistributedDataParallel(call, broadcast_buffers=False, find_unused_parameters=unused)
 
 
 class _Call(nn.Module):
-    """A module whose `forward` is a method of another."""
+    """A function as a module."""
 
-    def __init__(self, module: nn.Module, method: str) -> None:
+    def __init__(self, act: Callable[..., Any], modules: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.module, self.method = module, method
+        self.act, self.parts = act, nn.ModuleList(modules)
 
     def forward(self, *args: Any, **settings: Any) -> Any:  # noqa: ANN401
-        return getattr(self.module, self.method)(*args, **settings)
+        return self.act(*args, **settings)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from treediff.cutting import Augmentation, cut_router
+from treediff.distributed import ALONE, World
 from treediff.layers.annealing import KLAnnealing
 from treediff.layers.blocks import check_positive
 from treediff.noise import combine_seeds
@@ -69,6 +70,7 @@ class TreeGrowth:
         seed: for the order of rows and the weights of new nodes.
         batch_size: rows at a time when the growth itself looks at the data.
         history: the stages so far, as `state_dict` saves them.
+        world: the processes that grow the same tree on the same data; each looks at a share of it, and all agree.
 
     Raises:
         TypeError: if a count is no whole number, or the policy neither a name nor a function.
@@ -106,6 +108,7 @@ class TreeGrowth:
     seed: int = 0
     batch_size: int = 1024
     history: list[dict[str, Any]] = field(default_factory=list)
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         check_positive(
@@ -261,7 +264,7 @@ class TreeGrowth:
         """Start a new posterior router as a cut where its rows lie thin, so that neither child starves."""
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, len(self.history), -3))
         picked = rows[torch.randperm(len(rows), generator=generator)[: self.cut_rows]]
-        if len(picked) > 1:
+        if len(picked) > 1 and self.world.first:
             cut_router(
                 self.model,
                 node,
@@ -273,6 +276,7 @@ class TreeGrowth:
                 batch_size=self.batch_size,
                 generator=generator,
             )
+        self.world.follow_first(self.model)
 
     def _prune(self, data: Tensor, probs: Tensor) -> None:
         """Remove, one by one, the leaf that fewest rows choose, while that is less than `min_share` of them."""
@@ -292,13 +296,16 @@ class TreeGrowth:
 
     @torch.no_grad()
     def _leaf_probs(self, data: Tensor) -> Tensor:
-        parts = [self.model.leaf_log_probs(x).exp() for x in data.split(self.batch_size)]
-        return torch.cat(parts).cpu()
+        return self.world.map(lambda x: self.model.leaf_log_probs(x).exp().cpu(), data.split(self.batch_size))
 
     @torch.no_grad()
     def _negative_elbo(self, data: Tensor) -> Tensor:
-        generator = torch.Generator(data.device).manual_seed(combine_seeds(self.seed, len(self.history), -2))
-        return torch.cat([-self.model.elbo(x, generator=generator).elbo for x in data.split(self.batch_size)]).cpu()
+        def negative(rows: Tensor) -> Tensor:
+            seed = combine_seeds(self.seed, len(self.history), -2, int(rows[0]))
+            elbo = self.model.elbo(data[rows], generator=torch.Generator(data.device).manual_seed(seed)).elbo
+            return -elbo.cpu()
+
+        return self.world.map(negative, torch.arange(len(data)).split(self.batch_size))
 
     # --- saving -------------------------------------------------------------------------------------------
 

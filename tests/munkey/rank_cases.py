@@ -161,7 +161,7 @@ def trained(built: KeyMemoryTransformer, steps: int, mode: str) -> tuple[dict[st
     if mode == "paper":
         optimizers.append(torch.optim.SparseAdam([values], lr=1e-2))
         built.attach(optimizers[1])
-    loss = data_parallel(built, "loss", unused=True)
+    loss = data_parallel(built.loss, built, unused=True)
     x, y = images(24), labels(24)
     for step in range(steps):
         own = World(rank, size).share(torch.randperm(24, generator=seeded(step))[:12])

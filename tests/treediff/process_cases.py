@@ -1,0 +1,78 @@
+"""What tests of treediff run on every process, and the same on one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from growing import SETTINGS, blobs, small
+from torch import Tensor
+from worlds import seeded
+
+from treediff import TreeContrast, TreeGrowth, TreeVAE
+from treediff.distributed import World, data_parallel, start
+from treediff.posterior import TreePosterior
+from treediff.visits import Visits
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Latents at their means, and no luck: what is drawn for a batch does not depend on how it is shared."""
+    latents = TreeVAE.latents
+
+    def at_means(self: TreeVAE, features: Tensor, visits: Visits, **settings: Any) -> TreePosterior:  # noqa: ANN401
+        noise = features.new_zeros(len(visits.image), *self.latent)
+        return latents(self, features, visits, **{**settings, "noise": noise})
+
+    with (
+        mock.patch.object(TreeVAE, "latents", at_means),
+        mock.patch("torch.rand", lambda *size, dtype=None, **_: torch.full((size[0],), 0.5, dtype=dtype)),
+    ):
+        yield
+
+
+def grown(world: World, *, resumed: bool, **settings: Any) -> tuple[dict[str, Tensor], str, str]:  # noqa: ANN401
+    """A tree, trained on batches of twelve, with a contrastive term; perhaps saved and resumed half way."""
+    data = blobs(30, 24, 18, dtype=torch.float64)
+    options = {**SETTINGS, "max_leaves": 3, "min_share": 0.05, "world": world, "batch_size": 16, **settings}
+    model = small(dtype=torch.float64)
+    growth = TreeGrowth(model, **options)
+    stages = 0
+    while True:
+        for stage in growth.stages(data):
+            contrast = TreeContrast(model, weight=1.0, decision_weight=0.5, hidden=4, generator=seeded(), world=world)
+            contrast.double()
+            train(stage, data, world, contrast)
+            stages += 1
+            if resumed and stages == 2:
+                break
+        else:
+            break
+        state, weights = json.dumps(growth.state_dict()), model.state_dict()
+        model = small(model.topology, dtype=torch.float64)
+        model.load_state_dict(weights)
+        growth = TreeGrowth(model, **options)
+        growth.load_state_dict(json.loads(state))
+    return model.state_dict(), model.topology.to_json(), json.dumps(growth.state_dict())
+
+
+def train(stage: Any, data: Tensor, world: World, contrast: TreeContrast) -> None:  # noqa: ANN401
+    parameters = [*stage.parameters(), *contrast.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.003)
+    loss = data_parallel(stage.loss, stage.model, contrast, unused=stage.split is not None or stage.threshold > 0)
+    for rows in stage.batches(0, 12):
+        x = data[world.share(rows[: len(rows) // 6 * 6])]
+        if not len(x):
+            continue
+        optimizer.zero_grad()
+        loss(x, 0.5, view=x + 0.1, contrast=contrast).backward()
+        optimizer.step()
+
+
+def grown_here(resumed: bool, settings: dict[str, Any]) -> tuple[dict[str, Tensor], str, str]:
+    with without_noise():
+        return grown(start(), resumed=resumed, **settings)
