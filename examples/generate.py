@@ -4,6 +4,7 @@
     python examples/generate.py --node 3 --count 16 --out pictures      # sixteen images through node 3
     python examples/generate.py --strip --out pictures                  # how noise becomes images
     python examples/generate.py --refine digits --out pictures          # test images, refined
+    torchrun --nproc-per-node 2 -- examples/generate.py --node 3        # the same pictures, on two processes
 
 The last line printed is one JSON object that says which file was written.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +25,55 @@ from treediff import DiffuseTreeVAE
 from treediff.cpu import tune_cpu
 from treediff.data import load_dataset
 from treediff.diffusion import Progress
+from treediff.distributed import World, start
 from treediff.pictures import draw_grid
+
+Draw = Callable[[dict[str, Any], slice], Any]
+
+
+def drawn(world: World, count: int, sampling: dict[str, Any], draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+    """Coarse images, images and leaves of `count` images or roots, of which each process draws some.
+
+    An image depends on the seed and on its number, so that it is the same however many processes there are.
+    """
+
+    def part(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first = int(rows[0])
+        generator = torch.Generator().manual_seed(sampling["generator"].initial_seed())
+        made = draw({**sampling, "first_index": first, "generator": generator}, slice(first, first + len(rows)))
+        return made.coarse, made.images, made.leaf
+
+    parts = [rows for rows in torch.arange(count).tensor_split(world.size) if len(rows)]
+    coarse, images, leaf = (torch.cat(each) for each in zip(*world.map(part, parts), strict=True))
+    return coarse.float(), images.float(), leaf
+
+
+def save(world: World, images: Tensor, path: Path, **labels: Any) -> None:  # noqa: ANN401
+    """One process is enough."""
+    if world.first:
+        draw_grid(images, path, **labels)
 
 
 def every_leaf(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
     """Rows are roots, columns leaves; the blurry image of the tree above the refined one."""
-    drawn = model.generate_tree(args.count, **sampling)
-    rows = torch.stack([drawn.coarse, drawn.images], 1).flatten(0, 1)
+    coarse, images, leaf = drawn(
+        args.world, args.count, sampling, lambda own, rows: model.generate_tree(rows.stop - rows.start, **own)
+    )
+    pairs = torch.stack([coarse, images], 1).flatten(0, 1)
     labels = [name for i in range(args.count) for name in (f"root {i}: tree", "refined")]
-    draw_grid(rows.float(), path, row_labels=labels, column_labels=[f"leaf {leaf}" for leaf in drawn.leaf[0].tolist()])
+    save(args.world, pairs, path, row_labels=labels, column_labels=[f"leaf {each}" for each in leaf[0].tolist()])
 
 
 def through_node(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
     """Images through one node, the blurry ones above."""
-    drawn = model.generate(args.count, node=args.node, **sampling)
-    labels = [f"leaf {leaf}" for leaf in drawn.leaf.tolist()]
-    draw_grid(
-        torch.stack([drawn.coarse, drawn.images]).float(), path, row_labels=["tree", "refined"], column_labels=labels
+    coarse, images, leaf = drawn(
+        args.world,
+        args.count,
+        sampling,
+        lambda own, rows: model.generate(rows.stop - rows.start, node=args.node, **own),
     )
+    labels = [f"leaf {each}" for each in leaf.tolist()]
+    save(args.world, torch.stack([coarse, images]), path, row_labels=["tree", "refined"], column_labels=labels)
 
 
 def strip(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
@@ -50,6 +83,8 @@ def strip(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, A
     def keep(progress: Progress) -> None:
         frames.append((progress.t, ((progress.x + 1) / 2).clamp(0, 1)))
 
+    if not args.world.first:
+        return
     model.generate(args.count, node=args.node, **sampling | {"callback": keep})
     every = -(-len(frames) // 11)
     shown = frames[:-1:every] + frames[-1:]
@@ -61,13 +96,16 @@ def strip(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, A
 def refined(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
     """Given images, what the tree makes of them, and refined images of the same place."""
     x = load_dataset(args.refine).test_images[: args.count]
-    drawn = model.refine(x, leaf="argmax", **sampling)
-    labels = ["given", "tree", "refined"]
-    draw_grid(
-        torch.stack([x, drawn.coarse, drawn.images]).float(),
+    coarse, images, leaf = drawn(
+        args.world, len(x), sampling, lambda own, rows: model.refine(x[rows], leaf="argmax", **own)
+    )
+    labels = [f"leaf {each}" for each in leaf.tolist()]
+    save(
+        args.world,
+        torch.stack([x, coarse, images]),
         path,
-        row_labels=labels,
-        column_labels=[f"leaf {leaf}" for leaf in drawn.leaf.tolist()],
+        row_labels=["given", "tree", "refined"],
+        column_labels=labels,
     )
 
 
@@ -88,6 +126,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     tune_cpu()
+    args.world = start()
     args.out.mkdir(parents=True, exist_ok=True)
 
     model = DiffuseTreeVAE.load(args.model).eval()
@@ -100,7 +139,7 @@ def main() -> None:
     else:
         name, make = "leaves", every_leaf
     chains = len(model.tree_vae.topology.leaves) if make is every_leaf else 1
-    bar = tqdm(total=args.steps * chains, desc="steps", disable=args.strip)
+    bar = tqdm(total=args.steps * chains, desc="steps", disable=args.strip or not args.world.first)
     sampling: dict[str, Any] = {
         "steps": args.steps,
         "guidance": args.guidance,
@@ -112,6 +151,8 @@ def main() -> None:
     with torch.no_grad():
         make(model, args, sampling, path)
     bar.close()
+    if not args.world.first:
+        return
     print(json.dumps({"picture": str(path), "seed": args.seed, "steps": args.steps, "guidance": args.guidance}))
 
 

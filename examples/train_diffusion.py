@@ -4,6 +4,7 @@
     python examples/train_diffusion.py                                  # real handwritten digits, three minutes
     python examples/train_diffusion.py --tree examples/trees/fashion-mnist.safetensors --data fashion-mnist \
         --out runs/fashion-diffusion --epochs 12
+    torchrun --nproc-per-node 2 examples/train_diffusion.py             # on two processes
 
 Everything is here: copy it and change what you like. The last line printed is one JSON object with the results.
 """
@@ -23,25 +24,28 @@ from tqdm import tqdm
 from treediff import EMA, DiffuseTreeVAE, LeafConditionedDDPM, LeafDensity, TreeVAE
 from treediff.cpu import has_fast, tune_cpu
 from treediff.data import ImageDataset, batches, load_dataset
+from treediff.distributed import World, data_parallel, start
 from treediff.generation import TreeSample
 from treediff.pictures import draw_tree, summarize_tree, write_html
 from treediff.placement import condition_of, condition_of_sample
 
 
-def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace) -> EMA:
+def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace, world: World) -> EMA:
     """A plain PyTorch loop over the second stage; the first one stays as it is."""
     ddpm, steps = model.ddpm, args.epochs * -(-len(images) // args.batch_size)
     optimizer = torch.optim.Adam(ddpm.parameters(), lr=args.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=0.05)
     ema = EMA(ddpm, decay=args.ema)
-    generator = torch.Generator().manual_seed(args.seed)
-    bar, running = tqdm(total=steps, desc="diffusion", mininterval=1.0), 0.0
+    order = torch.Generator().manual_seed(args.seed)
+    generator = world.own(order)
+    loss_of = data_parallel(ddpm.loss, ddpm)
+    bar, running = tqdm(total=steps, desc="diffusion", mininterval=1.0, disable=not world.first), 0.0
     for _ in range(args.epochs):
-        for rows in batches(len(images), args.batch_size, generator=generator):
-            x = images[rows]
+        for rows in batches(len(images), args.batch_size, generator=order):
+            x = images[world.share(rows)]
             condition = condition_of(model.tree_vae, x, prior_share=args.prior_share, generator=generator)
             with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16) and not args.float32):
-                loss = ddpm.loss(x, condition, generator=generator)
+                loss = loss_of(x, condition, generator=generator)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(ddpm.parameters(), 1.0)
@@ -113,6 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tune_cpu()
+    world = start()
     if not args.tree.exists():
         raise SystemExit(f"there is no tree at {args.tree}; grow one with examples/train_treevae.py, or pass --tree")
 
@@ -120,10 +125,12 @@ def main() -> None:
     images = data.train_images[: len(data.train_images) - args.holdout]
     args.epochs = args.epochs or (1 if args.quick else max(1, 120_000 // len(images)))
     model = build(TreeVAE.load(args.tree).eval(), args)
-    start = time.perf_counter()
+    began = time.perf_counter()
     model.density = LeafDensity.fit(model.tree_vae, images, generator=torch.Generator().manual_seed(args.seed))
-    ema = train(model, images, args)
-    seconds = time.perf_counter() - start
+    ema = train(model, images, args, world)
+    seconds = time.perf_counter() - began
+    if not world.first:
+        return
 
     model.eval()
     with ema.average():

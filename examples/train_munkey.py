@@ -6,8 +6,9 @@
 
     python examples/forget.py --label 3                                    # afterwards: forget all threes
 
-An image's id is its place in the training set. Colour images are moved and mirrored. Everything is here: copy it and
-change what you like. The last line printed is one JSON object with the results.
+On two processes, `torchrun --nproc-per-node 2 examples/train_munkey.py`, each has a part of the memory, and the model
+is a folder, `model`. An image's id is its place in the training set. Colour images are moved and mirrored. Everything
+is here: copy it and change what you like. The last line printed is one JSON object with the results.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from munkey import (
 from treediff.augment import Augment, RandomAffine, RandomFlip
 from treediff.cpu import has_fast, tune_cpu
 from treediff.data import batches, load_dataset
+from treediff.distributed import ALONE, World, data_parallel, start
 
 
 def train(
@@ -47,6 +49,7 @@ def train(
     value_rate: float = 1e-2,
     augment: Augment | None = None,
     seed: int = 0,
+    world: World = ALONE,
 ) -> None:
     """A plain PyTorch loop. Values have an optimiser of their own, whose cost follows the batch, not the memory."""
     values = model.memory.store.values
@@ -56,15 +59,17 @@ def train(
         model.attach(optimizers[1])
     steps = epochs * -(-len(ids) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], learning_rate, total_steps=steps + 1)
-    generator = torch.Generator().manual_seed(seed)
-    bar = tqdm(total=steps, desc="munkey", mininterval=1.0)
+    order = torch.Generator().manual_seed(seed)
+    generator = world.own(order)
+    loss_of = data_parallel(model.loss, model, unused=True)
+    bar = tqdm(total=steps, desc="munkey", mininterval=1.0, disable=not world.first)
     model.train()
     for _ in range(epochs):
-        for rows in batches(len(ids), batch_size, generator=generator):
-            own = ids[rows]
+        for rows in batches(len(ids), batch_size, generator=order):
+            own = ids[world.share(rows)]
             x = images[own] if augment is None else augment(images[own], generator=generator)
             with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
-                loss = model.loss(x, labels[own], ids=own, generator=generator)
+                loss = loss_of(x, labels[own], ids=own, generator=generator)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()
@@ -75,6 +80,14 @@ def train(
         bar.set_postfix(loss=f"{loss.item():.3f}")
     bar.close()
     model.eval()
+
+
+def remember(
+    model: KeyMemoryTransformer, images: Tensor, labels: Tensor, ids: Tensor, world: World, *, permanent: bool = False
+) -> None:
+    """Give instances a row each; every process makes the keys of some."""
+    own = ids[world.rank :: world.size]
+    model.remember(own, images[own], labels[own], permanent=permanent)
 
 
 def encoder_of(args: argparse.Namespace, shape: tuple[int, ...]) -> KeyEncoder:
@@ -107,6 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tune_cpu()
+    world = start()
 
     data = load_dataset(args.data)
     images, labels = data.train_images, data.train_labels
@@ -134,9 +148,11 @@ def main() -> None:
             aggregation=args.aggregation,
             sparse=True,
         )
-    start = time.perf_counter()
+    began = time.perf_counter()
+    if world.size > 1:
+        model.shard()  # each process holds a part of the memory
     seen = stay if args.mode == "exact" else ids
-    model.remember(seen, images[seen], labels[seen], permanent=args.mode == "exact")
+    remember(model, images, labels, seen, world, permanent=args.mode == "exact")
     train(
         model,
         images,
@@ -148,15 +164,17 @@ def main() -> None:
         value_rate=args.value_rate,
         augment=Augment(RandomAffine(translate=0.1), RandomFlip()) if channels == 3 else None,
         seed=args.seed,
+        world=world,
     )
-    rest = ids[~torch.isin(ids, seen)]
-    model.remember(rest, images[rest], labels[rest])
-    seconds = time.perf_counter() - start
+    remember(model, images, labels, ids[~torch.isin(ids, seen)], world)
+    seconds = time.perf_counter() - began
 
-    model.save(args.out / "model.safetensors")
+    model.save(args.out / ("model.safetensors" if world.size == 1 else "model"))
     found = {"test": asdict(pathway_accuracies(model, data.test_images, data.test_labels))}
     for name, own in (("remembered", ids), ("left out", left_out)):
         found[name] = asdict(pathway_accuracies(model, images[own], labels[own])) if len(own) else {}
+    if not world.first:
+        return
     settings = {name: value for name, value in vars(args).items() if name not in ("data", "out")}
     settings["encoder"] = Path(args.encoder).name
     line = json.dumps({"data": data.name, "seconds": seconds, **settings, "accuracy": found})

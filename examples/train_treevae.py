@@ -3,6 +3,7 @@
     python examples/train_treevae.py                                    # real handwritten digits, three minutes
     python examples/train_treevae.py --data fashion-mnist --out runs/fashion
     python examples/train_treevae.py --data pictures/ --out runs/mine   # a folder per class, an .npz, or IDX files
+    torchrun --nproc-per-node 2 examples/train_treevae.py               # on two processes, here or on two machines
 
 Everything is here: copy it and change what you like. The last line printed is one JSON object with the results.
 """
@@ -24,6 +25,7 @@ from treediff import Stage, TreeContrast, TreeGrowth, TreeVAE
 from treediff.augment import Augment, RandomAffine, cifar_augment
 from treediff.cpu import tune_cpu
 from treediff.data import ImageDataset, load_dataset
+from treediff.distributed import World, data_parallel, start
 from treediff.metrics import (
     ari,
     cluster_accuracy,
@@ -37,7 +39,12 @@ from treediff.pictures import draw_tree, summarize_tree, write_html
 
 
 def train(
-    stage: Stage, images: Tensor, args: argparse.Namespace, augment: Augment, contrast: TreeContrast | None
+    stage: Stage,
+    images: Tensor,
+    args: argparse.Namespace,
+    augment: Augment,
+    contrast: TreeContrast | None,
+    world: World,
 ) -> None:
     """One stage of growth: a plain PyTorch loop."""
     batch_size = args.batch_size
@@ -45,14 +52,16 @@ def train(
     parameters = [*stage.parameters(), *(contrast.parameters() if contrast else ())]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=0.1)
-    generator = torch.Generator().manual_seed(args.seed + stage.index)
+    generator = world.own(torch.Generator().manual_seed(args.seed + stage.index))
+    modules = [stage.model, *([contrast] if contrast else [])]
+    loss_of = data_parallel(stage.loss, *modules, unused=True)  # not every node of a batch has an image
     where = f"{stage.kind} {stage.split if stage.split is not None else ''}"
-    bar = tqdm(total=steps, desc=f"{stage.index:2d} {where:13s}", mininterval=1.0)
+    bar = tqdm(total=steps, desc=f"{stage.index:2d} {where:13s}", mininterval=1.0, disable=not world.first)
     for epoch in range(stage.epochs):
         for step, rows in enumerate(stage.batches(epoch, batch_size)):
-            x, progress = images[rows], epoch + step * batch_size / len(stage.rows)
+            x, progress = images[world.share(rows)], epoch + step * batch_size / len(stage.rows)
             view = None if contrast is None else augment(x, generator=generator)
-            loss = stage.loss(x, stage.kl_weight(progress), view=view, contrast=contrast, generator=generator)
+            loss = loss_of(x, stage.kl_weight(progress), view=view, contrast=contrast, generator=generator)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -146,6 +155,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tune_cpu()
+    world = start()
 
     data = hold_out(load_dataset(args.data), args.holdout)
     images = data.train_images
@@ -173,6 +183,7 @@ def main() -> None:
         cut_share=args.cut_share,
         warm_start=not args.random_start,
         seed=args.seed,
+        world=world,
         **schedule(len(images), args),
     )
     if args.resume:
@@ -180,16 +191,19 @@ def main() -> None:
     contrast = None
     if args.contrastive or args.decisions:
         contrast = TreeContrast(
-            model, weight=args.contrastive, decision_weight=args.decisions, hidden=128, generator=generator
+            model, weight=args.contrastive, decision_weight=args.decisions, hidden=128, generator=generator, world=world
         )
-    start = time.perf_counter()
+    began = time.perf_counter()
     for stage in growth.stages(images):
         # The last stage is for the bound alone; while children settle neither features nor posterior routers train.
         idle = stage.kind in ("settle", "final") or (stage.split is not None and not args.decisions)
-        train(stage, images, args, augment, None if idle else contrast)
-        model.save(weights)
-        state.write_text(json.dumps(growth.state_dict()))
-    seconds = time.perf_counter() - start
+        train(stage, images, args, augment, None if idle else contrast, world)
+        if world.first:
+            model.save(weights)
+            state.write_text(json.dumps(growth.state_dict()))
+    seconds = time.perf_counter() - began
+    if not world.first:
+        return
 
     model.eval()
     picture(model, data, args.out, args.seed)

@@ -52,7 +52,7 @@ def save(model: KeyMemoryTransformer, path: Path, disk: Disk | None = None) -> N
         "key_encoder": about,
         "store": {"seed": store.seed, "scale": store.scale, "secret": store.secret.hex()},
     }
-    absent = _absent(model)
+    absent = _absent(encoder, rows=isinstance(store, ShardedKeyStore))
     state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(absent)}
     header["digest"] = _digest(store.secret, state)
     data = model_bytes(type(model).__name__, state, header)
@@ -64,11 +64,9 @@ def save(model: KeyMemoryTransformer, path: Path, disk: Disk | None = None) -> N
     disk.close(file)
 
 
-def _absent(model: KeyMemoryTransformer) -> tuple[str, ...]:
+def _absent(encoder: KeyEncoder, *, rows: bool) -> tuple[str, ...]:
     """How the names begin of tensors that are not in the file."""
-    return (() if model.key_encoder.in_file else (_ENCODER,)) + (
-        (_ROWS,) if isinstance(model.memory.store, ShardedKeyStore) else ()
-    )
+    return (() if encoder.in_file else (_ENCODER,)) + ((_ROWS,) if rows else ())
 
 
 def load(
@@ -92,9 +90,10 @@ def load(
         model = assemble(cls, inputs, classes, key_encoder, settings, None, dtype_named(header["dtype"], path))
     store = model.memory.store
     _check_memory(store, secret, in_folder=rows is not None)
-    model.memory.store = store if rows is None else cast("KeyStore", rows)
+    if rows is not None:  # of a lone process all rows, in an ordinary store
+        model.memory.store = rows.local if rows.ranks.size == 1 else cast("KeyStore", rows)
     try:
-        load_into(model, path, rows=_ROWS, without=_absent(model))
+        load_into(model, path, rows=_ROWS, without=_absent(key_encoder, rows=rows is not None))
     except BaseException:
         model.memory.store = store
         raise

@@ -219,7 +219,7 @@ class KeyMemoryTransformer(Presets, nn.Module):
     def shard(self, group: dist.ProcessGroup | None = None) -> None:
         """Spread the memory over the ranks of a group, all of which have the same model; see `KeyValueMemory.shard`.
 
-        It is saved as a folder from then on, which any number of ranks can load.
+        It is saved as a folder from then on, which any number of ranks can load; one rank has an ordinary memory again.
 
         Raises:
             ValueError: as there, and if ranks have other key encoders.

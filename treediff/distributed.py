@@ -11,14 +11,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from treediff.noise import combine_seeds, seed_from
+
 __all__ = ["ALONE", "World", "data_parallel", "start"]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -52,19 +57,26 @@ class World:
         each = -(-len(rows) // self.size)
         return rows[torch.arange(self.rank * each, (self.rank + 1) * each, device=rows.device) % len(rows)]
 
-    def map(self, act: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> Tensor:
+    def own(self, generator: torch.Generator) -> torch.Generator:
+        """A generator whose numbers no other process draws, seeded from one that all have; that one itself if alone."""
+        if self.size == 1:
+            return generator
+        seed = combine_seeds(seed_from(generator), self.rank)
+        return torch.Generator(generator.device).manual_seed(seed)
+
+    def map(self, act: Callable[[T], R], parts: Sequence[T]) -> list[R]:
         """What an act makes of all parts, in their order and the same on all processes, each of which does some.
 
         Args:
-            act: from a part to a tensor with as many rows, on the CPU where there are several processes.
-            parts: the same on all processes, at least one.
+            act: its results can be pickled; tensors among them are on the CPU.
+            parts: the same on all processes.
         """
         mine = [act(part) for part in parts[self.rank :: self.size]]
         if self.size == 1:
-            return torch.cat(mine)
+            return mine
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, mine)
-        return torch.cat([everyone[number % self.size][number // self.size] for number in range(len(parts))])
+        return [everyone[number % self.size][number // self.size] for number in range(len(parts))]
 
     def gather(self, x: Tensor) -> Tensor:
         """`(N B, ...)` rows of all processes, `(B, ...)` of each, those of rank 0 first; gradients flow to all."""

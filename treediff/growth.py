@@ -296,7 +296,8 @@ class TreeGrowth:
 
     @torch.no_grad()
     def _leaf_probs(self, data: Tensor) -> Tensor:
-        return self.world.map(lambda x: self.model.leaf_log_probs(x).exp().cpu(), data.split(self.batch_size))
+        parts = self.world.map(lambda x: self.model.leaf_log_probs(x).exp().cpu(), data.split(self.batch_size))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def _negative_elbo(self, data: Tensor) -> Tensor:
@@ -305,7 +306,7 @@ class TreeGrowth:
             elbo = self.model.elbo(data[rows], generator=torch.Generator(data.device).manual_seed(seed)).elbo
             return -elbo.cpu()
 
-        return self.world.map(negative, torch.arange(len(data)).split(self.batch_size))
+        return torch.cat(self.world.map(negative, torch.arange(len(data)).split(self.batch_size)))
 
     # --- saving -------------------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ def erasure_report(
     Args:
         rows: what `KeyStore.get` said of the instances before they were forgotten.
         holders: models, optimisers, averages: everything they refer to is searched, but for `rows` itself.
-        files: paths.
+        files: paths; of a folder everything in it.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -75,7 +75,8 @@ def erasure_report(
     content = _content(_reachable(*holders), own)
     found = {"tensors": sum(piece in content for piece in pieces)}
     for path in files:
-        content = Path(path).read_bytes()
+        parts = [part for part in Path(path).rglob("*") if part.is_file()] if os.path.isdir(path) else [Path(path)]
+        content = b"".join(part.read_bytes() for part in parts)
         found[os.fspath(path)] = sum(piece in content for piece in pieces)
     return ErasureReport(len(pieces), found)
 

@@ -150,11 +150,12 @@ def test_bytes_are_found_wherever_they_are_and_nowhere_after_forgetting(tmp_path
     rows, file = built.memory.store.get([3, 4]), tmp_path / "model.safetensors"
     built.save(file)
     before = erasure_report(rows, holders=[built, optimizer], files=[file])
+    assert erasure_report(rows, files=[tmp_path]).found[str(tmp_path)] == before.found[str(file)], "all in a folder"
     assert before.pieces == 4 and before.found == {"tensors": 4, str(file): 4} and not before.clean
     copied = rows.keys[:1].clone()
     built.forget([3, 4])
     built.save(file)
-    assert erasure_report(rows, holders=[built, optimizer], files=[file]).clean
+    assert erasure_report(rows, holders=[built, optimizer], files=[file, tmp_path]).clean
     assert erasure_report(rows, holders=[built, {"kept": [copied]}]).found == {"tensors": 1}
     hidden = torch.cat([copied[0], torch.zeros(3)])[-3:]
     assert erasure_report(rows, holders=[hidden]).found == {"tensors": 1}, "room that no view shows"
