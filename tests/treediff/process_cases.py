@@ -10,7 +10,12 @@ from unittest import mock
 
 import torch
 from growing import SETTINGS, blobs, small
+from pairs import conditions, images, pair
+from pairs import small as second_stage
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from worlds import seeded
 
 from treediff import TreeContrast, TreeGrowth, TreeVAE
@@ -76,3 +81,46 @@ def train(stage: Any, data: Tensor, world: World, contrast: TreeContrast) -> Non
 def grown_here(resumed: bool, settings: dict[str, Any]) -> tuple[dict[str, Tensor], str, str]:
     with without_noise():
         return grown(start(), resumed=resumed, **settings)
+
+
+def refining(how: str, world: World) -> tuple[float, dict[str, Tensor], Tensor]:
+    """Three steps of the second stage on images whose times and noise are given: the loss, weights, a sample."""
+    model = second_stage(coarsen=0.0)
+    if how == "fully sharded":
+        mesh = init_device_mesh("cpu", (world.size,))
+        for part in (*model.unet.down, *model.unet.middle, *model.unet.up, model.unet, model.conditioner):
+            fully_shard(part, mesh=mesh)
+    loss = model.loss if how == "fully sharded" else data_parallel(model.loss, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    x, condition, t = images(12), conditions(n=12), torch.linspace(0.1, 0.9, 12)
+    noise = torch.randn(x.shape, generator=seeded(9))
+    own, value = world.share(torch.arange(12)), torch.zeros(())
+    for _ in range(3):
+        optimizer.zero_grad()
+        value = loss(x[own], condition[own], t=t[own], noise=noise[own])
+        value.backward()
+        optimizer.step()
+    with torch.no_grad():
+        drawn = model.eval().sample(conditions(n=3), steps=2, generator=seeded(1))
+    state = model.state_dict()
+    if how == "fully sharded":
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return value.item(), state, drawn
+
+
+def refining_here(how: str) -> tuple[float, dict[str, Tensor], Tensor]:
+    return refining(how, start())
+
+
+def generated_here(count: int) -> tuple[Tensor, Tensor]:
+    """Images of which each process draws some."""
+    world = start()
+    model = pair()
+
+    def part(rows: Tensor) -> Tensor:
+        return model.generate(len(rows), first_index=int(rows[0]), steps=3, generator=seeded(4)).images
+
+    with torch.no_grad():
+        parts = [rows for rows in torch.arange(count).tensor_split(world.size) if len(rows)]
+        one_by_one = world.map(part, torch.arange(count).split(1))
+        return torch.cat(world.map(part, parts)), torch.cat(one_by_one)
