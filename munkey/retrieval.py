@@ -72,7 +72,7 @@ def nearest(
         tensor([[7]])
     """
     check_width(k=k)
-    _check_queries(queries, keys)
+    check_queries(queries, keys)
     wanted = k
     if exclude_ids is not None:  # as many more as one owner can take
         wanted += 1 if views is None or not len(views) else 1 + int(views.max())
@@ -108,7 +108,7 @@ def at_least(queries: Tensor, keys: Tensor, least: float) -> tuple[Tensor, Tenso
     Raises:
         ValueError: as for `nearest`.
     """
-    _check_queries(queries, keys)
+    check_queries(queries, keys)
     wide, found = queries.double(), []
     longest = [float(length_above(rows).amax()) if len(rows) else 0.0 for rows in (queries, keys)]
     room = 2.0**-40 * longest[0] * longest[1]
@@ -202,7 +202,8 @@ def pair_scores(
     return scores
 
 
-def _check_queries(queries: Tensor, keys: Tensor) -> None:
+def check_queries(queries: Tensor, keys: Tensor) -> None:
+    """Raise ValueError unless queries can be compared with keys."""
     if queries.ndim != 2 or queries.shape[1] != keys.shape[1] or queries.dtype != keys.dtype:
         raise ValueError(
             f"expected queries of shape (B, {keys.shape[1]}) and dtype {keys.dtype}, found {tuple(queries.shape)} and "

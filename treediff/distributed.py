@@ -127,9 +127,10 @@ def data_parallel(act: Callable[..., Any], *modules: nn.Module, unused: bool = F
         return act
     call = _Call(act, modules)
     alone = tuple(f"{name}." for name, part in call.named_modules() if getattr(part, "per_rank", False))
-    names = [name for name in call.state_dict(keep_vars=True) if name.startswith(alone)]
+    names = [name for name, _ in call.named_parameters() if name.startswith(alone)]
+    names += [name for name, _ in call.named_buffers()]  # nothing here changes them
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(call, names)
-    return DistributedDataParallel(call, broadcast_buffers=False, find_unused_parameters=unused)
+    return DistributedDataParallel(call, find_unused_parameters=unused)
 
 
 class _Call(nn.Module):

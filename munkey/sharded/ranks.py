@@ -64,14 +64,19 @@ class Ranks:
             made = act()
         except Exception as raised:
             error = raised
-        if self.size > 1 and any(self.numbers(error is not None)):
+        failed = self.size > 1 and any(flag for (flag,) in self.numbers(error is not None))
+        self.fail(error, anywhere=failed)
+        return made  # type: ignore[return-value]
+
+    def fail(self, error: Exception | None, *, anywhere: bool) -> None:
+        """Raise the error of this rank, or else, if there is one anywhere, that of the first rank that has one."""
+        if anywhere:
             texts = self.gather(None if error is None else (_kind(error), error.args[0] if error.args else str(error)))
             if error is None:
                 rank, (kind, text) = next((r, found) for r, found in enumerate(texts) if found is not None)
                 raise kind(f"{text} (says rank {rank})")
         if error is not None:
             raise error
-        return made  # type: ignore[return-value]
 
     def same(self, what: str, value: object) -> None:
         """Raise ValueError on all ranks, saying what each has, unless they have the same."""
@@ -80,23 +85,23 @@ class Ranks:
             each = ", ".join(f"rank {rank} has {other!r}" for rank, other in enumerate(found))
             raise ValueError(f"all ranks must have the same {what}: {each}")
 
-    def numbers(self, number: int) -> list[int]:
-        """A whole number of each rank."""
+    def numbers(self, *numbers: int) -> list[list[int]]:
+        """Whole numbers of each rank, as many of each."""
         if self.size == 1:
-            return [number]
-        mine = torch.tensor([number], dtype=torch.int64)
+            return [list(numbers)]
+        mine = torch.tensor(numbers, dtype=torch.int64)
         found = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(found, mine, group=self.group)
         self._count(mine, self.size - 1)
-        return [int(each) for each in found]
+        return [each.tolist() for each in found]
 
     # --- rows ---------------------------------------------------------------------------------------------
 
-    def gather_rows(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        """`(n_0 + n_1 + ..., ...)` rows of all ranks, and how many each has."""
+    def gather_rows(self, x: Tensor, counts: list[int] | None = None) -> tuple[Tensor, list[int]]:
+        """`(n_0 + n_1 + ..., ...)` rows of all ranks, and how many each has, if that is not known already."""
         if self.size == 1:
             return x, [len(x)]
-        counts = self.numbers(len(x))
+        counts = counts or [count for (count,) in self.numbers(len(x))]
         padded = x.new_zeros(max(counts), *x.shape[1:])
         padded[: len(x)] = x
         found = [torch.empty_like(padded) for _ in range(self.size)]

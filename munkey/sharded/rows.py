@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from munkey.checks import as_ids
+from munkey.checks import as_ids, check_width
 from munkey.holders import Holders
-from munkey.retrieval import Neighbours
+from munkey.retrieval import Neighbours, check_queries
 from munkey.searched import Search, exact
 from munkey.sharded.packing import pack, unpack
 from munkey.sharded.placement import owners
@@ -159,11 +159,10 @@ class ShardedRows(nn.Module):
     def nearest(self, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
         """See `KeyStore.nearest`: every rank looks for the `k` nearest among its rows, the best of all are kept."""
         ranks, local = self.ranks, self.local
-        ranks.agree(lambda: local.nearest(queries[:0], k))  # what is wrong with k or the shape
-        ranks.same("number of neighbours, and either all or no ids to exclude", (k, exclude_ids is None))
-        everyone, counts = ranks.gather_rows(queries)
-        own = None if exclude_ids is None else ranks.gather_rows(exclude_ids)[0]
-        found = ranks.agree(lambda: local.nearest(everyone, k, exclude_ids=own))
+        counts = self._asking(queries, k, exclude_ids)
+        everyone, _ = ranks.gather_rows(queries, counts)
+        own = None if exclude_ids is None else ranks.gather_rows(exclude_ids, counts)[0]
+        found = local.nearest(everyone, k, exclude_ids=own)
         if ranks.size > 1:
             everyone.zero_()  # copies of queries, which may be keys
         mine, take = counts[ranks.rank], [counts[ranks.rank]] * ranks.size
@@ -171,6 +170,22 @@ class ShardedRows(nn.Module):
         parts = unpack(ranks.exchange(pack(columns), counts, take), columns)
         ids, rows, scores, candidates = (part.unflatten(0, (ranks.size, mine)) for part in parts)
         return _merged(ids, rows, scores, candidates, k)
+
+    def _asking(self, queries: Tensor, k: int, exclude_ids: Tensor | None) -> list[int]:
+        """How many queries each rank has, once all is as it must be everywhere."""
+        error = None
+        try:
+            check_width(k=k)
+            check_queries(queries, self.local.keys)
+        except (TypeError, ValueError) as raised:
+            error = raised
+        count, wanted = (0, 0) if error else (len(queries), k)
+        said = self.ranks.numbers(error is not None, count, wanted, exclude_ids is not None)
+        self.ranks.fail(error, anywhere=self.ranks.size > 1 and any(failed for failed, *_ in said))
+        if len({tuple(settings) for _, _, *settings in said}) > 1:
+            each = ", ".join(f"rank {rank} {k} and {bool(ids)}" for rank, (_, _, k, ids) in enumerate(said))
+            raise ValueError(f"all ranks must ask for as many neighbours, with or without ids to exclude; found {each}")
+        return [count for _, count, _, _ in said]
 
     def nearest_to_rows(self, rows: Tensor, k: int, search: Search) -> tuple[Tensor, Tensor]:
         """See `KeyStore.nearest_to_rows`."""
@@ -180,7 +195,7 @@ class ShardedRows(nn.Module):
         near, scores = self._table(k)
         unknown = own.unique()
         unknown = unknown[near[unknown, 0] == _UNKNOWN]
-        if any(self.ranks.numbers(len(unknown))):
+        if any(count for (count,) in self.ranks.numbers(len(unknown))):
             queries = self.local.keys[unknown]
             found = self.nearest(queries, k, exclude_ids=self.local.ids[unknown])
             queries.zero_()  # a copy of rows that may be forgotten later

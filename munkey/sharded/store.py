@@ -124,7 +124,7 @@ class ShardedKeyStore(ShardedRows):
         """
         ranks = Ranks(group)
         secret = store.secret if len(store) else ranks.gather(store.secret)[0]
-        if any(ranks.numbers(len(store))):
+        if any(count for (count,) in ranks.numbers(len(store))):
             ranks.same("content of a store", (store.secret.hex()[:8], store.digest()))
         local = KeyStore(*store.widths, seed=store.seed, scale=store.scale, secret=secret, dtype=store.keys.dtype)
         local.values.requires_grad_(store.values.requires_grad)

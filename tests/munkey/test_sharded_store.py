@@ -82,7 +82,7 @@ MESSAGES = {
 }
 OF_SEVERAL = {
     "two ranks": "ValueError: ids [50] come from two ranks; give each instance to one of them",
-    "k": "ValueError: all ranks must have the same number of neighbours, and either all or no ids to exclude: ",
+    "k": "ValueError: all ranks must ask for as many neighbours, with or without ids to exclude; found rank 0 2",
     "settings": "ValueError: all ranks must have the same settings of a store: rank 0 has {",
     "secrets": "ValueError: all ranks must have the same digest of an empty store, which the secret decides: ",
     "content": "ValueError: all ranks must have the same content of a store: rank 0 has",
