@@ -15,17 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from munkey.checks import as_ids, distinct, some
+from munkey.checks import distinct, some
 from munkey.digest import MODULUS
 from munkey.disk import Disk
 from munkey.receipt_log import ReceiptLog
 from munkey.receipts import Receipt
 from munkey.rows import Removal
 from munkey.sharded import files
-from munkey.sharded.packing import pack, unpack
 from munkey.sharded.placement import owners
-from munkey.sharded.ranks import Ranks, Route
-from munkey.sharded.rows import ShardedRows
+from munkey.sharded.ranks import Ranks
+from munkey.sharded.writing import WritableRows
 from munkey.store import KeyStore
 from munkey.stored import not_there
 from treediff import EMA, __version__
@@ -33,7 +32,7 @@ from treediff import EMA, __version__
 __all__ = ["ShardedKeyStore"]
 
 
-class ShardedKeyStore(ShardedRows):
+class ShardedKeyStore(WritableRows):
     """A `KeyStore` on all ranks of a process group, each of which holds the rows whose ids hash to it.
 
     Methods, answers, receipts and digests are those of one `KeyStore` with all rows. Every call is a collective: all
@@ -90,8 +89,6 @@ class ShardedKeyStore(ShardedRows):
         ranks.same("settings of a store", {**about, "trained": local.values.requires_grad})
         ranks.same("digest of an empty store, which the secret decides", local.digest_of(0, 0))
         super().__init__(local, ranks)
-        self.log: ReceiptLog | None = None
-        self.logged = False  # whether rank 0 keeps one
 
     @classmethod
     def around(cls, local: KeyStore, group: dist.ProcessGroup | None = None) -> Self:
@@ -125,7 +122,7 @@ class ShardedKeyStore(ShardedRows):
         ranks = Ranks(group)
         secret = store.secret if len(store) else ranks.gather(store.secret)[0]
         if any(count for (count,) in ranks.numbers(len(store))):
-            ranks.same("content of a store", (store.secret.hex()[:8], store.digest()))
+            ranks.same("content of a store, and secret", store.digest())
         local = KeyStore(*store.widths, seed=store.seed, scale=store.scale, secret=secret, dtype=store.keys.dtype)
         local.values.requires_grad_(store.values.requires_grad)
         columns = [column[: store.used] for column in store.columns]
@@ -154,87 +151,6 @@ class ShardedKeyStore(ShardedRows):
 
     def _digest(self, parts: Sequence[tuple[int, int]]) -> str:
         return self.local.digest_of(sum(rows for rows, _ in parts), sum(total for _, total in parts) % MODULUS)
-
-    # --- writing ------------------------------------------------------------------------------------------
-
-    def add(
-        self,
-        ids: Iterable[int] | Tensor,
-        keys: Tensor,
-        labels: Tensor | None = None,
-        values: Tensor | None = None,
-        *,
-        permanent: bool = False,
-    ) -> None:
-        """Store new instances; see `KeyStore.add`. Each rank gives instances of its own, or none.
-
-        Raises:
-            ValueError: as for `KeyStore.add`, and if two ranks give the same id.
-        """
-        columns = self.ranks.agree(lambda: self.local.new_rows(as_ids(ids), keys, labels, values, permanent))
-        route, own = self._sent(columns)
-        self.ranks.agree(lambda: self._check_new(own, route, there=False))
-        self._append(own)
-
-    def replace(
-        self,
-        ids: Iterable[int] | Tensor,
-        keys: Tensor,
-        labels: Tensor | None = None,
-        values: Tensor | None = None,
-    ) -> Receipt:
-        """Store new keys, labels and values of instances that are there; see `KeyStore.replace` and `add`."""
-        columns = self.ranks.agree(lambda: self.local.new_rows(as_ids(ids), keys, labels, values, False))
-        route, own = self._sent(columns)
-        self.ranks.agree(lambda: self._check_new(own, route, there=True))
-        receipt = self.forget(ids)
-        self._append(own)
-        return receipt
-
-    def _sent(self, columns: Sequence[Tensor]) -> tuple[Route, list[Tensor]]:
-        """The rows that belong to this rank, of all that ranks give."""
-        route = Route(self.ranks, owners(columns[0], self.ranks.size))
-        packed = pack([column.to(like) for column, like in zip(columns, self.local.columns, strict=True)])
-        own = unpack(route.there(packed), self.local.columns)
-        packed.zero_()  # a copy of rows that may be forgotten later
-        return route, own
-
-    def _check_new(self, own: list[Tensor], route: Route, *, there: bool) -> None:
-        ids = [part.unique() for part in own[0].split(route.take)]
-        found, counts = torch.cat(ids).unique(return_counts=True)
-        twice = found[counts > 1].tolist()
-        if twice:
-            raise ValueError(f"ids {some(twice)} come from two ranks; give each instance to one of them")
-        known = [instance for instance in found.tolist() if (instance in self.local.index) != there]
-        if known and there:
-            raise not_there(known)
-        if known:
-            raise ValueError(f"ids {some(known)} are in the store already; use replace to change them")
-
-    def _append(self, own: Sequence[Tensor]) -> None:
-        """Write rows, and tell the log who is there again; if a rank cannot, nobody is."""
-        local, rows = self.local, torch.zeros(0, dtype=torch.int64)
-
-        def write() -> None:
-            nonlocal rows
-            rows = local.append(*own)
-
-        try:
-            self.ranks.agree(write)
-            if self.logged:
-                tokens = self._all_tokens(rows)
-                self.ranks.agree(lambda: self.log.returned(tokens) if self.log else None)
-        except OSError:
-            local.erase(local.ids[rows].unique().tolist(), Removal.of(rows.tolist(), local.used, local.ids.device))
-            local.forget_total()
-            raise
-        finally:
-            for column in own:
-                column.zero_()  # a copy of rows that may be forgotten later
-        self._recount()
-
-    def _all_tokens(self, rows: Tensor) -> list[str]:
-        return [token for part in self.ranks.gather(self.local.tokens(rows)) for token in part]
 
     # --- forgetting ---------------------------------------------------------------------------------------
 

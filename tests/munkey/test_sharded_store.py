@@ -85,7 +85,7 @@ OF_SEVERAL = {
     "k": "ValueError: all ranks must ask for as many neighbours, with or without ids to exclude; found rank 0 2",
     "settings": "ValueError: all ranks must have the same settings of a store: rank 0 has {",
     "secrets": "ValueError: all ranks must have the same digest of an empty store, which the secret decides: ",
-    "content": "ValueError: all ranks must have the same content of a store: rank 0 has",
+    "content": "ValueError: all ranks must have the same content of a store, and secret: rank 0 has '",
     "place": "ValueError: ids [",
 }
 
