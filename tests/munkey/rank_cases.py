@@ -238,3 +238,15 @@ def sharded_with_other_encoders() -> str:
     except ValueError as error:
         return str(error)
     return "nothing"
+
+
+def sent_for(what: str) -> tuple[int, int]:
+    """Messages and bytes that this rank sends for a search of six queries, or a deletion of twelve ids."""
+    store = ShardedKeyStore.of(filled())
+    ranks, mine = store.ranks, queries(6).tensor_split(store.ranks.size)[store.ranks.rank]
+    before = ranks.messages, ranks.bytes
+    if what == "search":
+        store.nearest(mine, 4)
+    else:
+        store.forget(range(12))
+    return ranks.messages - before[0], ranks.bytes - before[1]

@@ -20,6 +20,7 @@ from rank_cases import (
     queries,
     refused_on_ranks,
     save_on_ranks,
+    sent_for,
 )
 from rank_pool import RankPool
 from stores import SECRET
@@ -148,3 +149,16 @@ def test_a_manifest_of_another_kind_is_refused(
     (tmp_path / "manifest.json").write_text(json.dumps(found))
     for error in pool.tried(load_on_ranks, str(tmp_path)):
         assert isinstance(error, ValueError) and message in str(error)
+
+
+def test_a_search_sends_what_the_cost_model_says(pool: RankPool) -> None:
+    """See docs/scale.md."""
+    ranks, asked, k, width = pool.size, 6, 4, 3
+    messages, sent = (sum(each) for each in zip(*pool.run(sent_for, "search"), strict=True))
+    assert messages == 3 * ranks * (ranks - 1)
+    assert sent == (ranks - 1) * (32 * ranks + asked * (4 * width + 24 * k + 8))
+
+
+def test_messages_of_a_deletion_do_not_depend_on_the_rows(pool: RankPool) -> None:
+    messages = [each for each, _ in pool.run(sent_for, "forget")]
+    assert messages == [11 * (pool.size - 1)] * pool.size
