@@ -114,7 +114,7 @@ def store(world: World, rows: int, width: int, rounds: int) -> dict[str, dict[st
         own = asked.tensor_split(world.size)[world.rank]
         found[f"search {queries}"] = measured(made, partial(made.nearest, own, 10), rounds)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(3))
-    for count in (1, 100, 10_000):
+    for count in [count for count in (1, 100, 10_000) if (rounds + 2) * count < len(order)]:
         gone = iter(order[: (rounds + 2) * count].split(count))
         order = order[(rounds + 2) * count :]
         found[f"forget {count}"] = measured(made, partial(forget_next, made, gone), rounds)

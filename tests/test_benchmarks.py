@@ -63,3 +63,17 @@ def test_single_instances_are_attacked_with_models_of_their_own(tmp_path: Path) 
     assert found.keys() == {"forgot", "oracle", "KS", "KS floor", "KL", "KL floor"}
     second = run("shadow_models.py", *options)
     assert json.loads(second.stdout.splitlines()[-1])["results"]["munkey"] == found, "from what was kept"
+
+
+def test_processes_tell_how_much_they_send(tmp_path: Path) -> None:
+    """Each number of processes joins the others in the file."""
+    for size in ("1", "2"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", size]
+        command += [str(BENCHMARKS / "distributed.py"), "--rows", "3000", "--rounds", "1", "--store"]
+        done = subprocess.run([*command, "--out", str(tmp_path / "out.json")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["1"]["store"]["search 64"] == {"messages": 0, "bytes": 0}
+    assert found["2"]["store"]["search 64"] == {"messages": 6, "bytes": 64 + 64 * (4 * 128 + 248)}
+    alone = run("distributed.py")
+    assert alone.returncode and "start it with torchrun" in alone.stderr

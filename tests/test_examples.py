@@ -88,6 +88,30 @@ def test_a_classifier_forgets(folder: Path) -> None:
     assert run(folder, "forget.py", *options)["accuracy"]["trained without"]  # type: ignore[index]
 
 
+def test_on_two_processes(folder: Path) -> None:
+    def together(script: str, *options: str) -> dict[str, object]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--", str(EXAMPLES / script)]
+        done = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+        return result
+
+    options = ("--node", "0", "--count", "4", "--steps", "2")
+    one = run(folder, "generate.py", *options, "--out", "one")["picture"]
+    two = together("generate.py", *options, "--out", "two")["picture"]
+    assert (folder / str(one)).stat().st_size == pytest.approx((folder / str(two)).stat().st_size, rel=0.05)
+    for script, rest in (
+        ("train_treevae.py", ("--leaves", "2", "--effort", "0.1")),
+        ("train_diffusion.py", ("--tree", "runs/treevae/model.safetensors", "--width", "16", "--blocks", "1")),
+        ("train_munkey.py", ("--epochs", "4")),
+    ):
+        together(script, "--quick", *rest, "--out", f"two/{script}")
+    found = json.loads((folder / "two/train_munkey.py/results.json").read_text())
+    assert found["accuracy"]["test"]["full"] > 0.6
+    result = run(folder, "forget.py", "--model", "two/train_munkey.py/model", "--ids", "3", "5")
+    assert result["found"] == {"before": 4, "after": 0, "tensors": 0}
+
+
 def test_rivals(folder: Path) -> None:
     found = run(folder, "rivals.py", "--epochs", "2")["accuracy"]
     assert found["NearestNeighbours"]["test"] > 0.9  # type: ignore[index]
