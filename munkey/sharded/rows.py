@@ -9,6 +9,7 @@ neighbours, `N` ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,16 @@ class ShardedRows(nn.Module):
         super().__init__()
         self.local, self.ranks = local, ranks
         self._near: dict[int, tuple[Tensor, Tensor]] = {}
+        self.register_load_state_dict_post_hook(_recounted)
         self._recount()
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        if name in _OF_ONE:
+            raise AttributeError(
+                f"a store on several ranks has no {name} of its own; those of this rank are in .local.{name}, and "
+                ".get(ids) fetches rows from all"
+            )
+        return super().__getattr__(name)
 
     # --- what all ranks know ------------------------------------------------------------------------------
 
@@ -220,7 +230,13 @@ class ShardedRows(nn.Module):
         return query - first, ids, scores
 
 
+_OF_ONE = ("ids", "views", "labels", "permanent", "keys", "columns", "index", "screen", "row_bytes")
 _UNKNOWN = -2  # -1 says that there is no neighbour
+
+
+def _recounted(store: nn.Module, _: object) -> None:
+    assert isinstance(store, ShardedRows)
+    store._recount()
 
 
 def _merged(ids: Tensor, rows: Tensor, scores: Tensor, candidates: Tensor, k: int) -> Neighbours:

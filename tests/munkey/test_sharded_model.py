@@ -94,3 +94,21 @@ def test_another_search_is_not_for_several_ranks() -> None:
     memory = KeyValueMemory(ShardedKeyStore(3, 2), search=lambda *a, **b: None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="does its own search; leave search= out"):
         memory.neighbours_of_rows(torch.tensor([0]), 1)
+
+
+def test_columns_of_one_rank_are_not_those_of_all() -> None:
+    store = ShardedKeyStore(3, 2)
+    for name in ("ids", "keys", "columns"):
+        with pytest.raises(
+            AttributeError, match=rf"has no {name} of its own; those of this rank are in \.local\.{name}"
+        ):
+            getattr(store, name)
+    with pytest.raises(AttributeError, match="'ShardedKeyStore' object has no attribute 'nothing'"):
+        store.nothing
+
+
+def test_a_state_that_is_loaded_is_counted() -> None:
+    store, other = ShardedKeyStore(3, 2), ShardedKeyStore(3, 2)
+    store.add([7, 8], torch.eye(3)[:2])
+    other.load_state_dict(store.state_dict())
+    assert len(other) == other.used == 2 and list(other) == [7, 8]
