@@ -45,7 +45,7 @@ class ShardedRows(nn.Module):
         super().__init__()
         self.local, self.ranks = local, ranks
         self._near: dict[int, tuple[Tensor, Tensor]] = {}
-        self.register_load_state_dict_post_hook(_recounted)
+        self.register_load_state_dict_post_hook(_recounted)  # type: ignore[no-untyped-call]
         self._recount()
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401

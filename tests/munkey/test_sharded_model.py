@@ -104,7 +104,7 @@ def test_columns_of_one_rank_are_not_those_of_all() -> None:
         ):
             getattr(store, name)
     with pytest.raises(AttributeError, match="'ShardedKeyStore' object has no attribute 'nothing'"):
-        store.nothing
+        store.nothing  # noqa: B018
 
 
 def test_a_state_that_is_loaded_is_counted() -> None:
