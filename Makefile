@@ -64,8 +64,9 @@ wheel: $(VENV)/.test ## build the package and import it from its wheel
 doctests: $(VENV)/.test ## run the examples in the docstrings
 	$(BIN)/python -m pytest --quiet --doctest-modules treediff munkey
 
+# A process for each core, each with one thread of its own, and files as a whole: what a file makes once is made once.
 unit: $(VENV)/.test ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 bench: $(VENV)/.test ## time a training step against the size of the tree, and the U-Net beside that of diffusers
 	$(BIN)/python benchmarks/treevae_step.py

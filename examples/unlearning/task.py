@@ -109,6 +109,8 @@ class Task:
             if not said(torch.arange(1)).requires_grad:
                 return 0.0
             optimizer = torch.optim.AdamW(own.parameters(), lr=3e-4, weight_decay=0.0)
+            if isinstance(own, KeyMemoryTransformer):
+                own.attach(optimizer)
             curve = relearning_curve(said, torch.arange(len(labels)), labels, optimizer=optimizer, steps=steps)
             losses.append(float(curve[1:].mean()))
         return losses[0] - losses[1]

@@ -25,8 +25,11 @@ def by_hand(growth: TreeGrowth, x: Tensor) -> dict[str, list[float]]:
     probs = [reach(model, x, leaf).tolist() for leaf in model.topology.leaves]
     shares = [sum(column) / len(x) for column in probs]
     least = min(1 / max(1, sum(share >= growth.min_share for share in shares)), 0.5)
-    generator = torch.Generator().manual_seed(combine_seeds(growth.seed, len(growth.history), -2))
-    elbo = torch.cat([model.elbo(part, generator=generator).elbo for part in x.split(growth.batch_size)]).tolist()
+    elbo: list[float] = []
+    for start in range(0, len(x), growth.batch_size):
+        seed = combine_seeds(growth.seed, len(growth.history), -2, start)
+        part = x[start : start + growth.batch_size]
+        elbo += model.elbo(part, generator=torch.Generator().manual_seed(seed)).elbo.tolist()
     entropy = [-sum(p * math.log(p) for p in row if p > 0) for row in zip(*probs, strict=True)]
     found: dict[str, list[float]] = {"rows": [], "share": shares, "loss": [], "entropy": []}
     for column in probs:
