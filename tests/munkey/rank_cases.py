@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -128,6 +129,17 @@ def refused_on_ranks(what: str, folder: str) -> str:
         calls[what]()
     except Exception as error:
         return f"{type(error).__name__}: {error.args[0]}" if store.digest() == before else "the store has changed"
+    return "nothing"
+
+
+def other_versions() -> str:
+    """What ranks say that run two versions."""
+    rank, size = ranks_of(ShardedKeyStore(3, 2))
+    with mock.patch("munkey.sharded.store.__version__", "9.9" if rank == size - 1 else "1.0"):
+        try:
+            ShardedKeyStore(3, 2)
+        except ValueError as error:
+            return str(error)
     return "nothing"
 
 

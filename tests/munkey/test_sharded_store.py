@@ -15,6 +15,7 @@ from rank_cases import (
     filled,
     load_on_ranks,
     logged_on_ranks,
+    other_versions,
     play_on_one,
     play_on_ranks,
     queries,
@@ -97,6 +98,11 @@ def test_an_error_of_one_rank_is_raised_on_all_and_changes_nothing(pool: RankPoo
         pytest.skip("it takes two ranks to disagree")
     for said in pool.run(refused_on_ranks, what, str(tmp_path / "none")):
         assert said.startswith((MESSAGES | OF_SEVERAL)[what])
+
+
+def test_two_versions_do_not_start_together(pools: Callable[[int], RankPool]) -> None:
+    for said in pools(2).run(other_versions):
+        assert said == "all ranks must have the same version of munkey: rank 0 has '1.0', rank 1 has '9.9'"
 
 
 def test_a_log_makes_a_backup_forget(pool: RankPool, tmp_path: Path) -> None:
