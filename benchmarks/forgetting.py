@@ -37,12 +37,11 @@ from munkey import KeyMemoryTransformer
 from munkey.aggregation import AGGREGATIONS
 from munkey.audit import area_under_curve, average_gap
 from munkey.retrieval import nearest
-from treediff.augment import Augment, RandomAffine, RandomFlip
 from treediff.cpu import tune_cpu
 from treediff.data import load_dataset
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
-from train_munkey import encoder_of, train
+from train_munkey import augment_of, encoder_of, train
 
 
 class Task:
@@ -139,7 +138,7 @@ def trained(task: Task, ids: Tensor, seed: int, args: argparse.Namespace) -> Key
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         value_rate=args.value_rate,
-        augment=Augment(RandomAffine(translate=0.1), RandomFlip()) if channels == 3 else None,
+        augment=augment_of(channels),
         seed=seed,
     )
     later = everyone[~torch.isin(everyone, ids)]

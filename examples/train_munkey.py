@@ -90,6 +90,11 @@ def remember(
     model.remember(own, images[own], labels[own], permanent=permanent)
 
 
+def augment_of(channels: int) -> Augment | None:
+    """Colour images are moved and mirrored."""
+    return Augment(RandomAffine(translate=0.1), RandomFlip()) if channels == 3 else None
+
+
 def encoder_of(args: argparse.Namespace, shape: tuple[int, ...]) -> KeyEncoder:
     """Keys that say which images are alike: of the pixels, or of a network that has not seen what can be forgotten."""
     if args.encoder == "random":
@@ -162,7 +167,7 @@ def main() -> None:
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         value_rate=args.value_rate,
-        augment=Augment(RandomAffine(translate=0.1), RandomFlip()) if channels == 3 else None,
+        augment=augment_of(channels),
         seed=args.seed,
         world=world,
     )

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["Disk", "replacing", "wipe_leftovers"]
+__all__ = ["Disk", "replacing", "wipe", "wipe_leftovers", "write_whole"]
 
 _ZEROS = 1 << 20
 
@@ -151,12 +151,26 @@ def wipe_leftovers(disk: Disk, path: str) -> None:
     for name in (path + _PARTIAL, path + _OLD):
         if not disk.exists(name):
             continue
-        if not disk.same(name, path):
-            file = disk.open(name)
-            try:
-                disk.zero(file, 0, disk.size(file))
-                disk.sync(file)
-            finally:
-                disk.close(file)
-        disk.remove(name)
+        if disk.same(name, path):
+            disk.remove(name)
+        else:
+            wipe(disk, name)
         disk.sync_folder(path)
+
+
+def wipe(disk: Disk, path: str) -> None:
+    """Overwrite and remove a file."""
+    file = disk.open(path)
+    try:
+        disk.zero(file, 0, disk.size(file))
+        disk.sync(file)
+    finally:
+        disk.close(file)
+    disk.remove(path)
+
+
+def write_whole(disk: Disk, path: str, data: bytes) -> None:
+    """Put a file with these bytes in the place of `path`, as `replacing` does."""
+    with replacing(disk, path) as file:
+        disk.write(file, 0, data)
+    disk.close(file)

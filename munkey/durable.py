@@ -107,7 +107,7 @@ class DurableStore(KeyStore):
         """
         made = cls(*store.widths, dtype=store.keys.dtype, **_settings(store))
         columns = [column[: store.used].to(own) for column, own in zip(store.columns, made.columns, strict=True)]
-        about = {"seed": store.seed, "scale": store.scale, "secret": store.secret.hex()}
+        about = {**_settings(store), "secret": store.secret.hex()}
         made.live = LiveFile.create(os.fspath(path), about, columns, store.secret, disk or Disk())
         KeyStore.append(made, *columns)
         wipe_copies(columns, store.columns)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from munkey.conv_encoder import ConvEncoder
 from munkey.digest import add_tensors
-from munkey.disk import Disk, replacing
+from munkey.disk import Disk, write_whole
 from munkey.durable import DurableStore
 from munkey.efficientnet import EfficientNetLite0
 from munkey.encoders import KeyEncoder, Projection
@@ -58,10 +58,8 @@ def save(model: KeyMemoryTransformer, path: Path, disk: Disk | None = None) -> N
     data = model_bytes(type(model).__name__, state, header)
     if isinstance(store, ShardedKeyStore):
         sharded_files.save(store, name, disk, data)
-        return
-    with replacing(disk, name) as file:
-        disk.write(file, 0, data)
-    disk.close(file)
+    else:
+        write_whole(disk, name, data)
 
 
 def _absent(encoder: KeyEncoder, *, rows: bool) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from train_munkey import encoder_of
+from train_munkey import augment_of, encoder_of
 
 from munkey import KeyMemoryTransformer
 from munkey.audit import (
@@ -25,7 +25,6 @@ from munkey.audit import (
     membership_scores,
     relearning_curve,
 )
-from treediff.augment import Augment, RandomAffine, RandomFlip
 from treediff.data import load_dataset
 
 
@@ -46,7 +45,7 @@ class Task:
         if holdout:
             self.test = (images[end:], data.train_labels[end:], keys[end:])
         self.classes = 1 + int(torch.cat([self.labels, self.test[1]]).max())
-        self.augment = Augment(RandomAffine(translate=0.1), RandomFlip()) if self.shape[0] == 3 else None
+        self.augment = augment_of(self.shape[0])
 
     def _keys(self, args: argparse.Namespace, *splits: Tensor) -> list[Tensor]:
         """Of both splits, made once for each data set and encoder."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from munkey.digest import checksum, rows_hash
-from munkey.disk import Disk, replacing
+from munkey.disk import Disk, wipe, write_whole
 from munkey.sharded.placement import may_share, owners
 from munkey.sharded.ranks import Ranks
 from munkey.store import KeyStore
@@ -39,7 +39,7 @@ def save(store: ShardedKeyStore, folder: str, disk: Disk, model: bytes | None = 
     ranks, local, first = store.ranks, store.local, store.ranks.rank == 0
     ranks.agree(lambda: _prepare(folder, model) if first else None)
     name = f"rows-{ranks.rank:05d}-of-{ranks.size:05d}-{local.digest()[:16]}.safetensors"
-    ranks.agree(lambda: _write(disk, os.path.join(folder, name), _shard(local)))
+    ranks.agree(lambda: write_whole(disk, os.path.join(folder, name), _shard(local)))
     about = {"file": name, "rows": local.used, "hash": f"{local.total():064x}"}
     manifest: dict[str, Any] = {
         "format": _FORMAT,
@@ -55,9 +55,9 @@ def save(store: ShardedKeyStore, folder: str, disk: Disk, model: bytes | None = 
     }
     if model is not None:
         weights = manifest["model"] = f"model-{checksum(model)[:16].decode()}.safetensors"
-        ranks.agree(lambda: _write(disk, os.path.join(folder, weights), model) if first else None)
+        ranks.agree(lambda: write_whole(disk, os.path.join(folder, weights), model) if first else None)
     text = json.dumps(manifest, indent=1, sort_keys=True).encode()
-    ranks.agree(lambda: _write(disk, os.path.join(folder, _MANIFEST), text) if first else None)
+    ranks.agree(lambda: write_whole(disk, os.path.join(folder, _MANIFEST), text) if first else None)
     ranks.agree(lambda: _wipe_others(disk, folder, manifest) if first else None)
 
 
@@ -91,25 +91,12 @@ def _shard(local: KeyStore) -> bytes:
     return data
 
 
-def _write(disk: Disk, path: str, data: bytes) -> None:
-    with replacing(disk, path) as file:
-        disk.write(file, 0, data)
-    disk.close(file)
-
-
 def _wipe_others(disk: Disk, folder: str, manifest: dict[str, Any]) -> None:
     """Overwrite and remove what the manifest does not name."""
     named = {shard["file"] for shard in manifest["shards"]} | {manifest.get("model")}
     for name in sorted(os.listdir(folder)):
         if name.startswith(("rows-", "model-")) and name not in named:
-            path = os.path.join(folder, name)
-            file = disk.open(path)
-            try:
-                disk.zero(file, 0, disk.size(file))
-                disk.sync(file)
-            finally:
-                disk.close(file)
-            disk.remove(path)
+            wipe(disk, os.path.join(folder, name))
     disk.sync_folder(os.path.join(folder, _MANIFEST))
 
 

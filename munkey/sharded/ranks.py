@@ -64,8 +64,7 @@ class Ranks:
             made = act()
         except Exception as raised:
             error = raised
-        failed = self.size > 1 and any(flag for (flag,) in self.numbers(error is not None))
-        self.fail(error, anywhere=failed)
+        self.fail(error, anywhere=self.size > 1 and self.any(error is not None))
         return made  # type: ignore[return-value]
 
     def fail(self, error: Exception | None, *, anywhere: bool) -> None:
@@ -84,6 +83,10 @@ class Ranks:
         if any(other != found[0] for other in found):
             each = ", ".join(f"rank {rank} has {other!r}" for rank, other in enumerate(found))
             raise ValueError(f"all ranks must have the same {what}: {each}")
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on some rank."""
+        return any(there for (there,) in self.numbers(here))
 
     def numbers(self, *numbers: int) -> list[list[int]]:
         """Whole numbers of each rank, as many of each."""

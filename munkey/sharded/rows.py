@@ -8,7 +8,7 @@ neighbours, `N` ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -205,7 +205,7 @@ class ShardedRows(nn.Module):
         near, scores = self._table(k)
         unknown = own.unique()
         unknown = unknown[near[unknown, 0] == _UNKNOWN]
-        if any(count for (count,) in self.ranks.numbers(len(unknown))):
+        if self.ranks.any(len(unknown) > 0):
             queries = self.local.keys[unknown]
             found = self.nearest(queries, k, exclude_ids=self.local.ids[unknown])
             queries.zero_()  # a copy of rows that may be forgotten later
@@ -234,8 +234,7 @@ _OF_ONE = ("ids", "views", "labels", "permanent", "keys", "columns", "index", "s
 _UNKNOWN = -2  # -1 says that there is no neighbour
 
 
-def _recounted(store: nn.Module, _: object) -> None:
-    assert isinstance(store, ShardedRows)
+def _recounted(store: Any, _: object) -> None:  # noqa: ANN401
     store._recount()
 
 
@@ -249,9 +248,5 @@ def _merged(ids: Tensor, rows: Tensor, scores: Tensor, candidates: Tensor, k: in
 
 def _scaled_gradient(x: Tensor, factor: float) -> Tensor:
     if x.requires_grad and factor != 1:
-        x.register_hook(_times(factor))
+        x.register_hook(lambda grad: grad * factor)
     return x
-
-
-def _times(factor: float) -> Callable[[Tensor], Tensor]:
-    return lambda grad: grad * factor

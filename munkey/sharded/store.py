@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from munkey.checks import distinct, some
+from munkey.checks import as_ids, distinct, some
 from munkey.digest import MODULUS
 from munkey.disk import Disk
 from munkey.receipt_log import ReceiptLog
@@ -110,7 +110,7 @@ class ShardedKeyStore(WritableRows):
     def of(cls, store: KeyStore, group: dist.ProcessGroup | None = None) -> Self:
         """The rows of a store that all ranks have; each keeps its own. The store itself is left as it is.
 
-        `model.memory.store = ShardedKeyStore.of(model.memory.store)` spreads the memory of a model.
+        `model.shard()` does it with the memory of a model.
 
         Args:
             store: the same one on all ranks; of empty ones the secret of rank 0 is taken.
@@ -121,7 +121,7 @@ class ShardedKeyStore(WritableRows):
         """
         ranks = Ranks(group)
         secret = store.secret if len(store) else ranks.gather(store.secret)[0]
-        if any(count for (count,) in ranks.numbers(len(store))):
+        if ranks.any(len(store) > 0):
             ranks.same("content of a store, and secret", store.digest())
         local = KeyStore(*store.widths, seed=store.seed, scale=store.scale, secret=secret, dtype=store.keys.dtype)
         local.values.requires_grad_(store.values.requires_grad)
@@ -151,6 +151,21 @@ class ShardedKeyStore(WritableRows):
 
     def _digest(self, parts: Sequence[tuple[int, int]]) -> str:
         return self.local.digest_of(sum(rows for rows, _ in parts), sum(total for _, total in parts) % MODULUS)
+
+    def replace(
+        self,
+        ids: Iterable[int] | Tensor,
+        keys: Tensor,
+        labels: Tensor | None = None,
+        values: Tensor | None = None,
+    ) -> Receipt:
+        """Store new keys, labels and values of instances that are there; see `KeyStore.replace` and `add`."""
+        columns = self.ranks.agree(lambda: self.local.new_rows(as_ids(ids), keys, labels, values, False))
+        route, own = self._sent(columns)
+        self.ranks.agree(lambda: self._check_new(own, route, there=True))
+        receipt = self.forget(ids)
+        self._append(own)
+        return receipt
 
     # --- forgetting ---------------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from munkey.checks import as_ids, some
 from munkey.receipt_log import ReceiptLog
-from munkey.receipts import Receipt
 from munkey.rows import Removal
 from munkey.sharded.packing import pack, unpack
 from munkey.sharded.placement import owners
@@ -37,10 +36,6 @@ class WritableRows(ShardedRows):
         self.log: ReceiptLog | None = None
         self.logged = False  # whether rank 0 keeps one
 
-    def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
-        """See `ShardedKeyStore.forget`."""
-        raise NotImplementedError
-
     def add(
         self,
         ids: Iterable[int] | Tensor,
@@ -59,21 +54,6 @@ class WritableRows(ShardedRows):
         route, own = self._sent(columns)
         self.ranks.agree(lambda: self._check_new(own, route, there=False))
         self._append(own)
-
-    def replace(
-        self,
-        ids: Iterable[int] | Tensor,
-        keys: Tensor,
-        labels: Tensor | None = None,
-        values: Tensor | None = None,
-    ) -> Receipt:
-        """Store new keys, labels and values of instances that are there; see `KeyStore.replace` and `add`."""
-        columns = self.ranks.agree(lambda: self.local.new_rows(as_ids(ids), keys, labels, values, False))
-        route, own = self._sent(columns)
-        self.ranks.agree(lambda: self._check_new(own, route, there=True))
-        receipt = self.forget(ids)
-        self._append(own)
-        return receipt
 
     def _sent(self, columns: Sequence[Tensor]) -> tuple[Route, list[Tensor]]:
         """The rows that belong to this rank, of all that ranks give."""
