@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 from rank_pool import RankPool
+
+if TYPE_CHECKING:  # huggingface_hub is imported by the tests that need it
+    from hubs import FakeHub, Pushed
 
 pytest.register_assert_rewrite("datafiles")  # its asserts show their values, as those of the tests do
 
@@ -32,6 +36,25 @@ def pools() -> Iterator[Callable[[int], RankPool]]:
     yield pool
     for each in made:
         each.close()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub that huggingface_hub takes for the real one, and no network."""
+    from hubs import cut_off, serving
+
+    cut_off(monkeypatch)
+    with serving() as fake:
+        yield fake
+
+
+@pytest.fixture
+def pushed(monkeypatch: pytest.MonkeyPatch) -> Pushed:
+    """What is pushed to the hub, and no network."""
+    from hubs import cut_off, intercepted
+
+    cut_off(monkeypatch)
+    return intercepted(monkeypatch)
 
 
 @pytest.fixture(params=[1, 2, 3])

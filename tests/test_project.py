@@ -81,7 +81,7 @@ def test_import_warns_of_nothing(import_run: subprocess.CompletedProcess[str]) -
 def test_import_needs_no_extra(import_run: subprocess.CompletedProcess[str]) -> None:
     modules = {name.partition(".")[0] for name in json.loads(import_run.stdout)["modules"]}
     assert {"munkey", "treediff"} <= modules
-    assert modules & {"faiss", "matplotlib", "PIL", "scipy", "sklearn", "tqdm"} == set()
+    assert modules & {"faiss", "huggingface_hub", "matplotlib", "PIL", "scipy", "sklearn", "tqdm"} == set()
 
 
 def test_import_keeps_the_global_state(import_run: subprocess.CompletedProcess[str]) -> None:

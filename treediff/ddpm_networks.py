@@ -25,6 +25,7 @@ from treediff.diffusion.presets import PresetParts, preset_parts
 from treediff.diffusion.schedule import NoiseSchedule
 from treediff.diffusion.unet import UNet
 from treediff.diffusion.weighting import Weighting, simple
+from treediff.hub import Pretrained
 from treediff.io import dtype_name, dtype_named, load_into, read_header, require_config, save_model
 from treediff.networks import TreeNetworks
 from treediff.topology import TreeTopology
@@ -32,7 +33,7 @@ from treediff.topology import TreeTopology
 __all__ = ["DDPMNetworks"]
 
 
-class DDPMNetworks(nn.Module):
+class DDPMNetworks(Pretrained, nn.Module):
     """A U-Net, a conditioner for a tree, and a noise schedule.
 
     Args:

@@ -28,6 +28,7 @@ __all__ = [
     "read_tensors",
     "require_config",
     "save_model",
+    "write_file",
 ]
 
 FORMAT_VERSION = 1
@@ -60,14 +61,18 @@ def model_bytes(class_name: str, state: Mapping[str, Any], header: Mapping[str, 
 def save_model(module: nn.Module, path: Path, header: Mapping[str, Any]) -> None:
     """Write all tensors of a module and a header to one file.
 
-    The file is first written beside `path` and then put in its place, so an interruption leaves the old one whole.
+    An interruption leaves the old file whole, see `write_file`.
 
     Args:
         module: the module; its `state_dict` is stored.
         path: where to.
         header: as for `model_bytes`, whose errors are raised, too.
     """
-    data = model_bytes(type(module).__name__, module.state_dict(), header)
+    write_file(path, model_bytes(type(module).__name__, module.state_dict(), header))
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file beside `path` and then put it in its place, so that an interruption leaves the old one whole."""
     # A name of its own, so that two processes that save at once do not write into one file.
     beside = f"{os.fspath(path)}.{secrets.token_hex(4)}.partial"
     try:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from treediff.checks import check_batch
+from treediff.hub import Pretrained
 from treediff.io import dtype_name, dtype_named, load_into, read_header, require_config, save_model
 from treediff.layers.bank import NodeBank
 from treediff.layers.likelihood import Likelihood
@@ -25,7 +26,7 @@ from treediff.topology import TreeTopology
 __all__ = ["TreeNetworks"]
 
 
-class TreeNetworks(nn.Module):
+class TreeNetworks(Pretrained, nn.Module):
     """A tree, and for each of its nodes the networks of the roles that the node plays.
 
     Every per-node part is a template of which each node gets its own copy, see `NodeBank`: all nodes have a head, all

@@ -25,6 +25,7 @@ from treediff.ddpm import LeafConditionedDDPM
 from treediff.density import LeafDensity
 from treediff.diffusion.condition import TreeCondition
 from treediff.generation import TreeSample
+from treediff.hub import Pretrained
 from treediff.io import load_into, read_header, save_model
 from treediff.noise import seed_from
 from treediff.placement import condition_of, condition_of_sample
@@ -48,7 +49,7 @@ class Refined:
     leaf: Tensor
 
 
-class DiffuseTreeVAE(nn.Module):
+class DiffuseTreeVAE(Pretrained, nn.Module):
     """A TreeVAE and a diffusion model on its tree.
 
     Args:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from treediff.checks import check_batch
+from treediff.hub import Pretrained
 from treediff.io import dtype_name, dtype_named, load_into, read_header, save_model
 from treediff.layers.blocks import check_positive, check_size, norm
 from treediff.layers.init import initialize
@@ -20,7 +21,7 @@ _SMALLEST = 8
 _LAST_MAP = 4
 
 
-class FeatureClassifier(nn.Module):
+class FeatureClassifier(Pretrained, nn.Module):
     """A convolutional classifier with features worth comparing: the activations before its last layer.
 
     A convolution, convolutions of stride 2 that double the channels (up to `4 * width`) and halve the map until its
