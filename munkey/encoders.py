@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from munkey.checks import check_width
 from munkey.digest import add_tensors
+from treediff.hub import Pretrained
 from treediff.io import load_into, read_header, save_model
 from treediff.noise import counter_normal
 
@@ -31,7 +32,7 @@ FITTED_ON = ("nothing", "other data", "permanent split", "forgettable")
 _ROWS = 256  # at a time
 
 
-class KeyEncoder(nn.Module):
+class KeyEncoder(Pretrained, nn.Module):
     """From inputs to keys, without gradients; subclasses say how in `encode`.
 
     Args:
@@ -239,3 +240,11 @@ class ModuleEncoder(KeyEncoder):
         """See the class."""
         found: Tensor = self.module(x)
         return found.flatten(1)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Raises ValueError: a file does not say how the module is made."""
+        raise ValueError(
+            f"no file holds the module of a {cls.__name__}; make the module and {cls.__name__}(module, "
+            f"width={config.get('width')}, fitted_on={config.get('fitted_on')!r}) around it, and compare fingerprints"
+        )

@@ -10,16 +10,14 @@ an input, `W` their width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from typing import Any, Self, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from munkey import files
 from munkey.aggregation import Aggregation, Ensemble
 from munkey.checks import as_ids, check_width
 from munkey.encoders import KeyEncoder
@@ -28,13 +26,14 @@ from munkey.modes import check_exact, check_mode, check_shares
 from munkey.network import ExemplarTransformer
 from munkey.presets import Presets
 from munkey.receipts import Receipt
+from munkey.saved import Saved
 from munkey.sharded.ranks import Ranks
 from treediff import EMA
 
 __all__ = ["KeyMemoryTransformer"]
 
 
-class KeyMemoryTransformer(Presets, nn.Module):
+class KeyMemoryTransformer(Presets, Saved, nn.Module):
     """A classifier with a pathway for the input and one for the memory.
 
     The transformer sees a class token, the tokens of the input, and one exemplar token, the projected value of a
@@ -276,33 +275,3 @@ class KeyMemoryTransformer(Presets, nn.Module):
     ) -> dict[int, list[tuple[int, float]]]:
         """Twins that would still answer for instances once these are forgotten; see `KeyValueMemory`."""
         return self.memory.find_near_duplicates(ids, threshold)
-
-    # --- files --------------------------------------------------------------------------------------------
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights, memory and, if it is one of the library's own, the key encoder to one file.
-
-        What was stored and forgotten leaves no trace in it: the same content gives the same bytes. A file that was
-        there before stays whole until the new one is, and is then overwritten.
-
-        Raises:
-            OSError: if the file cannot be written; the old one is whole.
-        """
-        files.save(self, path)
-
-    @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], *, key_encoder: KeyEncoder | None = None, model: Self | None = None
-    ) -> Self:
-        """Read what `save` wrote.
-
-        Args:
-            path: the file.
-            key_encoder: the encoder that the keys are from; needed unless it is one of the library's own.
-            model: a model that was built from parts the same way, to be filled.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is damaged or of another kind, does not fit, or its keys are from another encoder.
-        """
-        return cast("Self", files.load(cls, path, key_encoder, model))
