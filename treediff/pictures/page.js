@@ -1,5 +1,6 @@
 "use strict";
-// Which node is shown is in the address, and the style sheet shows it. This adds the keys and marks the way in the tree.
+// Which node is shown is in the address; the style sheet shows it, and the browser moves the focus to its details.
+// This adds the keys and marks the way in the tree.
 const links = new Map([...document.querySelectorAll(".tree a")].map((a) => [a.getAttribute("href"), a]));
 const sections = new Map([...document.querySelectorAll("section")].map((s) => ["#" + s.id, s]));
 const root = "#" + document.querySelector("section.root").id;
@@ -14,7 +15,6 @@ function mark() {
     else link.removeAttribute("aria-current");
   }
   const link = links.get(current());
-  if (document.activeElement.closest(".tree a")) link.focus({ preventScroll: true });
   // Only the tree's own pane scrolls: scrollIntoView would move the whole page on a narrow screen.
   const pane = document.querySelector(".tree");
   const [outer, inner] = [pane.getBoundingClientRect(), link.getBoundingClientRect()];

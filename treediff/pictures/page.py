@@ -104,7 +104,7 @@ def _section(summary: TreeSummary, node: NodeSummary) -> str:
     }
     rows = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
     parts = [
-        f'<section id="node-{node.id}" class="{kind}"{ways} aria-labelledby="title-{node.id}">',
+        f'<section id="node-{node.id}" class="{kind}"{ways} tabindex="-1" aria-labelledby="title-{node.id}">',
         f'<nav class="crumbs" aria-label="Path from the root"><ol>{_crumbs(tree.path(node.id))}</ol></nav>',
         f'<h2 id="title-{node.id}">Node {node.id}, {called}</h2>',
         f'<dl class="facts">{rows}</dl>',
@@ -133,7 +133,7 @@ def _neighbours(summary: TreeSummary, node: NodeSummary) -> dict[str, int]:
 
 
 def _link(node: int) -> str:
-    return f'<a href="#node-{node}">{node}</a>'
+    return f'<a href="#node-{node}" aria-label="node {node}">{node}</a>'
 
 
 def _crumbs(path: tuple[int, ...]) -> str:

@@ -16,7 +16,7 @@ _COLUMN = 54
 _LEVEL = 104
 _MARGIN = 10
 _TEXT = 30  # two lines under a thumbnail
-_LEAST_COLUMN = 42  # a tree that is wider than its pane shrinks to this before it scrolls
+_LEAST_COLUMN = 48  # a tree that is wider than its pane shrinks to this before it scrolls
 
 
 def tree_svg(summary: TreeSummary, thumbnails: Mapping[int, str]) -> str:
@@ -29,9 +29,10 @@ def tree_svg(summary: TreeSummary, thumbnails: Mapping[int, str]) -> str:
     places = {n.id: (_MARGIN + (at[n.id] + 0.5) * _COLUMN, _MARGIN + n.depth * _LEVEL) for n in summary}
     edges = [_edge(places[n.parent], places[n.id], n.share) for n in summary if n.parent is not None]
     nodes = [_node(n, *places[n.id], thumbnails[n.id]) for n in summary]
+    # The role, because screen readers may pass over the links inside a picture.
     # A size in the style, not as attributes, so that the drawing shrinks with its pane and keeps its shape.
     size = f"width:{width}px;max-width:max(100%,{leaves * _LEAST_COLUMN}px)"
-    return "\n".join([f'<svg viewBox="0 0 {width} {height}" style="{size}">', *edges, *nodes, "</svg>"])
+    return "\n".join([f'<svg role="group" viewBox="0 0 {width} {height}" style="{size}">', *edges, *nodes, "</svg>"])
 
 
 def _edge(above: tuple[float, float], below: tuple[float, float], share: float) -> str:
