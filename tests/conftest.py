@@ -14,7 +14,7 @@ from rank_pool import RankPool
 if TYPE_CHECKING:  # huggingface_hub is imported by the tests that need it
     from hubs import FakeHub, Pushed
 
-pytest.register_assert_rewrite("datafiles")  # its asserts show their values, as those of the tests do
+pytest.register_assert_rewrite("browsing", "datafiles")  # their asserts show their values, as those of the tests do
 
 # No deadline: the first call of a torch function is slow. In CI the same examples are tried every time, so
 # that a failure there is never luck; elsewhere they differ from run to run and find new cases.
