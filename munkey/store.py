@@ -230,9 +230,8 @@ class KeyStore(SearchedRows):
             OSError: if the log cannot be read or written.
             ValueError: if a line of the log was changed, or it is of another store, or as for `forget`.
         """
-        if self.log is not None:
-            self.log.close()
-            self.log = None
+        self._close_log()
+        self.log = None
         log = ReceiptLog(path, self.secret, disk=disk)
         try:
             receipt = self._forget_again(log)
@@ -241,6 +240,14 @@ class KeyStore(SearchedRows):
             raise
         self.log = log
         return receipt
+
+    def close(self) -> None:
+        """Give the log of receipts back; what it should hold is refused until `keep_receipts` names one again."""
+        self._close_log()
+
+    def _close_log(self) -> None:
+        if self.log is not None:
+            self.log.close()
 
     def _forget_again(self, log: ReceiptLog) -> Receipt:
         """Forget what a log says is gone."""

@@ -214,6 +214,7 @@ class ShardedKeyStore(WritableRows):
         not erase goes when the store is loaded and given the log again.
         """
         self.close()
+        self.logged = False
         self.log = self.ranks.agree(lambda: ReceiptLog(path, self.secret, disk=disk) if self.ranks.rank == 0 else None)
         gone = self.ranks.gather(self.log.gone if self.log else set[str]())[0]
         rows = slice(0, self.local.used)
@@ -228,10 +229,9 @@ class ShardedKeyStore(WritableRows):
         return receipt
 
     def close(self) -> None:
-        """Give the log back."""
+        """Give the log of receipts back; see `KeyStore.close`."""
         if self.log is not None:
             self.log.close()
-        self.log, self.logged = None, False
 
     # --- what follows, and files --------------------------------------------------------------------------
 

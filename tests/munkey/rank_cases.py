@@ -122,7 +122,7 @@ def refused_on_ranks(what: str, folder: str) -> str:
         "content": lambda: ShardedKeyStore.of(filled(40 + last)),
         "place": lambda: ShardedKeyStore.around(filled()),
         "no folder": lambda: ShardedKeyStore.load(folder),
-        "log": lambda: store.keep_receipts(folder),
+        "closed log": lambda: (store.keep_receipts(folder + "-log"), store.close(), store.forget([1])),
     }
     before = store.digest()
     try:

@@ -30,11 +30,6 @@ def filled(path: Path) -> KeyStore:
     return found
 
 
-def close_log(found: KeyStore) -> None:
-    assert found.log is not None
-    found.log.close()
-
-
 def test_a_receipt_is_json_and_back() -> None:
     found = store()
     found.add([1, 2], keys_of([1, 2]))
@@ -54,6 +49,18 @@ def test_a_log_holds_what_was_forgotten(tmp_path: Path) -> None:
     assert checked.receipts == receipts and found.log is not None and checked.head == found.log.head
     assert [len(event["tokens"]) for event in checked.events] == [4, 2]
     assert verify(tmp_path / "log").head == checked.head, "an auditor needs no secret"
+
+
+def test_a_store_that_was_closed_gives_its_log_to_another(tmp_path: Path) -> None:
+    found, other = filled(tmp_path / "log"), store()
+    found.close()
+    found.close()
+    other.keep_receipts(tmp_path / "log")
+    other.close()
+    with pytest.raises(ValueError, match=re.escape("is closed; open it again")):
+        found.forget([2])
+    found.keep_receipts(tmp_path / "log")
+    assert found.forget([2]).forgotten == (2,)
 
 
 def test_a_candidate_cannot_be_found_in_a_log_without_the_secret(tmp_path: Path) -> None:
@@ -111,12 +118,12 @@ def test_another_key_under_an_old_id_is_another_instance(tmp_path: Path) -> None
     found.forget([3])
     found.add([3], keys_of([3], salt=5))
     new = found.state_dict()
-    close_log(found)
+    found.close()
     for state, there in ((backup, False), (new, True)):
         restored = store()
         restored.load_state_dict(state)
         restored.keep_receipts(tmp_path / "log")
-        close_log(restored)
+        restored.close()
         assert (3 in restored) == there
 
 
@@ -126,7 +133,7 @@ def test_another_label_of_an_old_key_is_another_instance(tmp_path: Path) -> None
     found.keep_receipts(tmp_path / "log")
     backup = found.state_dict()
     found.replace([3], keys_of([3]), torch.tensor([2]))
-    close_log(found)
+    found.close()
     restored = store()
     restored.load_state_dict(backup)
     restored.keep_receipts(tmp_path / "log")
@@ -137,7 +144,7 @@ def test_another_dtype_does_not_bring_anyone_back(tmp_path: Path) -> None:
     found = filled(tmp_path / "log")
     backup = found.state_dict()
     found.double().forget([3])
-    close_log(found)
+    found.close()
     restored = store()
     restored.load_state_dict(backup)
     assert restored.keep_receipts(tmp_path / "log").forgotten == (3,)
@@ -280,7 +287,7 @@ def test_a_changed_line_is_named(tmp_path: Path, change: Callable[[Path], object
     found = filled(path)
     for instance in range(3):
         found.forget([instance])
-    close_log(found)
+    found.close()
     change(path)
     content = path.read_bytes()
     with pytest.raises(ValueError, match=message):
@@ -295,7 +302,7 @@ def test_a_line_that_was_interrupted_is_none(tmp_path: Path) -> None:
     path = tmp_path / "log"
     found = filled(path)
     found.forget([1])
-    close_log(found)
+    found.close()
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"event":')
     assert len(verify(path).events) == 1
@@ -309,7 +316,7 @@ def test_bad_calls(tmp_path: Path) -> None:
         verify(tmp_path / "log")
     found = filled(tmp_path / "log")
     found.forget([1])
-    close_log(found)
+    found.close()
     other = KeyStore(*WIDTHS, secret=b"another")
     with pytest.raises(ValueError, match=r"line 1 of .* was not written with the secret of this store"):
         other.keep_receipts(tmp_path / "log")

@@ -81,6 +81,7 @@ MESSAGES = {
     "replace": "KeyError: ids [99] are not in the store",
     "get": "KeyError: ids [98] are not in the store",
     "no folder": "FileNotFoundError: no manifest.json in",
+    "closed log": "ValueError: the log '",
 }
 OF_SEVERAL = {
     "two ranks": "ValueError: ids [50] come from two ranks; give each instance to one of them",
