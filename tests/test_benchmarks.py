@@ -1,11 +1,13 @@
 """Benchmarks of forgetting run, on little."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from record import machine
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -77,3 +79,23 @@ def test_processes_tell_how_much_they_send(tmp_path: Path) -> None:
     assert found["2"]["store"]["search 64"] == {"messages": 6, "bytes": 64 + 64 * (4 * 128 + 248)}
     alone = run("distributed.py")
     assert alone.returncode and "start it with torchrun" in alone.stderr
+
+
+def test_speed_is_one_table_beside_the_last_record(tmp_path: Path) -> None:
+    """From results that are there already, which are not made again."""
+    results, out = BENCHMARKS.parent / "docs" / "results", tmp_path / "out"
+    names = {"treevae": "treevae_step", "unet": "unet_step", "store": "store", "requests": "deletion_requests"}
+    out.mkdir()
+    for name, file in {**names, "distributed": "distributed"}.items():
+        shutil.copy(results / f"{file}.json", out / f"{name}.json")
+    last = {"rows": [{"what": "munkey, step", "ms": 1.0, "peer": "without memory", "faster": 0.5}]}
+    (tmp_path / "last.json").write_text(json.dumps(last))
+    done = run("record.py", "--out", str(out), "--last", str(tmp_path / "last.json"), "--record", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    step = json.loads((results / "store.json").read_text())["model"]
+    ratio = step["step without memory"] / step["step"]
+    assert f"| munkey, step | {1000 * step['step']:.3g} | without memory | {ratio:.3g} | 0.5 |" in done.stdout
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert {row["peer"] for row in rows} >= {"faiss", "diffusers", "the plain loop over nodes", "1 process"}
+    assert all(row["ms"] > 0 and row["faster"] > 0 for row in rows)
+    assert (tmp_path / "speed.md").read_text().startswith(machine()) and "torch" in machine()
