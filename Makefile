@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types docs serve-docs wheel doctests unit bench clean
+.PHONY: help demo test lint format types docs serve-docs wheel doctests unit bench results clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -68,9 +68,12 @@ doctests: $(VENV)/.test ## run the examples in the docstrings
 unit: $(VENV)/.test ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-bench: $(VENV)/.test ## time a training step against the size of the tree, and the U-Net beside that of diffusers
-	$(BIN)/python benchmarks/treevae_step.py
-	$(BIN)/python benchmarks/unet_step.py --peers diffusers
+bench: $(VENV)/.test ## time everything beside its peers and the last record, an hour; see build/bench/speed.md
+	$(BIN)/python benchmarks/record.py
+
+ROWS ?=
+results: $(VENV)/.test ## make the recorded results again, a day; goes on where it stopped; see benchmarks/results.mk
+	$(MAKE) -f benchmarks/results.mk PYTHON=$(BIN)/python $(if $(ROWS),ROWS='$(ROWS)')
 
 clean: ## remove everything the commands above made
 	rm -rf $(VENV) build demo dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -14,9 +14,7 @@ import argparse
 import importlib.util
 import json
 import platform
-import shlex
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -206,7 +204,6 @@ def main() -> None:
         summary[method] = {name: [statistics.mean(v), spread[name]] for name, v in values.items()}
         print(f"{method:14s}", *(f"{name} {statistics.mean(v):.3f}" for name, v in values.items()), sep="  ")
     result = {
-        "command": shlex.join(["python", *sys.argv]),
         "data": data.name,
         "shape": {"train": list(x[0].shape), "test": list(x[1].shape), "classes": data.class_names},
         "settings": {key: value for key, value in vars(args).items() if key not in ("out", "data")},

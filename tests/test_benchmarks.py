@@ -1,6 +1,7 @@
 """Benchmarks of forgetting run, on little."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -99,3 +100,17 @@ def test_speed_is_one_table_beside_the_last_record(tmp_path: Path) -> None:
     assert {row["peer"] for row in rows} >= {"faiss", "diffusers", "the plain loop over nodes", "1 process"}
     assert all(row["ms"] > 0 and row["faster"] > 0 for row in rows)
     assert (tmp_path / "speed.md").read_text().startswith(machine()) and "torch" in machine()
+
+
+def test_every_recorded_result_can_be_made_again() -> None:
+    """But for one that says in the text that it is of older code."""
+    root = BENCHMARKS.parent
+    command = ["make", "-n", "-f", "benchmarks/results.mk", "OUT=made", "CIFAR=cifar.npz", "TREEDIFF_DATA=data"]
+    rules = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout
+    recorded = {path.name for path in (root / "docs" / "results").glob("*.json")}
+    left = {"fashion-mnist-two-threads.json", "speed.json"}
+    assert {name for name in recorded - left if f"made/{name}" not in rules} == set()
+    folders = [path.name for path in (root / "docs" / "results" / "unlearning").iterdir() if path.is_dir()]
+    assert [name for name in folders if f"--out made/unlearning/{name}" not in rules] == []
+    scripts = set(re.findall(r"(?:examples|benchmarks)/\w+\.py", rules))
+    assert scripts and all((root / script).exists() for script in scripts)

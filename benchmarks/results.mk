@@ -1,0 +1,164 @@
+# Every recorded result, made again: a day of two cores. A file that is there is not made again, so an interrupted run
+# goes on, and `make results ROWS=store.json` makes one alone. Some need data that nothing here brings:
+#
+#   TREEDIFF_DATA   a folder that holds mnist/ (and fashion-mnist/, if the Debian package is not installed)
+#   CIFAR           an .npz file with a part of CIFAR-10
+#
+# Rows that need what is not given are left out. Times mean something only if nothing else runs.
+
+PYTHON ?= python
+OUT ?= build/results
+RUNS ?= build/runs
+FORGETTING := $(PYTHON) benchmarks/forgetting.py
+CIFAR_KEYS = --data $(CIFAR) --encoder efficientnet --epochs 20 --keys $(RUNS)/cifar-keys.npz
+AS_LIST := $(PYTHON) -c 'import json, sys; print(json.dumps([json.load(open(path)) for path in sys.argv[1:]]))'
+UNLEARNING := $(PYTHON) examples/unlearning_benchmark.py
+FASHION_PAIR := $(RUNS)/fashion-diffusion/model.safetensors
+
+TREES := fashion-mnist-0 fashion-mnist-1 fashion-mnist-20-leaves
+NUMBERS := treevae_step treevae_step_one_thread treevae_vectors digits_starts fashion_diffusion fashion_generation \
+	fashion_conditions sampler_steps unet_step forgetting_fashion forgetting_fashion_exact deletion_requests shadow_models distributed store
+UNLEARNT := fashion
+ifdef TREEDIFF_DATA
+TREES += mnist-0 mnist-1
+NUMBERS += mnist_diffusion mnist_generation forgetting_fashion_encoder
+endif
+ifdef CIFAR
+NUMBERS += forgetting_cifar forgetting_cifar_kinds forgetting_cifar_exact forgetting_cifar_own_half \
+	forgetting_cifar_own_0 forgetting_cifar_softmax forgetting_cifar_rank forgetting_cifar_no_dropout \
+	forgetting_cifar_no_memory cifar10-part
+UNLEARNT += cifar cifar-class cifar-cluster cifar-one-percent cifar-leakage
+endif
+ROWS ?= $(TREES:%=%.json) $(NUMBERS:%=%.json) $(UNLEARNT:%=unlearning/%/table.md)
+
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: all
+.SECONDARY:
+all: $(ROWS:%=$(OUT)/%)
+
+$(OUT)/%: | $(OUT)/unlearning $(RUNS)
+$(OUT)/unlearning $(RUNS):
+	mkdir -p $@
+
+# --- trees ----------------------------------------------------------------------------------------------------
+
+$(OUT)/fashion-mnist-20-leaves.json:
+	$(PYTHON) examples/train_treevae.py --data fashion-mnist --leaves 20 --seed 0 --out $(RUNS)/fashion-20
+	cp $(RUNS)/fashion-20/results.json $@
+$(OUT)/fashion-mnist-%.json:
+	$(PYTHON) examples/train_treevae.py --data fashion-mnist --seed $* --out $(RUNS)/fashion-$*
+	cp $(RUNS)/fashion-$*/results.json $@
+$(OUT)/mnist-%.json:
+	$(PYTHON) examples/train_treevae.py --data mnist --seed $* --out $(RUNS)/mnist-$*
+	cp $(RUNS)/mnist-$*/results.json $@
+$(OUT)/treevae_step.json:
+	$(PYTHON) benchmarks/treevae_step.py --out $@
+$(OUT)/treevae_step_one_thread.json:
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/treevae_step.py --leaves 2 10 32 --rounds 7 --out $@
+$(OUT)/treevae_vectors.json:
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/treevae_vectors.py --seeds 0 1 2 --out $@
+
+STARTS := warm warm-1 random random-1 plain plain-1
+$(RUNS)/digits-%/results.json:
+	$(PYTHON) examples/train_treevae.py --holdout 300 --seed $(if $(findstring -1,$*),1,0) \
+		$(if $(findstring random,$*),--random-start) $(if $(findstring plain,$*),--views 0) --out $(@D)
+$(OUT)/digits_starts.json: $(STARTS:%=$(RUNS)/digits-%/results.json)
+	$(AS_LIST) $^ > $@
+
+COLOUR := --network residual --likelihood gaussian --latent 64 --width 32 --cut-on features --views 0 --effort 0.4
+$(RUNS)/colour-%/results.json:
+	$(PYTHON) examples/train_treevae.py --data $(CIFAR) $(COLOUR) --contrastive $* --out $(@D)
+$(OUT)/cifar10-part.json: $(RUNS)/colour-100/results.json $(RUNS)/colour-0/results.json
+	$(AS_LIST) $^ > $@
+
+# --- images ---------------------------------------------------------------------------------------------------
+
+$(RUNS)/fashion-classifier/classifier.safetensors:
+	$(PYTHON) examples/train_classifier.py --data fashion-mnist --out $(@D)
+$(RUNS)/fashion-classifier-holdout/classifier.safetensors:
+	$(PYTHON) examples/train_classifier.py --data fashion-mnist --holdout 10000 --out $(@D)
+$(RUNS)/mnist-classifier/classifier.safetensors:
+	$(PYTHON) examples/train_classifier.py --data mnist --epochs 3 --out $(@D)
+$(RUNS)/fashion-diffusion/model.safetensors:
+	$(PYTHON) examples/train_diffusion.py --data fashion-mnist --tree examples/trees/fashion-mnist.safetensors \
+		--blocks 1 --condition-noise 0.5 --epochs 20 --out $(@D)
+$(RUNS)/mnist-diffusion/model.safetensors:
+	$(PYTHON) examples/train_diffusion.py --data mnist --tree examples/trees/mnist.safetensors \
+		--blocks 1 --epochs 6 --out $(@D)
+$(OUT)/%_diffusion.json: $(RUNS)/%-diffusion/model.safetensors
+	cp $(<D)/results.json $@
+$(OUT)/fashion_generation.json: $(FASHION_PAIR) $(RUNS)/fashion-classifier/classifier.safetensors
+	$(PYTHON) examples/evaluate_generation.py --data fashion-mnist --model $< --classifier $(lastword $^) \
+		--grid karras --steps 14 --guidance 2.5 --efficientnet --out $@
+$(OUT)/mnist_generation.json: $(RUNS)/mnist-diffusion/model.safetensors $(RUNS)/mnist-classifier/classifier.safetensors
+	$(PYTHON) examples/evaluate_generation.py --data mnist --model $< --classifier $(lastword $^) \
+		--grid karras --steps 14 --efficientnet --out $@
+$(OUT)/sampler_steps.json: $(FASHION_PAIR) $(RUNS)/fashion-classifier/classifier.safetensors
+	$(PYTHON) benchmarks/sampler_steps.py --data fashion-mnist --model $< --classifier $(lastword $^) --out $@
+
+CONDITIONS := reconstruction diffuse_tree_vae diffuse_tree_vae-noise latent tree_diffusion reconstruction_path
+$(RUNS)/conditions/%/model.safetensors:
+	$(PYTHON) examples/train_diffusion.py --data fashion-mnist --tree examples/trees/fashion-mnist.safetensors \
+		--holdout 10000 --epochs 2 --blocks 1 --condition $(*:-noise=) $(if $(findstring -noise,$*),--condition-noise 0.5) \
+		--out $(@D)
+$(RUNS)/conditions/%.json: $(RUNS)/conditions/%/model.safetensors $(RUNS)/fashion-classifier-holdout/classifier.safetensors
+	$(PYTHON) examples/evaluate_generation.py --data fashion-mnist --holdout 10000 --samples 2000 --steps 14 --grid karras \
+		--classifier $(lastword $^) --latents density --model $< --out $@
+$(OUT)/fashion_conditions.json: $(CONDITIONS:%=$(RUNS)/conditions/%.json)
+	$(AS_LIST) $^ > $@
+
+$(OUT)/unet_step.json:
+	$(PYTHON) benchmarks/unet_step.py --peers diffusers --out $@
+
+# --- forgetting -----------------------------------------------------------------------------------------------
+
+$(OUT)/forgetting_fashion.json:
+	$(FORGETTING) --data fashion-mnist --key-width 256 --floor random-10% --out $@
+$(OUT)/forgetting_fashion_exact.json:
+	$(FORGETTING) --data fashion-mnist --key-width 256 --permanent 0.5 --kinds random-10% --floor random-10% --out $@
+$(RUNS)/encoder-mnist/encoder.safetensors:
+	$(PYTHON) examples/train_encoder.py --data mnist --rows 20000 --epochs 3 --hidden 16 --key-width 128 \
+		--fitted-on "other data" --out $(@D)
+$(OUT)/forgetting_fashion_encoder.json: $(RUNS)/encoder-mnist/encoder.safetensors
+	$(FORGETTING) --data fashion-mnist --encoder $< --kinds random-10% --floor random-10% --out $@
+$(OUT)/forgetting_cifar.json:
+	$(FORGETTING) $(CIFAR_KEYS) --kinds random-10% --floor random-10% \
+		--also neighbours=1 neighbours=16 aggregation=softmax aggregation=rank --out $@
+$(OUT)/forgetting_cifar_kinds.json:
+	$(FORGETTING) $(CIFAR_KEYS) --kinds random-1% class cluster --out $@
+$(OUT)/forgetting_cifar_exact.json:
+	$(FORGETTING) $(CIFAR_KEYS) --kinds random-10% --permanent 0.5 --floor random-10% --out $@
+$(OUT)/forgetting_cifar_own_half.json: SET := own_token_probability=0.5
+$(OUT)/forgetting_cifar_own_0.json: SET := own_token_probability=0
+$(OUT)/forgetting_cifar_softmax.json: SET := own_token_probability=0.5 aggregation=softmax
+$(OUT)/forgetting_cifar_rank.json: SET := own_token_probability=0.5 aggregation=rank
+$(OUT)/forgetting_cifar_no_dropout.json: SET := drop_input=0 drop_exemplar=0
+$(OUT)/forgetting_cifar_no_memory.json: SET := drop_input=0 drop_exemplar=1
+$(OUT)/forgetting_cifar_%.json:
+	$(FORGETTING) $(CIFAR_KEYS) --kinds random-10% --set $(SET) --out $@
+$(OUT)/store.json:
+	$(PYTHON) benchmarks/store.py --rounds 7 --out $@
+$(OUT)/distributed.json:
+	OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --nproc-per-node 1 benchmarks/distributed.py --rounds 5 --out $@
+	OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --nproc-per-node 2 benchmarks/distributed.py --rounds 5 --out $@
+	OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --nproc-per-node 4 benchmarks/distributed.py --rounds 2 --store --out $@
+
+# --- unlearning methods ---------------------------------------------------------------------------------------
+
+$(OUT)/deletion_requests.json:
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/deletion_requests.py --out $@
+$(OUT)/shadow_models.json:
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/shadow_models.py --models 64 --work $(RUNS)/shadows --out $@
+
+CIFAR_TASK = --data $(CIFAR) --encoder efficientnet --epochs 20 --holdout 2000
+$(OUT)/unlearning/fashion/table.md: TASK = --data fashion-mnist --epochs 10 --holdout 6000 --forget random:0.1 --seeds 3
+$(OUT)/unlearning/cifar/table.md: TASK = $(CIFAR_TASK) --forget random:0.1 --seeds 3
+$(OUT)/unlearning/cifar-class/table.md: TASK = $(CIFAR_TASK) --forget class --seeds 1
+$(OUT)/unlearning/cifar-cluster/table.md: TASK = $(CIFAR_TASK) --forget cluster:0.01 --seeds 1
+$(OUT)/unlearning/cifar-one-percent/table.md: TASK = $(CIFAR_TASK) --forget random:0.01 --seeds 1
+$(OUT)/unlearning/cifar-leakage/table.md: TASK = $(CIFAR_TASK) --forget random:0.1 --seeds 1 --methods \
+	"munkey own_token_probability=0.5" "munkey own_token_probability=0" "munkey drop_exemplar=0" \
+	"munkey drop_exemplar=0.5" "munkey drop_input=0.5" "munkey width=32 depth=1" "munkey noise=1"
+$(OUT)/unlearning/%/table.md:
+	$(UNLEARNING) $(TASK) --out $(@D)
