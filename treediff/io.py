@@ -27,6 +27,7 @@ __all__ = [
     "read_header",
     "read_tensors",
     "require_config",
+    "require_fit",
     "save_model",
     "write_file",
 ]
@@ -72,7 +73,12 @@ def save_model(module: nn.Module, path: Path, header: Mapping[str, Any]) -> None
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file beside `path` and then put it in its place, so that an interruption leaves the old one whole."""
+    """Put a file with these bytes in the place of `path`, at once; an interruption leaves the old one whole.
+
+    Raises:
+        OSError: if the file cannot be written, as on a full disk; the old one is whole, and no part of the new one is
+            left.
+    """
     # A name of its own, so that two processes that save at once do not write into one file.
     beside = f"{os.fspath(path)}.{secrets.token_hex(4)}.partial"
     try:
@@ -189,16 +195,40 @@ def load_into(module: nn.Module, path: Path, *, rows: str | None = None, without
     found = read_tensors(path)
     expected = module.state_dict()
     found |= {name: tensor for name, tensor in expected.items() if name.startswith(without)}
-    for name in sorted(expected.keys() | found.keys()):
-        any_rows = rows is not None and name.startswith(rows)
-        want, got = _describe(expected.get(name), any_rows), _describe(found.get(name), any_rows)
-        if want != got:
-            raise ValueError(f"the file does not fit the model at {name!r}: expected {want}, found {got}")
+    require_fit(expected, found, "the file does not fit the model", rows=() if rows is None else (rows,))
     module.load_state_dict(found)
 
 
-def _describe(tensor: Tensor | None, any_rows: bool) -> str:
+def require_fit(
+    expected: Mapping[str, object],
+    found: Mapping[str, object],
+    what: str,
+    *,
+    prefix: str = "",
+    rows: tuple[str, ...] = (),
+) -> None:
+    """Require the same names, and tensors of the same shapes and dtypes.
+
+    Args:
+        expected: what there is to fill.
+        found: what a file holds.
+        what: how the message begins.
+        prefix: of names in the message.
+        rows: how the names of tensors begin which may have another number of rows.
+
+    Raises:
+        ValueError: naming the first that is missing, unknown, or of another shape or dtype.
+    """
+    for name in sorted(expected.keys() | found.keys()):
+        want, got = (_describe(values.get(name), name.startswith(rows)) for values in (expected, found))
+        if want != got:
+            raise ValueError(f"{what} at {prefix + name!r}: expected {want}, found {got}")
+
+
+def _describe(tensor: object, any_rows: bool) -> str:
     if tensor is None:
         return "no such tensor"
+    if not isinstance(tensor, Tensor):
+        return f"a {type(tensor).__name__}"
     shape = ("any", *tensor.shape[1:]) if any_rows else tuple(tensor.shape)
     return f"{dtype_name(tensor.dtype)} of shape ({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
