@@ -78,6 +78,14 @@ class World:
         dist.all_gather_object(everyone, mine)
         return [everyone[number % self.size][number // self.size] for number in range(len(parts))]
 
+    def greatest(self, number: int) -> int:
+        """The greatest of the numbers that the processes have."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def gather(self, x: Tensor) -> Tensor:
         """`(N B, ...)` rows of all processes, `(B, ...)` of each, those of rank 0 first; gradients flow to all."""
         if self.size == 1:

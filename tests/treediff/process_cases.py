@@ -124,3 +124,8 @@ def generated_here(count: int) -> tuple[Tensor, Tensor]:
         parts = [rows for rows in torch.arange(count).tensor_split(world.size) if len(rows)]
         one_by_one = world.map(part, torch.arange(count).split(1))
         return torch.cat(world.map(part, parts)), torch.cat(one_by_one)
+
+
+def greatest_here(numbers: list[int]) -> int:
+    world = start()
+    return world.greatest(numbers[world.rank])

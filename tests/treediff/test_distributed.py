@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from process_cases import generated_here, grown_here, refining, refining_here
+from process_cases import generated_here, greatest_here, grown_here, refining, refining_here
 from rank_pool import RankPool
 
 from treediff import TreeTopology
@@ -64,9 +64,13 @@ def test_noise_is_the_own_of_each_process() -> None:
     assert len({str(drawn(World(rank, 3))) for rank in range(3)}) == 3 and drawn(World(1, 3)) == drawn(World(1, 3))
 
 
+def test_all_know_the_greatest_number(pool: RankPool) -> None:
+    assert pool.run(greatest_here, [3, 8, 5]) == [[3, 8, 8][pool.size - 1]] * pool.size
+
+
 def test_alone_nothing_changes() -> None:
     model = torch.nn.Linear(2, 1)
     assert start() is ALONE and data_parallel(model.forward, model) == model.forward
     assert ALONE.map(lambda x: x + 1, [1, 2]) == [2, 3]
     x = torch.zeros(2)
-    assert ALONE.gather(x) is x
+    assert ALONE.gather(x) is x and ALONE.greatest(3) == 3
