@@ -38,7 +38,7 @@ _KINDS = ("initial", "settle", "subtree", "intermediate", "final")
 
 @dataclass
 class TreeGrowth:
-    """Grows a TreeVAE by an iterator of stages; between two stages it can be saved and resumed.
+    """Grows a TreeVAE by an iterator of stages; it can be saved and resumed between two stages and in the midst of one.
 
     Args:
         model: the model, which starts as it is (usually a root with two leaves).
@@ -137,20 +137,24 @@ class TreeGrowth:
         if not isinstance(self.policy, str) and not callable(self.policy):
             raise TypeError(f"policy must be a name or a function, found {self.policy!r}")
 
-    def stages(self, data: Tensor) -> Iterator[Stage]:
+    def stages(self, data: Tensor, *, again: Tensor | None = None) -> Iterator[Stage]:
         """Yield stages until the tree is done; train each one before asking for the next.
 
         Args:
             data: all observations, `(n, *model.inputs)`.
+            again: the rows of the stage that was handed out last, to have it once more before any other: if it was
+                interrupted, and the model is as it was then.
 
         Raises:
             TypeError: if the data have a wrong dtype, or a policy of your own returns no tensor.
-            ValueError: if there are no rows, or the data are not what the model takes; or if a policy of your own does
-                not give a score to each leaf.
+            ValueError: if there are no rows, or the data are not what the model takes; if a policy of your own does not
+                give a score to each leaf; or if no stage was handed out, or not on such rows.
         """
         self.model.check(data)
         if not len(data):
             raise ValueError("a tree grows on data: expected at least one row, found none")
+        if again is not None:
+            yield self._again(again, len(data))
         while (stage := self._next(data)) is not None:
             # Listed before it is trained, so that a state saved at the end of your loop's body counts it as done.
             record = {"kind": stage.kind, "split": stage.split, "epochs": stage.epochs, "above": stage.above}
@@ -159,6 +163,20 @@ class TreeGrowth:
                 yield stage
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)
+
+    def _again(self, rows: Tensor, n: int) -> Stage:
+        """The last stage in the history."""
+        if not self.history:
+            raise ValueError("no stage was handed out yet, so none can be handed out again; leave out again=")
+        if rows.dtype != torch.int64 or rows.ndim != 1 or not ((rows >= 0) & (rows < n)).all():
+            raise ValueError(
+                f"again= takes the rows of the last stage, int64 numbers below {n}; found {rows.dtype} of shape "
+                f"{tuple(rows.shape)}"
+            )
+        last = self.history.pop()  # while it is made: it counts the stages before it
+        stage = self._stage(last["kind"], rows, last["split"], last["above"])
+        self.history.append(last)
+        return stage
 
     def _next(self, data: Tensor) -> Stage | None:
         everything = torch.arange(len(data))

@@ -129,6 +129,16 @@ class TreeNetworks(Pretrained, nn.Module):
         self.topology = self.topology.prune(leaf)
         self._grow_banks(None)
 
+    def become(self, topology: TreeTopology) -> None:
+        """Take on another tree, such as that of weights to be loaded; nodes that are new have weights of no meaning.
+
+        Raises:
+            ValueError: if it is deeper than the ladder.
+        """
+        self._require_depth(topology)
+        self.topology = topology
+        self._grow_banks(torch.Generator(self.device).manual_seed(0))
+
     def _grow_banks(self, generator: torch.Generator | None) -> None:
         """Give each bank exactly the nodes that the tree asks of it."""
         tree = self.topology
@@ -184,9 +194,9 @@ class TreeNetworks(Pretrained, nn.Module):
         else:
             topology = TreeTopology.from_json(json.dumps(header.get("topology")))
             trial = copy.deepcopy(model)
-            trial._become(topology)
+            trial.become(topology)
             load_into(trial, path)
-            model._become(topology)
+            model.become(topology)
         load_into(model, path)
         return model
 
@@ -200,14 +210,8 @@ class TreeNetworks(Pretrained, nn.Module):
         config = require_config(header, path)
         topology = TreeTopology.from_json(json.dumps(header.get("topology")))
         model = cls.from_config(config).to(dtype_named(header.get("dtype"), path))
-        model._become(topology)
+        model.become(topology)
         return model
-
-    def _become(self, topology: TreeTopology) -> None:
-        """Take on another tree, with weights to be filled in; global random state is left alone."""
-        self._require_depth(topology)
-        self.topology = topology
-        self._grow_banks(torch.Generator(self.device).manual_seed(0))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

@@ -85,6 +85,52 @@ def test_a_break_after_every_stage_changes_nothing(uninterrupted: list[Saved], t
     assert same(model.state_dict(), uninterrupted[-1][1])
 
 
+def test_a_stage_is_handed_out_again(uninterrupted: list[Saved], tmp_path: Path) -> None:
+    """With the model as it was in that stage, all goes on as if it had been handed out once."""
+    growth = growth_of(small(), **SETTINGS)
+    seen = []
+    for stage in growth.stages(X):
+        seen.append((growth.model.topology, weights(growth.model), json.dumps(growth.state_dict()), stage.rows))
+        train(stage, X)
+    for number, (tree, state, history, rows) in enumerate(seen):
+        model = small()
+        model.become(tree)
+        model.load_state_dict(state)
+        other = growth_of(model, **SETTINGS)
+        other.load_state_dict(json.loads(history))
+        stages = []
+        for stage in other.stages(X, again=rows):
+            stages.append(described(stage))
+            train(stage, X)
+        assert stages == [stage[0] for stage in uninterrupted[number:]]
+        assert same(model.state_dict(), uninterrupted[-1][1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            torch.tensor([0.0]),
+            "again= takes the rows of the last stage, int64 numbers below 160; found torch.float32 of",
+        ),
+        (torch.tensor([[0]]), "int64 numbers below 160; found torch.int64 of shape (1, 1)"),
+        (torch.tensor([0, 160]), "int64 numbers below 160; found torch.int64 of shape (2,)"),
+        (torch.tensor([-1]), "int64 numbers below 160; found torch.int64 of shape (1,)"),
+    ],
+)
+def test_no_stage_is_handed_out_again_on_other_rows(rows: Tensor, message: str) -> None:
+    growth = growth_of(small())
+    with pytest.raises(
+        ValueError, match="no stage was handed out yet, so none can be handed out again; leave out again="
+    ):
+        next(growth.stages(X, again=rows))
+    next(growth.stages(X))
+    before = growth.state_dict()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        next(growth.stages(X, again=rows))
+    assert growth.state_dict() == before
+
+
 def test_skipped_stages_are_remembered(tmp_path: Path) -> None:
     skipped = {"settle_epochs": 0, "intermediate_epochs": 0}
     whole = run(small(), tmp_path, **skipped)

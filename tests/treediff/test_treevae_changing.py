@@ -186,3 +186,14 @@ def test_errors_teach_and_change_nothing() -> None:
     assert model.topology == tree and deepest.topology == TreeTopology.balanced(1)
     assert all(torch.equal(value, held[name]) for name, value in weights(model).items())
     assert deepest.cluster(torch.zeros(1, 3)).item() in (1, 2)
+
+
+def test_a_model_takes_on_the_tree_of_weights_to_be_loaded() -> None:
+    model, other = build(PRUNED), build(TreeTopology.balanced(1), seed=3)
+    other.become(PRUNED)
+    other.load_state_dict(model.state_dict())
+    x = observations(model, 2)
+    assert other.topology == PRUNED and torch.equal(other.leaf_log_probs(x), model.leaf_log_probs(x))
+    with pytest.raises(ValueError, match="a tree of depth 9 needs as many bottom-up blocks, this model has"):
+        other.become(TreeTopology.chain(9))
+    assert other.topology == PRUNED
