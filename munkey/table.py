@@ -54,6 +54,7 @@ class RowTable(nn.Module):
             `munkey.screen.Screen`; made of the keys and not saved.
     """
 
+    any_rows = True  # a state of another number of rows fits
     ids: Tensor
     views: Tensor
     labels: Tensor
