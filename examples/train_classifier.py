@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from treediff.augment import Augment, RandomAffine, RandomFlip
 from treediff.cpu import has_fast, tune_cpu
 from treediff.data import batches, load_dataset
 from treediff.metrics import FeatureClassifier
+from treediff.progress import Progress
 
 
 def train(model: FeatureClassifier, images: Tensor, labels: Tensor, args: argparse.Namespace) -> None:
@@ -34,7 +34,7 @@ def train(model: FeatureClassifier, images: Tensor, labels: Tensor, args: argpar
     moved = RandomAffine(degrees=5, translate=0.05, scale=(0.95, 1.05))
     # Colour images are of things, which have mirror images; a mirrored digit is none.
     augment = Augment(RandomFlip(), moved) if images.shape[1] == 3 else Augment(moved)
-    bar = tqdm(total=steps, desc="classifier", mininterval=1.0)
+    progress = Progress("classifier", steps, show=not args.quiet)
     for _ in range(args.epochs):
         for rows in batches(len(images), args.batch_size, generator=generator):
             x = augment(images[rows], generator=generator)
@@ -45,9 +45,8 @@ def train(model: FeatureClassifier, images: Tensor, labels: Tensor, args: argpar
             loss.backward()
             optimizer.step()
             schedule.step()
-            bar.update()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    bar.close()
+            progress.update(loss=loss)
+    progress.close()
 
 
 def main() -> None:
@@ -63,6 +62,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     args = parser.parse_args()
     tune_cpu()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def main() -> None:
     accuracy = (predicted == test_labels).double().mean().item()
     print(f"accuracy {accuracy:.4f} on {len(test_labels)} {'held-out' if args.holdout else 'test'} images")
     model.save(args.out / "classifier.safetensors")
-    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "quiet")}
     result = json.dumps({"data": data.name, "seconds": seconds, "accuracy": accuracy, **settings})
     (args.out / "results.json").write_text(result)
     print(result)

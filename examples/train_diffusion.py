@@ -5,6 +5,7 @@
     python examples/train_diffusion.py --tree examples/trees/fashion-mnist.safetensors --data fashion-mnist \
         --out runs/fashion-diffusion --epochs 12
     torchrun --nproc-per-node 2 examples/train_diffusion.py             # on two processes
+    python examples/train_diffusion.py --resume                         # goes on where Ctrl-C stopped the first one
 
 Everything is here: copy it and change what you like. The last line printed is one JSON object with the results.
 """
@@ -13,50 +14,64 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from treediff import EMA, DiffuseTreeVAE, LeafConditionedDDPM, LeafDensity, TreeVAE
 from treediff.cpu import has_fast, tune_cpu
 from treediff.data import ImageDataset, batches, load_dataset
-from treediff.distributed import World, data_parallel, start
+from treediff.distributed import data_parallel, start
 from treediff.generation import TreeSample
+from treediff.long_run import LongRun
 from treediff.pictures import draw_tree, summarize_tree, write_html
 from treediff.placement import condition_of, condition_of_sample
 
 
-def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace, world: World) -> EMA:
+def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace, run: LongRun) -> EMA:
     """A plain PyTorch loop over the second stage; the first one stays as it is."""
-    ddpm, steps = model.ddpm, args.epochs * -(-len(images) // args.batch_size)
+    ddpm, world, steps = model.ddpm, run.world, args.epochs * -(-len(images) // args.batch_size)
     optimizer = torch.optim.Adam(ddpm.parameters(), lr=args.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=0.05)
     ema = EMA(ddpm, decay=args.ema)
     order = torch.Generator().manual_seed(args.seed)
     generator = world.own(order)
     loss_of = data_parallel(ddpm.loss, ddpm)
-    bar, running = tqdm(total=steps, desc="diffusion", mininterval=1.0, disable=not world.first), 0.0
-    for _ in range(args.epochs):
-        for rows in batches(len(images), args.batch_size, generator=order):
-            x = images[world.share(rows)]
-            condition = condition_of(model.tree_vae, x, prior_share=args.prior_share, generator=generator)
-            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16) and not args.float32):
-                loss = loss_of(x, condition, generator=generator)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(ddpm.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            ema.update()
-            running += 0.01 * (loss.item() - running) if running else loss.item()
-            bar.update()
-            bar.set_postfix(loss=f"{running:.4f}", refresh=False)
-    bar.close()
+    parts = {
+        "settings": settings_of(args),
+        "images": len(images),
+        "model": model,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "ema": ema,
+        "order": order,
+        "noise": generator,
+        "dropout": torch.default_generator,
+    }
+    running = 0.0
+    for rows in run.steps(
+        "diffusion", args.epochs, lambda _: batches(len(images), args.batch_size, generator=order), parts
+    ):
+        x = images[world.share(rows)]
+        condition = condition_of(model.tree_vae, x, prior_share=args.prior_share, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16) and not args.float32):
+            loss = loss_of(x, condition, generator=generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(ddpm.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.update()
+        running += 0.01 * (loss.item() - running) if running else loss.item()
+        run.measured(loss=running)
     return ema
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides how a run goes."""
+    return {name: value for name, value in vars(args).items() if name not in ("out", "tree", "resume", "quiet")}
 
 
 def build(tree: TreeVAE, args: argparse.Namespace) -> DiffuseTreeVAE:
@@ -114,6 +129,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one epoch, to see that it runs")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tune_cpu()
@@ -125,22 +142,21 @@ def main() -> None:
     images = data.train_images[: len(data.train_images) - args.holdout]
     args.epochs = args.epochs or (1 if args.quick else max(1, 120_000 // len(images)))
     model = build(TreeVAE.load(args.tree).eval(), args)
-    began = time.perf_counter()
-    model.density = LeafDensity.fit(model.tree_vae, images, generator=torch.Generator().manual_seed(args.seed))
-    ema = train(model, images, args, world)
-    seconds = time.perf_counter() - began
-    if not world.first:
-        return
-
-    model.eval()
-    with ema.average():
-        model.save(args.out / "model.safetensors")
-        picture(model, data, args.out, args.seed)
-    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "tree")}
+    with LongRun(args.out / "checkpoint.safetensors", resume=args.resume, world=world, show=not args.quiet) as run:
+        model.density = LeafDensity.fit(model.tree_vae, images, generator=torch.Generator().manual_seed(args.seed))
+        ema = train(model, images, args, run)
+        seconds = run.seconds
+        if not world.first:
+            return
+        model.eval()
+        with ema.average():
+            model.save(args.out / "model.safetensors")
+            picture(model, data, args.out, args.seed)
     parameters = sum(weight.numel() for weight in model.ddpm.parameters())
     about = {"data": data.name, "seconds": seconds, "parameters": parameters, "gflop": model.ddpm.unet.flops() / 1e9}
-    (args.out / "results.json").write_text(json.dumps(about | settings, indent=1))
-    print(json.dumps(about | settings))
+    result = settings_of(args) | about
+    (args.out / "results.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from munkey import ConvEncoder
 from munkey.encoders import FITTED_ON
@@ -25,6 +24,7 @@ from treediff.augment import Augment, ColorJitter, RandomAffine, RandomFlip, Ran
 from treediff.cpu import has_fast, tune_cpu
 from treediff.data import batches, load_dataset
 from treediff.layers import ProjectionHead, nt_xent
+from treediff.progress import Progress
 
 
 def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> None:
@@ -38,7 +38,7 @@ def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> Non
     crop = RandomResizedCrop(scale=(0.4, 1.0))
     augment = Augment(crop, RandomFlip(), ColorJitter()) if images.shape[1] == 3 else Augment(crop, moved)
     generator = torch.Generator().manual_seed(args.seed)
-    bar = tqdm(total=steps, desc="encoder", mininterval=1.0)
+    progress = Progress("encoder", steps, show=not args.quiet)
     for _ in range(args.epochs):
         for rows in batches(len(images), args.batch_size, generator=generator, drop_last=True):
             views = [augment(images[rows], generator=generator) for _ in range(2)]
@@ -49,9 +49,8 @@ def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> Non
             loss.backward()
             optimizer.step()
             schedule.step()
-            bar.update()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    bar.close()
+            progress.update(loss=loss)
+    progress.close()
 
 
 def main() -> None:
@@ -70,6 +69,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one epoch, to see that it runs")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tune_cpu()
@@ -91,7 +91,7 @@ def main() -> None:
         queries = torch.nn.functional.normalize(encoder(data.test_images[:2_000]), dim=1)
         nearest = data.train_labels[(queries @ keys.T).argmax(1)]
         result["nearest neighbour accuracy"] = float((nearest == data.test_labels[:2_000]).double().mean())
-    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "quiet")}
     line = json.dumps(result | settings)
     (args.out / "results.json").write_text(line)
     print(line)

@@ -3,25 +3,26 @@
     python examples/train_munkey.py                                        # real handwritten digits, half a minute
     python examples/train_munkey.py --data fashion-mnist --out runs/munkey-fashion --epochs 10
     python examples/train_munkey.py --mode exact --permanent 0.5           # weights see half of the images only
+    python examples/train_munkey.py --resume                               # goes on where Ctrl-C stopped the first one
 
     python examples/forget.py --label 3                                    # afterwards: forget all threes
 
-On two processes, `torchrun --nproc-per-node 2 examples/train_munkey.py`, each has a part of the memory, and the model
-is a folder, `model`. An image's id is its place in the training set. Colour images are moved and mirrored. Everything
-is here: copy it and change what you like. The last line printed is one JSON object with the results.
+On two processes, `torchrun --nproc-per-node 2 examples/train_munkey.py`, each has a part of the memory, the model is a
+folder, `model`, and an interrupted run cannot go on. An image's id is its place in the training set. Colour images are
+moved and mirrored. Everything is here: copy it and change what you like. The last line printed is one JSON object with
+the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from munkey import (
     ConvEncoder,
@@ -31,10 +32,12 @@ from munkey import (
     Projection,
     pathway_accuracies,
 )
+from munkey.checkpoints import WipedCheckpoints
 from treediff.augment import Augment, RandomAffine, RandomFlip
 from treediff.cpu import has_fast, tune_cpu
 from treediff.data import batches, load_dataset
-from treediff.distributed import ALONE, World, data_parallel, start
+from treediff.distributed import World, data_parallel, start
+from treediff.long_run import LongRun
 
 
 def train(
@@ -49,10 +52,11 @@ def train(
     value_rate: float = 1e-2,
     augment: Augment | None = None,
     seed: int = 0,
-    world: World = ALONE,
+    run: LongRun | None = None,
+    parts: dict[str, Any] | None = None,
 ) -> None:
     """A plain PyTorch loop. Values have an optimiser of their own, whose cost follows the batch, not the memory."""
-    values = model.memory.store.values
+    run, values = run or LongRun(), model.memory.store.values
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameter_groups(0.05), lr=learning_rate)]
     if values.requires_grad:
         optimizers.append(torch.optim.SparseAdam([values], lr=value_rate))
@@ -60,25 +64,23 @@ def train(
     steps = epochs * -(-len(ids) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], learning_rate, total_steps=steps + 1)
     order = torch.Generator().manual_seed(seed)
-    generator = world.own(order)
+    generator = run.world.own(order)
     loss_of = data_parallel(model.loss, model, unused=True)
-    bar = tqdm(total=steps, desc="munkey", mininterval=1.0, disable=not world.first)
+    parts = {**(parts or {}), "model": model, "schedule": schedule, "order": order, "noise": generator}
+    parts |= {f"optimizer {number}": optimizer for number, optimizer in enumerate(optimizers)}
     model.train()
-    for _ in range(epochs):
-        for rows in batches(len(ids), batch_size, generator=order):
-            own = ids[world.share(rows)]
-            x = images[own] if augment is None else augment(images[own], generator=generator)
-            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
-                loss = loss_of(x, labels[own], ids=own, generator=generator)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            schedule.step()
-            bar.update()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    bar.close()
+    for rows in run.steps("munkey", epochs, lambda _: batches(len(ids), batch_size, generator=order), parts):
+        own = ids[run.world.share(rows)]
+        x = images[own] if augment is None else augment(images[own], generator=generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
+            loss = loss_of(x, labels[own], ids=own, generator=generator)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        schedule.step()
+        run.measured(loss=loss)
     model.eval()
 
 
@@ -122,10 +124,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--value-rate", type=float, default=1e-2)
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tune_cpu()
     world = start()
+    if args.resume and world.size > 1:
+        raise SystemExit("--resume goes on with a run on one process, whose memory is in one place; leave out torchrun")
 
     data = load_dataset(args.data)
     images, labels = data.train_images, data.train_labels
@@ -153,36 +159,41 @@ def main() -> None:
             aggregation=args.aggregation,
             sparse=True,
         )
-    began = time.perf_counter()
     if world.size > 1:
         model.shard()  # each process holds a part of the memory
     seen = stay if args.mode == "exact" else ids
-    remember(model, images, labels, seen, world, permanent=args.mode == "exact")
-    train(
-        model,
-        images,
-        labels,
-        seen,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        value_rate=args.value_rate,
-        augment=augment_of(channels),
-        seed=args.seed,
-        world=world,
-    )
-    remember(model, images, labels, ids[~torch.isin(ids, seen)], world)
-    seconds = time.perf_counter() - began
-
-    model.save(args.out / ("model.safetensors" if world.size == 1 else "model"))
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "quiet")}
+    checkpoint = args.out / "checkpoint.safetensors" if world.size == 1 else None
+    # A checkpoint holds what can be forgotten: it is overwritten when it is replaced, and when the run has finished.
+    files = WipedCheckpoints()
+    with LongRun(checkpoint, resume=args.resume, world=world, show=not args.quiet, files=files) as run:
+        if run.saved is None:  # otherwise they come with the first step
+            remember(model, images, labels, seen, world, permanent=args.mode == "exact")
+            model.memory.store.compact()  # in the order in which rows are saved, so that moments fit them
+        train(
+            model,
+            images,
+            labels,
+            seen,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            value_rate=args.value_rate,
+            augment=augment_of(channels),
+            seed=args.seed,
+            run=run,
+            parts={"settings": settings, "images": len(images)},
+        )
+        remember(model, images, labels, ids[~torch.isin(ids, seen)], world)
+        seconds = run.seconds
+        model.save(args.out / ("model.safetensors" if world.size == 1 else "model"))
     found = {"test": asdict(pathway_accuracies(model, data.test_images, data.test_labels))}
     for name, own in (("remembered", ids), ("left out", left_out)):
         found[name] = asdict(pathway_accuracies(model, images[own], labels[own])) if len(own) else {}
     if not world.first:
         return
-    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out")}
-    settings["encoder"] = Path(args.encoder).name
-    line = json.dumps({"data": data.name, "seconds": seconds, **settings, "accuracy": found})
+    settings |= {"data": data.name, "seconds": seconds, "encoder": Path(args.encoder).name}
+    line = json.dumps({**settings, "accuracy": found})
     (args.out / "results.json").write_text(line)
     print(line)
 

@@ -4,6 +4,7 @@
     python examples/train_treevae.py --data fashion-mnist --out runs/fashion
     python examples/train_treevae.py --data pictures/ --out runs/mine   # a folder per class, an .npz, or IDX files
     torchrun --nproc-per-node 2 examples/train_treevae.py               # on two processes, here or on two machines
+    python examples/train_treevae.py --resume                           # goes on where Ctrl-C stopped the first one
 
 Everything is here: copy it and change what you like. The last line printed is one JSON object with the results.
 """
@@ -13,19 +14,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from treediff import Stage, TreeContrast, TreeGrowth, TreeVAE
+from treediff import Stage, TreeContrast, TreeGrowth, TreeTopology, TreeVAE
 from treediff.augment import Augment, RandomAffine, cifar_augment
 from treediff.cpu import tune_cpu
 from treediff.data import ImageDataset, load_dataset
-from treediff.distributed import World, data_parallel, start
+from treediff.distributed import data_parallel, start
+from treediff.long_run import LongRun
 from treediff.metrics import (
     ari,
     cluster_accuracy,
@@ -44,10 +44,11 @@ def train(
     args: argparse.Namespace,
     augment: Augment,
     contrast: TreeContrast | None,
-    world: World,
+    run: LongRun,
+    parts: dict[str, Any],
 ) -> None:
     """One stage of growth: a plain PyTorch loop."""
-    batch_size = args.batch_size
+    batch_size, world = args.batch_size, run.world
     steps = stage.epochs * -(-len(stage.rows) // batch_size)
     parameters = [*stage.parameters(), *(contrast.parameters() if contrast else ())]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
@@ -55,20 +56,18 @@ def train(
     generator = world.own(torch.Generator().manual_seed(args.seed + stage.index))
     modules = [stage.model, *([contrast] if contrast else [])]
     loss_of = data_parallel(stage.loss, *modules, unused=True)  # not every node of a batch has an image
-    where = f"{stage.kind} {stage.split if stage.split is not None else ''}"
-    bar = tqdm(total=steps, desc=f"{stage.index:2d} {where:13s}", mininterval=1.0, disable=not world.first)
-    for epoch in range(stage.epochs):
-        for step, rows in enumerate(stage.batches(epoch, batch_size)):
-            x, progress = images[world.share(rows)], epoch + step * batch_size / len(stage.rows)
-            view = None if contrast is None else augment(x, generator=generator)
-            loss = loss_of(x, stage.kl_weight(progress), view=view, contrast=contrast, generator=generator)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bar.update()
-        bar.set_postfix(loss=f"{loss.item():.1f}")
-    bar.close()
+    name = f"{stage.index} {stage.kind}{'' if stage.split is None else f' {stage.split}'}"
+    parts = parts | {"rows": stage.rows, "topology": stage.model.topology.to_json()}
+    parts |= {"optimizer": optimizer, "schedule": schedule, "noise": generator}
+    for rows in run.steps(name, stage.epochs, lambda epoch: stage.batches(epoch, batch_size), parts):
+        x, epoch = images[world.share(rows)], run.epoch + run.step * batch_size / len(stage.rows)
+        view = None if contrast is None else augment(x, generator=generator)
+        loss = loss_of(x, stage.kl_weight(epoch), view=view, contrast=contrast, generator=generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        run.measured(loss=loss)
 
 
 @torch.no_grad()
@@ -149,9 +148,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--holdout", type=int, default=0, help="measure on the last so many training images instead")
     parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs")
-    parser.add_argument("--resume", action="store_true", help="go on from the last finished stage in --out")
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tune_cpu()
@@ -160,7 +160,6 @@ def main() -> None:
     data = hold_out(load_dataset(args.data), args.holdout)
     images = data.train_images
     channels, *size = images.shape[1:]
-    weights, state = args.out / "model.safetensors", args.out / "growth.json"
     generator = torch.Generator().manual_seed(args.seed)
     model = TreeVAE.for_images(
         size=(size[0], size[1]),
@@ -171,8 +170,6 @@ def main() -> None:
         width=args.width,
         generator=generator,
     )
-    if args.resume:
-        model = TreeVAE.load(weights)
     augment = cifar_augment() if channels == 3 else Augment(RandomAffine(degrees=10, translate=0.07, shear=10))
     growth = TreeGrowth(
         model,
@@ -186,32 +183,34 @@ def main() -> None:
         world=world,
         **schedule(len(images), args),
     )
-    if args.resume:
-        growth.load_state_dict(json.loads(state.read_text()))
     contrast = None
     if args.contrastive or args.decisions:
         contrast = TreeContrast(
             model, weight=args.contrastive, decision_weight=args.decisions, hidden=128, generator=generator, world=world
         )
-    began = time.perf_counter()
-    for stage in growth.stages(images):
-        # The last stage is for the bound alone; while children settle neither features nor posterior routers train.
-        idle = stage.kind in ("settle", "final") or (stage.split is not None and not args.decisions)
-        train(stage, images, args, augment, None if idle else contrast, world)
-        if world.first:
-            model.save(weights)
-            state.write_text(json.dumps(growth.state_dict()))
-    seconds = time.perf_counter() - began
-    if not world.first:
-        return
-
-    model.eval()
-    picture(model, data, args.out, args.seed)
-    result = evaluate(model, data.test_images, data.test_labels, args.seed)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "quiet")}
+    parts = {"settings": settings, "images": len(images), "model": model, "growth": growth}
+    parts |= {} if contrast is None else {"contrast": contrast}
+    with LongRun(args.out / "checkpoint.safetensors", resume=args.resume, world=world, show=not args.quiet) as run:
+        again = None
+        if run.saved is not None:  # the stage that was interrupted; weights come with its first step
+            again = run.saved["rows"]
+            model.become(TreeTopology.from_json(run.saved["topology"]))
+            growth.load_state_dict(run.saved["growth"])
+        for stage in growth.stages(images, again=again):
+            # The last stage is for the bound alone; while children settle neither features nor posterior routers train.
+            idle = stage.kind in ("settle", "final") or (stage.split is not None and not args.decisions)
+            train(stage, images, args, augment, None if idle else contrast, run, parts)
+        seconds = run.seconds
+        if not world.first:
+            return
+        model.eval()
+        model.save(args.out / "model.safetensors")
+        picture(model, data, args.out, args.seed)
+        result = evaluate(model, data.test_images, data.test_labels, args.seed)
     for name, value in result.items():
         print(f"{name:20s} {value:10.3f}")
-    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "resume")}
-    about = {"data": data.name, "seconds": seconds, "tree": model.topology.to_json(), **settings}
+    about = settings | {"data": data.name, "seconds": seconds, "tree": model.topology.to_json()}
     (args.out / "results.json").write_text(json.dumps(about | result, indent=1))
     print(json.dumps(about | result))
 

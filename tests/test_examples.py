@@ -16,6 +16,8 @@ def run(folder: Path, script: str, *options: str) -> dict[str, object]:
     command = [sys.executable, "-W", "error", str(EXAMPLES / script), *options]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    if script.startswith("train_"):
+        assert "\r" not in done.stderr and ": step " in done.stderr, "plain lines for a log"
     result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return result
 
