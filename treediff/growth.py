@@ -12,7 +12,6 @@ that learns from the first step sends everything to the child that happens to be
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -23,17 +22,15 @@ from torch import Tensor
 
 from treediff.cutting import Augmentation, cut_router
 from treediff.distributed import ALONE, World
+from treediff.history import KINDS, check_history
 from treediff.layers.annealing import KLAnnealing
 from treediff.layers.blocks import check_positive
 from treediff.noise import combine_seeds
-from treediff.policies import POLICIES, LeafStatistics, Policy
+from treediff.policies import POLICIES, LeafStatistics, Policy, best_leaf
 from treediff.stage import Stage
 from treediff.treevae import TreeVAE
 
 __all__ = ["TreeGrowth"]
-
-
-_KINDS = ("initial", "settle", "subtree", "intermediate", "final")
 
 
 @dataclass
@@ -119,7 +116,7 @@ class TreeGrowth:
             cut_rows=self.cut_rows,
             batch_size=self.batch_size,
         )
-        for name in ("epochs", *(f"{kind}_epochs" for kind in _KINDS)):
+        for name in ("epochs", *(f"{kind}_epochs" for kind in KINDS)):
             epochs = getattr(self, name)
             if not isinstance(epochs, Integral | None):
                 raise TypeError(f"{name} must be a whole number, found {epochs!r}")
@@ -247,26 +244,11 @@ class TreeGrowth:
 
     def _leaf_to_split(self, data: Tensor, probs: Tensor) -> int | None:
         """The leaf with the best score among those that have rows enough and room below; None if there is none."""
-        tree = self.model.topology
-        statistics = self._statistics(data, probs)
+        tree, deepest = self.model.topology, len(self.model.bottom_up)
         policy = POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
-        score = policy(statistics)
-        if not isinstance(score, Tensor):
-            raise TypeError(f"a policy returns a tensor with a score for each leaf, found {score!r}")
-        if score.shape != statistics.rows.shape:
-            raise ValueError(
-                f"a policy returns one score for each of the {len(statistics.rows)} leaves, found shape "
-                f"{tuple(score.shape)}"
-            )
-        deepest = len(self.model.bottom_up)
         room = torch.tensor([tree.depth(leaf) < deepest for leaf in tree.leaves])
-        allowed = room & (statistics.rows >= self.min_rows)
-        score = torch.where(allowed, score.cpu().double(), -math.inf)
-        if score.isnan().any():
-            bad = tree.leaves[int(score.isnan().long().argmax())]
-            raise ValueError(f"a policy gave nan to leaf {bad}, which has rows; give -inf to leaves not to be split")
-        best = int(score.argmax())
-        return tree.leaves[best] if score[best] > -math.inf else None
+        statistics = self._statistics(data, probs)
+        return best_leaf(policy, statistics, tree.leaves, room & (statistics.rows >= self.min_rows))
 
     def _statistics(self, data: Tensor, probs: Tensor) -> LeafStatistics:
         members = self.members(probs).double()
@@ -344,24 +326,4 @@ class TreeGrowth:
             TypeError: if the stages are not a list of mappings.
             ValueError: if a stage is of an unknown kind, or names a split where it should not.
         """
-        if not isinstance(state, Mapping) or "history" not in state:
-            raise KeyError(f"expected what state_dict returned, with the entry 'history', found {state!r}")
-        history = state["history"]
-        if not isinstance(history, list) or not all(isinstance(entry, Mapping) for entry in history):
-            raise TypeError(f"history must be a list of stages, each a mapping, found {history!r}")
-        for entry in history:
-            missing = [name for name in ("kind", "split", "epochs", "above") if name not in entry]
-            if missing:
-                raise KeyError(f"a stage in history lacks {missing}, found {dict(entry)}")
-            if entry["kind"] not in _KINDS:
-                raise ValueError(f"a stage is one of {list(_KINDS)}, found {entry['kind']!r}")
-            split = entry["split"]
-            if (split is None) == (entry["kind"] in ("settle", "subtree")):
-                raise ValueError(f"a {entry['kind']} stage names the node that was split, others do not; found {split}")
-            # Pruning, before the final stage, may have taken the node away.
-            if split is not None and history[-1]["kind"] != "final" and split not in self.model.topology.routed:
-                raise KeyError(
-                    f"node {split} was split in this history, but not in the model's tree; load the model that was "
-                    "saved along with it"
-                )
-        self.history = [dict(entry) for entry in history]
+        self.history = check_history(state, self.model.topology.routed)
