@@ -41,12 +41,12 @@ format: $(VENV)/.test ## mend the style where ruff can
 types: $(VENV)/.test ## annotations, with mypy
 	$(BIN)/mypy
 
-# Not --quiet: that hides the warnings from --strict as well.
-docs: $(VENV)/.test ## build the documentation into site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+# Not --quiet: that hides the warnings from --strict as well. One thread, as the models of the tutorials are tiny.
+docs: $(VENV)/.test ## run the tutorials and build the documentation into site/; a warning is an error
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 serve-docs: $(VENV)/.test ## show the documentation in a browser while you write it
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 # The wheel is built from the source archive, unpacked into a folder of its own, compared with the checkout file by
 # file, and imported from there. Its dependencies come from .venv, so their list is not checked here but by
