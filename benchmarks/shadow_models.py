@@ -60,7 +60,7 @@ class Shadows:
             known = torch.cat([self.rest, self.candidates[~self.never[number]]])
             bench = Bench(self.task, number, self.args, SETTINGS, (known, self.candidates[self.gone[number]]))
             found["forgot"].append(self.asked(bench.forgotten(name)[0]))
-            found["oracle"].append(self.asked(bench.fitted("plain" if name in SETTINGS else name, True)))
+            found["oracle"].append(self.asked(bench.fitted("plain" if name in SETTINGS else name, 1)))
             torch.save(found, path)
         return {side: torch.stack(each) for side, each in found.items()}
 

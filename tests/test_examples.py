@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+ORACLES = ("retrained", "retrained again")
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
@@ -126,6 +127,8 @@ def test_a_comparison_of_ways_to_forget(folder: Path) -> None:
     found = run(folder, "unlearning_benchmark.py", *options)
     methods = [row["method"] for row in found["rows"]]  # type: ignore[attr-defined]
     assert methods[-3:] == ["fine_tune", "munkey", "sisa"] and "munkey: retrained" in methods
+    first, second = ([row for row in found["rows"] if row["method"] == f"plain: {what}"] for what in ORACLES)  # type: ignore[attr-defined]
+    assert len(first) == len(second) == 1 and first[0]["attacks"] != second[0]["attacks"], "another seed"
     out = folder / "runs/unlearning"
     assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "table.md").read_text().count("\n") == 2 + len(methods)

@@ -102,10 +102,10 @@ class Bench:
         self.stay = self.all[~torch.isin(self.all, self.gone)]
         self.fitted = functools.cache(self._fitted)
 
-    def _fitted(self, name: str, without: bool) -> nn.Module:
-        """A model of everything, or one of another seed that is trained without what is to be forgotten."""
-        task, args = self.task, self.args
-        ids, seed = (self.stay, self.seed + 100) if without else (self.all, self.seed)
+    def _fitted(self, name: str, without: int) -> nn.Module:
+        """A model of everything, or the first or second one, of other seeds, that never saw what is to be forgotten."""
+        task, args, seed = self.task, self.args, self.seed + 100 * without
+        ids = self.stay if without else self.all
         if name.startswith("munkey"):
             settings = dict(setting(pair) for pair in name.split()[1:])
             return self._munkey(settings, ids, self.seed if "mode" in settings else seed)
@@ -166,17 +166,17 @@ class Bench:
             found = self.measured(model, seconds)
             if isinstance(model, KeyMemoryTransformer):
                 found["seconds in a file"] = self.seconds_in_a_file(name)
-                found["equal to its oracle"] = equal(model, self.fitted(name, True))
+                found["equal to its oracle"] = equal(model, self.fitted(name, 1))
             return found
         start = time.perf_counter()
-        model = self.fitted(name, what == "retrained")
+        model = self.fitted(name, ("before", "retrained", "retrained again").index(what))
         return self.measured(model, time.perf_counter() - start)
 
     def forgotten(self, name: str) -> tuple[nn.Module, float]:
         """A model that forgot, and how many seconds that took."""
         if name in self.tuned:
             return self.unlearned(name, self.tuned[name])
-        model = copy.deepcopy(self.fitted(name, False))
+        model = copy.deepcopy(self.fitted(name, 0))
         if isinstance(model, KeyMemoryTransformer):
             model.memory.store.digest()  # after training it takes a pass over the store; see docs/results/munkey.md
         start = time.perf_counter()
@@ -185,7 +185,7 @@ class Bench:
 
     def seconds_in_a_file(self, name: str) -> float:
         """To forget where the memory is in a file: until the medium holds nothing of it."""
-        model = self.fitted(name, False)
+        model = self.fitted(name, 0)
         assert isinstance(model, KeyMemoryTransformer)
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -199,7 +199,7 @@ class Bench:
     def unlearned(self, name: str, options: dict[str, float]) -> tuple[nn.Module, float]:
         """A method after the fact, with some settings."""
         task, settings = self.task, dict(options)
-        model = Augmented(copy.deepcopy(self.fitted("plain", False)), task.augment, self.seed)
+        model = Augmented(copy.deepcopy(self.fitted("plain", 0)), task.augment, self.seed)
         sets = [(task.images[ids], task.labels[ids]) for ids in (self.stay, self.gone)]
         passes = max(1, round(self.args.effort * self.args.epochs))
         steps = passes * -(-len(sets[name == "neg_grad"][0]) // 128)
