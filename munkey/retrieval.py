@@ -1,6 +1,6 @@
 """Nearest keys, exactly: a fast screen in low precision, then float64 for the few rows that may be among the nearest.
 
-Rows that a first look at all keys does not rule out (`munkey.screen`) are looked at in float32, and the few that are
+Rows that a first look at all keys does not rule out (`munkey.screening`) are looked at in float32, and the few that are
 left are scored in float64, each on its own, so that the result depends neither on the batch nor on where a row stands.
 Ties go to the smaller id, and to its first view.
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from munkey.checks import check_width
-from munkey.screen import Pairs, Screen, length_above, may_overflow, plain, product, screened
+from munkey.screen import Screen, length_above
+from munkey.screening import Pairs, may_overflow, plain, product, screened
 
 __all__ = ["Neighbours", "Screen", "at_least", "nearest", "pair_scores"]
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from stores import seeded
 from torch import Tensor
 
-from munkey import retrieval, screen
+from munkey import retrieval, screening
 from munkey.retrieval import Neighbours, nearest
-from munkey.screen import Screen
+from munkey.screen import Screen, bytes_of, length_above
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -54,8 +54,8 @@ def check(found: Neighbours, oracle: list[list[tuple[float, int, int, int]]], k:
 def search(queries: Tensor, keys: Tensor, ids: Tensor, k: int, look: str, **settings: Tensor | None) -> Neighbours:
     """With the look of a processor that has instructions for low precision, or not, whatever this one has."""
     with (
-        patch.object(screen, "has_fast", lambda dtype: look == "screen"),
-        patch.object(screen, "_float32_is_whole", lambda device: look != "float64"),
+        patch.object(screening, "has_fast", lambda dtype: look == "screen"),
+        patch.object(screening, "_float32_is_whole", lambda device: look != "float64"),
     ):
         kept = None if look == "float64" else Screen.of(keys)
         return nearest(queries, keys, ids, k, screen=kept, **settings)  # type: ignore[arg-type]
@@ -169,9 +169,9 @@ def test_a_look_at_bytes_is_as_wrong_as_its_bound_says_at_most(kind: str) -> Non
     elif kind == "one number":  # so great that the others are lost
         keys[:, 0] = 1e4
     kept = Screen.of(keys)
-    small, unit, rounding = screen._bytes_of(queries)
-    look = screen._best_of_groups(small, kept.small, 1, kept.unit)
-    error = screen._Error(screen.length_above(small), rounding / unit, torch.zeros(9), torch.float32)
+    small, unit, rounding = bytes_of(queries)
+    look = screening._best_of_groups(small, kept.small, 1, kept.unit)
+    error = screening._Error(length_above(small), rounding / unit, torch.zeros(9), torch.float32)
     bound = error.bound(look, 50, kept.small_rounding, kept.length).double() * unit
     wrong = (keys.double() @ queries.double().T - look.double() * unit).abs()
     assert (wrong <= bound).all()
@@ -185,13 +185,13 @@ def test_where_sums_of_products_of_bytes_saturate_nobody_looks_at_them(monkeypat
     keys = torch.randn(500, 8, generator=seeded())
     right = search(keys[:2], keys, torch.arange(500), 4, "screen")
     monkeypatch.setattr(torch, "_int_mm", saturating)
-    screen._bytes_are_exact.cache_clear()
+    screening._bytes_are_exact.cache_clear()
     try:
-        assert not screen._bytes_are_exact()
-        monkeypatch.setattr(screen, "_in_bytes", None)
+        assert not screening._bytes_are_exact()
+        monkeypatch.setattr(screening, "_in_bytes", None)
         assert torch.equal(search(keys[:2], keys, torch.arange(500), 4, "screen").ids, right.ids)
     finally:
-        screen._bytes_are_exact.cache_clear()
+        screening._bytes_are_exact.cache_clear()
 
 
 def test_a_pair_has_the_same_score_alone() -> None:
@@ -221,18 +221,18 @@ def test_a_look_in_float32_is_as_wrong_as_its_bound_says_at_most(
             keys, queries = 1e-34 * keys, 1e20 * queries
     keys, queries = keys.to(dtype), queries.to(dtype)
     seen: list[Tensor] = []
-    bound_of = screen._Error.bound
+    bound_of = screening._Error.bound
 
-    def spy(self: screen._Error, scores: Tensor, *rest: object) -> Tensor:
+    def spy(self: screening._Error, scores: Tensor, *rest: object) -> Tensor:
         assert self.dtype == torch.float32
         seen.extend([scores.clone(), bound_of(self, scores, *rest)])  # type: ignore[arg-type]
         return seen[1].clone()
 
-    monkeypatch.setattr(screen._Error, "bound", spy)
-    monkeypatch.setattr(screen, "_GROUP", 1)
+    monkeypatch.setattr(screening._Error, "bound", spy)
+    monkeypatch.setattr(screening, "_GROUP", 1)
     flushing = torch.set_flush_denormal(kind == "tiny")
     try:
-        screen.plain(queries, keys, screen.length_above(keys), 750)  # so many that a row is its own group
+        screening.plain(queries, keys, length_above(keys), 750)  # so many that a row is its own group
     finally:
         torch.set_flush_denormal(False)
     assert flushing and seen[0].shape == (3000, 40)
@@ -252,8 +252,8 @@ def test_a_look_is_as_wrong_as_its_bound_says_at_most(kind: str, offset: float) 
     kept, rounded = Screen.of(keys), queries.bfloat16()
     offsets = torch.full((40,), offset).bfloat16()
     look = (kept.rounded @ torch.cat([rounded, -offsets[:, None]], 1).T).double()
-    lost = screen.length_above(queries - rounded.float())
-    error = screen._Error(screen.length_above(rounded), lost, offsets.abs().float(), torch.bfloat16)
+    lost = length_above(queries - rounded.float())
+    error = screening._Error(length_above(rounded), lost, offsets.abs().float(), torch.bfloat16)
     bound = error.bound(look, 51, kept.rounding, kept.length)
     wrong = (keys.double() @ queries.double().T - offset - look).abs()
     assert (wrong <= bound).all()
@@ -284,7 +284,7 @@ def test_scores_depend_neither_on_the_batch_nor_on_the_place(look: str) -> None:
 
 @pytest.fixture
 def few_pairs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module, name, value in ((retrieval, "_PAIRS", 300), (retrieval, "_SCORED", 64), (screen, "_BLOCK", 100)):
+    for module, name, value in ((retrieval, "_PAIRS", 300), (retrieval, "_SCORED", 64), (screening, "_BLOCK", 100)):
         monkeypatch.setattr(module, name, value)
     yield
 
@@ -301,13 +301,13 @@ def test_a_screen_narrows_and_where_it_does_not_full_precision_does(monkeypatch:
     generator = seeded()
     keys = torch.nn.functional.normalize(torch.randn(20_000, 64, generator=generator), dim=1)
     looks: list[torch.dtype] = []
-    look = screen._best_of_groups
+    look = screening._best_of_groups
 
     def spy(queries: Tensor, keys: Tensor, group: int, unit: Tensor | None = None) -> Tensor:
         looks.append(keys.dtype)
         return look(queries, keys, group, unit)
 
-    monkeypatch.setattr(screen, "_best_of_groups", spy)
+    monkeypatch.setattr(screening, "_best_of_groups", spy)
     found = search(keys[:50], keys, torch.arange(20_000), 4, "screen")
     assert looks == [torch.bfloat16] and found.candidates.max() < 2000
     # Keys that differ by less than bfloat16 can tell.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from treediff.layers import Groups, NodeBank, ResidualBlock
-from treediff.layers import bank as bank_module
+from treediff.layers.stacking import blocks_of
 
 # --- computing ----------------------------------------------------------------------------------------------
 
@@ -263,4 +263,4 @@ def test_blocks_of_rows_give_what_all_rows_give(sizes: list[int]) -> None:
 
 
 def test_a_block_is_of_whole_groups() -> None:
-    assert bank_module._blocks([2, 1, 4, 0, 9, 1], 3) == [(3, 2), (4, 1), (0, 1), (9, 1), (1, 1)]
+    assert blocks_of([2, 1, 4, 0, 9, 1], 3) == [(3, 2), (4, 1), (0, 1), (9, 1), (1, 1)]

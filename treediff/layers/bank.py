@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from treediff.layers.grouped import apply_parts, parts_of
 from treediff.layers.groups import Groups, check_rows
 from treediff.layers.init import initialize
+from treediff.layers.stacking import Stack, blocks_of, part
 
 __all__ = ["NodeBank"]
 
@@ -32,51 +31,6 @@ class _Packed(NamedTuple):
     weights: list[Tensor]
     state: list[tuple[int, int]]
     flat: Tensor
-
-
-def _blocks(sizes: Sequence[int], rows: int) -> list[tuple[int, int]]:
-    """Rows and number of groups of blocks of whole groups, each with as many as fit into `rows`, or one."""
-    blocks: list[tuple[int, int]] = []
-    for size in sizes:
-        if blocks and blocks[-1][0] + size <= rows:
-            blocks[-1] = (blocks[-1][0] + size, blocks[-1][1] + 1)
-        else:
-            blocks.append((size, 1))
-    return blocks
-
-
-def _part(flat: Tensor, sizes: list[tuple[torch.Size, int]]) -> tuple[Tensor, ...]:
-    """Flat weights `(G, P)` as views of the shapes that lie in them one after the other, each `(G, ...)`."""
-    pieces = flat.split([size for _, size in sizes], 1)
-    return tuple(
-        (piece if size == shape.numel() else piece[:, : shape.numel()]).view(len(flat), *shape)
-        for piece, (shape, size) in zip(pieces, sizes, strict=True)
-    )
-
-
-class _Stack(torch.autograd.Function):
-    """Stack flat weights and part them by name; backwards all gradients meet in one tensor."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        sizes: list[tuple[torch.Size, int]],
-        *weights: Tensor,
-    ) -> tuple[Tensor, ...]:
-        ctx.sizes, ctx.count = sizes, len(weights)
-        ctx.set_materialize_grads(False)
-        return _part(torch.stack(weights), sizes)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        found = next(grad for grad in grads if grad is not None)
-        pieces = []
-        for grad, (shape, size) in zip(grads, ctx.sizes, strict=True):
-            piece = found.new_zeros(ctx.count, size) if grad is None else grad.reshape(ctx.count, shape.numel())
-            pieces.append(piece if piece.shape[1] == size else F.pad(piece, (0, size - piece.shape[1])))
-        flat = torch.cat(pieces, 1)
-        return None, *flat.unbind()
 
 
 class NodeBank(nn.Module):
@@ -273,7 +227,7 @@ class NodeBank(nn.Module):
         if self.block is None or len(x) <= 2 * self.block or x.device.type != "cpu" or torch.compiler.is_compiling():
             return apply_parts(self._parts, self._stacked(nodes), x, groups)
         results, start, group = [], 0, 0
-        for rows, count in _blocks(groups.sizes, self.block):
+        for rows, count in blocks_of(groups.sizes, self.block):
             own = Groups(groups.index[start : start + rows] - group, count)
             weights = self._stacked(nodes[group : group + count])
             results.append(apply_parts(self._parts, weights, x[start : start + rows], own))
@@ -285,7 +239,7 @@ class NodeBank(nn.Module):
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._views(self.packed(nodes))
         self._packed = None
-        views = _Stack.apply(self._sizes, *self._weights_of_all(nodes))  # type: ignore[no-untyped-call]
+        views = Stack.apply(self._sizes, *self._weights_of_all(nodes))  # type: ignore[no-untyped-call]
         return dict(zip(self._names, views, strict=True))
 
     def packed(self, nodes: Sequence[int]) -> Tensor:
@@ -318,7 +272,7 @@ class NodeBank(nn.Module):
         return [self.weights_of(node) for node in nodes]
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self._names, _part(flat, self._sizes), strict=True))
+        return dict(zip(self._names, part(flat, self._sizes), strict=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NodeBank:
         """What `.to`, `.double` and their like do; nodes that are added later follow."""
