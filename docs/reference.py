@@ -29,7 +29,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in _pages(config.nav):
         if path.startswith("reference/"):
             module = path.removeprefix("reference/").removesuffix(".md").replace("/", ".")
-            text = f"::: {module}\n    options:\n      heading_level: 1\n"
+            text = f"---\ntitle: {module}\n---\n\n::: {module}\n    options:\n      heading_level: 1\n"
             files.append(File.generated(config, path, content=text))
     return files
 
