@@ -154,7 +154,7 @@ class DurableStore(KeyStore):
     def close(self) -> None:
         """Give file and log back; values that were trained since `sync` are not there. The store stays readable."""
         self.live.close()
-        self._close_log()
+        super().close()
 
     def sync(self) -> None:
         """Write all values anew, as training left them; the old file is overwritten when the new one is whole.

@@ -230,7 +230,7 @@ class KeyStore(SearchedRows):
             OSError: if the log cannot be read or written.
             ValueError: if a line of the log was changed, or it is of another store, or as for `forget`.
         """
-        self._close_log()
+        KeyStore.close(self)  # the log alone, whatever else a subclass would close
         self.log = None
         log = ReceiptLog(path, self.secret, disk=disk)
         try:
@@ -243,9 +243,6 @@ class KeyStore(SearchedRows):
 
     def close(self) -> None:
         """Give the log of receipts back; what it should hold is refused until `keep_receipts` names one again."""
-        self._close_log()
-
-    def _close_log(self) -> None:
         if self.log is not None:
             self.log.close()
 
