@@ -1,6 +1,6 @@
 """Run every benchmark of speed and write one table, beside peers and beside the last record.
 
-    python benchmarks/record.py                                      # an hour; build/bench/speed.md
+    python benchmarks/record.py                                      # all; build/bench/speed.md
     python benchmarks/record.py --only store unet                    # some of them
     python benchmarks/record.py --record docs/results                # keep it as the record to compare with
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -26,7 +27,6 @@ import torch
 from treediff.cpu import has_fast
 
 HERE = Path(__file__).parent
-_THREAD = "OMP_NUM_THREADS=1"
 _RANKS = ("-m", "torch.distributed.run", "--nproc-per-node")
 
 
@@ -96,38 +96,40 @@ def distributed(found: dict[str, Any]) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What runs, with `{out}` for its result, and how the result is read."""
+    """What runs, how the result is read, and whether each process has one thread, as in the recorded results."""
 
     commands: tuple[tuple[str, ...], ...]
     read: Callable[[dict[str, Any]], Iterator[Row]]
+    one_thread: bool = False
 
 
 BENCHMARKS = {
     "treevae": Benchmark((("treevae_step.py", "--leaves", "2", "10", "32", "--rounds", "7"),), treevae),
     "unet": Benchmark((("unet_step.py", "--peers", "diffusers"),), unet),
     "store": Benchmark((("store.py", "--rounds", "7"),), store),
-    "requests": Benchmark((("deletion_requests.py",),), requests),
+    "requests": Benchmark((("deletion_requests.py",),), requests, one_thread=True),
     "distributed": Benchmark(
         (
-            (_THREAD, *_RANKS, "1", "distributed.py", "--rounds", "5"),
-            (_THREAD, *_RANKS, "2", "distributed.py", "--rounds", "5"),
+            (*_RANKS, "1", "distributed.py", "--rounds", "5"),
+            (*_RANKS, "2", "distributed.py", "--rounds", "5"),
         ),
         distributed,
+        one_thread=True,
     ),
 }
 
 
 def run(name: str, folder: Path) -> Path:
     """The result of a benchmark, made unless it is there."""
-    path, partial = folder / f"{name}.json", folder / f"{name}.partial.json"
+    benchmark, path, partial = BENCHMARKS[name], folder / f"{name}.json", folder / f"{name}.partial.json"
     if not path.exists():
         partial.unlink(missing_ok=True)
-        for command in BENCHMARKS[name].commands:
-            threads = [part for part in command if part == _THREAD]
-            parts = [str(HERE / part) if part.endswith(".py") else part for part in command if part != _THREAD]
+        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if benchmark.one_thread else {})
+        for command in benchmark.commands:
+            parts = [str(HERE / part) if part.endswith(".py") else part for part in command]
             print(f"{name}: {' '.join(command)}", flush=True)
             whole = [sys.executable, *parts, "--out", str(partial)]
-            subprocess.run(["env", *threads, *whole], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(whole, check=True, stdout=subprocess.DEVNULL, env=environment)
         partial.rename(path)
     return path
 
