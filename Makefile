@@ -68,11 +68,11 @@ doctests: $(VENV)/.test ## run the examples in the docstrings
 unit: $(VENV)/.test ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-bench: $(VENV)/.test ## time everything beside its peers and the last record, an hour; see build/bench/speed.md
+bench: $(VENV)/.test ## time everything beside its peers and the last record; see build/bench/speed.md
 	$(BIN)/python benchmarks/record.py
 
 ROWS ?=
-results: $(VENV)/.test ## make the recorded results again, a day; goes on where it stopped; see benchmarks/results.mk
+results: $(VENV)/.test ## make the recorded results again, many hours; goes on where it stopped; see benchmarks/results.mk
 	$(MAKE) -f benchmarks/results.mk PYTHON=$(BIN)/python $(if $(ROWS),ROWS='$(ROWS)')
 
 clean: ## remove everything the commands above made

@@ -1,4 +1,4 @@
-# Every recorded result, made again: a day of two cores. A file that is there is not made again, so an interrupted run
+# Every recorded result, made again: many hours. A file that is there is not made again, so an interrupted run
 # goes on, and `make results ROWS=store.json` makes one alone. Some need data that nothing here brings:
 #
 #   TREEDIFF_DATA   a folder that holds mnist/ (and fashion-mnist/, if the Debian package is not installed)
