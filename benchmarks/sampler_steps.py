@@ -87,7 +87,7 @@ def main() -> None:
     data = load_dataset(args.data)
     images = data.train_images[-args.holdout :] if args.holdout else data.test_images
     model, classifier = DiffuseTreeVAE.load(args.model).eval(), FeatureClassifier.load(args.classifier).eval()
-    model.ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     with torch.no_grad():
         real = FeatureStatistics.of(torch.cat([classifier.features_of(x) for x in images.split(500)]))
         rows = []

@@ -104,7 +104,7 @@ class Runner:
         build, self.forward = NETWORKS[name]
         layout = torch.channels_last if channels_last else torch.contiguous_format
         torch.manual_seed(0)
-        self.network: nn.Module = build().to(memory_format=layout)  # type: ignore[call-overload]
+        self.network: nn.Module = build().to(memory_format=layout)  # type: ignore[call-overload, unused-ignore]
         self.x = torch.randn(batch, 1, SIZE, SIZE).to(memory_format=layout)
         self.t = torch.rand(batch)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-4, fused=True)

@@ -127,7 +127,7 @@ def main() -> None:
     tune_cpu()
 
     data, model = load_dataset(args.data), DiffuseTreeVAE.load(args.model).eval()
-    model.ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     classifier = FeatureClassifier.load(args.classifier).eval()
     real = data.train_images[-args.holdout :] if args.holdout else data.test_images
     other = data.train_images[: len(real)]

@@ -87,7 +87,7 @@ def build(tree: TreeVAE, args: argparse.Namespace) -> DiffuseTreeVAE:
         torch.manual_seed(args.seed)
         ddpm = LeafConditionedDDPM.for_tree(tree, **settings)
     # About a tenth faster on a CPU in bfloat16.
-    return DiffuseTreeVAE(tree, ddpm.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    return DiffuseTreeVAE(tree, ddpm.to(memory_format=torch.channels_last))  # type: ignore[call-overload, unused-ignore]
 
 
 def picture(model: DiffuseTreeVAE, data: ImageDataset, out: Path, seed: int) -> None:

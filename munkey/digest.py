@@ -53,7 +53,7 @@ def rows_hash(secret: bytes, columns: Sequence[Tensor], rows: Tensor | None = No
     """
     total, keyed = 0, hashlib.blake2b(key=secret, digest_size=32)
     for chunk in _chunks(columns, rows):
-        view = memoryview(chunk.numpy()).cast("B")  # type: ignore[arg-type]
+        view = chunk.numpy().data.cast("B")
         width = chunk.shape[1]
         for start in range(0, len(view), width):
             found = keyed.copy()  # the key is taken in once

@@ -152,7 +152,7 @@ class Route:
 
     def back(self, x: Tensor) -> Tensor:
         """Answers `(n, ...)` to the rows that were sent, in their order; `x` is `(n', ...)`. Gradients flow back."""
-        found: Tensor = _Exchange.apply(x, self.ranks, self.take, self.give)  # type: ignore[no-untyped-call]
+        found: Tensor = _Exchange.apply(x, self.ranks, self.take, self.give)  # type: ignore[no-untyped-call, unused-ignore]
         return found[self.order.argsort()]
 
     def back_several(self, x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

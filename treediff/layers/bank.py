@@ -239,7 +239,7 @@ class NodeBank(nn.Module):
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._views(self.packed(nodes))
         self._packed = None
-        views = Stack.apply(self._sizes, *self._weights_of_all(nodes))  # type: ignore[no-untyped-call]
+        views = Stack.apply(self._sizes, *self._weights_of_all(nodes))  # type: ignore[no-untyped-call, unused-ignore]
         return dict(zip(self._names, views, strict=True))
 
     def packed(self, nodes: Sequence[int]) -> Tensor:

@@ -74,7 +74,7 @@ def run(links: Sequence[Link], weights: Sequence[Tensor], x: Tensor, groups: Gro
         groups: the groups of the rows.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        result: Tensor = _Chain.apply(links, groups, x, *weights)  # type: ignore[no-untyped-call]
+        result: Tensor = _Chain.apply(links, groups, x, *weights)  # type: ignore[no-untyped-call, unused-ignore]
         return result
     for link, own in zip(links, _shares(links, weights), strict=True):
         x, _ = link.step.forward(link.module, own, x, groups)

@@ -89,7 +89,7 @@ def merge_and_sample(a: Tensor, b: Tensor, noise: Tensor) -> tuple[Tensor, Tenso
     """
     if torch.compiler.is_compiling():
         return _merge_and_sample(a, b, noise)
-    result: tuple[Tensor, Tensor] = _MergeAndSample.apply(a, b, noise)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _MergeAndSample.apply(a, b, noise)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 
 
@@ -117,5 +117,5 @@ def kl(q: Tensor, p: Tensor) -> Tensor:
     """`gaussian_kl` of Gaussians `(T, 2D, ...)`: `(T,)` in nats."""
     if torch.compiler.is_compiling():
         return gaussian_kl(*q.chunk(2, 1), *p.chunk(2, 1))
-    result: Tensor = _KL.apply(q, p)  # type: ignore[no-untyped-call]
+    result: Tensor = _KL.apply(q, p)  # type: ignore[no-untyped-call, unused-ignore]
     return result
