@@ -84,27 +84,47 @@ def table(rows: Rows) -> str:
 
 
 def picture(rows: Rows, path: Path) -> None:
-    """Gap to the own oracle against test accuracy; the larger a point, the longer it took."""
+    """What is left of what was forgotten, what the model is good for, and what it took, method by method.
+
+    Points are seeds, bars their means. Dotted are models trained without; on the left, how far two of them are apart.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    for method in dict.fromkeys(row["method"] for row in rows if ": " not in row["method"]):
-        own, found = [row for row in rows if row["method"] == method], gaps(rows, method, oracle_of(method))
-        if not found:
-            continue
-        x, y = statistics.mean(found), statistics.mean(row["test"] for row in own)
-        seconds = statistics.median(row["seconds"] for row in own)
-        size = 40 * max(1.0, (seconds * 1000)) ** 0.25
-        axes.scatter(x, y, s=size, alpha=0.6, color="C0" if by_design(method) else "C1", edgecolor="k", linewidth=0.5)
-        axes.annotate(f"{method}\n{seconds:.2g} s", (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    for row in [row for row in rows if row["method"] == "plain: retrained"][:1]:
-        axes.axhline(row["test"], color="gray", linestyle=":", linewidth=1, label="retrained without memory")
-    axes.set(xlabel="average gap to the own oracle, % (left is better)", ylabel="test accuracy, %", xscale="symlog")
-    axes.scatter([], [], color="C0", label="by design")
-    axes.scatter([], [], color="C1", label="after the fact")
-    axes.legend(fontsize=8)
+    found = {method: gaps(rows, method, oracle_of(method)) for method in dict.fromkeys(row["method"] for row in rows)}
+    methods = sorted((m for m in found if ": " not in m and found[m]), key=lambda m: -statistics.mean(found[m]))
+    colors = {"munkey: retrained": "C0", "plain: retrained": "C1"}
+    test, seconds = _of(rows, "test"), _of(rows, "seconds")
+    panels = [
+        ("gap to a model trained without, %\nless is better", found, {o: gaps(rows, f"{o} again", o) for o in colors}),
+        ("test accuracy, %\nmore is better", test, test),
+        ("seconds to forget\nless is better", seconds, seconds),
+    ]
+    size = (10, 1.2 + 0.3 * len(methods))
+    figure, axes = plt.subplots(1, 3, sharey=True, figsize=size, layout="constrained")
+    for axis, (title, measured, lines) in zip(axes, panels, strict=True):
+        for place, method in enumerate(methods):
+            color = "C0" if by_design(method) else "C1"
+            axis.plot(measured[method], [place] * len(measured[method]), "o", color=color, alpha=0.35, markersize=5)
+            axis.plot(statistics.mean(measured[method]), place, "|", color=color, markersize=14, markeredgewidth=2.5)
+        for oracle, color in colors.items():
+            for value in lines.get(oracle, []):
+                axis.axvline(value, color=color, linestyle=":", linewidth=1)
+        axis.set_xlabel(title)
+        axis.grid(axis="x", color="0.9")
+    axes[0].set_yticks(range(len(methods)), [method.replace("_", " ") for method in methods])
+    axes[0].set_xlim(left=0)
+    axes[2].set_xscale("log")
+    for color, kind in (("C0", "by design"), ("C1", "after the fact")):
+        axes[2].plot([], [], "o", color=color, label=kind)
+    axes[2].plot([], [], ":", color="0.4", label="trained without")
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _of(rows: Rows, name: str) -> dict[str, list[float]]:
+    """What was measured, for each method and seed."""
+    return {row["method"]: [own[name] for own in rows if own["method"] == row["method"]] for row in rows}
