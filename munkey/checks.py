@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["NO_LABEL", "as_ids", "check_rows", "check_width", "distinct", "some"]
+__all__ = ["NO_LABEL", "as_ids", "check_rows", "check_width", "distinct", "some", "to_forget"]
 
 #: The label of an instance that has none.
 NO_LABEL = -1
@@ -52,6 +52,17 @@ def distinct(ids: Iterable[int] | Tensor) -> list[int]:
         found: list[int] = ids.unique().tolist()
         return found
     return sorted(set(as_ids(ids)))
+
+
+def to_forget(ids: Iterable[int] | Tensor, missing: str) -> list[int]:
+    """Ids as by `distinct`, once what is to be done about those that are missing is 'raise' or 'ignore'.
+
+    Raises:
+        ValueError: if it is another word, or as for `as_ids`.
+    """
+    if missing not in ("raise", "ignore"):
+        raise ValueError(f"missing must be 'raise' or 'ignore', found {missing!r}")
+    return distinct(ids)
 
 
 def _whole(instance: object) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from munkey.checks import as_ids, check_rows, distinct, some
+from munkey.checks import as_ids, check_rows, distinct, some, to_forget
 from munkey.disk import Disk
 from munkey.receipt_log import ReceiptLog, tokens_of
 from munkey.receipts import Receipt
@@ -172,9 +172,7 @@ class KeyStore(SearchedRows):
             ValueError: if `missing` is another word, an id is there for good, or an attached optimiser keeps something
                 that mixes instances.
         """
-        if missing not in ("raise", "ignore"):
-            raise ValueError(f"missing must be 'raise' or 'ignore', found {missing!r}")
-        wanted = distinct(ids)
+        wanted = to_forget(ids, missing)
         absent = self.index.missing(wanted)
         if missing == "raise":
             self._require(absent)

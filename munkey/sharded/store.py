@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from munkey.checks import as_ids, distinct, some
+from munkey.checks import as_ids, some, to_forget
 from munkey.digest import MODULUS
 from munkey.disk import Disk
 from munkey.receipt_log import ReceiptLog
@@ -171,9 +171,7 @@ class ShardedKeyStore(WritableRows):
 
     def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
         """Erase instances on all ranks; see `KeyStore.forget`. What any rank names goes; all get the same receipt."""
-        if missing not in ("raise", "ignore"):
-            raise ValueError(f"missing must be 'raise' or 'ignore', found {missing!r}")
-        wanted = torch.tensor(self.ranks.agree(lambda: distinct(ids)), dtype=torch.int64)
+        wanted = torch.tensor(self.ranks.agree(lambda: to_forget(ids, missing)), dtype=torch.int64)
         everything = self.ranks.gather_rows(wanted)[0].unique()
         mine = everything[owners(everything, self.ranks.size) == self.ranks.rank].tolist()
         unknown = self.local.index.missing(mine)

@@ -115,6 +115,7 @@ def refused_on_ranks(what: str, folder: str) -> str:
         "not finite": lambda: store.add([50 + rank], keys_of([50 + rank]) * (torch.nan if last else 1.0)),
         "width": lambda: store.nearest(torch.zeros(2, 3 + last), 2),
         "k": lambda: store.nearest(torch.zeros(2, 3), 2 + last),
+        "missing": lambda: store.forget([1], missing="skip" if last else "raise"),
         "replace": lambda: store.replace([99] if last else [], keys_of([99] if last else [])),
         "get": lambda: store.get([98] if last else [1]),
         "settings": lambda: ShardedKeyStore(3, 2, seed=int(last)),

@@ -21,6 +21,8 @@ from stores import SECRET, WIDTHS, keys_of
 
 from munkey import DurableStore, KeyStore
 from munkey.digest import checksum
+from munkey.disk import Disk
+from munkey.layout import Layout
 
 
 def test_two_stores_cannot_follow_one_file(filled: Path, tmp_path: Path) -> None:
@@ -188,3 +190,23 @@ def test_bad_calls(tmp_path: Path) -> None:
         create(tmp_path / "store")
     with DurableStore.open(tmp_path / "store") as again:
         assert len(again) == 0
+
+
+def test_a_file_that_is_cut_while_it_is_open_is_noticed(filled: Path, tmp_path: Path) -> None:
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
+    with DurableStore.open(tmp_path / "store") as store:
+        before = state(store)
+        os.truncate(tmp_path / "store", 4096)
+        with pytest.raises(EOFError, match="the file ends before what is to be read"):
+            store.forget([min(store)])
+        assert state(store) == before
+
+
+def test_a_description_has_room_in_the_first_block(tmp_path: Path) -> None:
+    layout = Layout({"note": "x" * 4000}, ((3,),), (torch.float32,), 1)
+    disk = Disk()
+    file = disk.open(str(tmp_path / "file"), create=True)
+    with pytest.raises(ValueError, match="the description of a store must fit into 3999 bytes, found 4"):
+        layout.write_header(disk, file)
+    assert disk.size(file) == 0
+    disk.close(file)

@@ -78,6 +78,7 @@ MESSAGES = {
     "known": "ValueError: ids [7] are in the store already; use replace to change them",
     "not finite": "ValueError: keys must be finite as torch.float32; those of 1 instances are not",
     "width": "ValueError: expected queries of shape (B, 3)",
+    "missing": "ValueError: missing must be 'raise' or 'ignore', found 'skip'",
     "replace": "KeyError: ids [99] are not in the store",
     "get": "KeyError: ids [98] are not in the store",
     "no folder": "FileNotFoundError: no manifest.json in",

@@ -232,3 +232,8 @@ def test_is_built_on_the_meta_device(layer: Layer) -> None:
         assert all(t.is_meta for t in layer.build().state_dict().values())
     module.to_empty(device="cpu").load_state_dict(real.state_dict())
     assert torch.equal(layer.call(module, layer.rows()), layer.call(real, layer.rows()))
+
+
+def test_a_residual_block_resamples_in_three_ways() -> None:
+    with pytest.raises(ValueError, match="resample must be 'keep', 'down' or 'up', found 'sideways'"):
+        layers.ResidualBlock(4, 4, resample="sideways")
