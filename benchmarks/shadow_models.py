@@ -8,7 +8,7 @@ saw it. One model after the other is then attacked with all others as references
 of margins for each candidate), RMIA, and the loss alone. 50 % is what guessing gives; what oracles give beside it says
 what chance does. The distributions of margins of those that forgot and of oracles are compared instance by instance
 (Kolmogorov-Smirnov, KL), and beside them those of oracles where a candidate was left out late and where it never was
-in. Margins are saved as they come; the next run goes on. The last line printed is one JSON object.
+in. Logits are saved as they come; the next run goes on. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -53,16 +53,22 @@ class Shadows:
         draw = torch.rand(args.models, args.candidates, generator=torch.Generator().manual_seed(1)).argsort(0)
         self.never, self.gone = draw < args.models // 2, draw >= args.models * 3 // 4
 
-    def logits(self, name: str, path: Path) -> dict[str, Tensor]:
-        """Made one model after the other, and kept in a file."""
-        found: dict[str, list[Tensor]] = torch.load(path) if path.exists() else {"forgot": [], "oracle": []}
-        for number in tqdm(range(len(found["oracle"]), self.args.models), desc=name):
+    def logits(self, path: Path) -> dict[str, dict[str, Tensor]]:
+        """Of all methods, of those that forgot and of oracles; a file keeps what there is."""
+        about = {key: str(value) for key, value in vars(self.args).items() if key not in ("work", "out")}
+        found: dict[str, dict[str, list[Tensor]]] = {name: {"forgot": [], "oracle": []} for name in self.args.methods}
+        if path.exists():
+            before, found = torch.load(path)
+            if before != about:
+                raise SystemExit(f"{path} holds logits of other settings; name another --work")
+        for number in tqdm(range(len(found[self.args.methods[0]]["oracle"]), self.args.models), desc="models"):
             known = torch.cat([self.rest, self.candidates[~self.never[number]]])
             bench = Bench(self.task, number, self.args, SETTINGS, (known, self.candidates[self.gone[number]]))
-            found["forgot"].append(self.asked(bench.forgotten(name)[0]))
-            found["oracle"].append(self.asked(bench.fitted("plain" if name in SETTINGS else name, 1)))
-            torch.save(found, path)
-        return {side: torch.stack(each) for side, each in found.items()}
+            for name, sides in found.items():  # methods after the fact begin with one model
+                sides["forgot"].append(self.asked(bench.forgotten(name)[0]))
+                sides["oracle"].append(self.asked(bench.fitted("plain" if name in SETTINGS else name, 1)))
+            torch.save((about, found), path)
+        return {name: {side: torch.stack(each) for side, each in sides.items()} for name, sides in found.items()}
 
     @torch.no_grad()
     def asked(self, model: nn.Module) -> Tensor:
@@ -127,8 +133,7 @@ def main() -> None:
     task = Task(argparse.Namespace(**{**vars(args), "out": args.work}))
     shadows = Shadows(task, args)
     results: dict[str, dict[str, Any]] = {}
-    for name in args.methods:
-        logits = shadows.logits(name, args.work / f"{name.replace(' ', '_')}.pt")
+    for name, logits in shadows.logits(args.work / "logits.pt").items():
         results[name] = {side: shadows.attacks(each) for side, each in logits.items()}
         results[name] |= shadows.distances(logits["forgot"], logits["oracle"])
     about = {"data": task.name, "models": args.models, "candidates": args.candidates, "epochs": args.epochs}

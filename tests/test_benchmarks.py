@@ -66,6 +66,8 @@ def test_single_instances_are_attacked_with_models_of_their_own(tmp_path: Path) 
     assert found.keys() == {"forgot", "oracle", "KS", "KS floor", "KL", "KL floor"}
     second = run("shadow_models.py", *options)
     assert json.loads(second.stdout.splitlines()[-1])["results"]["munkey"] == found, "from what was kept"
+    third = run("shadow_models.py", *options, "--effort", "0.5")
+    assert third.returncode and "holds logits of other settings; name another --work" in third.stderr
 
 
 def test_processes_tell_how_much_they_send(tmp_path: Path) -> None:
