@@ -16,7 +16,6 @@ Letters: `R` rows the file has room for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -24,8 +23,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from munkey.digest import MODULUS, checksum, rows_hash
+from munkey.digest import MODULUS, rows_hash
 from munkey.disk import Disk, replacing, wipe_leftovers
+from munkey.journal import Journal
 from munkey.layout import Layout
 from munkey.rows import Removal
 
@@ -35,7 +35,6 @@ _JOURNAL, _LOCK = ".journal", ".lock"
 _ROWS = 4096  # at a time
 
 Columns = Sequence[Tensor]
-State = tuple[int, int]
 
 
 class LiveFile:
@@ -51,12 +50,14 @@ class LiveFile:
         total: sum of the hashes of the rows as they are in the file.
     """
 
+    journal: Journal
+
     def __init__(self, path: str, disk: Disk) -> None:
         self.path, self.disk = path, disk
-        self.file = self.journal = self.guard = -1
+        self.file = self.guard = -1
         self.count = self.total = 0
         self.secret = b""
-        self.broken = False
+        self.unsure = False
 
     # --- opening ------------------------------------------------------------------------------------------
 
@@ -75,8 +76,8 @@ class LiveFile:
             live._lock()
             if disk.exists(path):
                 raise FileExistsError(f"there is a file {path!r} already; open it, or remove it")
-            live._open_journal()
-            live._clear()
+            live.journal = Journal(path + _JOURNAL, disk)
+            live.journal.clear()
             live._write_whole(
                 about, [columns], [c.shape[1:] for c in columns], [c.dtype for c in columns], len(columns[0])
             )
@@ -98,7 +99,7 @@ class LiveFile:
             live._lock()
             wipe_leftovers(disk, path)
             live.file = disk.open(path)
-            live._open_journal()
+            live.journal = Journal(path + _JOURNAL, disk)
             live.layout = Layout.read(disk, live.file, path)
             about = live.layout.about
             live.secret = bytes.fromhex(about["secret"])
@@ -114,12 +115,6 @@ class LiveFile:
         if not self.disk.lock(self.guard):
             raise BlockingIOError(f"{self.path!r} is open in another store, here or in another process; close it there")
 
-    def _open_journal(self) -> None:
-        there = self.disk.exists(self.path + _JOURNAL)
-        self.journal = self.disk.open(self.path + _JOURNAL, create=not there)
-        if not there:
-            self.disk.sync_folder(self.path)  # or the power could take the journal, and leave what it announced
-
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
         try:
@@ -130,7 +125,9 @@ class LiveFile:
 
     def close(self) -> None:
         """Give back everything; the file can be opened again, here or elsewhere."""
-        for name in ("file", "journal", "guard"):
+        if "journal" in vars(self):
+            self.journal.close()
+        for name in ("file", "guard"):
             if getattr(self, name) >= 0:
                 self.disk.close(getattr(self, name))
                 setattr(self, name, -1)
@@ -152,17 +149,17 @@ class LiveFile:
         if after > self.layout.room:
             self.rebuild(self._parts(), room=max(after, before + before // 2))
         old, total = self.total, (self.total + rows_hash(self.secret, columns)) % MODULUS
-        self._note("append", (before, old), (after, total))
-        self.broken = True  # until it is finished or taken back
+        self.journal.write({"change": "append", "before": (before, old), "after": (after, total)})
+        self.unsure = True  # until it is finished or taken back
         try:
             self.layout.write_rows(self.disk, self.file, before, columns)
             self.disk.sync(self.file)
         except OSError:
             self._finish(before, after, old)
-            self.broken = False
+            self.unsure = False
             raise
         self._finish(after, after, total)
-        self.broken = False
+        self.unsure = False
 
     def erase(self, removal: Removal) -> None:
         """Remove rows, and move the last ones into the holes.
@@ -176,11 +173,12 @@ class LiveFile:
         total = (self.total - rows_hash(self.secret, gone)) % MODULUS
         for column in gone:
             column.zero_()
-        holes, movers = removal.holes.tolist(), removal.movers.tolist()
-        self._note("erase", (removal.before, self.total), (removal.after, total), holes=holes, movers=movers)
-        self.broken = True
-        self._move({"before": (removal.before, 0), "after": (removal.after, total), "holes": holes, "movers": movers})
-        self.broken = False
+        plan = {"change": "erase", "before": (removal.before, self.total), "after": (removal.after, total)}
+        plan |= {"holes": removal.holes.tolist(), "movers": removal.movers.tolist()}
+        self.journal.write(plan)
+        self.unsure = True
+        self._move(plan)
+        self.unsure = False
 
     def _parts(self) -> Iterator[Columns]:
         """All rows, some at a time."""
@@ -219,9 +217,14 @@ class LiveFile:
                 count, total = count + len(columns[0]), total + rows_hash(self.secret, columns)
             layout.write_state(self.disk, file, count, total % MODULUS)
             self.disk.sync(file)
-            self.broken = True  # which file the name leads to is not known from here on
-        self.broken = False
+            self.unsure = True  # which file the name leads to is not known from here on
+        self.unsure = False
         self.file, self.layout, self.count, self.total = file, layout, count, total % MODULUS
+
+    @property
+    def broken(self) -> bool:
+        """Whether a change failed half way."""
+        return self.unsure or self.journal.broken
 
     def check(self) -> None:
         """Raise ValueError if the file is closed, OSError if a change failed half way."""
@@ -237,47 +240,14 @@ class LiveFile:
             "a store in a file cannot be pickled, as two would write to one file; save the model, or copy it"
         )
 
-    # --- the journal --------------------------------------------------------------------------------------
-
-    def _note(self, change: str, before: State, after: State, **rows: list[int]) -> None:
-        """Announce a change, from a number of rows and the sum of their hashes to others."""
-        self._write_note({"change": change, "before": before, "after": after, **rows})
-
-    def _write_note(self, note: Mapping[str, Any]) -> None:
-        start = self.disk.size(self.journal)
-        text = json.dumps(note).encode()
-        broken, self.broken = self.broken, True
-        try:
-            self.disk.write(self.journal, start, text + b" " + checksum(text) + b"\n")
-            self.disk.sync(self.journal)
-        except OSError:
-            self.disk.resize(self.journal, start)
-            self.broken = broken
-            raise
-        self.broken = broken
-
-    def _clear(self) -> None:
-        self.disk.resize(self.journal, 0)
-        self.disk.sync(self.journal)
-
-    def _notes(self) -> list[dict[str, Any]]:
-        """What the journal says, once a line that was interrupted while it was written is cut off."""
-        notes, whole = [], 0
-        for line in self.disk.read(self.journal, 0, self.disk.size(self.journal)).splitlines(keepends=True):
-            text, _, found = line.removesuffix(b"\n").rpartition(b" ")
-            if not line.endswith(b"\n") or checksum(text) != found:
-                break
-            notes.append(json.loads(text))
-            whole += len(line)
-        self.disk.resize(self.journal, whole)
-        return notes
+    # --- what the journal announces ----------------------------------------------------------------------
 
     def _recover(self) -> None:
         """Finish what was going, take back what was coming."""
         self.count, self.total = state = self.layout.read_state(self.disk, self.file, self.path)
-        notes = self._notes()
+        notes = self.journal.notes()
         if not notes:
-            self._clear()
+            self.journal.clear()
             return
         plan = notes[0]
         before, after = tuple(plan["before"]), tuple(plan["after"])
@@ -299,7 +269,7 @@ class LiveFile:
         """Move rows into holes; until it is noted, they are still where they were, and can be moved again."""
         self.layout.move_rows(self.disk, self.file, plan["movers"], plan["holes"])
         self.disk.sync(self.file)
-        self._write_note({"moved": True})  # from here on the places that rows came from may be zero
+        self.journal.write({"moved": True})  # from here on the places that rows came from may be zero
         (before, _), (after, total) = plan["before"], plan["after"]
         self._finish(after, before, total)
 
@@ -309,4 +279,4 @@ class LiveFile:
         self.layout.write_state(self.disk, self.file, count, total)
         self.disk.sync(self.file)
         self.count, self.total = count, total
-        self._clear()
+        self.journal.clear()
