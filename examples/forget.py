@@ -69,9 +69,12 @@ def main() -> None:
     )
     parser.add_argument("--beside", type=Path, help="a model trained without them")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
 
     data, model = load_dataset(args.data), KeyMemoryTransformer.load(args.model).eval()
+    about = args.model.with_name("results.json")  # of train_munkey.py
+    if about.exists() and (own := json.loads(about.read_text())["data"]) != data.name:
+        parser.error(f"the classifier was trained on {own!r}; name that with --data, found {data.name!r}")
+    args.out.mkdir(parents=True, exist_ok=True)
     store = model.memory.store
     ids = [i for i in chosen(model, args) if args.missing == "raise" or i in store]
     if not ids:
@@ -101,8 +104,8 @@ def main() -> None:
         f"of their {report.pieces} keys and values the file held {left['before']} before, and holds {left['after']} "
         f"now; {left['tensors']} are in the model's tensors"
     )
-    about = {"seconds": seconds, "rows": receipt.rows, "bytes": receipt.bytes, "found": left, "accuracy": results}
-    print(json.dumps({"data": data.name, **about}))
+    measured = {"seconds": seconds, "rows": receipt.rows, "bytes": receipt.bytes, "found": left, "accuracy": results}
+    print(json.dumps({"data": data.name, **measured}))
 
 
 if __name__ == "__main__":

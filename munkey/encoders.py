@@ -165,7 +165,13 @@ class Projection(KeyEncoder):
 
     def encode(self, x: Tensor) -> Tensor:
         """See the class."""
-        return (x.flatten(1) - self.mean) @ self.weight
+        x = x.flatten(1)
+        if x.shape[1] != len(self.mean):
+            raise ValueError(
+                f"this projection takes inputs of {len(self.mean)} numbers each, found {x.shape[1]}; it was made for "
+                "other data, or for images of another size"
+            )
+        return (x - self.mean) @ self.weight
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:

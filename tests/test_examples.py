@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -89,6 +90,11 @@ def test_a_classifier_forgets(folder: Path) -> None:
     (folder / "ids.txt").write_text("7\n" + (folder / "exact" / "left_out.txt").read_text())
     options = ("--file", "ids.txt", "--missing", "ignore", "--beside", "exact/model.safetensors")
     assert run(folder, "forget.py", *options)["accuracy"]["trained without"]  # type: ignore[index]
+    images, labels = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 0, 1])
+    np.savez(folder / "other.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    command = [sys.executable, str(EXAMPLES / "forget.py"), "--ids", "3", "--data", "other.npz"]
+    refused = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert "the classifier was trained on 'digits'; name that with --data, found 'other'" in refused.stderr
 
 
 def test_on_two_processes(folder: Path) -> None:

@@ -157,6 +157,11 @@ class Broken(KeyEncoder):
             "expected a mean (n,) and",
         ),
         (
+            lambda: Projection.random((1, 4, 4), 3)(images(2)),
+            ValueError,
+            "this projection takes inputs of 16 numbers each, found 48; it was made for other data, or for images of",
+        ),
+        (
             lambda: ModuleEncoder(nn.Flatten(), 3, fitted_on="all"),
             ValueError,
             "fitted_on must be one of nothing, other data",
