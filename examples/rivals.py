@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +40,7 @@ class Features(nn.Module):
 
 
 class Rival(nn.Module):
-    """What all of them can do; by default there is nothing to train and nothing to remember."""
-
-    trained = True
-
-    def loss(self, x: Tensor, labels: Tensor, *, ids: Tensor) -> Tensor:
-        raise NotImplementedError
+    """What all of them can do; by default there is nothing to remember."""
 
     def remember(self, ids: Tensor, x: Tensor, labels: Tensor, *, keys: Tensor | None = None) -> None:
         """Store instances."""
@@ -53,7 +49,15 @@ class Rival(nn.Module):
         """Delete instances."""
 
 
-class Plain(Rival):
+class TrainedRival(Rival, ABC):
+    """One that has weights to train."""
+
+    @abstractmethod
+    def loss(self, x: Tensor, labels: Tensor, *, ids: Tensor) -> Tensor:
+        """A mean over instances."""
+
+
+class Plain(TrainedRival):
     """A vision transformer without memory: what methods of unlearning after the fact are given. It deletes nothing."""
 
     def __init__(self, features: Features, classes: int) -> None:
@@ -69,8 +73,6 @@ class Plain(Rival):
 
 class NearestNeighbours(Rival):
     """Labels of nearest keys, weighted by similarity. Nothing is trained, so that deletion is exact."""
-
-    trained = False
 
     def __init__(self, encoder: KeyEncoder, classes: int, neighbours: int = 16, temperature: float = 0.1) -> None:
         super().__init__()
@@ -94,7 +96,7 @@ class NearestNeighbours(Rival):
         return (self.votes(found.rows, found.scores).float() + 0.01).log()
 
 
-class RACDelete(Rival):
+class RACDelete(TrainedRival):
     """Retrieval-augmented classification (Long et al., arXiv 2202.11233): logits of the image plus logits of what is
     retrieved, here of the labels of neighbours. An entry can be deleted; weights have seen it."""
 
@@ -121,7 +123,7 @@ class RACDelete(Rival):
         return F.cross_entropy(self.plain(x) + self.retrieved(self.nearest.votes(rows, scores).float()), labels)
 
 
-class SemiParametric(Rival):
+class SemiParametric(TrainedRival):
     """In the manner of deep semi-parametric models (Zheng et al., arXiv 2603.22870): a query is compared with the mean
     features of a sample of each class. A training image that is deleted is never drawn again; weights have seen it."""
 
@@ -166,7 +168,7 @@ class SemiParametric(Rival):
 
 
 def fit(
-    model: Rival,
+    model: TrainedRival,
     images: Tensor,
     labels: Tensor,
     ids: Tensor,
@@ -220,7 +222,7 @@ def main() -> None:
     gone, found = everyone[: len(images) // 10], {}
     for model in models:
         model.remember(everyone, images[everyone], labels[everyone])
-        if model.trained:
+        if isinstance(model, TrainedRival):
             fit(model, images, labels, everyone, epochs=args.epochs)
         model.forget(gone)
         with torch.no_grad():

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from rivals import Features, Plain, Rival, fit
+from rivals import Features, Plain, TrainedRival, fit
 from torch import Tensor, nn
 
 from treediff.data import load_dataset
@@ -38,8 +38,8 @@ class SISA(nn.Module):
 
     def __init__(
         self,
-        make: Callable[[int], Rival],
-        train: Callable[[Rival, Tensor, int], None],
+        make: Callable[[int], TrainedRival],
+        train: Callable[[TrainedRival, Tensor, int], None],
         ids: Tensor,
         *,
         shards: int = 5,
@@ -53,7 +53,7 @@ class SISA(nn.Module):
         self.saved: list[dict[int, dict[str, Tensor]]] = [{} for _ in range(shards)]
         self.models = nn.ModuleList(self._trained(shard, 0) for shard in range(shards))
 
-    def _trained(self, shard: int, start: int) -> Rival:
+    def _trained(self, shard: int, start: int) -> TrainedRival:
         """The model of a shard, trained from before a slice on."""
         seed = 1000 * self.seed + shard
         model = self.make(seed)
@@ -99,12 +99,12 @@ def main() -> None:
     if labels is None or data.test_labels is None:
         raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")
 
-    def make(seed: int) -> Rival:
+    def make(seed: int) -> TrainedRival:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return Plain(Features(tuple(images.shape[1:]), args.patch), 1 + int(labels.max()))
 
-    def train(model: Rival, ids: Tensor, seed: int) -> None:
+    def train(model: TrainedRival, ids: Tensor, seed: int) -> None:
         fit(model, images, labels, ids, epochs=args.epochs, seed=seed)
 
     def accuracy() -> float:

@@ -9,6 +9,7 @@ Letters: `B` batch, `k` neighbours, `V` width of a value, `n` classes.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -22,16 +23,16 @@ __all__ = ["AGGREGATIONS", "Aggregation", "Ensemble", "RankMix", "SoftmaxMix"]
 Predict = Callable[[Tensor], Tensor]
 
 
-class Aggregation(nn.Module):
+class Aggregation(nn.Module, ABC):
     """From neighbours to logits; `predict` takes tokens `(B, m, V)` to logits `(B, m, n)`, each token on its own."""
 
+    @abstractmethod
     def forward(self, found: Retrieved, predict: Predict) -> Tensor:
         """`(B, n)` logits."""
-        raise NotImplementedError
 
+    @abstractmethod
     def one(self, found: Retrieved, uniform: Tensor) -> Tensor:
         """`(B, V)` one token for a single run, as training needs it; uniform numbers `(B,)` in [0, 1) decide."""
-        raise NotImplementedError
 
 
 class Ensemble(Aggregation):
@@ -91,9 +92,9 @@ class _Mix(Aggregation):
         """The mixture."""
         return self.mixed(found)
 
+    @abstractmethod
     def preferences(self, found: Retrieved) -> Tensor:
         """`(B, k)` logits of the weights, finite."""
-        raise NotImplementedError
 
     def forward(self, found: Retrieved, predict: Predict) -> Tensor:
         """See the class."""

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+from abc import abstractmethod
 from typing import Any, ClassVar, Self
 
 import torch
@@ -58,9 +59,9 @@ class KeyEncoder(Pretrained, nn.Module):
         self.width, self.fitted_on = width, fitted_on
         self.config: dict[str, Any] = {"width": width, "fitted_on": fitted_on}
 
+    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """`(B, D)` keys of a batch."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
@@ -29,7 +30,7 @@ __all__ = ["Pretrained"]
 Path = str | os.PathLike[str]
 
 
-class Pretrained:
+class Pretrained(ABC):
     """`save_pretrained`, `from_pretrained` and `push_to_hub`, for a class that has `save` and `load`.
 
     Attributes:
@@ -47,14 +48,14 @@ class Pretrained:
 
     card_note: ClassVar[str] = ""
 
+    @abstractmethod
     def save(self, path: Path) -> None:
         """Write one file; each class has its own."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def load(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401
         """Read what `save` wrote; each class has its own."""
-        raise NotImplementedError
 
     def save_pretrained(
         self,
@@ -215,7 +216,7 @@ class Pretrained:
         """What config.json tells of the header of a file."""
         return dict(header)
 
-    def _check_sharing(self, *, push: bool, private: bool | None) -> None:
+    def _check_sharing(self, *, push: bool, private: bool | None) -> None:  # noqa: B027, a hook
         """Raise if the model cannot be saved or must not be pushed like this; nothing is written before."""
 
     @contextmanager

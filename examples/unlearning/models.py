@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from rivals import Features, NearestNeighbours, Plain, RACDelete, Rival, SemiParametric, fit
+from rivals import Features, NearestNeighbours, Plain, RACDelete, Rival, SemiParametric, TrainedRival, fit
 from sisa import SISA
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -124,14 +124,14 @@ class Bench:
                 "nearest_neighbours": lambda: NearestNeighbours(task.encoder, task.classes),
             }[name]()
         model.remember(ids, task.images[ids], task.labels[ids], keys=task.keys[ids])
-        if model.trained:
+        if isinstance(model, TrainedRival):
             fit(model, task.images, task.labels, ids, epochs=args.epochs, augment=task.augment, seed=seed)
         return model
 
     def _features(self) -> Features:
         return Features(self.task.shape, patch_for(*self.task.shape[1:]))
 
-    def _plain(self, seed: int) -> Rival:
+    def _plain(self, seed: int) -> Plain:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return Plain(self._features(), self.task.classes)
