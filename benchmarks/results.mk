@@ -19,6 +19,7 @@ TREES := fashion-mnist-0 fashion-mnist-1 fashion-mnist-20-leaves
 NUMBERS := treevae_step treevae_step_one_thread treevae_vectors digits_starts fashion_diffusion fashion_generation \
 	fashion_conditions sampler_steps unet_step forgetting_fashion forgetting_fashion_exact deletion_requests shadow_models distributed store
 UNLEARNT := fashion
+OTHER_SETS := cifar-class cifar-cluster cifar-one-percent
 ifdef TREEDIFF_DATA
 TREES += mnist-0 mnist-1
 NUMBERS += mnist_diffusion mnist_generation forgetting_fashion_encoder
@@ -27,7 +28,7 @@ ifdef CIFAR
 NUMBERS += forgetting_cifar forgetting_cifar_kinds forgetting_cifar_exact forgetting_cifar_own_half \
 	forgetting_cifar_own_0 forgetting_cifar_softmax forgetting_cifar_rank forgetting_cifar_no_dropout \
 	forgetting_cifar_no_memory cifar10-part
-UNLEARNT += cifar cifar-class cifar-cluster cifar-one-percent cifar-leakage
+UNLEARNT += cifar $(OTHER_SETS) cifar-leakage
 endif
 ROWS ?= $(TREES:%=%.json) $(NUMBERS:%=%.json) $(UNLEARNT:%=unlearning/%/table.md)
 
@@ -156,16 +157,12 @@ $(OUT)/unlearning/fashion/table.md: TASK = --data fashion-mnist --epochs 10 --ho
 $(OUT)/unlearning/cifar/table.md: TASK = $(CIFAR_TASK) --forget random:0.1 --seeds 3
 
 # Other forget sets take over what was tuned, and leave out what trains longest.
-OTHER_SETS := cifar-class cifar-cluster cifar-one-percent
-OTHER_TASK = $(CIFAR_TASK) --seeds 1 --methods fine_tune neg_grad neg_grad_plus l1_sparse random_labels bad_teacher scrub \
-	sal_un ssd amun munkey "munkey mode=exact" nearest_neighbours
+OTHER_TASK = $(CIFAR_TASK) --seeds 1 --tuned $(OUT)/unlearning/cifar/tuned.json --methods fine_tune neg_grad \
+	neg_grad_plus l1_sparse random_labels bad_teacher scrub sal_un ssd amun munkey "munkey mode=exact" nearest_neighbours
 $(OUT)/unlearning/cifar-class/table.md: TASK = $(OTHER_TASK) --forget class
 $(OUT)/unlearning/cifar-cluster/table.md: TASK = $(OTHER_TASK) --forget cluster:0.01
 $(OUT)/unlearning/cifar-one-percent/table.md: TASK = $(OTHER_TASK) --forget random:0.01
-$(OTHER_SETS:%=$(OUT)/unlearning/%/tuned.json): $(OUT)/unlearning/cifar/table.md
-	mkdir -p $(@D)
-	cp $(<D)/tuned.json $@
-$(OTHER_SETS:%=$(OUT)/unlearning/%/table.md): %/table.md: %/tuned.json
+$(OTHER_SETS:%=$(OUT)/unlearning/%/table.md): $(OUT)/unlearning/cifar/table.md
 
 $(OUT)/unlearning/cifar-leakage/table.md: TASK = $(CIFAR_TASK) --forget random:0.1 --seeds 1 --methods \
 	"munkey own_token_probability=0" "munkey drop_exemplar=0.5" "munkey drop_input=0.5" "munkey width=32 depth=1" \

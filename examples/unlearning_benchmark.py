@@ -44,8 +44,8 @@ AFTER: dict[str, list[dict[str, float]]] = {
 
 def tune(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """The settings of each method after the fact whose gap to an oracle is least, of six; no test image is seen."""
-    path = args.out / "tuned.json"
-    tried: dict[str, list[Any]] = json.loads(path.read_text()) if path.exists() else {}
+    path = args.tuned or args.out / "tuned.json"
+    tried: dict[str, list[Any]] = json.loads(path.read_text()) if args.tuned or path.exists() else {}
     if missing := [name for name in AFTER if name in args.methods and name not in tried]:
         task = Task(args, holdout=args.holdout)
         bench = Bench(task, 1000, args, {})
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--holdout", type=int, default=200, help="training images to tune on in place of test images")
     parser.add_argument("--encoder", default="random", help="random, efficientnet, or a file of train_encoder.py")
     parser.add_argument("--key-width", type=int, default=256, help="of random keys")
+    parser.add_argument("--tuned", type=Path, help="tuned.json of another run, to take over and add to")
     parser.add_argument("--out", type=Path, default=Path("runs/unlearning"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,15 @@
 """The example scripts run from end to end, each on what the one before it made."""
 
+import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from unlearning_benchmark import tune
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ORACLES = ("retrained", "retrained again")
@@ -126,6 +129,14 @@ def test_rivals(folder: Path) -> None:
     assert found["NearestNeighbours"]["test"] > 0.9  # type: ignore[index]
     results = run(folder, "sisa.py", "--epochs", "1")["results"]
     assert [1 <= result["slices"] <= 6 for result in results[1:]] == [True, True]  # type: ignore[index]
+
+
+def test_what_another_run_tuned_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "tuned.json").write_text('{"fine_tune": [[2.0, {"lr": 0.1}], [1.0, {"lr": 0.3}]]}')
+    about = {"tuned": tmp_path / "tuned.json", "out": tmp_path / "out", "methods": ["fine_tune", "munkey"]}
+    assert tune(argparse.Namespace(**about)) == {"fine_tune": {"lr": 0.3}}, "the least gap"
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "none"))):
+        tune(argparse.Namespace(**about | {"tuned": tmp_path / "none"}))
 
 
 def test_a_comparison_of_ways_to_forget(folder: Path) -> None:
