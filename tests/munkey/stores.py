@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from munkey import KeyStore
 
@@ -45,3 +45,9 @@ class Plain:
             ] == views
         for column in found.columns:
             assert not column[found.used :].any(), "the tail is not wiped"
+
+
+class Holder(nn.Module):
+    def __init__(self, rows: KeyStore) -> None:
+        super().__init__()
+        self.rows = rows
