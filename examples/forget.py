@@ -71,8 +71,8 @@ def main() -> None:
     args = parser.parse_args()
 
     data, model = load_dataset(args.data), KeyMemoryTransformer.load(args.model).eval()
-    about = args.model.with_name("results.json")  # of train_munkey.py
-    if about.exists() and (own := json.loads(about.read_text())["data"]) != data.name:
+    training = args.model.with_name("results.json")  # of train_munkey.py
+    if training.exists() and (own := json.loads(training.read_text()).get("data", data.name)) != data.name:
         parser.error(f"the classifier was trained on {own!r}; name that with --data, found {data.name!r}")
     args.out.mkdir(parents=True, exist_ok=True)
     store = model.memory.store
@@ -104,8 +104,8 @@ def main() -> None:
         f"of their {report.pieces} keys and values the file held {left['before']} before, and holds {left['after']} "
         f"now; {left['tensors']} are in the model's tensors"
     )
-    measured = {"seconds": seconds, "rows": receipt.rows, "bytes": receipt.bytes, "found": left, "accuracy": results}
-    print(json.dumps({"data": data.name, **measured}))
+    about = {"seconds": seconds, "rows": receipt.rows, "bytes": receipt.bytes, "found": left, "accuracy": results}
+    print(json.dumps({"data": data.name, **about}))
 
 
 if __name__ == "__main__":
