@@ -145,12 +145,31 @@ def machine() -> str:
     return f"{model}, {torch.get_num_threads()} threads, {able}; {accelerator}; torch {torch.__version__}"
 
 
+PAGE = """# Speed
+
+    make bench
+
+{machine}.
+
+Medians, each with what it is compared with in turns in the same run, nothing else beside them. More than 1 is faster;
+the last column is the same ratio in the record before this one. Raw numbers are in `speed.json`;
+`python benchmarks/record.py --record docs/results` keeps what was made as the record.
+
+{table}
+"""
+
+
+def _short(number: float) -> str:
+    """Three digits that count."""
+    return f"{float(f'{number:.3g}'):,g}"
+
+
 def table(rows: list[Row], before: dict[tuple[str, str], Row]) -> str:
     """Markdown; times, ratios to what ran beside, and the ratio of the last record."""
     lines = ["| what | ms | beside | times as fast | last record |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
         last = before.get((row.what, row.peer))
-        cells = [row.what, f"{row.ms:.3g}", row.peer, f"{row.faster:.3g}", "" if last is None else f"{last.faster:.3g}"]
+        cells = [row.what, _short(row.ms), row.peer, _short(row.faster), "" if last is None else _short(last.faster)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -168,7 +187,7 @@ def main() -> None:
     rows: list[Row] = []
     for name in args.only:
         rows += BENCHMARKS[name].read(json.loads(run(name, args.out).read_text()))
-    text = f"{machine()}.\n\n{table(rows, {(row.what, row.peer): row for row in before})}\n"
+    text = PAGE.format(machine=machine(), table=table(rows, {(row.what, row.peer): row for row in before}))
     (args.out / "speed.md").write_text(text)
     (args.out / "speed.json").write_text(json.dumps({"machine": machine(), "rows": [asdict(r) for r in rows]}) + "\n")
     print(text)

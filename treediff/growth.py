@@ -26,8 +26,9 @@ from treediff.history import KINDS, check_history
 from treediff.layers.annealing import KLAnnealing
 from treediff.layers.blocks import check_positive
 from treediff.noise import combine_seeds
-from treediff.policies import POLICIES, LeafStatistics, Policy, best_leaf
+from treediff.policies import POLICIES, Policy, best_leaf
 from treediff.stage import Stage
+from treediff.survey import Survey
 from treediff.treevae import TreeVAE
 
 __all__ = ["TreeGrowth"]
@@ -49,7 +50,7 @@ class TreeGrowth:
         final_epochs: epochs of the final stage; 0 skips it.
         intermediate_every: splits between two intermediate stages.
         policy: which leaf to split: 'largest', 'highest_loss', 'highest_entropy', or a function from
-            `LeafStatistics` to a score per leaf.
+            `treediff.policies.LeafStatistics` to a score per leaf.
         warm_start: whether new children begin as copies of the leaf they come from.
         min_share: leaves that a smaller share of the rows prefers to all others are pruned before the final stage.
         min_rows: leaves with fewer rows are not split.
@@ -179,7 +180,7 @@ class TreeGrowth:
         everything = torch.arange(len(data))
         if not self.history:
             for node in self.model.topology.routed:
-                self._cut(node, data, (self._reach(data, node) > 0.5).nonzero().squeeze(1))
+                self._cut(node, data, (self._survey.reach(data, node) > 0.5).nonzero().squeeze(1))
             return self._stage("initial", everything)
         last = self.history[-1]
         if last["kind"] == "final":
@@ -189,7 +190,7 @@ class TreeGrowth:
         splits = [entry["kind"] for entry in self.history].count("subtree")
         if last["kind"] == "subtree" and splits % self.intermediate_every == 0:
             return self._stage("intermediate", everything)
-        probs = self._leaf_probs(data)
+        probs = self._survey.leaf_probs(data)
         leaf = self._leaf_to_split(data, probs) if self._effective(probs) < self.max_leaves else None
         if leaf is None:
             self._prune(data, probs)
@@ -203,7 +204,7 @@ class TreeGrowth:
 
     def _subtree_stage(self, kind: str, data: Tensor, split: int, above: float) -> Stage:
         """A stage on the rows that reach a node with a probability of at least `above`."""
-        rows = (self._reach(data, split) >= above).nonzero().squeeze(1)
+        rows = (self._survey.reach(data, split) >= above).nonzero().squeeze(1)
         return self._stage(kind, rows, split=split, above=above)
 
     def _stage(self, kind: str, rows: Tensor, split: int | None = None, above: float = 0.0) -> Stage:
@@ -227,6 +228,11 @@ class TreeGrowth:
 
     # --- decisions ----------------------------------------------------------------------------------------
 
+    @property
+    def _survey(self) -> Survey:
+        seed = combine_seeds(self.seed, len(self.history), -2)
+        return Survey(self.model, self.batch_size, seed, self.world)
+
     def members(self, probs: Tensor) -> Tensor:
         """Which rows belong to which leaf: `P(leaf | x) >= min(1 / effective leaves, 1/2)`; `(n, K)` of booleans."""
         return probs >= self._membership(probs)
@@ -247,18 +253,9 @@ class TreeGrowth:
         tree, deepest = self.model.topology, len(self.model.bottom_up)
         policy = POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
         room = torch.tensor([tree.depth(leaf) < deepest for leaf in tree.leaves])
-        statistics = self._statistics(data, probs)
+        losses = self.policy not in ("largest", "highest_entropy")
+        statistics = self._survey.statistics(data, probs, self.members(probs), losses=losses)
         return best_leaf(policy, statistics, tree.leaves, room & (statistics.rows >= self.min_rows))
-
-    def _statistics(self, data: Tensor, probs: Tensor) -> LeafStatistics:
-        members = self.members(probs).double()
-        rows = members.sum(0)
-        entropy = torch.special.entr(probs.double()).sum(1)
-        loss = torch.zeros(len(data), dtype=torch.float64)
-        if self.policy not in ("largest", "highest_entropy"):
-            loss = self._negative_elbo(data).double()
-        mean = members / rows
-        return LeafStatistics(rows.long(), probs.mean(0), loss @ mean, entropy @ mean)
 
     def _cut(self, node: int, data: Tensor, rows: Tensor) -> None:
         """Start a new posterior router as a cut where its rows lie thin, so that neither child starves."""
@@ -286,27 +283,7 @@ class TreeGrowth:
             if counts[smallest] >= self.min_share * len(data):
                 return
             self.model.prune(self.model.topology.leaves[smallest])
-            probs = self._leaf_probs(data)
-
-    def _reach(self, data: Tensor, node: int) -> Tensor:
-        """`P(node | x)` of every row."""
-        tree = self.model.topology
-        below = [tree.leaves.index(leaf) for leaf in tree.leaves_under(node)]
-        return self._leaf_probs(data)[:, below].sum(1)
-
-    @torch.no_grad()
-    def _leaf_probs(self, data: Tensor) -> Tensor:
-        parts = self.world.map(lambda x: self.model.leaf_log_probs(x).exp().cpu(), data.split(self.batch_size))
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def _negative_elbo(self, data: Tensor) -> Tensor:
-        def negative(rows: Tensor) -> Tensor:
-            seed = combine_seeds(self.seed, len(self.history), -2, int(rows[0]))
-            elbo = self.model.elbo(data[rows], generator=torch.Generator(data.device).manual_seed(seed)).elbo
-            return -elbo.cpu()
-
-        return torch.cat(self.world.map(negative, torch.arange(len(data)).split(self.batch_size)))
+            probs = self._survey.leaf_probs(data)
 
     # --- saving -------------------------------------------------------------------------------------------
 

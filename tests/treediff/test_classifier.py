@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradients import assert_gradient_everywhere
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -122,8 +123,7 @@ def test_an_empty_batch(training: bool) -> None:
 def test_gradient_reaches_every_parameter_and_every_pixel() -> None:
     model, x = build(dtype=torch.float64), images(dtype=torch.float64).requires_grad_()
     model(x).square().sum().backward()
-    for name, p in [("x", x), *model.named_parameters()]:
-        assert p.grad is not None and p.grad.abs().max() > 1e-9, name
+    assert_gradient_everywhere(model, above=1e-9, x=x)
     assert x.grad is not None and (x.grad != 0).all()
 
 

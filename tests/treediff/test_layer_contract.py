@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradients import assert_gradient_everywhere
 from torch import Tensor, nn
 
 from treediff import layers
@@ -120,9 +121,7 @@ def test_gradient_reaches_every_parameter_and_every_input(layer: Layer) -> None:
     module, x = layer.make(), layer.rows(4, torch.float64).requires_grad_()
     y = layer.call(module.double(), x)
     (y * torch.linspace(1, 2, y.numel(), dtype=y.dtype).view_as(y)).square().sum().backward()
-    for name, p in [("x", x), *module.named_parameters()]:
-        assert p.grad is not None and p.grad.isfinite().all(), name
-        assert p.grad.abs().max() > 1e-8, name
+    assert_gradient_everywhere(module, above=1e-8, x=x)
     assert x.grad is not None and (x.grad.flatten(1).abs().amax(1) > 1e-8).all()  # of every row
 
 
@@ -214,8 +213,7 @@ def test_bfloat16_autocast(layer: Layer) -> None:
         assert (y - expected).abs().max() <= 0.1 * (1 + expected.abs().max())
         module.zero_grad()
         y.float().square().sum().backward()
-        for name, p in module.named_parameters():
-            assert p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all(), name
+        assert_gradient_everywhere(module)
 
 
 @each_with_weights

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradients import assert_gradient_everywhere
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,9 +24,7 @@ def test_gradient_reaches_every_parameter_and_every_input(case: Case) -> None:
     module, rows = case.make().double(), [row.requires_grad_() for row in case.rows(4, torch.float64)]
     y = case.call(module, rows)
     (y * normal(*y.shape, seed=9)).sum().backward()
-    for name, p in [*((f"input {i}", row) for i, row in enumerate(rows)), *module.named_parameters()]:
-        assert p.grad is not None and p.grad.isfinite().all(), name
-        assert p.grad.abs().max() > 1e-8, name
+    assert_gradient_everywhere(module, above=1e-8, **{f"input {i}": row for i, row in enumerate(rows)})
 
 
 @each
@@ -94,8 +93,7 @@ def test_bfloat16_autocast(case: Case) -> None:
         y = case.call(module, rows)
     assert (y - expected).abs().max() <= 0.05 * expected.abs().max()
     y.float().square().sum().backward()
-    for name, p in module.named_parameters():
-        assert p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all(), name
+    assert_gradient_everywhere(module)
 
 
 @each

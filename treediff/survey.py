@@ -1,0 +1,79 @@
+"""What a growing tree sees of all rows at once: where they go, and how well they are explained there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from treediff.distributed import ALONE, World
+from treediff.noise import combine_seeds
+from treediff.policies import LeafStatistics
+from treediff.treevae import TreeVAE
+
+__all__ = ["Survey"]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Looks at all rows, batch by batch; of several processes each looks at a share, and all see the same.
+
+    Letters: `n` rows, `K` leaves.
+
+    Args:
+        model: the model as it is.
+        batch_size: rows at a time.
+        seed: for the latents that a bound is taken with.
+        world: the processes that share the rows.
+
+    Examples:
+        >>> model = TreeVAE.for_vectors(4, generator=torch.Generator().manual_seed(0))
+        >>> survey, data = Survey(model, batch_size=8), torch.rand(20, 4)
+        >>> torch.equal(survey.reach(data, model.topology.leaves[0]), survey.leaf_probs(data)[:, 0])
+        True
+    """
+
+    model: TreeVAE
+    batch_size: int = 1024
+    seed: int = 0
+    world: World = ALONE
+
+    @torch.no_grad()
+    def leaf_probs(self, data: Tensor) -> Tensor:
+        """`P(leaf | x)` of every row, `(n, K)`, on the CPU."""
+        parts = self.world.map(lambda x: self.model.leaf_log_probs(x).exp().cpu(), data.split(self.batch_size))
+        return torch.cat(parts)
+
+    def reach(self, data: Tensor, node: int) -> Tensor:
+        """`P(node | x)` of every row, `(n,)`; raises KeyError if there is no such node."""
+        tree = self.model.topology
+        below = [tree.leaves.index(leaf) for leaf in tree.leaves_under(node)]
+        return self.leaf_probs(data)[:, below].sum(1)
+
+    @torch.no_grad()
+    def negative_elbo(self, data: Tensor) -> Tensor:
+        """One draw of every row's negative bound in nats, `(n,)`, on the CPU."""
+
+        def negative(rows: Tensor) -> Tensor:
+            seed = combine_seeds(self.seed, int(rows[0]))
+            elbo = self.model.elbo(data[rows], generator=torch.Generator(data.device).manual_seed(seed)).elbo
+            return -elbo.cpu()
+
+        return torch.cat(self.world.map(negative, torch.arange(len(data)).split(self.batch_size)))
+
+    def statistics(self, data: Tensor, probs: Tensor, members: Tensor, *, losses: bool = True) -> LeafStatistics:
+        """What a policy may look at.
+
+        Args:
+            data: all rows.
+            probs: `(n, K)`, their `leaf_probs`.
+            members: `(n, K)`, whether each belongs to each leaf.
+            losses: whether the policy asks for them; they take most of the time, and are 0 without.
+        """
+        belongs = members.double()
+        rows = belongs.sum(0)
+        entropy = torch.special.entr(probs.double()).sum(1)
+        loss = self.negative_elbo(data).double() if losses else torch.zeros(len(data), dtype=torch.float64)
+        mean = belongs / rows
+        return LeafStatistics(rows.long(), probs.mean(0), loss @ mean, entropy @ mean)
