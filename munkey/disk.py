@@ -85,6 +85,10 @@ class Disk:
         """Wait until all that was written is on the medium."""
         os.fsync(file)
 
+    def resolve(self, path: str) -> str:
+        """The name that leads to the same file wherever the process goes, without links."""
+        return os.path.realpath(path)
+
     def exists(self, path: str) -> bool:
         """Whether there is a file of that name."""
         return os.path.exists(path)

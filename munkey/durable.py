@@ -161,7 +161,9 @@ class DurableStore(KeyStore):
 
         Raises:
             OSError: if that fails; the file is then as it was.
+            ValueError: while the values are those of an average.
         """
+        self.holders.check_still()
         parts = ([column[start : min(start + _ROWS, self.used)] for column in self.columns] for start in self._starts())
         self.live.rebuild(parts, room=max(self.live.layout.room, self.used))
 
@@ -170,12 +172,15 @@ class DurableStore(KeyStore):
 
         Raises:
             OSError: if that fails; store and file are then as they were.
-            ValueError: if an attached optimiser keeps something that mixes instances.
+            ValueError: if an attached optimiser keeps something that mixes instances; or while the values are those of
+                an average.
         """
         self.holders.check(self.values)
+        self.holders.check_still()
         order = self.order()
         self.live.rebuild(self._in_order(order), room=self.used)
-        super().compact()
+        with self.live.unsure_on_error():
+            super().compact()
 
     def _in_order(self, order: Tensor) -> Iterator[list[Tensor]]:
         for start in self._starts():
@@ -194,7 +199,8 @@ class DurableStore(KeyStore):
     def _take(self, found: dict[str, Tensor]) -> None:  # type: ignore[override]
         fitting = [found[name].to(column) for name, column in zip(found, self.columns, strict=True)]
         self.live.rebuild([fitting], room=len(fitting[0]))  # first, so that what fails there is nowhere
-        super()._take(found)
+        with self.live.unsure_on_error():
+            super()._take(found)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if fn(self.keys[:0]).dtype != self.keys.dtype:
@@ -206,9 +212,15 @@ class DurableStore(KeyStore):
 
     def append(self, *columns: Tensor) -> Tensor:
         """See `RowTable.append`."""
+        self.holders.check_still()
         fitting = [new.detach().to(column) for new, column in zip(columns, self.columns, strict=True)]
         self.live.append(fitting)  # first, so that what fails there is nowhere
-        rows = super().append(*fitting)
+        try:
+            rows = super().append(*fitting)
+        except BaseException:  # such as memory that is full
+            new = list(range(self.used, self.live.count))
+            self.live.erase(Removal.of(new, self.live.count, self.ids.device))
+            raise
         wipe_copies(fitting, columns)
         return rows
 

@@ -70,6 +70,7 @@ class LiveFile:
             BlockingIOError: if another store has it open.
             OSError: if it cannot be written; then there is none.
         """
+        path = disk.resolve(path)
         live = cls(path, disk)
         live.secret = secret
         with live._closed_on_error():
@@ -92,6 +93,7 @@ class LiveFile:
             BlockingIOError: if another store has it open.
             ValueError: if it is damaged, cut short, or of another kind.
         """
+        path = disk.resolve(path)
         if not disk.exists(path):
             raise FileNotFoundError(f"no store at {path!r}")
         live = cls(path, disk)
@@ -121,6 +123,15 @@ class LiveFile:
             yield
         except BaseException:
             self.close()
+            raise
+
+    @contextmanager
+    def unsure_on_error(self) -> Iterator[None]:
+        """What fails here leaves memory behind the file, which has then to be opened again."""
+        try:
+            yield
+        except BaseException:
+            self.unsure = True
             raise
 
     def close(self) -> None:

@@ -44,28 +44,26 @@ from munkey.model import KeyMemoryTransformer
 __all__ = ["epsilon", "poisson_batches", "private_backward"]
 
 
-def poisson_batches(
-    total: int, *, sample_rate: float, steps: int, generator: torch.Generator | None = None
-) -> Iterator[Tensor]:
+def poisson_batches(total: int, *, sample_rate: float, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Rows of each batch: every one is in it with the same probability, by itself; a batch may be empty.
 
     Args:
         total: how many instances there are.
         sample_rate: `q`, the probability, above 0, at most 1.
         steps: how many batches.
-        generator: draws; seed 0 if not given.
+        generator: draws. Who knows its seed knows the batches, and `epsilon` counts on nobody knowing them.
 
     Raises:
         TypeError: if a number is not whole.
         ValueError: if a number is out of range.
 
     Examples:
-        >>> [len(rows) for rows in poisson_batches(100, sample_rate=0.1, steps=3)]
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> [len(rows) for rows in poisson_batches(100, sample_rate=0.1, steps=3, generator=generator)]
         [9, 14, 8]
     """
     check_width(total=total, steps=steps)
     _check_rate(sample_rate)
-    generator = generator or torch.Generator().manual_seed(0)
     for _ in range(steps):
         yield (torch.rand(total, generator=generator) < sample_rate).nonzero().squeeze(1)
 
@@ -79,7 +77,7 @@ def private_backward(
     clip: float,
     noise_multiplier: float,
     expected_batch_size: float,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator,
 ) -> Tensor:
     """Set gradients in place of `model.loss(...).backward()`; the mean loss that is returned is not private.
 
@@ -95,7 +93,8 @@ def private_backward(
         clip: greatest length of an instance's gradient, above 0.
         noise_multiplier: standard deviation of the noise in units of `clip`, at least 0.
         expected_batch_size: `q` times the number of instances, as it was planned.
-        generator: draws pathways and noise; seed 0 if not given.
+        generator: draws pathways and noise: one for all steps of a training, whose seed nobody else knows. The same
+            noise twice would take itself out of the difference of two steps.
 
     Raises:
         KeyError: if an id is not in the memory.
@@ -112,11 +111,11 @@ def private_backward(
     wanted = as_ids(ids)
     if len(wanted) != len(x):
         raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
-    generator = generator or torch.Generator(x.device).manual_seed(0)
     alone = _Alone(model)
     weights = {name: weight for name, weight in alone.named_parameters() if weight.requires_grad}
     totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     losses, store = x.new_zeros(0), model.memory.store
+    store.values.grad = None
     if len(x):
         model.network.tokens.check(x)
         rows = store.rows_of(wanted)
@@ -126,7 +125,7 @@ def private_backward(
         lengths = torch.stack([slope.flatten(1).square().sum(1) for slope in slopes.values()]).sum(0).sqrt()
         factor = (clip / lengths).clamp(max=1.0)
         totals = {name: torch.einsum("b,b...->...", factor, slope) for name, slope in slopes.items()}
-        store.values.grad = _rows_grad(store.values, rows, own / expected_batch_size, model.sparse)
+        store.values.grad = _rows_grad(store.values, rows[~null], own[~null] / expected_batch_size, model.sparse)
     for name, weight in weights.items():
         noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
         weight.grad = (totals[name] + noise_multiplier * clip * noise) / expected_batch_size

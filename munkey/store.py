@@ -148,7 +148,7 @@ class KeyStore(SearchedRows):
             return
         try:
             self.log.returned(self.tokens(rows))
-        except OSError:
+        except Exception:  # a log that was closed, too
             self.erase(ids, Removal.of(rows.tolist(), self.used, self.ids.device))
             self.forget_total()
             raise

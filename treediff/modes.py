@@ -18,5 +18,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        # By `train`, for a module may tell it to parts that `modules` does not list; those above come first.
         for module, training in modes:
-            module.training = training
+            module.train(training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -178,7 +179,7 @@ def _bisect(graph: _Graph, min_share: float) -> Tensor:
     change = torch.zeros(n, dtype=degree.dtype).index_add_(0, low, graph.weight).index_add_(0, high, -graph.weight)
     cut, volume = 0.5 * change.cumsum(0), degree[order].cumsum(0)
     quotient = (cut / volume + cut / (degree.sum() - volume))[:-1]
-    least = max(1, round(min_share * n))
+    least = min(n // 2, max(1, math.ceil(min_share * n)))
     first = least - 1 + int(quotient[least - 1 : n - least].argmin())
     side = torch.zeros(n, dtype=torch.bool)
     side[order[first + 1 :]] = True

@@ -123,7 +123,8 @@ class TreePlan:
         """`(N, K)` whether a leaf lies at or below a position."""
         tree = self.topology
         below = [[n in tree.path(self.nodes[leaf]) for leaf in self.leaves] for n in self.nodes]
-        return torch.tensor(below, device=self.device).view(len(self.nodes), len(self.leaves))
+        with torch.inference_mode(False):  # kept, as the plan itself: see `TreeNetworks.plan`
+            return torch.tensor(below, device=self.device).view(len(self.nodes), len(self.leaves))
 
     def along(self, values: Tensor) -> Tensor:
         """Values of all nodes `(N, B, ...)` along the path to each leaf: `(B, K, S + 1, ...)`, 0 past the leaf."""

@@ -38,6 +38,7 @@ def save(store: ShardedKeyStore, folder: str, disk: Disk, model: bytes | None = 
     """See `ShardedKeyStore.save`; with the file of a model beside the rows, of which that of rank 0 is kept."""
     ranks, local, first = store.ranks, store.local, store.ranks.rank == 0
     ranks.agree(lambda: _prepare(folder, model) if first else None)
+    local.forget_total()  # values may have been changed past PyTorch's counting
     name = f"rows-{ranks.rank:05d}-of-{ranks.size:05d}-{local.digest()[:16]}.safetensors"
     ranks.agree(lambda: write_whole(disk, os.path.join(folder, name), _shard(local)))
     about = {"file": name, "rows": local.used, "hash": f"{local.total():064x}"}

@@ -88,7 +88,7 @@ class WritableRows(ShardedRows):
             if self.logged:
                 tokens = self._all_tokens(rows)
                 self.ranks.agree(lambda: self.log.returned(tokens) if self.log else None)
-        except OSError:
+        except Exception:
             local.erase(local.ids[rows].unique().tolist(), Removal.of(rows.tolist(), local.used, local.ids.device))
             local.forget_total()
             raise

@@ -32,7 +32,7 @@ def apply(store: KeyStore | ShardedKeyStore, operation: Operation) -> object:
     if name == "add":
         store.add(mine, keys, labels)
     elif name == "replace":
-        return store.replace(mine, keys + 1, labels)
+        return store.replace(iter(mine), keys + 1, labels)  # which can be read once
     elif name == "forget":
         return store.forget(mine, missing="ignore")
     else:

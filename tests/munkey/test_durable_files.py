@@ -17,12 +17,13 @@ import pytest
 import torch
 from disks import FailingDisk
 from durables import create, state, train
-from stores import SECRET, WIDTHS, keys_of
+from stores import SECRET, WIDTHS, Holder, keys_of
 
 from munkey import DurableStore, KeyStore
 from munkey.digest import checksum
 from munkey.disk import Disk
 from munkey.layout import Layout
+from treediff import EMA
 
 
 def test_two_stores_cannot_follow_one_file(filled: Path, tmp_path: Path) -> None:
@@ -210,3 +211,64 @@ def test_a_description_has_room_in_the_first_block(tmp_path: Path) -> None:
         layout.write_header(disk, file)
     assert disk.size(file) == 0
     disk.close(file)
+
+
+def test_a_relative_path_names_the_same_file_wherever_the_process_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with create("store") as store:
+        monkeypatch.chdir(tmp_path)
+        store.add(range(100, 400), keys_of(list(range(100, 400))))  # beyond the room, so that the file is replaced
+        store.forget([3])
+    assert not (tmp_path / "store").exists()
+    with DurableStore.open(tmp_path / "here" / "store") as again:
+        assert 3 not in again and 399 in again
+
+
+def test_nothing_changes_in_the_file_while_the_values_are_those_of_an_average(tmp_path: Path) -> None:
+    with create(tmp_path / "store") as store:
+        ema = EMA(Holder(store))
+        store.attach(ema)
+        before, content = state(store), (tmp_path / "store").read_bytes()
+        with ema.average():
+            for act in (lambda: store.add([77], keys_of([77])), store.compact, store.sync):
+                with pytest.raises(ValueError, match="the values are those of an EMA at present"):
+                    act()
+        assert (tmp_path / "store").read_bytes() == content and state(store) == before
+        store.forget([1])
+    with DurableStore.open(tmp_path / "store") as again:
+        assert 1 not in again and 77 not in again
+
+
+def test_rows_that_memory_could_not_take_are_not_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> torch.Tensor:
+        raise MemoryError("full")
+
+    with create(tmp_path / "store") as store:
+        before = state(store)
+        with monkeypatch.context() as patched:
+            patched.setattr(KeyStore, "append", full)
+            with pytest.raises(MemoryError):
+                store.add([77], keys_of([77]))
+        assert state(store) == before
+        store.forget([1])
+    with DurableStore.open(tmp_path / "store") as again:
+        assert 1 not in again and 77 not in again
+
+
+def test_a_store_whose_memory_fell_behind_its_file_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError("full")
+
+    with create(tmp_path / "store") as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(KeyStore, "compact", full)
+            with pytest.raises(MemoryError):
+                store.compact()
+        with pytest.raises(OSError, match="failed half way through a change; close the store and open it"):
+            store.forget([1])
+    with DurableStore.open(tmp_path / "store") as again:
+        again.forget([1])
+        assert 1 not in again and 2 in again

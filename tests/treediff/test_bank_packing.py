@@ -9,6 +9,7 @@ from banks import bank_of, call, normal, one_by_one, seeded
 from torch import nn
 
 from treediff.layers import Groups, NodeBank
+from treediff.modes import evaluating
 
 
 def test_weights_are_packed_once_in_eval_mode() -> None:
@@ -154,3 +155,12 @@ def test_a_bank_made_in_inference_mode() -> None:
         bank.weights_of(0).add_(1)  # leaves no version behind
         second = call(bank, x, [0, 2])
     assert torch.equal(first[1], second[1]) and not torch.equal(first[0], second[0])
+
+
+def test_a_template_is_in_the_mode_it_was_in_after_a_look() -> None:
+    bank = bank_of(0, 2, template=nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)))
+    for training in (True, False):
+        bank.train(training)
+        with evaluating(bank):
+            assert not bank.training and not bank.template[1].training
+        assert bank.training == bank.template[1].training == training

@@ -141,3 +141,11 @@ def test_the_second_eigenvector_is_that_of_a_dense_solver(n: int) -> None:
     dense = affinity(points, 6) / (root[:, None] * root)
     want = torch.linalg.eigh(dense).eigenvectors[:, -2]
     assert abs(float(_second_eigenvector(graph, root) @ want)) > 1 - 1e-8
+
+
+@pytest.mark.parametrize(("rows", "share", "least"), [(3, 0.5, 1), (7, 0.5, 3), (29, 0.05, 2), (8, 0.5, 4)])
+def test_each_side_has_at_least_its_share(rows: int, share: float, least: int) -> None:
+    points = torch.randn(rows, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.01])
+    points[0] += 100  # alone, if it were allowed
+    side = normalized_cut(points, neighbours=2, min_share=share)
+    assert min(int(side.sum()), int((~side).sum())) >= least

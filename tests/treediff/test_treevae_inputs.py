@@ -137,6 +137,16 @@ def test_answers_have_a_row_per_row(tree: TreeTopology, kind: str, n: int) -> No
         assert found.dtype == (torch.int64 if name == "cluster" else torch.float64), name
 
 
+@each_door
+def test_a_look_in_inference_mode_can_be_followed_by_training(door: Callable[[TreeVAE, Tensor], object]) -> None:
+    model = build(GROWN, "maps")
+    x = observations(model, 3)
+    with torch.inference_mode():
+        door(model, x)
+    model.elbo(x, generator=seeded()).loss().backward()
+    model.reconstruct(x)
+
+
 def test_training_on_no_row_gives_gradients_of_nothing() -> None:
     model = build(GROWN, "maps")
     model.elbo(observations(model, 0)).elbo.sum().backward()
