@@ -151,9 +151,10 @@ PAGE = """# Speed
 
 {machine}.
 
-Medians, each with what it is compared with in turns in the same run, nothing else beside them. More than 1 is faster;
-the last column is the same ratio in the record before this one. Raw numbers are in `speed.json`;
-`python benchmarks/record.py --record docs/results` keeps what was made as the record.
+Times are medians, each beside something that took turns with it in the same run; but training again ran once, and one
+process before two. More than 1 is faster; the last column is the same ratio in the record before this one. Raw numbers
+are in `speed.json`; `python benchmarks/record.py --record docs/results` keeps what was made as
+the record.
 
 {table}
 """

@@ -163,7 +163,7 @@ class DurableStore(KeyStore):
             OSError: if that fails; the file is then as it was.
             ValueError: while the values are those of an average.
         """
-        self.holders.check_still()
+        self._ready()
         parts = ([column[start : min(start + _ROWS, self.used)] for column in self.columns] for start in self._starts())
         self.live.rebuild(parts, room=max(self.live.layout.room, self.used))
 
@@ -176,7 +176,7 @@ class DurableStore(KeyStore):
                 an average.
         """
         self.holders.check(self.values)
-        self.holders.check_still()
+        self._ready()
         order = self.order()
         self.live.rebuild(self._in_order(order), room=self.used)
         with self.live.unsure_on_error():
@@ -212,7 +212,7 @@ class DurableStore(KeyStore):
 
     def append(self, *columns: Tensor) -> Tensor:
         """See `RowTable.append`."""
-        self.holders.check_still()
+        self._ready()
         fitting = [new.detach().to(column) for new, column in zip(columns, self.columns, strict=True)]
         self.live.append(fitting)  # first, so that what fails there is nowhere
         try:

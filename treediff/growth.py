@@ -50,7 +50,7 @@ class TreeGrowth:
         final_epochs: epochs of the final stage; 0 skips it.
         intermediate_every: splits between two intermediate stages.
         policy: which leaf to split: 'largest', 'highest_loss', 'highest_entropy', or a function from
-            `treediff.policies.LeafStatistics` to a score per leaf.
+            `LeafStatistics` to a score per leaf.
         warm_start: whether new children begin as copies of the leaf they come from.
         min_share: leaves that a smaller share of the rows prefers to all others are pruned before the final stage.
         min_rows: leaves with fewer rows are not split.
@@ -230,8 +230,7 @@ class TreeGrowth:
 
     @property
     def _survey(self) -> Survey:
-        seed = combine_seeds(self.seed, len(self.history), -2)
-        return Survey(self.model, self.batch_size, seed, self.world)
+        return Survey(self.model, self.batch_size, (self.seed, len(self.history), -2), self.world)
 
     def members(self, probs: Tensor) -> Tensor:
         """Which rows belong to which leaf: `P(leaf | x) >= min(1 / effective leaves, 1/2)`; `(n, K)` of booleans."""

@@ -161,9 +161,7 @@ class TreeNetworks(Pretrained, nn.Module):
         key = self.topology.ids if nodes is None else tuple(nodes)
         found = self._plans.get(key)
         if found is None or found.device != device:
-            # A tensor made in inference mode could never be trained with afterwards.
-            with torch.inference_mode(False):
-                found = self._plans[key] = TreePlan(self.topology, nodes, device=device)
+            found = self._plans[key] = TreePlan(self.topology, nodes, device=device)
         return found
 
     # --- files --------------------------------------------------------------------------------------------

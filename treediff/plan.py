@@ -95,19 +95,23 @@ class TreePlan:
         self.routed = [p for p, n in enumerate(self.nodes) if n in two and max(turns[p]) >= 0]
         self.leaves = [p for p, n in enumerate(self.nodes) if not topology.children(n)]
         self.device = torch.device(device) if device is not None else torch.device("cpu")
-        self.turns = self._tensor(turns).T.contiguous()
-        self.rank = self._tensor([i for i, n in enumerate(topology.ids) if n in wanted])
-        self.positions = self._tensor(self.routed)
-        self.depth = self._tensor([depth for depth, level in enumerate(self.levels) for _ in level])
-        self.routed_rank = self._ranks(self.routed)
-        routed_rank = self.routed_rank.tolist()
-        self.leaf_rank = self._ranks(self.leaves)
-        right = {turn[1] for turn in turns}
-        self.side = torch.tensor([[-1.0 if p in right else 1.0] for p in range(len(self.nodes))], device=self.device)
-        above = {child: p for p, turn in enumerate(turns) for child in turn if child >= 0}
-        self.parent = self._tensor([above.get(p, -1) for p in range(len(self.nodes))])
-        self.bands = [self._band(top, above) for top in range(0, len(self.levels) - 1, _BAND)]
-        self.decider = self._tensor([routed_rank[above[p]] if p in above else -1 for p in range(len(self.nodes))])
+        # All tables are kept, and a tensor made in inference mode could never be trained with afterwards.
+        with torch.inference_mode(False):
+            self.turns = self._tensor(turns).T.contiguous()
+            self.rank = self._tensor([i for i, n in enumerate(topology.ids) if n in wanted])
+            self.positions = self._tensor(self.routed)
+            self.depth = self._tensor([depth for depth, level in enumerate(self.levels) for _ in level])
+            self.routed_rank = self._ranks(self.routed)
+            routed_rank = self.routed_rank.tolist()
+            self.leaf_rank = self._ranks(self.leaves)
+            right = {turn[1] for turn in turns}
+            self.side = torch.tensor(
+                [[-1.0 if p in right else 1.0] for p in range(len(self.nodes))], device=self.device
+            )
+            above = {child: p for p, turn in enumerate(turns) for child in turn if child >= 0}
+            self.parent = self._tensor([above.get(p, -1) for p in range(len(self.nodes))])
+            self.bands = [self._band(top, above) for top in range(0, len(self.levels) - 1, _BAND)]
+            self.decider = self._tensor([routed_rank[above[p]] if p in above else -1 for p in range(len(self.nodes))])
 
     def _band(self, top: int, parents: Mapping[int, int]) -> Band:
         start, steps = self.levels[top].start, list(pairwise(self.levels[top : top + _BAND + 1]))
@@ -123,7 +127,7 @@ class TreePlan:
         """`(N, K)` whether a leaf lies at or below a position."""
         tree = self.topology
         below = [[n in tree.path(self.nodes[leaf]) for leaf in self.leaves] for n in self.nodes]
-        with torch.inference_mode(False):  # kept, as the plan itself: see `TreeNetworks.plan`
+        with torch.inference_mode(False):
             return torch.tensor(below, device=self.device).view(len(self.nodes), len(self.leaves))
 
     def along(self, values: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class Survey:
     Args:
         model: the model as it is.
         batch_size: rows at a time.
-        seed: for the latents that a bound is taken with.
+        seeds: whole numbers, for the latents that a bound is taken with.
         world: the processes that share the rows.
 
     Examples:
@@ -36,7 +36,7 @@ class Survey:
 
     model: TreeVAE
     batch_size: int = 1024
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
     world: World = ALONE
 
     @torch.no_grad()
@@ -56,7 +56,7 @@ class Survey:
         """One draw of every row's negative bound in nats, `(n,)`, on the CPU."""
 
         def negative(rows: Tensor) -> Tensor:
-            seed = combine_seeds(self.seed, int(rows[0]))
+            seed = combine_seeds(*self.seeds, int(rows[0]))
             elbo = self.model.elbo(data[rows], generator=torch.Generator(data.device).manual_seed(seed)).elbo
             return -elbo.cpu()
 

@@ -160,11 +160,10 @@ class ShardedKeyStore(WritableRows):
         values: Tensor | None = None,
     ) -> Receipt:
         """Store new keys, labels and values of instances that are there; see `KeyStore.replace` and `add`."""
-        wanted = self.ranks.agree(lambda: as_ids(ids))  # once, for it may be an iterator
-        columns = self.ranks.agree(lambda: self.local.new_rows(wanted, keys, labels, values, False))
+        columns = self.ranks.agree(lambda: self.local.new_rows(as_ids(ids), keys, labels, values, False))
         route, own = self._sent(columns)
         self.ranks.agree(lambda: self._check_new(own, route, there=True))
-        receipt = self.forget(wanted)
+        receipt = self.forget(columns[0])  # their ids: `ids` may be an iterator, which can be read once
         self._append(own)
         return receipt
 

@@ -133,6 +133,21 @@ def refused_on_ranks(what: str, folder: str) -> str:
     return "nothing"
 
 
+def returned_to_a_closed_log(log: str) -> tuple[str, bool]:
+    """What a rank hears that brings an instance back which the log cannot note, and whether nothing has changed."""
+    rank, size = ranks_of(store := ShardedKeyStore.of(filled()))
+    mine = [1] if rank == size - 1 else []
+    store.keep_receipts(log)
+    store.forget(mine)
+    before = store.digest()
+    store.close()
+    try:
+        store.add(mine, keys_of(mine, 2), torch.tensor(mine, dtype=torch.int64))
+    except ValueError as error:
+        return str(error), store.digest() == before and 1 not in list(store)
+    return "nothing", False
+
+
 def other_versions() -> str:
     """What ranks say that run two versions."""
     rank, size = ranks_of(ShardedKeyStore(3, 2))

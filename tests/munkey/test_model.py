@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from classifiers import filled, images, labels, model, train
+from gradients import assert_gradient_everywhere
 from stores import seeded
 from torch import Tensor
 from torch.nn import functional as F
@@ -91,6 +92,16 @@ def test_keys_that_are_at_hand_are_not_made_again() -> None:
     assert built.memory.store.digest() == other.memory.store.digest()
     assert torch.equal(built(x), built(x, keys=built.key_encoder(x)))
     assert not torch.equal(built(x), built(x, keys=keys.flip(0)))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_gradient_reaches_every_parameter(aggregation: str) -> None:
+    built = filled(aggregation=aggregation, own_token_probability=0.0, drop_input=0.3, drop_exemplar=0.3)
+    built.attach(torch.optim.SGD([built.memory.store.values], lr=0.1))
+    x, y = images(12), labels(12)
+    for seed in range(3):  # either pathway is dropped now and then
+        built.loss(x, y, ids=range(12), generator=seeded(seed)).backward()
+    assert_gradient_everywhere(built, above=1e-9)
 
 
 # --- training -------------------------------------------------------------------------------------------------

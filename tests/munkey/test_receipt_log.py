@@ -51,6 +51,16 @@ def test_a_log_holds_what_was_forgotten(tmp_path: Path) -> None:
     assert verify(tmp_path / "log").head == checked.head, "an auditor needs no secret"
 
 
+def test_whom_a_closed_log_cannot_note_does_not_come_back(tmp_path: Path) -> None:
+    found = filled(tmp_path / "log")
+    found.forget([3])
+    before = found.digest()
+    found.close()
+    with pytest.raises(ValueError, match=re.escape("is closed; open it again")):
+        found.add([3], keys_of([3]))
+    assert 3 not in found and found.digest() == before
+
+
 def test_a_store_that_was_closed_gives_its_log_to_another(tmp_path: Path) -> None:
     found, other = filled(tmp_path / "log"), store()
     found.close()

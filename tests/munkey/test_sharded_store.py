@@ -20,12 +20,14 @@ from rank_cases import (
     play_on_ranks,
     queries,
     refused_on_ranks,
+    returned_to_a_closed_log,
     save_on_ranks,
     sent_for,
 )
 from rank_pool import RankPool
 from stores import SECRET
 
+from munkey import ShardedKeyStore
 from munkey.receipt_log import verify
 
 ids = st.lists(st.integers(-3, 12) | st.sampled_from([2**63 - 1, -(2**63)]), unique=True, max_size=8)
@@ -100,6 +102,20 @@ def test_an_error_of_one_rank_is_raised_on_all_and_changes_nothing(pool: RankPoo
         pytest.skip("it takes two ranks to disagree")
     for said in pool.run(refused_on_ranks, what, str(tmp_path / "none")):
         assert said.startswith((MESSAGES | OF_SEVERAL)[what])
+
+
+def test_whom_a_closed_log_cannot_note_does_not_come_back(pool: RankPool, tmp_path: Path) -> None:
+    for said, unchanged in pool.run(returned_to_a_closed_log, str(tmp_path / "log")):
+        assert "is closed; open it again" in said and unchanged
+
+
+def test_a_save_sees_what_pytorch_does_not_count(tmp_path: Path) -> None:
+    store = ShardedKeyStore.of(filled())
+    store.digest()
+    store.local.values.data[:5] += 1
+    store.save(tmp_path)
+    again = ShardedKeyStore.load(tmp_path)
+    assert again.digest() == store.digest() and torch.equal(again.get([0]).values, store.get([0]).values)
 
 
 def test_two_versions_do_not_start_together(pools: Callable[[int], RankPool]) -> None:

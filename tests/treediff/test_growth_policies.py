@@ -27,7 +27,7 @@ def by_hand(growth: TreeGrowth, x: Tensor) -> dict[str, list[float]]:
     least = min(1 / max(1, sum(share >= growth.min_share for share in shares)), 0.5)
     elbo: list[float] = []
     for start in range(0, len(x), growth.batch_size):
-        seed = combine_seeds(combine_seeds(growth.seed, len(growth.history), -2), start)
+        seed = combine_seeds(growth.seed, len(growth.history), -2, start)
         part = x[start : start + growth.batch_size]
         elbo += model.elbo(part, generator=torch.Generator().manual_seed(seed)).elbo.tolist()
     entropy = [-sum(p * math.log(p) for p in row if p > 0) for row in zip(*probs, strict=True)]
