@@ -28,7 +28,7 @@ class Disk:
         """Whether no other process holds the file; it is held until it is closed."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return False
         return True
 
@@ -122,7 +122,8 @@ class Disk:
         os.close(file)
 
 
-_PARTIAL, _OLD = ".partial", ".old"
+#: No file of anybody else ends like this: what does is wiped.
+_PARTIAL, _OLD = ".munkey-partial", ".munkey-old"
 
 
 @contextmanager

@@ -107,7 +107,8 @@ class DurableStore(KeyStore):
         """
         made = cls(*store.widths, dtype=store.keys.dtype, **_settings(store))
         columns = [column[: store.used].to(own) for column, own in zip(store.columns, made.columns, strict=True)]
-        about = {**_settings(store), "secret": store.secret.hex()}
+        made.values.requires_grad_(store.values.requires_grad)
+        about = {**_settings(store), "secret": store.secret.hex(), "trained": store.values.requires_grad}
         made.live = LiveFile.create(os.fspath(path), about, columns, store.secret, disk or Disk())
         KeyStore.append(made, *columns)
         wipe_copies(columns, store.columns)
@@ -134,6 +135,7 @@ class DurableStore(KeyStore):
         keys, values = columns[-2:]
         store = cls(keys.shape[1], values.shape[1], dtype=keys.dtype, **settings)
         store.live = live
+        store.values.requires_grad_(about["trained"])
         KeyStore.append(store, *columns)
         for column in columns:
             column.zero_()
@@ -189,10 +191,16 @@ class DurableStore(KeyStore):
             for column in part:
                 column.zero_()  # copies of rows that may be forgotten later
 
+    def _checked(self, secret: bytes) -> bytes:
+        if "live" in vars(self) and secret != self.secret:
+            raise ValueError("a store keeps the secret that is in its file; a copy of it may have another")
+        return super()._checked(secret)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyStore:
         """A copy is in memory only: two stores cannot follow one file."""
         other = KeyStore(*self.widths, device=self.keys.device, dtype=self.keys.dtype, **_settings(self))
         other.load_state_dict(self.state_dict())
+        other.values.requires_grad_(self.values.requires_grad)
         memo[id(self)] = other
         return other
 

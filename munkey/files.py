@@ -87,6 +87,8 @@ def load(
         settings: Settings = config  # type: ignore[assignment]
         model = assemble(cls, inputs, classes, key_encoder, settings, None, dtype_named(header["dtype"], path))
     store = model.memory.store
+    if rows is not None:
+        model.memory.check_replaceable()
     _check_memory(store, secret, in_folder=rows is not None)
     if rows is not None:  # of a lone process all rows, in an ordinary store
         model.memory.store = rows.local if rows.ranks.size == 1 else cast("KeyStore", rows)
@@ -128,6 +130,10 @@ def _check_memory(store: KeyStore, secret: bytes, *, in_folder: bool) -> None:
     if isinstance(store, DurableStore) and store.secret != secret:
         raise ValueError(
             "the model's memory lives in a file with another secret; load into a model with a KeyStore in memory"
+        )
+    if store.log is not None and not in_folder and store.secret != secret:
+        raise ValueError(
+            "the model's memory keeps a log of receipts under another secret; load without model=, and keep another log"
         )
     if isinstance(store, ShardedKeyStore) and not in_folder:
         raise ValueError("the model's memory is spread over ranks; load the file without model=, then call shard()")

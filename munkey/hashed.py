@@ -42,18 +42,31 @@ class HashedTable(RowTable):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(key_width, value_width, device=device, dtype=dtype)
-        if secret is not None and not 1 <= len(secret) <= 64:
-            raise ValueError(f"a secret has 1 to 64 bytes, found {len(secret)}")
-        self.secret = secret or secrets.token_bytes(32)
         self._sum: int | None = 0
         self._version = self.values._version
+        self._secret = secrets.token_bytes(32) if secret is None else self._checked(secret)
+
+    @property
+    def secret(self) -> bytes:
+        """1 to 64 bytes under which digests are taken; with another secret they are other ones."""
+        return self._secret
+
+    @secret.setter
+    def secret(self, secret: bytes) -> None:
+        self._secret, self._sum = self._checked(secret), None
+
+    def _checked(self, secret: bytes) -> bytes:
+        """Raise ValueError if it cannot be the secret."""
+        if not 1 <= len(secret) <= 64:
+            raise ValueError(f"a secret has 1 to 64 bytes, found {len(secret)}")
+        return secret
 
     def digest(self) -> str:
         """A hexadecimal digest of the content, the same for the same rows in any order.
 
         After values were trained it is computed anew, which takes a time that grows with the table; otherwise it
         follows what is added and erased. Changes of `values.data`, which PyTorch does not count, are not seen until
-        `compact`, a save, or training.
+        `compact`, training, or a save to a folder.
         """
         return self.digest_of(self.used, self.total())
 

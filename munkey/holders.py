@@ -131,9 +131,10 @@ class Holders:
         """There are new rows, which may be nearer than others."""
         for average, name in self._averages(values):
             average[name][rows] = values[rows]
-        self._changed()
+        self.changed()
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """Who is near whom has to be looked up again."""
         self.changes += 1
         for table in self.tables:
             table.clear()
@@ -152,7 +153,7 @@ class Holders:
         Returns:
             those that were there before.
         """
-        self._changed()
+        self.changed()
         kept, grad, data = list(self._kept(values)), values.grad, values.data
         old = [state[name] for state, name in kept] + [data]
         new = [make(tensor) for tensor in old]

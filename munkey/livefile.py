@@ -99,10 +99,10 @@ class LiveFile:
         live = cls(path, disk)
         with live._closed_on_error():
             live._lock()
-            wipe_leftovers(disk, path)
             live.file = disk.open(path)
             live.journal = Journal(path + _JOURNAL, disk)
             live.layout = Layout.read(disk, live.file, path)
+            wipe_leftovers(disk, path)
             about = live.layout.about
             live.secret = bytes.fromhex(about["secret"])
             live._recover()

@@ -5,7 +5,7 @@ Letters: `B` queries, `D` width of a key, `V` width of a value, `k` neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from munkey.checks import as_ids
+from munkey.durable import DurableStore
 from munkey.receipts import Receipt
 from munkey.retrieval import Neighbours
 from munkey.searched import Search, exact
@@ -91,7 +92,7 @@ class KeyValueMemory(nn.Module):
         permanent: bool = False,
     ) -> None:
         """Store new instances; arguments and errors as for `KeyStore.add`, and ValueError for a key of length 0."""
-        scaled = self.scaled(keys, "keys")
+        scaled = self._together(lambda: self.scaled(keys, "keys"))
         try:
             self.store.add(ids, scaled, labels, values, permanent=permanent)
         finally:
@@ -118,6 +119,10 @@ class KeyValueMemory(nn.Module):
         wide.zero_()  # a copy of rows that may be forgotten later
         return unit
 
+    def _together(self, act: Callable[[], Tensor]) -> Tensor:
+        """What is made before a store is asked; an error of one rank is raised on all of them."""
+        return self.store.ranks.agree(act) if isinstance(self.store, ShardedKeyStore) else act()
+
     def shard(self, group: dist.ProcessGroup | None = None) -> None:
         """Spread the rows over the ranks of a group, all of which have them; see `munkey.ShardedKeyStore`.
 
@@ -127,15 +132,28 @@ class KeyValueMemory(nn.Module):
             group: of `torch.distributed`; the default one if not given.
 
         Raises:
-            ValueError: if the ranks do not have the same rows and settings, or something follows the values.
+            ValueError: if the ranks do not have the same rows and settings, or the store has a file, a log or an index,
+                or something follows its values.
         """
         if isinstance(self.store, ShardedKeyStore):
             raise ValueError(
                 "the memory is spread over ranks already; save it, and load it with another number of ranks"
             )
-        if self.store.holders.optimizers or self.store.holders.averages:
-            raise ValueError("an optimiser or an average follows the values; shard first, then attach, or detach it")
+        self.check_replaceable()
         self.store = cast("KeyStore", ShardedKeyStore.of(self.store, group))
+
+    def check_replaceable(self) -> None:
+        """Raise ValueError if something would stay behind with the store when another one takes its place."""
+        store = self.store
+        if store.holders.optimizers or store.holders.averages:
+            raise ValueError("an optimiser or an average follows the values; detach it, shard or load, then attach")
+        if store.holders.copies:
+            name = type(store.holders.copies[0]).__name__
+            raise ValueError(f"a {name} holds copies of all keys; close() it, and make one of the new store")
+        if isinstance(getattr(store, "local", store), DurableStore):
+            raise ValueError("the store lives in a file, which would keep all rows; take a copy.deepcopy of the model")
+        if store.log is not None and not store.log.closed:
+            raise ValueError("the store keeps a log of receipts; close() it, and give the new store the log afterwards")
 
     # --- finding ------------------------------------------------------------------------------------------
 
@@ -155,7 +173,8 @@ class KeyValueMemory(nn.Module):
         own = None if exclude_ids is None else torch.tensor(as_ids(exclude_ids), device=queries.device)
         if own is not None and len(own) != len(queries):
             raise ValueError(f"expected one id to exclude for each of {len(queries)} queries, found {len(own)}")
-        return self.search(self.store, self.scaled(queries, "queries"), k, exclude_ids=own)
+        scaled = self._together(lambda: self.scaled(queries, "queries"))
+        return self.search(self.store, scaled, k, exclude_ids=own)
 
     def neighbours_of_rows(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Row numbers and scores `(B, k)` of what is nearest to stored rows `(B,)`, those of the same id left out.

@@ -40,6 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from munkey.checks import as_ids, check_width
 from munkey.model import KeyMemoryTransformer
+from munkey.sharded import ShardedKeyStore
 
 __all__ = ["epsilon", "poisson_batches", "private_backward"]
 
@@ -203,6 +204,10 @@ def _check_model(model: KeyMemoryTransformer) -> None:
     if model.key_encoder.fitted_on == "forgettable":
         raise ValueError("the claim needs an encoder that has not seen what can be forgotten")
     store = model.memory.store
+    if model.memory.writer is not None:
+        raise ValueError("the claim needs values that are their rows alone, found a memory with a writer")
+    if isinstance(store, ShardedKeyStore):
+        raise ValueError("gradients of a memory that is spread over ranks are not private; train in one process")
     if len(store) != store.used:
         raise ValueError(f"the claim needs one row for each instance, found {store.used} rows of {len(store)}")
 

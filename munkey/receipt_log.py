@@ -157,9 +157,14 @@ class ReceiptLog:
         if back:
             self._add({"kind": "returned", "tokens": back})
 
+    @property
+    def closed(self) -> bool:
+        """Whether the file was given back."""
+        return self.file < 0
+
     def close(self) -> None:
         """Give the file back."""
-        if self.file >= 0:
+        if not self.closed:
             self.disk.close(self.file)
             self.file = -1
 
@@ -176,7 +181,7 @@ class ReceiptLog:
         self.close()
 
     def _add(self, event: dict[str, Any]) -> None:
-        if self.file < 0:
+        if self.closed:
             raise ValueError(f"the log {self.path!r} is closed; open it again")
         chain = _chain(self.head, event)
         line = _line(event, chain, _seal(self.secret, chain))

@@ -74,6 +74,11 @@ class KeyStore(SearchedRows):
         self.seed, self.scale = seed, scale
         self.log: ReceiptLog | None = None
 
+    def _checked(self, secret: bytes) -> bytes:
+        if "log" in vars(self) and self.log is not None and secret != self.secret:
+            raise ValueError("a log of receipts is kept under the secret the store has; a copy of it may have another")
+        return super()._checked(secret)
+
     # --- writing ------------------------------------------------------------------------------------------
 
     def add(

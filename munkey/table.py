@@ -107,8 +107,7 @@ class RowTable(nn.Module):
 
     def order(self) -> Tensor:
         """`(M,)` row numbers by id and view."""
-        by_view = self.views[: self.used].argsort(stable=True)
-        return by_view[self.ids[by_view].argsort(stable=True)]
+        return _by_id_and_view(self.ids[: self.used], self.views[: self.used])
 
     # --- changing -----------------------------------------------------------------------------------------
 
@@ -217,8 +216,7 @@ class RowTable(nn.Module):
                 return f"expected {name} of shape {shape}, found {tuple(found[name].shape)}"
             if found[name].is_floating_point() != getattr(self, name).is_floating_point():
                 return f"expected {name} like {getattr(self, name).dtype}, found {found[name].dtype}"
-        order = found["views"].argsort(stable=True)
-        order = order[found["ids"][order].argsort(stable=True)]
+        order = _by_id_and_view(found["ids"], found["views"])
         ids, views = found["ids"][order], found["views"][order]
         first = torch.searchsorted(ids, ids)
         if not torch.equal(views, torch.arange(rows, device=ids.device) - first):
@@ -246,7 +244,10 @@ class RowTable(nn.Module):
         old = [getattr(self, name).detach() for name in names]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._look_again()  # another dtype of the keys is not another one of the screen
-        wipe_copies(old, [getattr(self, name).detach() for name in names])
+        new = [getattr(self, name).detach() for name in names]
+        if any(was.data_ptr() != now.data_ptr() for was, now in zip(old, new, strict=True)):
+            self.holders.changed()  # other digits may have other neighbours
+        wipe_copies(old, new)
         return self
 
     def _look_again(self) -> None:
@@ -260,6 +261,11 @@ class RowTable(nn.Module):
         return (
             f"{len(self.index)} instances, {self.used} rows, key_width={self.widths[0]}, value_width={self.widths[1]}"
         )
+
+
+def _by_id_and_view(ids: Tensor, views: Tensor) -> Tensor:
+    by_view = views.argsort(stable=True)
+    return by_view[ids[by_view].argsort(stable=True)]
 
 
 def wipe_copies(copies: Iterable[Tensor], of: Iterable[Tensor]) -> None:

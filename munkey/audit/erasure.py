@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch import Tensor
 from munkey.stored import Rows
 
 __all__ = ["ErasureReport", "erasure_report"]
+
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,15 @@ def erasure_report(
 ) -> ErasureReport:
     """Look for the keys and values of some rows in all tensors within reach of some objects, and in files.
 
-    Whole storages are searched, room that no view shows included. Rows whose value was never changed from zero, as in
+    Whole storages are searched, room that no view shows included, for the rows as they are and rounded to any other of
+    float64, float32, float16 and bfloat16. Rows whose value was never changed from zero, as in
     exact mode, are looked for by their keys alone; a row of few different numbers may be found by chance. **The rows
     themselves are a copy of what is to be forgotten**: read them before, look, and delete them.
 
     Args:
         rows: what `KeyStore.get` said of the instances before they were forgotten.
-        holders: models, optimisers, averages: everything they refer to is searched, but for `rows` itself.
+        holders: models, optimisers, averages: everything they refer to is searched, what functions enclose included,
+            but for `rows` itself and what modules have by name.
         files: paths; of a folder everything in it.
 
     Raises:
@@ -65,20 +71,25 @@ def erasure_report(
         >>> erasure_report(rows, holders=[store]).clean
         True
     """
-    pieces = [
-        row.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        for column in (rows.keys, rows.values)
-        for row in column
-        if row.any()
-    ]
+    pieces = [_forms(row) for column in (rows.keys, rows.values) for row in column if row.any()]
     own = {tensor.untyped_storage().data_ptr() for tensor in (rows.keys, rows.values)}
     content = _content(_reachable(*holders), own)
-    found = {"tensors": sum(piece in content for piece in pieces)}
+    found = {"tensors": _count(pieces, content)}
     for path in files:
         parts = [part for part in Path(path).rglob("*") if part.is_file()] if os.path.isdir(path) else [Path(path)]
         content = b"".join(part.read_bytes() for part in parts)
-        found[os.fspath(path)] = sum(piece in content for piece in pieces)
+        found[os.fspath(path)] = _count(pieces, content)
     return ErasureReport(len(pieces), found)
+
+
+def _forms(row: Tensor) -> set[bytes]:
+    """The bytes of a row in each dtype that it may have been brought to, but for one in which nothing is left of it."""
+    rounded = (row.detach().cpu().to(dtype) for dtype in (row.dtype, *_DTYPES))
+    return {x.contiguous().view(torch.uint8).numpy().tobytes() for x in rounded if x.any()}
+
+
+def _count(pieces: list[set[bytes]], content: bytes) -> int:
+    return sum(any(form in content for form in forms) for forms in pieces)
 
 
 def _reachable(*roots: object) -> list[Tensor]:
@@ -87,10 +98,13 @@ def _reachable(*roots: object) -> list[Tensor]:
     todo = list(roots)
     while todo:
         thing = todo.pop()
-        if id(thing) in seen or isinstance(thing, type) or type(thing).__name__ in ("module", "function"):
+        if id(thing) in seen or isinstance(thing, type | ModuleType):
             continue
         seen[id(thing)] = thing
-        todo += gc.get_referents(thing)
+        if isinstance(thing, FunctionType):  # but for its module, from which everything can be reached
+            todo += [thing.__closure__, thing.__defaults__, thing.__kwdefaults__, vars(thing)]
+        else:
+            todo += gc.get_referents(thing)
         if isinstance(thing, Tensor) and thing.grad is not None:
             todo.append(thing.grad)
     return [thing for thing in seen.values() if isinstance(thing, Tensor)]

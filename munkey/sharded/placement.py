@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from munkey.checks import some
 from treediff.noise import counter_uniform
 
-__all__ = ["may_share", "owners"]
+__all__ = ["check_place", "may_share", "owners"]
 
 
 def owners(ids: Tensor, ranks: int) -> Tensor:
@@ -22,6 +23,20 @@ def owners(ids: Tensor, ranks: int) -> Tensor:
         [0, 1]
     """
     return (counter_uniform(0, ids, dtype=torch.float64) * ranks).to(torch.int64)
+
+
+def check_place(ids: Tensor, rank: int, ranks: int) -> None:
+    """Raise ValueError if a row belongs elsewhere.
+
+    Examples:
+        >>> check_place(torch.arange(8), 0, 1)
+    """
+    elsewhere = ids[owners(ids, ranks) != rank].tolist()
+    if elsewhere:
+        raise ValueError(
+            f"ids {some(elsewhere)} do not belong to rank {rank} of {ranks}; spread them by ShardedKeyStore.of, or "
+            "load what save wrote"
+        )
 
 
 def may_share(rank: int, ranks: int, other: int, others: int) -> bool:

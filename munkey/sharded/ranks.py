@@ -70,7 +70,7 @@ class Ranks:
     def fail(self, error: Exception | None, *, anywhere: bool) -> None:
         """Raise the error of this rank, or else, if there is one anywhere, that of the first rank that has one."""
         if anywhere:
-            texts = self.gather(None if error is None else (_kind(error), error.args[0] if error.args else str(error)))
+            texts = self.gather(None if error is None else (_kind(error), _text(error)))
             if error is None:
                 rank, (kind, text) = next((r, found) for r, found in enumerate(texts) if found is not None)
                 raise kind(f"{text} (says rank {rank})")
@@ -186,6 +186,10 @@ class _Exchange(torch.autograd.Function):
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         ranks, give, take = ctx.way  # type: ignore[attr-defined]
         return ranks.exchange(grads[0], take, give), None, None, None
+
+
+def _text(error: Exception) -> str:
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # not in quotes
 
 
 def _kind(error: Exception) -> type[Exception]:

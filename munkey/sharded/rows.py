@@ -8,7 +8,7 @@ neighbours, `N` ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from munkey.holders import Holders
 from munkey.retrieval import Neighbours, check_queries
 from munkey.searched import Search, exact
 from munkey.sharded.packing import pack, unpack
-from munkey.sharded.placement import owners
+from munkey.sharded.placement import check_place, owners
 from munkey.sharded.ranks import Ranks, Route
 from munkey.store import KeyStore
 from munkey.stored import Rows
@@ -45,7 +45,7 @@ class ShardedRows(nn.Module):
         super().__init__()
         self.local, self.ranks = local, ranks
         self._near: dict[int, tuple[Tensor, Tensor]] = {}
-        self.register_load_state_dict_post_hook(_recounted)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
         self._recount()
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
@@ -63,6 +63,15 @@ class ShardedRows(nn.Module):
         self._near.clear()
         local = self.local
         self.counts = self.ranks.gather((len(local), local.used, local.forgettable))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:  # noqa: ANN401
+        ids = state_dict.get(prefix + "local.ids", torch.zeros(0, dtype=torch.int64))
+        self.ranks.agree(lambda: check_place(ids, self.ranks.rank, self.ranks.size))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _loaded(self) -> None:
+        """After `load_state_dict`."""
+        self._recount()
 
     def __len__(self) -> int:
         return sum(count[0] for count in self.counts)
@@ -234,8 +243,8 @@ _OF_ONE = ("ids", "views", "labels", "permanent", "keys", "columns", "index", "s
 _UNKNOWN = -2  # -1 says that there is no neighbour
 
 
-def _recounted(store: Any, _: object) -> None:  # noqa: ANN401
-    store._recount()
+def _loaded(store: Any, _: object) -> None:  # noqa: ANN401
+    store._loaded()
 
 
 def _merged(ids: Tensor, rows: Tensor, scores: Tensor, candidates: Tensor, k: int) -> Neighbours:

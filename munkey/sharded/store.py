@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from munkey.checks import as_ids, some, to_forget
+from munkey.checks import as_ids, to_forget
 from munkey.digest import MODULUS
 from munkey.disk import Disk
 from munkey.receipt_log import ReceiptLog
 from munkey.receipts import Receipt
 from munkey.rows import Removal
 from munkey.sharded import files
-from munkey.sharded.placement import owners
+from munkey.sharded.placement import check_place, owners
 from munkey.sharded.ranks import Ranks
 from munkey.sharded.writing import WritableRows
 from munkey.store import KeyStore
@@ -102,7 +102,7 @@ class ShardedKeyStore(WritableRows):
             ValueError: if settings or secrets are not the same on all ranks, or a row belongs to another rank.
         """
         store, ranks = cls.__new__(cls), Ranks(group)
-        ranks.agree(lambda: _check_place(local, ranks))
+        ranks.agree(lambda: check_place(local.ids[: local.used], ranks.rank, ranks.size))
         store._start(local, ranks)
         return store
 
@@ -175,7 +175,10 @@ class ShardedKeyStore(WritableRows):
         everything = self.ranks.gather_rows(wanted)[0].unique()
         mine = everything[owners(everything, self.ranks.size) == self.ranks.rank].tolist()
         unknown = self.local.index.missing(mine)
-        absent = sorted(instance for part in self.ranks.gather(unknown) for instance in part)
+        words, parts = zip(*self.ranks.gather((missing, unknown)), strict=True)
+        if len(set(words)) > 1:
+            raise ValueError(f"all ranks must say the same of missing ids, found {', '.join(map(repr, words))}")
+        absent = sorted(instance for part in parts for instance in part)
         if missing == "raise" and absent:
             raise not_there(absent)
         return self._forget(sorted(set(mine).difference(unknown)), tuple(absent), note=True)
@@ -214,17 +217,26 @@ class ShardedKeyStore(WritableRows):
         self.close()
         self.logged = False
         self.log = self.ranks.agree(lambda: ReceiptLog(path, self.secret, disk=disk) if self.ranks.rank == 0 else None)
-        gone = self.ranks.gather(self.log.gone if self.log else set[str]())[0]
-        rows = slice(0, self.local.used)
-        there = [token in gone for token in self.local.tokens(rows)] if gone else []
-        mine = sorted({owner for owner, known in zip(self.local.ids[rows].tolist(), there, strict=False) if known})
         try:
-            receipt = self._forget(mine, (), note=False)
+            receipt = self._forget_again()
         except BaseException:
             self.close()
             raise
         self.logged = True
         return receipt
+
+    def _forget_again(self) -> Receipt:
+        """Forget what the log says is gone."""
+        gone = self.ranks.gather(self.log.gone if self.log else set[str]())[0]
+        rows = slice(0, self.local.used)
+        there = [token in gone for token in self.local.tokens(rows)] if gone else []
+        mine = sorted({owner for owner, known in zip(self.local.ids[rows].tolist(), there, strict=False) if known})
+        return self._forget(mine, (), note=False)
+
+    def _loaded(self) -> None:
+        super()._loaded()
+        if self.logged:
+            self._forget_again()
 
     def close(self) -> None:
         """Give the log of receipts back; see `KeyStore.close`."""
@@ -285,13 +297,3 @@ class ShardedKeyStore(WritableRows):
     def extra_repr(self) -> str:
         """Size and ranks."""
         return f"{len(self)} instances, {self.used} rows on {self.ranks.size} ranks, this is rank {self.ranks.rank}"
-
-
-def _check_place(local: KeyStore, ranks: Ranks) -> None:
-    ids = local.ids[: local.used]
-    elsewhere = ids[owners(ids, ranks.size) != ranks.rank].tolist()
-    if elsewhere:
-        raise ValueError(
-            f"ids {some(elsewhere)} do not belong to rank {ranks.rank} of {ranks.size}; spread them by "
-            "ShardedKeyStore.of, or load what save wrote"
-        )

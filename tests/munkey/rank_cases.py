@@ -13,7 +13,7 @@ from classifiers import model as classifier
 from stores import SECRET, WIDTHS, keys_of, seeded
 from torch import Tensor
 
-from munkey import KeyMemoryTransformer, KeyStore, ShardedKeyStore
+from munkey import KeyMemoryTransformer, KeyStore, KeyValueMemory, ShardedKeyStore
 from treediff.distributed import World, data_parallel
 
 Operation = tuple[str, list[int]]
@@ -146,6 +146,51 @@ def returned_to_a_closed_log(log: str) -> tuple[str, bool]:
     except ValueError as error:
         return str(error), store.digest() == before and 1 not in list(store)
     return "nothing", False
+
+
+def loaded_beside_a_log(log: str) -> list[int]:
+    """Who is there once a store goes back to a state from before it forgot."""
+    store = ShardedKeyStore.of(filled())
+    before = store.state_dict()
+    store.keep_receipts(log)
+    rank, size = ranks_of(store)
+    store.forget([3, 5, 8][rank::size])
+    store.load_state_dict(before)
+    store.close()
+    return list(store)
+
+
+def loaded_elsewhere() -> tuple[str, bool]:
+    """What rank 0 says of rows of rank 1, and whether all is as before."""
+    store = ShardedKeyStore.of(filled())
+    digest, state = store.digest(), store.ranks.gather(store.state_dict())
+    try:
+        store.load_state_dict(state[1 - store.ranks.rank])
+    except ValueError as error:
+        return str(error), store.digest() == digest
+    raise AssertionError
+
+
+def words_differ() -> str:
+    store = ShardedKeyStore.of(filled())
+    try:
+        store.forget([10_000], missing=("ignore", "raise")[store.ranks.rank])
+    except ValueError as error:
+        return str(error)
+    raise AssertionError
+
+
+def no_angle_on_one_rank() -> tuple[str, str]:
+    """What is said everywhere where one rank has a key, then a query, of length 0."""
+    memory = KeyValueMemory(ShardedKeyStore.of(filled()))
+    rank, said = memory.store.ranks.rank, []  # type: ignore[attr-defined]
+    keys = keys_of([1000 + rank], 1)[:, 0] * rank
+    for act in (lambda: memory.remember([1000 + rank], keys), lambda: memory(keys, 3)):
+        try:
+            act()
+        except ValueError as error:
+            said.append(str(error))
+    return said[0], said[1]
 
 
 def other_versions() -> str:

@@ -190,7 +190,9 @@ def test_a_memory_that_is_spread_is_no_single_file(tmp_path: Path, pushed: Pushe
         built.push_to_hub("user/name", private=True)
     assert contents(tmp_path / "model") == before and pushed.calls == []
     built.save(tmp_path / "ranks")
-    with pytest.raises(FileNotFoundError, match=r"it holds manifest.json, model-.*\); .* What save wrote is read by"):
+    with pytest.raises(
+        FileNotFoundError, match=r"it holds lock, manifest.json, model-.*\); .* What save wrote is read"
+    ):
         KeyMemoryTransformer.from_pretrained(tmp_path / "ranks")
     KeyMemoryTransformer.load(tmp_path / "ranks").save_pretrained(tmp_path / "gathered")  # what the message says
     assert contents(tmp_path / "gathered") == before

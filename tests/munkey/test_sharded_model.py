@@ -51,8 +51,8 @@ def test_a_model_is_a_folder_that_any_number_of_ranks_loads(
     folder = tmp_path / "model"
     for logits in pool.run(saved_model, str(folder)):
         torch.testing.assert_close(logits, expected)
-    assert len(list(folder.iterdir())) == pool.size + 2, (
-        "rows of each rank, weights, manifest; nothing of the first save"
+    assert len(list(folder.iterdir())) == pool.size + 3, (
+        "rows of each rank, weights, manifest, lock; nothing of the first save"
     )
     for size in (1, 2):
         for logits, digest, said in pools(size).run(loaded_model, str(folder)):
@@ -82,7 +82,7 @@ def test_all_ranks_have_the_same_encoder(pools: Callable[[int], RankPool]) -> No
 def test_what_follows_values_comes_after_sharding() -> None:
     built = classifier()
     built.attach(torch.optim.SGD([built.memory.store.values], 0.1))
-    with pytest.raises(ValueError, match="shard first, then attach, or detach it"):
+    with pytest.raises(ValueError, match="detach it, shard or load, then attach"):
         built.shard()
     built.memory.store.detach(*built.memory.store.holders.optimizers)
     built.shard()

@@ -70,7 +70,8 @@ def test_what_so_many_ranks_saved_others_load(pool: RankPool, pools: Callable[[i
 def test_a_second_save_wipes_the_first(pool: RankPool, tmp_path: Path) -> None:
     pool.run(save_on_ranks, str(tmp_path))
     before = sorted(path.name for path in tmp_path.iterdir())
-    (tmp_path / "rows-left-by-an-interruption").write_bytes(b"something")
+    left = tmp_path / f"rows-00000-of-00009-{16 * 'a'}.safetensors"
+    left.write_bytes(b"something")
     pool.run(save_on_ranks, str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
