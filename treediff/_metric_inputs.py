@@ -13,11 +13,11 @@ from treediff._assignment import Counts
 
 Ids: TypeAlias = torch.Tensor | npt.NDArray[np.integer[Any]] | Sequence[int]
 
-_SUM_TOLERANCE = 1e-3
+SUM_TOLERANCE = 1e-3
 
 
 def as_ids(values: Ids, name: str) -> npt.NDArray[np.integer[Any]]:
-    array = _as_array(values)
+    array = as_array(values)
     if array.ndim != 1:
         raise ValueError(f"{name}: expected one integer per point, shape (N,), found shape {array.shape}")
     if array.size == 0:
@@ -44,7 +44,7 @@ def count_table(labels: Ids, clusters: Ids, name: str) -> Counts:
 
 
 def as_probabilities(probs: torch.Tensor | npt.ArrayLike) -> npt.NDArray[np.float64]:
-    array = _as_array(probs)
+    array = as_array(probs)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"probs: expected real numbers, found {array.dtype}")
     if array.ndim != 2 or array.size == 0:
@@ -59,9 +59,9 @@ def as_probabilities(probs: torch.Tensor | npt.ArrayLike) -> npt.NDArray[np.floa
     p: npt.NDArray[np.float64] = array.astype(np.float64)
     sums = p.sum(1, keepdims=True)
     worst = float(sums.flat[np.abs(sums - 1).argmax()])
-    if abs(worst - 1) > _SUM_TOLERANCE:
+    if abs(worst - 1) > SUM_TOLERANCE:
         raise ValueError(
-            f"probs: expected rows that sum to 1 over the leaves (within {_SUM_TOLERANCE}), found a sum of "
+            f"probs: expected rows that sum to 1 over the leaves (within {SUM_TOLERANCE}), found a sum of "
             f"{worst:.4g}; give all leaves, computed in float32 or better"
         )
     # Float32 rows miss one by rounding; dividing it out keeps the perplexity inside [1, K].
@@ -104,7 +104,7 @@ def children_first(leaves: Iterable[int], parent: Mapping[int, int | None]) -> l
     return sorted(depth, key=depth.__getitem__, reverse=True)
 
 
-def _as_array(values: torch.Tensor | npt.ArrayLike) -> npt.NDArray[Any]:
+def as_array(values: torch.Tensor | npt.ArrayLike) -> npt.NDArray[Any]:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         # numpy has no bfloat16.

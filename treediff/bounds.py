@@ -15,6 +15,7 @@ from treediff.probability import sample_leaf
 
 if TYPE_CHECKING:
     from treediff.treevae import TreeVAE
+    from treediff.visits import Visits
 
 __all__ = ["elbo_of", "iwae"]
 
@@ -59,18 +60,20 @@ def iwae(
     if samples < 1 or chunk < 1:
         raise ValueError(f"samples and chunk must be at least 1, found {samples} and {chunk}")
     features = model.features(x)
+    everyone = model.route(features)  # once: a decision is the same for every sample
     total = x.new_full((len(x),), -math.inf)
     for start in range(0, samples, chunk):
         k = min(chunk, samples - start)
-        repeated = features.repeat_interleave(k, 1)
-        weights = _log_weights(model, repeated, x.repeat_interleave(k, 0), generator).view(len(x), k)
+        repeated = features.repeat_interleave(k, 1), everyone.repeated(k), x.repeat_interleave(k, 0)
+        weights = _log_weights(model, *repeated, generator).view(len(x), k)
         total = torch.logaddexp(total, weights.logsumexp(1))
     return total - math.log(samples)
 
 
-def _log_weights(model: TreeVAE, features: Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor:
+def _log_weights(
+    model: TreeVAE, features: Tensor, everyone: Visits, x: Tensor, generator: torch.Generator | None
+) -> Tensor:
     """`(B,)` log importance weights of one path and one set of latents per row."""
-    everyone = model.route(features)
     uniform = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device)
     leaf = sample_leaf(leaf_log_probs_of(everyone), uniform)
     visits = everyone.along(leaf)

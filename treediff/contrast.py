@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from treediff.distributed import ALONE, World
 from treediff.layers.contrastive import ProjectionHead, decision_nt_xent, nt_xent
 from treediff.layers.init import initialize
+from treediff.modes import evaluating
 from treediff.visits import Visits
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class TreeContrast(nn.Module):
         for name in ("weight", "decision_weight"):
             if not 0 <= (found := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be finite and at least 0, found {found}")
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             ladder = model.features(torch.zeros(1, *model.inputs, device=model.device, dtype=model.dtype))
         with torch.device("meta"):
             heads = [ProjectionHead(in_features=d[0].numel(), hidden=hidden, out_features=out_features) for d in ladder]
@@ -93,12 +94,13 @@ class TreeContrast(nn.Module):
 
         Args:
             ladder: `model.features(x)` for `2B` rows, the first views before the second ones.
-            visits: `model.route(ladder)`.
+            visits: `model.route(ladder)`, without a threshold.
             split: id of a routed node whose decision alone counts, with the features left out: the term of a stage that
                 trains nothing else.
 
         Raises:
-            ValueError: if the number of rows is odd, or `visits` belongs to other rows.
+            ValueError: if the number of rows is odd, `visits` belongs to other rows, or decisions count and a threshold
+                left out some of them.
         """
         rows = len(ladder[0])
         if rows % 2 or visits.batch != rows:
@@ -119,6 +121,11 @@ class TreeContrast(nn.Module):
 
     def _decisions(self, visits: Visits, split: int | None) -> Tensor:
         plan, routed = visits.plan, visits.routed
+        if not visits.dense:
+            raise ValueError(
+                "decisions are compared among all rows, so every row must visit every node; found "
+                f"{visits.starts[-1]} visits of {visits.batch} rows to {len(plan.nodes)} nodes; leave out threshold="
+            )
         columns = plan.ids(plan.routed)
         logits, reach = (
             visits.table(routed, values, plan.routed_rank, len(columns), 0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from treediff.layers.blocks import Router
+from treediff.modes import evaluating
 from treediff.normalized_cut import normalized_cut
 from treediff.treevae import TreeVAE
 
@@ -53,15 +54,18 @@ def cut_router(
 
     Raises:
         KeyError: if the node has no router.
-        ValueError: if there are fewer than two rows; see `normalized_cut`.
+        ValueError: if `on` is neither, or there are fewer than two rows; see `normalized_cut`.
     """
+    if on not in ("inputs", "features"):
+        raise ValueError(f"on must be 'inputs' or 'features', found {on!r}")
     router = model.posterior_routers.module(node)
     if not isinstance(router, Router):
         return
     depth = model.topology.depth(node)
 
     def features(rows: Tensor) -> Tensor:
-        return torch.cat([model.features(part)[depth] for part in rows.split(batch_size)])
+        with evaluating(model):
+            return torch.cat([model.features(part)[depth] for part in rows.split(batch_size)])
 
     def looks() -> Iterator[Tensor]:
         for change in [augment] * views if augment is not None else []:

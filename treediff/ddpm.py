@@ -128,7 +128,8 @@ class LeafConditionedDDPM(DDPMNetworks):
             clip: whether estimates are kept from -1 to 1.
 
         Raises:
-            ValueError: if `away_from` is none of these, or a setting is out of range.
+            ValueError: if `away_from` is none of these, a setting is out of range, or the model has no idea of what
+                guidance is to lead away from, because its `coarsen` is 0.
         """
         places = {"root": self.index.paths[0, 0], "parent": self.index.parent, "sibling": self.index.sibling}
         if away_from not in places:
@@ -136,6 +137,11 @@ class LeafConditionedDDPM(DDPMNetworks):
         check_guidance(rescale, interval)
         denoiser: Denoiser = _Conditioned(self, condition, self.conditioner(condition))
         if not (isinstance(guidance, float | int) and guidance == 1):
+            if not self.coarsen and away_from != "sibling":
+                raise ValueError(
+                    f"guidance away from the {away_from} needs a model that was trained on inner nodes too, found "
+                    "coarsen=0; train one with coarsen above 0, or lead away from the 'sibling'"
+                )
             place = places[away_from]
             nodes = place.expand(len(condition)) if place.ndim == 0 else place[self.index.rank_of(condition.node)]
             other = TreeCondition.at(nodes)

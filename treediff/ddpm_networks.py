@@ -28,6 +28,7 @@ from treediff.diffusion.weighting import Weighting, simple
 from treediff.hub import Pretrained
 from treediff.io import dtype_name, dtype_named, load_into, read_header, require_config, save_model
 from treediff.networks import TreeNetworks
+from treediff.noise import seed_from
 from treediff.topology import TreeTopology
 
 __all__ = ["DDPMNetworks"]
@@ -85,10 +86,27 @@ class DDPMNetworks(Pretrained, nn.Module):
         self.config: dict[str, Any] | None = None
 
     @classmethod
-    def for_images(cls, **settings: Any) -> Self:  # noqa: ANN401
-        """A model with parts chosen for you; see `treediff.diffusion.presets.PresetParts` for the settings."""
+    def for_images(cls, *, generator: torch.Generator | None = None, **settings: Any) -> Self:  # noqa: ANN401
+        """A model with parts chosen for you.
+
+        Args:
+            generator: gives the seed of the initial weights; without one they come from PyTorch's default generator.
+            **settings: see `treediff.diffusion.presets.PresetParts`.
+
+        Examples:
+            >>> from treediff import LeafConditionedDDPM
+            >>> seed, tree = torch.Generator().manual_seed(0), TreeTopology.balanced(1)
+            >>> model = LeafConditionedDDPM.for_images(size=8, latent=(4,), topology=tree, width=16, generator=seed)
+            >>> model.unet.stem.weight.shape
+            torch.Size([16, 2, 3, 3])
+        """
         preset = PresetParts(**settings)
-        model = cls(**preset_parts(preset))
+        # Layers draw their weights as they are built, from the default generator and no other.
+        alone = generator is not None
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=alone):
+            if generator is not None:
+                torch.manual_seed(seed_from(generator))
+            model = cls(**preset_parts(preset))
         model.config = preset.to_config()
         return model
 
@@ -102,8 +120,8 @@ class DDPMNetworks(Pretrained, nn.Module):
         if len(tree.inputs) != 3:
             raise ValueError(f"expected a tree of images (C, H, W), found one of inputs of shape {tree.inputs}")
         channels, *size = tree.inputs
-        known = {"size": tuple(size), "channels": channels, "latent": tree.latent, "topology": tree.topology}
-        return cls.for_images(**known, device=tree.device, dtype=tree.dtype, **settings)
+        known: dict[str, Any] = {"size": tuple(size), "channels": channels, "latent": tree.latent}
+        return cls.for_images(**known, topology=tree.topology, device=tree.device, dtype=tree.dtype, **settings)
 
     # --- running -------------------------------------------------------------------------------------------
 
@@ -188,8 +206,8 @@ class DDPMNetworks(Pretrained, nn.Module):
             PresetParts.from_config(config, topology), dtype=dtype_named(header.get("dtype", "float32"), path)
         )
         try:
-            with torch.random.fork_rng(devices=[]):  # weights are drawn as the network is built, and then replaced
-                return cls.for_images(**vars(preset))
+            settings: dict[str, Any] = vars(preset)
+            return cls.for_images(**settings, generator=torch.Generator().manual_seed(0))
         except TypeError as error:
             raise ValueError(f"the configuration {config!r} does not describe a model: {error}") from error
 

@@ -27,7 +27,8 @@ from treediff.io import dtype_name, dtype_named
 from treediff.layers.blocks import check_positive, check_shape
 from treediff.layers.grouped import grouped_linear
 from treediff.layers.groups import Groups
-from treediff.noise import combine_seeds, counter_normal, counter_uniform, seed_from
+from treediff.modes import evaluating
+from treediff.noise import combine_seeds, counter_normal, counter_uniform, seed_from, widest
 from treediff.placement import condition_of
 from treediff.probability import sample_leaf
 from treediff.topology import TreeTopology
@@ -156,10 +157,10 @@ class LeafDensity(nn.Module):
         density = cls(tree_vae.topology, tree_vae.latent, components, device=tree_vae.device, dtype=torch.float32)
         seed = seed_from(generator)
         node, z, weights = _paths_of(tree_vae, images, batch_size, seed)
-        density.shares.copy_(weights.double().mean(0))
+        density.shares.copy_(weights.cpu().double().mean(0))
         for k, leaf in enumerate(tree_vae.topology.leaves):
             numbers = len(tree_vae.topology.path(leaf)) * math.prod(tree_vae.latent)
-            rows = z[node == leaf, :numbers].double().cpu().numpy()
+            rows = z[node == leaf, :numbers].cpu().double().numpy()
             if len(rows) < 2:
                 raise ValueError(
                     f"a Gaussian needs at least 2 images, found {len(rows)} of {len(images)} at leaf {leaf}; give more "
@@ -219,7 +220,8 @@ class LeafDensity(nn.Module):
         z = flat.to(tree_vae.dtype).view(n, tree.max_depth + 1, *self.latent)
         end = self.index.depth[self.index.leaves[leaf]]
         ends = z[torch.arange(n, device=device), end]
-        images = tree_vae.likelihood.mean(tree_vae.decoders(ends, Groups(leaf, len(tree.leaves)), tree.leaves))
+        with evaluating(tree_vae):
+            images = tree_vae.likelihood.mean(tree_vae.decoders(ends, Groups(leaf, len(tree.leaves)), tree.leaves))
         steps, back = max(map(tree.depth, below)) + 1, order.argsort()
         path = self._paths()[leaf[back], :steps]
         return TreeSample(images[back], path.gather(1, end[back, None]).squeeze(1), path, z[back, :steps])
@@ -257,7 +259,7 @@ def _paths_of(tree_vae: TreeVAE, images: Tensor, batch_size: int, seed: int) -> 
     parts = []
     for i, x in enumerate(images.split(batch_size)):
         generator = torch.Generator().manual_seed(seed)
-        found = condition_of(tree_vae, x, first_index=i * batch_size, generator=generator)
+        found = condition_of(tree_vae, x, decode=False, first_index=i * batch_size, generator=generator)
         parts.append((found.node, cast(Tensor, found.z).flatten(1), cast(Tensor, found.weights)))
     node, z, weights = (torch.cat(column) for column in zip(*parts, strict=True))
     return node, z, weights
@@ -265,8 +267,8 @@ def _paths_of(tree_vae: TreeVAE, images: Tensor, batch_size: int, seed: int) -> 
 
 def _choose(shares: Tensor, seed: int, index: Tensor, draw: int) -> Tensor:
     """One column for each row of shares `(B, ...)`, which need not add up to 1."""
-    uniform = counter_uniform(seed, index, draw=draw, dtype=torch.float64)
-    return sample_leaf(shares.double().log(), uniform)
+    wide = widest(shares.device)
+    return sample_leaf(shares.to(wide).log(), counter_uniform(seed, index, draw=draw, dtype=wide))
 
 
 def _mixture(rows: Array, components: int, seed: int) -> tuple[Array, Array, Array]:

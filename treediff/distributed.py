@@ -107,11 +107,17 @@ ALONE = World()
 
 
 def start() -> World:
-    """Join the processes that `torchrun` started, by nccl on accelerators and gloo elsewhere; or be alone."""
+    """Join the processes that `torchrun` started, by nccl on accelerators and gloo elsewhere; or be alone.
+
+    Each process gets an accelerator of its own, and 'cuda' then means that one.
+    """
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return ALONE
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        accelerated = torch.cuda.is_available()
+        if accelerated and "LOCAL_RANK" in os.environ:  # or all processes of a machine would share the first one
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if accelerated else "gloo")
     return World(dist.get_rank(), dist.get_world_size())
 
 

@@ -44,7 +44,7 @@ class TreeGrowth:
             prefers to all others.
         epochs: epochs of every kind of stage that is not named below.
         initial_epochs: epochs of the initial stage.
-        settle_epochs: epochs of the stage before it, in which the new router keeps its first cut; 0 skips it.
+        settle_epochs: epochs of a settle stage, in which a new router keeps its first cut; 0 skips it.
         subtree_epochs: epochs of a subtree stage.
         intermediate_epochs: epochs of an intermediate stage; 0 skips them.
         final_epochs: epochs of the final stage; 0 skips it.
@@ -67,8 +67,10 @@ class TreeGrowth:
         final_annealing: KL weight over the final stage; by default it climbs to 1.
         seed: for the order of rows and the weights of new nodes.
         batch_size: rows at a time when the growth itself looks at the data.
-        history: the stages so far, as `state_dict` saves them.
         world: the processes that grow the same tree on the same data; each looks at a share of it, and all agree.
+
+    Attributes:
+        history: the stages so far; `load_state_dict` brings back those of another growth.
 
     Raises:
         TypeError: if a count is no whole number, or the policy neither a name nor a function.
@@ -105,7 +107,7 @@ class TreeGrowth:
     final_annealing: KLAnnealing | None = None
     seed: int = 0
     batch_size: int = 1024
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list, init=False)
     world: World = ALONE
 
     def __post_init__(self) -> None:
@@ -213,18 +215,8 @@ class TreeGrowth:
         annealing = self.initial_annealing if kind == "initial" else self.annealing
         if kind == "final":
             annealing = self.final_annealing or KLAnnealing(step=max(0.01, 1 / max(1, epochs - 1)))
-        return Stage(
-            self.model,
-            kind,
-            len(self.history),
-            epochs,
-            rows,
-            annealing,
-            split,
-            above,
-            self.threshold,
-            self.seed,
-        )
+        done = len(self.history)
+        return Stage(self.model, kind, done, epochs, rows, annealing, split, above, self.threshold, self.seed)
 
     # --- decisions ----------------------------------------------------------------------------------------
 

@@ -185,6 +185,7 @@ class TreeNetworks(Pretrained, nn.Module):
                 as it was if the file does not fit.
 
         Raises:
+            FileNotFoundError: if there is no such file.
             ValueError: if the file is damaged, foreign, of another version, or does not fit; or if it was saved from a
                 model built from parts and none is given.
         """

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["NoiseStream", "combine_seeds", "counter_normal", "counter_uniform", "seed_from"]
+__all__ = ["NoiseStream", "combine_seeds", "counter_normal", "counter_uniform", "seed_from", "widest"]
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -31,7 +31,9 @@ def seed_from(generator: torch.Generator | None) -> int:
 
 
 def combine_seeds(*numbers: int) -> int:
-    """One seed from several whole numbers, 0 to 2**63 - 1; other numbers or another order give another seed.
+    """One seed, 0 to 2**63 - 1, from several whole numbers of any sign; another order gives another seed.
+
+    So do other numbers, but those that differ by a multiple of 2**62 count as the same.
 
     Examples:
         >>> combine_seeds(0, 1) == combine_seeds(0, 1), combine_seeds(0, 1) == combine_seeds(1, 0)
@@ -41,6 +43,11 @@ def combine_seeds(*numbers: int) -> int:
     for number in numbers:
         mixed = (mixed * 6364136223846793005 + number * 2 + 1442695040888963407) % 2**63
     return mixed
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The most precise floating-point dtype of a device: float64, or float32 on Apple's, which has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -110,9 +117,9 @@ def counter_uniform(
     """
     dtype = _checked(dtype)
     bits = _bits(seed, index, draw, math.prod(shape))
-    # As many digits as the dtype holds: more would round up to 1.
+    # As many digits as the dtype holds, so that nothing is rounded: more would round up to 1.
     digits = min(53, 1 - int(math.log2(torch.finfo(dtype).eps)))
-    return (_shift_right(bits, 64 - digits).to(torch.float64) * 2.0**-digits).to(dtype).view(len(index), *shape)
+    return (_shift_right(bits, 64 - digits).to(dtype) * 2.0**-digits).view(len(index), *shape)
 
 
 def counter_normal(
@@ -125,7 +132,8 @@ def counter_normal(
 ) -> Tensor:
     """Standard normal numbers, by the transform of Box and Muller; arguments as for `counter_uniform`.
 
-    Their size never exceeds 6.77, which one in 7e10 would.
+    Their size never exceeds 6.77, which one in 7e10 would. On Apple's devices, which have no float64, they are rounded
+    a little otherwise than elsewhere.
 
     Raises:
         TypeError: if index or draw is no int64 of its shape, or the dtype is not floating point.
@@ -136,10 +144,10 @@ def counter_normal(
         torch.Size([3, 2, 4])
     """
     dtype = _checked(dtype)
-    bits = _bits(seed, index, draw, math.prod(shape))
+    bits, wide = _bits(seed, index, draw, math.prod(shape)), widest(index.device)
     # Half a unit up keeps the logarithm finite.
-    radius = ((_shift_right(bits, 32).to(torch.float64) + 0.5) * 2.0**-32).log().mul(-2).sqrt()
-    angle = (bits & 0xFFFFFFFF).to(torch.float64) * (2.0**-32 * 2 * math.pi)
+    radius = ((_shift_right(bits, 32).to(wide) + 0.5) * 2.0**-32).log().mul(-2).sqrt()
+    angle = (bits & 0xFFFFFFFF).to(wide) * (2.0**-32 * 2 * math.pi)
     return (radius * angle.cos()).to(dtype).view(len(index), *shape)
 
 

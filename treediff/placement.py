@@ -12,7 +12,8 @@ from torch import Tensor
 
 from treediff.diffusion.condition import TreeCondition
 from treediff.generation import TreeSample
-from treediff.noise import counter_normal, counter_uniform, seed_from
+from treediff.modes import evaluating
+from treediff.noise import counter_normal, counter_uniform, seed_from, widest
 from treediff.posterior import leaf_log_probs_of
 from treediff.probability import sample_leaf
 from treediff.topology import TreeTopology
@@ -31,12 +32,14 @@ def condition_of(
     *,
     leaf: Tensor | str = "sample",
     prior_share: float = 0.0,
+    decode: bool = True,
     first_index: int = 0,
     generator: torch.Generator | None = None,
 ) -> TreeCondition:
     """Where images belong by the posterior of a TreeVAE: a leaf, the latents on the way to it, and its reconstruction.
 
-    Leaf and latents of image `i` depend on the generator's seed and on `first_index + i` only.
+    Leaf and latents of image `i` depend on the generator's seed and on `first_index + i` only. Whatever mode the model
+    is in, it looks in that of evaluation.
 
     A second stage that trains on the posterior's conditions and generates from the prior's has never seen what it is
     given. With `prior_share` some images are told what lies between the two: the root's latent and the leaf are still
@@ -49,6 +52,8 @@ def condition_of(
         leaf: 'sample' for a leaf drawn from `P(leaf | x)`, 'argmax' for the most probable one, or `(B,)` leaf ids.
         prior_share: share of the images whose latents below the root come from the prior, from 0 to 1; each image is
             one of them with this probability, whatever the batch.
+        decode: whether the condition has the leaf decoder's image; a second stage that is told only nodes or latents
+            can do without, and then no decoder runs.
         first_index: index of the first image.
         generator: gives the seed.
 
@@ -59,24 +64,23 @@ def condition_of(
     model.check(x)
     if not 0 <= prior_share <= 1:
         raise ValueError(f"prior_share must be between 0 and 1, found {prior_share}")
-    features = model.features(x)
-    everywhere = model.route(features)
-    plan, log_probs = everywhere.plan, leaf_log_probs_of(everywhere)
     seed, index = seed_from(generator), torch.arange(first_index, first_index + len(x), device=x.device)
-    leaves = plan.ids(plan.leaves)
-    rank = _leaf_ranks(model, leaf, log_probs, leaves, seed, index)
-    visits = everywhere.along(rank)
-    node = torch.tensor(plan.nodes, device=x.device)[visits.node]
-    noise = counter_normal(seed, index[visits.image], model.latent, draw=node, dtype=features.dtype)
-    from_prior = None
-    if prior_share:
-        from_prior = counter_uniform(seed, index, draw=_PRIOR, dtype=torch.float64) < prior_share
-    posterior = model.latents(features, visits, noise=noise, from_prior=from_prior)
+    with evaluating(model):
+        features = model.features(x)
+        everywhere = model.route(features)
+        plan, log_probs = everywhere.plan, leaf_log_probs_of(everywhere)
+        leaves = plan.ids(plan.leaves)
+        rank = _leaf_ranks(model, leaf, log_probs, leaves, seed, index)
+        visits = everywhere.along(rank)
+        node = torch.tensor(plan.nodes, device=x.device)[visits.node]
+        noise = counter_normal(seed, index[visits.image], model.latent, draw=node, dtype=features.dtype)
+        from_prior = None
+        if prior_share:
+            from_prior = counter_uniform(seed, index, draw=_PRIOR, dtype=widest(x.device)) < prior_share
+        posterior = model.latents(features, visits, noise=noise, from_prior=from_prior)
+        image = model.images_of(posterior) if decode else None
     z = posterior.z.new_zeros(len(x), len(plan.levels), *model.latent)
     z[visits.image, plan.depth[visits.node]] = posterior.z
-    ends = visits.at_leaves()
-    images = model.likelihood.mean(model.decode_visits(posterior, ends))
-    image = torch.empty_like(images).index_copy(0, visits.image[ends], images)
     return TreeCondition(torch.tensor(leaves, device=x.device)[rank], z=z, image=image, weights=log_probs.exp())
 
 

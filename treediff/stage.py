@@ -34,7 +34,7 @@ class Stage:
         split: id of the leaf that was split, in a settle or subtree stage.
         above: rows reach the split node with at least this probability.
         threshold: nodes that an image reaches with less probability are visited by chance and weighted up in return, so
-            that the loss stays right on average; 0 visits all.
+            that the loss stays right on average; 0 visits all. Contrastive terms count everyone in any case.
         seed: for the order of rows.
     """
 
@@ -128,5 +128,6 @@ class Stage:
         loss = elbo_of(model, posterior, x, from_depth=depth).loss(kl_weight)
         if contrast is None:
             return loss
-        extra: Tensor = contrast(both, model.route(both, nodes=nodes, threshold=self.threshold), split=split)
+        # Every row is compared with all others at every router, so all decide, and the threshold leaves none out.
+        extra: Tensor = contrast(both, model.route(both, nodes=nodes), split=split)
         return loss + extra

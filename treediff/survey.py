@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from treediff.distributed import ALONE, World
+from treediff.modes import evaluating
 from treediff.noise import combine_seeds
 from treediff.policies import LeafStatistics
 from treediff.treevae import TreeVAE
@@ -17,7 +18,7 @@ __all__ = ["Survey"]
 
 @dataclass(frozen=True)
 class Survey:
-    """Looks at all rows, batch by batch; of several processes each looks at a share, and all see the same.
+    """Looks at all rows in eval mode, batch by batch; of several processes each looks at a share, and all see the same.
 
     Letters: `n` rows, `K` leaves.
 
@@ -42,7 +43,8 @@ class Survey:
     @torch.no_grad()
     def leaf_probs(self, data: Tensor) -> Tensor:
         """`P(leaf | x)` of every row, `(n, K)`, on the CPU."""
-        parts = self.world.map(lambda x: self.model.leaf_log_probs(x).exp().cpu(), data.split(self.batch_size))
+        with evaluating(self.model):
+            parts = self.world.map(lambda x: self.model.leaf_log_probs(x).exp().cpu(), data.split(self.batch_size))
         return torch.cat(parts)
 
     def reach(self, data: Tensor, node: int) -> Tensor:
@@ -60,7 +62,8 @@ class Survey:
             elbo = self.model.elbo(data[rows], generator=torch.Generator(data.device).manual_seed(seed)).elbo
             return -elbo.cpu()
 
-        return torch.cat(self.world.map(negative, torch.arange(len(data)).split(self.batch_size)))
+        with evaluating(self.model):
+            return torch.cat(self.world.map(negative, torch.arange(len(data)).split(self.batch_size)))
 
     def statistics(self, data: Tensor, probs: Tensor, members: Tensor, *, losses: bool = True) -> LeafStatistics:
         """What a policy may look at.

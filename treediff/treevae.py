@@ -21,6 +21,7 @@ from treediff.bounds import elbo_of, iwae
 from treediff.generation import LeafSamples, TreeSample, sample, sample_leaves
 from treediff.layers.gaussians import merge_and_sample
 from treediff.layers.groups import Groups
+from treediff.modes import evaluating
 from treediff.posterior import ELBO, TreePosterior, leaf_log_probs_of
 from treediff.presets import PresetNetworks
 from treediff.probability import reparameterize
@@ -58,6 +59,7 @@ class TreeVAE(PresetNetworks):
         nodes: Sequence[int] | None = None,
         threshold: float = 0.0,
         chance: Tensor | None = None,
+        leaf: Tensor | None = None,
     ) -> Visits:
         """Follow the posterior routers down the tree; nothing but routers runs. Arguments as for `visits.descend`."""
         batch, rows = features.shape[1], features.flatten(0, 1)
@@ -66,7 +68,7 @@ class TreeVAE(PresetNetworks):
         def logits(image: Tensor, node: Tensor, groups: Groups, ids: list[int]) -> Tensor:
             return self.posterior_routers(rows.index_select(0, plan.ladder_rows(image, node, batch)), groups, ids)
 
-        return descend(plan, batch, logits, threshold=threshold, chance=chance, like=features)
+        return descend(plan, batch, logits, threshold=threshold, chance=chance, leaf=leaf, like=features)
 
     def posterior(
         self,
@@ -98,10 +100,9 @@ class TreeVAE(PresetNetworks):
                 has another shape, `nodes` lacks a parent, or the threshold is no probability below 1.
         """
         self.check(x)
-        features = self.features(x)
-        visits = self.route(features, nodes=nodes, threshold=threshold)
-        if leaf is not None:
-            visits = visits.along(self._leaf_ranks(leaf, len(x), visits.plan.ids(visits.plan.leaves)))
+        features, plan = self.features(x), self.plan(nodes, x.device)
+        ranks = None if leaf is None else self._leaf_ranks(leaf, len(x), plan.ids(plan.leaves))
+        visits = self.route(features, nodes=nodes, threshold=threshold, leaf=ranks)
         return self.latents(features, visits, noise=noise, generator=generator)
 
     def latents(
@@ -207,9 +208,11 @@ class TreeVAE(PresetNetworks):
         self.check(x)
         return leaf_log_probs_of(self.route(self.features(x), threshold=threshold))
 
+    @torch.no_grad()
     def cluster(self, x: Tensor) -> Tensor:
-        """The id of each image's most probable leaf, `(B,)`."""
-        best = self.leaf_log_probs(x).argmax(1)
+        """The id of each image's most probable leaf, `(B,)`, without gradients and in eval mode."""
+        with evaluating(self):
+            best = self.leaf_log_probs(x).argmax(1)
         return torch.tensor(self.topology.leaves, device=best.device)[best]
 
     def reconstruct(
@@ -228,14 +231,20 @@ class TreeVAE(PresetNetworks):
             ValueError: if there is not one id for each image.
         """
         self.check(x)
-        chosen = self.cluster(x) if leaf is None else torch.as_tensor(leaf, device=x.device)
-        if chosen.ndim == 0:
-            chosen = chosen.expand(len(x))
-        posterior = self.posterior(x, leaf=chosen, generator=generator)
-        visits = posterior.visits
-        leaves = visits.at_leaves()
+        if leaf is None:
+            visits = self.route(features := self.features(x))
+            best = leaf_log_probs_of(visits).argmax(1)
+            posterior = self.latents(features, visits.along(best), generator=generator)
+        else:
+            chosen = torch.as_tensor(leaf, device=x.device)
+            posterior = self.posterior(x, leaf=chosen if chosen.ndim else chosen.expand(len(x)), generator=generator)
+        return self.images_of(posterior)
+
+    def images_of(self, posterior: TreePosterior) -> Tensor:
+        """`(B, *inputs)`, what the decoders make of a posterior in which each image has one leaf."""
+        leaves = posterior.visits.at_leaves()
         images = self.likelihood.mean(self.decode_visits(posterior, leaves))
-        return torch.empty_like(images).index_copy(0, visits.image[leaves], images)
+        return torch.empty_like(images).index_copy(0, posterior.visits.image[leaves], images)
 
     def decode_visits(self, posterior: TreePosterior, leaves: Tensor) -> Tensor:
         """The decoders' raw output at some leaf visits: `(L, *inputs)`."""
@@ -258,7 +267,7 @@ class TreeVAE(PresetNetworks):
 
         A root latent is drawn and handed down. Above `node` the way is given; at `node` and below it the prior routers
         choose. One path and one decoder run per image. Image `i` depends on the generator's seed and on
-        `first_index + i` only, never on the rest of the batch.
+        `first_index + i` only, never on the rest of the batch. It is drawn in eval mode.
 
         Args:
             n: how many.
@@ -272,7 +281,8 @@ class TreeVAE(PresetNetworks):
             TypeError: if `n` or `first_index` is no integer, or the temperature no number.
             ValueError: if `n` or the temperature is negative.
         """
-        return sample(self, n, node=node, temperature=temperature, first_index=first_index, generator=generator)
+        with evaluating(self):
+            return sample(self, n, node=node, temperature=temperature, first_index=first_index, generator=generator)
 
     def sample_leaves(
         self,
@@ -286,4 +296,5 @@ class TreeVAE(PresetNetworks):
 
         Column `k` holds the pictures that `sample(n, node=topology.leaves[k])` gives for the same generator state.
         """
-        return sample_leaves(self, n, temperature=temperature, first_index=first_index, generator=generator)
+        with evaluating(self):
+            return sample_leaves(self, n, temperature=temperature, first_index=first_index, generator=generator)

@@ -87,16 +87,25 @@ class Visits:
         """Only the visits on each image's path to a leaf of its own; `leaf` is `(B,)`, ranks among the leaves."""
         plan = self.plan
         keep = plan.leads_to[self.node, leaf[self.image]]
-        renumbered = keep.cumsum(0) - 1
+        before = F.pad(keep.cumsum(0), (1, 0))
         kept = keep.nonzero().squeeze(1)
         parent = self.parent[kept]
-        parent = torch.where(parent < 0, parent, renumbered[parent])
-        here = keep[self.routed]
-        starts = [int(keep[:start].sum()) for start in self.starts]
+        parent = torch.where(parent < 0, parent, before[parent])
+        here = keep[self.routed].nonzero().squeeze(1)
         columns = self.image[kept], self.node[kept], parent, self.log_reach[kept]
-        return Visits(
-            plan, self.batch, *columns, renumbered[self.routed[here]], self.logits[here], starts, self.roulette
+        decisions = before[self.routed[here]], self.logits[here]
+        return Visits(plan, self.batch, *columns, *decisions, before[self.starts].tolist(), self.roulette)
+
+    def repeated(self, times: int) -> Visits:
+        """Those of a batch in which each image stands several times in a row; all must visit every node."""
+        plan, batch = self.plan, self.batch * times
+        log_reach, logits = (
+            values.view(len(positions), self.batch).repeat_interleave(times, 1).flatten()
+            for values, positions in ((self.log_reach, plan.nodes), (self.logits, plan.routed))
         )
+        image, node, parent, starts = _everywhere(plan, batch)
+        routed = plan.everyone(plan.routed, batch)
+        return Visits(plan, batch, image, node, parent, log_reach, routed, logits, starts)
 
     def turns_left(self, leaf: Tensor) -> Tensor:
         """`(R,)` whether the way from each routed visit to its image's leaf turns left."""
@@ -120,6 +129,7 @@ def descend(
     *,
     threshold: float = 0.0,
     chance: Tensor | None = None,
+    leaf: Tensor | None = None,
     like: Tensor,
 ) -> Visits:
     """Send a batch down the tree, following every turn whose probability of being reached stays above `threshold`.
@@ -137,6 +147,7 @@ def descend(
             place if the ratio of the two is at least the image's number, and is weighted up in return (Russian
             roulette). Without it, no gradient ever comes from what lies below the threshold, and probabilities pile up
             just above it, where they cost most.
+        leaf: `(B,)` ranks among the plan's leaves: each image visits the path to its own leaf and nothing else.
         like: tensor whose dtype and device log-probabilities take; never less precise than float32, because many are
             added up.
 
@@ -149,17 +160,18 @@ def descend(
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold is a probability, at least 0 and below 1; found {threshold}")
     dtype = torch.promote_types(like.dtype, torch.float32)
-    if threshold == 0:
-        node = torch.arange(len(plan.nodes), device=plan.device).repeat_interleave(batch)
-        image = torch.arange(batch, device=plan.device).repeat(len(plan.nodes))
-        parent = torch.where(node == 0, -1, plan.parent[node] * batch + image)
-        starts = [batch * n for n in (*(level.start for level in plan.levels), len(plan.nodes))]
-        routed = plan.everyone(plan.routed, batch)
-    else:
+    keep = None if leaf is None else plan.leads_to[:, leaf]
+    if threshold:
         least = like.new_full((batch,), math.log(threshold), dtype=dtype)
         if chance is not None:
             least = least + chance.log()
-        image, node, parent, starts = _reached(plan, least, route)
+        reached = _reached(plan, least, route)
+        keep = reached if keep is None else keep & reached
+    if keep is None:
+        image, node, parent, starts = _everywhere(plan, batch)
+        routed = plan.everyone(plan.routed, batch)
+    else:
+        image, node, parent, starts = _listed(plan, keep)
         routed = (plan.routed_rank[node] >= 0).nonzero().squeeze(1)
     decisions, logits = _undecided(plan, batch, like, dtype), like.new_zeros(0, dtype=dtype)
     if plan.routed:
@@ -173,11 +185,27 @@ def descend(
     return Visits(plan, batch, image, node, parent, log_reach, routed, logits, starts, roulette)
 
 
+def _everywhere(plan: TreePlan, batch: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Image, node and parent of the visits of all images to all nodes; starts of levels."""
+    node = torch.arange(len(plan.nodes), device=plan.device).repeat_interleave(batch)
+    image = torch.arange(batch, device=plan.device).repeat(len(plan.nodes))
+    parent = torch.where(node == 0, -1, plan.parent[node] * batch + image)
+    return image, node, parent, [batch * n for n in (*(level.start for level in plan.levels), len(plan.nodes))]
+
+
+def _listed(plan: TreePlan, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """The same of some visits, `(N, B)` booleans that hold a node's parent wherever they hold the node."""
+    node, image = keep.nonzero(as_tuple=True)
+    visits = keep.flatten().cumsum(0)
+    parent = torch.where(node == 0, -1, visits[plan.parent[node] * keep.shape[1] + image] - 1)
+    return image, node, parent, [0, *(keep.sum(1).cumsum(0)[[level.stop - 1 for level in plan.levels]].tolist())]
+
+
 @torch.no_grad()
-def _reached(plan: TreePlan, least: Tensor, route: Route) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Image, node and parent of the visits whose log-probability is at least the image's `least`; starts of levels."""
-    batch, reach = len(least), [least.new_zeros(1, len(least))]
-    decisions = _undecided(plan, batch, least, least.dtype)
+def _reached(plan: TreePlan, least: Tensor, route: Route) -> Tensor:
+    """`(N, B)` whether the log-probability of a node is at least the image's `least`."""
+    reach = [least.new_zeros(1, len(least))]
+    decisions = _undecided(plan, len(least), least, least.dtype)
     for band in plan.bands:
         if band.ids:
             rank, image = (reach[-1][band.above] >= least).nonzero(as_tuple=True)
@@ -187,11 +215,7 @@ def _reached(plan: TreePlan, least: Tensor, route: Route) -> tuple[Tensor, Tenso
         for level, below in band.steps:
             nodes = slice(below.start, below.stop)
             reach.append(reach[-1][plan.parent[nodes] - level.start] + _turns(plan, decisions, nodes))
-    keep = torch.cat(reach) >= least
-    node, image = keep.nonzero(as_tuple=True)
-    visits = keep.flatten().cumsum(0)
-    parent = torch.where(node == 0, -1, visits[plan.parent[node] * batch + image] - 1)
-    return image, node, parent, [0, *(keep.sum(1).cumsum(0)[[level.stop - 1 for level in plan.levels]].tolist())]
+    return torch.cat(reach) >= least
 
 
 def _undecided(plan: TreePlan, batch: int, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -117,3 +117,32 @@ def test_rows_without_a_partner_are_an_error(model: TreeVAE) -> None:
         TreeContrast(model, weight=-1)
     with pytest.raises(ValueError, match="decision_weight must be finite and at least 0, found nan"):
         TreeContrast(model, decision_weight=torch.nan)
+
+
+@pytest.mark.parametrize("split", [None, 4])
+def test_a_threshold_leaves_no_decision_out_of_it(model: TreeVAE, split: int | None) -> None:
+    contrast, x = TreeContrast(model, weight=2.0), views()
+    kind = "final" if split is None else "subtree"
+    stage = Stage(model, kind, 0, 1, torch.arange(5), KLAnnealing.constant(), split, threshold=0.3)
+    first, second = x.chunk(2)
+    alone, both = (
+        stage.loss(first, generator=torch.Generator().manual_seed(7), **extra)
+        for extra in ({}, {"view": second, "contrast": contrast})
+    )
+    ladder = model.features(x)
+    if split is None:
+        heads = zip(contrast.heads, ladder, strict=True)
+        levels = [nt_xent(*head(d).split(5), temperature=contrast.temperature) for head, d in heads]
+        expected = 2 * (sum(levels) / len(levels) + naive_decisions(model, ladder))
+    else:
+        expected = 2 * naive_decisions(model, ladder, only=split)
+    torch.testing.assert_close(both - alone, expected)
+
+
+def test_visits_that_a_threshold_thinned_out_are_an_error(model: TreeVAE) -> None:
+    ladder = model.features(views())
+    visits = model.route(ladder, threshold=0.3)
+    message = rf"every row must visit every node; found {len(visits.node)} visits of 10 rows to {len(TREE)} nodes"
+    with pytest.raises(ValueError, match=message):
+        TreeContrast(model)(ladder, visits)
+    TreeContrast(model, decision_weight=0.0)(ladder, visits)

@@ -90,6 +90,11 @@ def test_a_router_of_another_class_keeps_its_weights() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_cut_of_something_else_is_an_error() -> None:
+    with pytest.raises(ValueError, match="on must be 'inputs' or 'features', found 'latents'"):
+        cut_router(small(), 0, blobs(20, 20), on="latents")
+
+
 def test_a_node_without_router_and_a_lone_row_are_errors() -> None:
     model = small(TreeTopology.balanced(1))
     with pytest.raises(KeyError, match="1"):

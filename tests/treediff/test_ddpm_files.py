@@ -297,6 +297,26 @@ def test_a_model_for_a_tree_takes_what_the_tree_has() -> None:
         LeafConditionedDDPM.for_tree(build(GROWN))
 
 
+def test_initial_weights_come_from_the_generator_and_the_global_state_is_left_alone() -> None:
+    def made(seed: int) -> dict[str, Tensor]:
+        build_one = LeafConditionedDDPM.for_images
+        return build_one(size=8, latent=(2,), topology=GROWN, **TINY, generator=seeded(seed)).state_dict()
+
+    state = torch.get_rng_state()
+    first, again, other = made(1), made(1), made(2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["unet.stem.weight"], other["unet.stem.weight"])
+    tree = TreeVAE.for_images(size=8, latent=2, topology=GROWN, generator=seeded(0))
+    for_tree = LeafConditionedDDPM.for_tree(tree, **TINY, generator=seeded(1)).state_dict()
+    assert all(torch.equal(first[name], for_tree[name]) for name in first)
+    torch.manual_seed(5)
+    plain = LeafConditionedDDPM.for_tree(tree, **TINY)
+    assert not torch.equal(torch.get_rng_state(), state)  # without one they come from the default generator, as ever
+    torch.manual_seed(5)
+    assert torch.equal(plain.unet.stem.weight, LeafConditionedDDPM.for_tree(tree, **TINY).unet.stem.weight)
+
+
 def test_a_model_on_the_meta_device_draws_nothing() -> None:
     state = torch.get_rng_state()
     model = LeafConditionedDDPM.for_images(size=8, latent=(2,), topology=GROWN, **TINY, device="meta")

@@ -324,6 +324,19 @@ def test_errors_teach(settings: dict[str, Any], message: str) -> None:
         small().sample(TreeCondition.at(1, 2), **settings)
 
 
+def test_guidance_away_from_what_was_never_learned_is_an_error() -> None:
+    model, rows = small(coarsen=0.0), TreeCondition.at(1, 2)
+    for away_from in ("root", "parent"):
+        message = (
+            f"guidance away from the {away_from} needs a model that was trained on inner nodes too, found coarsen=0"
+        )
+        for guidance in (2.0, torch.ones(2)):
+            with pytest.raises(ValueError, match=message):
+                model.sample(rows, steps=1, guidance=guidance, away_from=away_from)
+        model.sample(rows, steps=1, away_from=away_from)
+    model.sample(rows, steps=1, guidance=2.0, away_from="sibling")
+
+
 def test_places_must_be_in_the_tree() -> None:
     with pytest.raises(KeyError, match="there is no node 9 in the tree"):
         small().sample(TreeCondition.at(9), steps=1)

@@ -68,6 +68,32 @@ def test_all_know_the_greatest_number(pool: RankPool) -> None:
     assert pool.run(greatest_here, [3, 8, 5]) == [[3, 8, 8][pool.size - 1]] * pool.size
 
 
+@pytest.mark.parametrize(
+    ("cuda", "local", "expected"),
+    [
+        (True, "3", [3, "nccl"]),
+        (True, None, ["nccl"]),  # of a launcher that is not torchrun, and the script chooses
+        (False, "3", ["gloo"]),
+    ],
+)
+def test_each_process_has_an_accelerator_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, local: str | None, expected: list[int | str]
+) -> None:
+    told: list[int | str] = []
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", told.append)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 5)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    assert start() == World(5, 8)
+    assert told == expected
+
+
 def test_alone_nothing_changes() -> None:
     model = torch.nn.Linear(2, 1)
     assert start() is ALONE and data_parallel(model.forward, model) == model.forward

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from treediff.diffusion.schedule import NoiseSchedule
+from treediff.noise import widest
 
 __all__ = ["DiscreteSchedule", "rescale_zero_terminal_snr"]
 
@@ -88,12 +89,12 @@ class DiscreteSchedule(NoiseSchedule):
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._knots:
-            self._knots[device] = self._knots[torch.device("cpu")].to(device)
+            self._knots[device] = self._knots[torch.device("cpu")].to(device, widest(device))
         return self._knots[device]
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The knots before and after a time, and how far between them it lies."""
-        knots, position = self._table(t.device), t.to(torch.float64) * self.steps
+        knots, position = self._table(t.device), t.to(widest(t.device)) * self.steps
         below = position.floor().clamp(0, self.steps - 1).to(torch.int64)
         # A whole step may come out as 6.9999999 or 7.0000001: a float32 time has no more digits.
         return knots[below], knots[below + 1], _snapped(position - below, t.dtype, self.steps)
@@ -112,7 +113,7 @@ class DiscreteSchedule(NoiseSchedule):
 
     def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
         """By a search among the knots, then along the straight line."""
-        knots, value = self._table(log_alpha.device), log_alpha.to(torch.float64)
+        knots, value = self._table(log_alpha.device), log_alpha.to(widest(log_alpha.device))
         after = torch.searchsorted(-knots, -value).clamp(1, self.steps)
         before = knots[after - 1]
         share = (torch.expm1(value - before) / torch.expm1(knots[after] - before)).clamp(0, 1)

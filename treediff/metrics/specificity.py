@@ -15,14 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from treediff._metric_inputs import Ids, as_ids
+from treediff._metric_inputs import SUM_TOLERANCE, Ids, as_array, as_ids
 from treediff.layers.blocks import check_positive
 
 __all__ = ["ClusterSpecificity", "ReturnRate", "cluster_specificity", "return_rate"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
-
-_SUM_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,9 +200,9 @@ def _class_probabilities(predicted: Any, images: int, classes: int) -> Floats:  
         )
     sums = p.sum(1, keepdims=True)
     # Written so that NaN is refused as well.
-    if not ((p >= 0).all() and (abs(sums - 1) <= _SUM_TOLERANCE).all()):
+    if not ((p >= 0).all() and (abs(sums - 1) <= SUM_TOLERANCE).all()):
         raise ValueError(
-            f"predicted: expected rows of probabilities that sum to 1 (within {_SUM_TOLERANCE}), found values from "
+            f"predicted: expected rows of probabilities that sum to 1 (within {SUM_TOLERANCE}), found values from "
             f"{p.min():.4g} to {p.max():.4g} and sums from {sums.min():.4g} to {sums.max():.4g}; take the softmax of "
             "logits in float32 or better"
         )
@@ -238,11 +236,7 @@ def _entropy(p: Floats) -> Floats:
 
 
 def _as_floats(values: Any) -> Floats:  # noqa: ANN401
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        # numpy has no bfloat16.
-        values = (values.double() if values.is_floating_point() else values).numpy()
-    return np.array(values, np.float64)
+    return np.array(as_array(values), np.float64)
 
 
 def _check_length(images: int, found: int, what: str) -> None:

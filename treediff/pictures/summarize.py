@@ -125,7 +125,7 @@ def _route(
     best = []
     for start in range(0, len(images), batch_size):
         log_probs = model.leaf_log_probs(_observations(model, images[start : start + batch_size]))
-        total += log_probs.double().exp().sum(0).cpu()
+        total += log_probs.cpu().double().exp().sum(0)
         best.append(log_probs.argmax(1).cpu())
         if progress is not None:
             progress(min(start + batch_size, len(images)), len(images))
@@ -168,8 +168,8 @@ def _leaf_means(model: TreeVAE, images: Tensor, rows: Ints, leaf: Ints, batch_si
         noise = zero.expand(len(x), len(model.topology), *model.latent)
         posterior = model.posterior(x, leaf=wanted, noise=noise)
         visits = posterior.visits.at_leaves()
-        means = posterior.mean[visits].double().flatten(1)
-        parts.append(torch.empty_like(means).index_copy(0, posterior.visits.image[visits], means).cpu())
+        means = posterior.mean[visits].cpu().double().flatten(1)
+        parts.append(torch.empty_like(means).index_copy(0, posterior.visits.image[visits].cpu(), means))
     return torch.cat(parts).numpy()
 
 
