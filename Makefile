@@ -65,8 +65,9 @@ doctests: $(VENV)/.test ## run the examples in the docstrings
 	$(BIN)/python -m pytest --quiet --doctest-modules treediff munkey
 
 # A process for each core, each with one thread of its own, and files as a whole: what a file makes once is made once.
+# In their order, which has many small ones at the end: else files with few tests, which take longest, come last.
 unit: $(VENV)/.test ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.test ## time everything beside its peers and the last record; see build/bench/speed.md
 	$(BIN)/python benchmarks/record.py

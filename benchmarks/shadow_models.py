@@ -33,6 +33,7 @@ from munkey.audit import (
     membership_scores,
     rmia_scores,
 )
+from treediff.checkpoint import read_checkpoint, save_checkpoint
 from treediff.cpu import tune_cpu
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
@@ -58,8 +59,9 @@ class Shadows:
         about = {key: str(value) for key, value in vars(self.args).items() if key not in ("work", "out")}
         found: dict[str, dict[str, list[Tensor]]] = {name: {"forgot": [], "oracle": []} for name in self.args.methods}
         if path.exists():
-            before, found = torch.load(path)
-            if before != about:
+            saved = read_checkpoint(path)
+            found = saved["logits"]
+            if saved["about"] != about:
                 raise SystemExit(f"{path} holds logits of other settings; name another --work")
         for number in tqdm(range(len(found[self.args.methods[0]]["oracle"]), self.args.models), desc="models"):
             known = torch.cat([self.rest, self.candidates[~self.never[number]]])
@@ -67,7 +69,7 @@ class Shadows:
             for name, sides in found.items():  # methods after the fact begin with one model
                 sides["forgot"].append(self.asked(bench.forgotten(name)[0]))
                 sides["oracle"].append(self.asked(bench.fitted("plain" if name in SETTINGS else name, 1)))
-            torch.save((about, found), path)
+            save_checkpoint(path, {"about": about, "logits": found})
         return {name: {side: torch.stack(each) for side, each in sides.items()} for name, sides in found.items()}
 
     @torch.no_grad()
@@ -133,7 +135,7 @@ def main() -> None:
     task = Task(argparse.Namespace(**{**vars(args), "out": args.work}))
     shadows = Shadows(task, args)
     results: dict[str, dict[str, Any]] = {}
-    for name, logits in shadows.logits(args.work / "logits.pt").items():
+    for name, logits in shadows.logits(args.work / "logits.safetensors").items():
         results[name] = {side: shadows.attacks(each) for side, each in logits.items()}
         results[name] |= shadows.distances(logits["forgot"], logits["oracle"])
     about = {"data": task.name, "models": args.models, "candidates": args.candidates, "epochs": args.epochs}

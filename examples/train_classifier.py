@@ -29,7 +29,8 @@ def train(model: FeatureClassifier, images: Tensor, labels: Tensor, args: argpar
     """A plain PyTorch loop."""
     steps = args.epochs * -(-len(images) // args.batch_size)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=0.2)
+    rise = max(0.2, 1.5 / (steps + 1))  # OneCycleLR divides by zero if that is one step
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=rise)
     generator = torch.Generator().manual_seed(args.seed)
     moved = RandomAffine(degrees=5, translate=0.05, scale=(0.95, 1.05))
     # Colour images are of things, which have mirror images; a mirrored digit is none.

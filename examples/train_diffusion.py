@@ -34,7 +34,8 @@ def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace, run: 
     """A plain PyTorch loop over the second stage; the first one stays as it is."""
     ddpm, world, steps = model.ddpm, run.world, args.epochs * -(-len(images) // args.batch_size)
     optimizer = torch.optim.Adam(ddpm.parameters(), lr=args.learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=0.05)
+    rise = max(0.05, 1.5 / (steps + 1))  # OneCycleLR divides by zero if that is one step
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=rise)
     ema = EMA(ddpm, decay=args.ema)
     order = torch.Generator().manual_seed(args.seed)
     generator = world.own(order)

@@ -52,7 +52,8 @@ def train(
     steps = stage.epochs * -(-len(stage.rows) // batch_size)
     parameters = [*stage.parameters(), *(contrast.parameters() if contrast else ())]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=0.1)
+    rise = max(0.1, 1.5 / (steps + 1))  # OneCycleLR divides by zero if that is one step
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=rise)
     generator = world.own(torch.Generator().manual_seed(args.seed + stage.index))
     modules = [stage.model, *([contrast] if contrast else [])]
     loss_of = data_parallel(stage.loss, *modules, unused=True)  # not every node of a batch has an image

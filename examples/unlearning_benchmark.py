@@ -49,11 +49,12 @@ def tune(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     if missing := [name for name in AFTER if name in args.methods and name not in tried]:
         task = Task(args, holdout=args.holdout)
         bench = Bench(task, 1000, args, {})
-        oracle = bench.row("plain: retrained")
+        sets = bench.gone, bench.stay, bench.others
+        oracle = task.measured(bench.fitted("plain", 1), *sets)
         for name in tqdm(missing, desc="tuning"):
             tried[name] = []
             for options in AFTER[name]:
-                found = bench.measured(*bench.unlearned(name, options))
+                found = task.measured(bench.unlearned(name, options)[0], *sets)
                 gap = average_gap({n: found[n] for n in NAMES}, {n: oracle[n] for n in NAMES})
                 tried[name].append([gap, options])
             path.write_text(json.dumps(tried))

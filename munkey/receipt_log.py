@@ -30,7 +30,7 @@ from munkey.digest import keyed_hash
 from munkey.disk import Disk
 from munkey.receipts import Receipt
 
-__all__ = ["ReceiptLog", "tokens_of", "verify"]
+__all__ = ["ReceiptLog", "Verified", "tokens_of", "verify"]
 
 Path = str | os.PathLike[str]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import tempfile
 import traceback
@@ -13,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from copies import context
 
-_context = mp.get_context("forkserver")  # a server that has imported everything; each rank is a copy of it
-_context.set_forkserver_preload(["munkey"])
+PATIENCE = 300  # seconds; ranks give each other up sooner
 
 
 class RankPool:
@@ -29,10 +28,8 @@ class RankPool:
         self.size, self.folder = size, tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(size):
-            ours, theirs = _context.Pipe()
-            process = _context.Process(
-                target=_serve, args=(rank, size, f"{self.folder.name}/meet", theirs), daemon=True
-            )
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, f"{self.folder.name}/meet", theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -63,6 +60,8 @@ class RankPool:
 
 
 def _received(pipe: Connection) -> Any:  # noqa: ANN401
+    if not pipe.poll(PATIENCE):
+        raise TimeoutError(f"a rank has said nothing for {PATIENCE} seconds")
     try:
         return pipe.recv()
     except EOFError:

@@ -7,6 +7,7 @@ import torch
 from rivals import Features, NearestNeighbours, Plain, RACDelete, Rival, SemiParametric, fit
 from sisa import SISA
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from munkey import Projection
 
@@ -58,12 +59,26 @@ def test_votes_are_shares_of_neighbours() -> None:
 
 
 def test_an_instance_is_trained_beside_others_only() -> None:
-    """Where each label is known by its own key alone, retrieval without the instance itself cannot tell it."""
+    """The loss is that of a slow loop, in which each image asks a memory that never held it."""
+    everyone, own = torch.arange(40), torch.arange(0, 40, 5)
+    model = built("rac").eval()
+    model.remember(everyone, IMAGES, LABELS)
+    alone = []
+    for row in own:
+        others, without = built("rac").eval(), everyone[everyone != row]
+        others.remember(without, IMAGES[without], LABELS[without])
+        alone.append(others(IMAGES[row][None]))
+    expected = F.cross_entropy(torch.cat(alone), LABELS[own])
+    assert isinstance(model, RACDelete)
+    torch.testing.assert_close(model.loss(IMAGES[own], LABELS[own], ids=own), expected)
+    itself_included = F.cross_entropy(model(IMAGES[own]), LABELS[own])
+    assert (itself_included - expected).abs() > 1e-2, "the two can be told apart"
+
+
+def test_a_loop_leaves_a_model_ready_to_be_asked() -> None:
     model = built("rac")
     model.remember(torch.arange(40), IMAGES, LABELS)
-    rows, _ = model.nearest.memory.neighbours_of_rows(torch.arange(40), 4)  # type: ignore[operator, union-attr]
-    assert not (rows == torch.arange(40)[:, None]).any()
-    fit(model, IMAGES, LABELS, torch.arange(40), epochs=1, batch_size=8)
+    fit(model, IMAGES, LABELS, torch.arange(40), epochs=1, batch_size=8)  # type: ignore[arg-type]
     assert not model.training
 
 

@@ -25,6 +25,7 @@ from munkey.audit import (
     membership_scores,
     relearning_curve,
 )
+from treediff.checkpoint import read_checkpoint, save_checkpoint
 from treediff.data import load_dataset
 
 
@@ -49,11 +50,12 @@ class Task:
 
     def _keys(self, args: argparse.Namespace, *splits: Tensor) -> list[Tensor]:
         """Of both splits, made once for each data set and encoder."""
-        path = args.out / f"keys-{self.encoder.fingerprint()[:16]}.pt"
+        path = args.out / f"keys-{self.name}-{self.encoder.fingerprint()[:16]}.safetensors"
         if not path.exists():
             parts = [[self.encoder.keys(x) for x in tqdm(s.split(250), desc="keys", mininterval=1)] for s in splits]
-            torch.save([F.normalize(torch.cat(part), dim=1) for part in parts], path)
-        return torch.load(path)
+            save_checkpoint(path, {"keys": [F.normalize(torch.cat(part), dim=1) for part in parts]})
+        found: list[Tensor] = read_checkpoint(path)["keys"]
+        return found
 
     def forget_set(self, seed: int) -> tuple[Tensor, Tensor]:
         """Training rows to forget, and test rows of the same kind."""
