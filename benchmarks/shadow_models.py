@@ -119,6 +119,7 @@ def main() -> None:
     """All methods, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits")
+    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
     parser.add_argument("--models", type=int, default=64, help="of each kind, 12 at least")
     parser.add_argument("--candidates", type=int, default=300)
     parser.add_argument("--methods", nargs="+", default=["munkey", "munkey mode=exact", *SETTINGS])

@@ -108,6 +108,7 @@ def main() -> None:
     """Draw, take features, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
+    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
     parser.add_argument("--model", type=Path, default=Path("runs/diffusion/model.safetensors"), help="a saved pair")
     parser.add_argument("--classifier", type=Path, default=Path("runs/classifier/classifier.safetensors"))
     parser.add_argument("--efficientnet", action="store_true", help="a second opinion")
@@ -126,7 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     tune_cpu()
 
-    data, model = load_dataset(args.data), DiffuseTreeVAE.load(args.model).eval()
+    data, model = load_dataset(args.data, size=args.size), DiffuseTreeVAE.load(args.model).eval()
     model.ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     classifier = FeatureClassifier.load(args.classifier).eval()
     real = data.train_images[-args.holdout :] if args.holdout else data.test_images

@@ -59,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/munkey/model.safetensors"))
     parser.add_argument("--data", default="digits", help="what the classifier was trained on, to measure")
+    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
     parser.add_argument("--out", type=Path, default=Path("runs/forgotten"), help="folder for the model and the receipt")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--ids", type=int, nargs="+")
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, help="a model trained without them")
     args = parser.parse_args()
 
-    data, model = load_dataset(args.data), KeyMemoryTransformer.load(args.model).eval()
+    data, model = load_dataset(args.data, size=args.size), KeyMemoryTransformer.load(args.model).eval()
     training = args.model.with_name("results.json")  # of train_munkey.py
     if training.exists() and (own := json.loads(training.read_text()).get("data", data.name)) != data.name:
         parser.error(f"the classifier was trained on {own!r}; name that with --data, found {data.name!r}")

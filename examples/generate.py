@@ -95,7 +95,7 @@ def strip(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, A
 
 def refined(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
     """Given images, what the tree makes of them, and refined images of the same place."""
-    x = load_dataset(args.refine).test_images[: args.count]
+    x = load_dataset(args.refine, size=args.size).test_images[: args.count]
     coarse, images, leaf = drawn(
         args.world, len(x), sampling, lambda own, rows: model.refine(x[rows], leaf="argmax", **own)
     )
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument(
         "--refine", metavar="DATA", help="refine test images of digits, fashion-mnist, mnist, or a path"
     )
+    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
     parser.add_argument("--count", type=int, default=4, help="how many images or roots")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.0, help="1 for none")

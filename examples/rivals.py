@@ -203,10 +203,11 @@ def main() -> None:
     """Train each, forget a tenth, and look."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
+    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--patch", type=int, default=2)
     args = parser.parse_args()
-    data = load_dataset(args.data)
+    data = load_dataset(args.data, size=args.size)
     images, labels = data.train_images, data.train_labels
     if labels is None or data.test_labels is None:
         raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")

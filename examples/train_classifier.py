@@ -54,6 +54,7 @@ def main() -> None:
     """Read the data, train, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
+    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
     parser.add_argument("--out", type=Path, default=Path("runs/classifier"), help="folder for results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="by default 10, and more where an epoch has few steps")
@@ -68,7 +69,7 @@ def main() -> None:
     tune_cpu()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    data = load_dataset(args.data)
+    data = load_dataset(args.data, size=args.size)
     images, labels, test_images, test_labels = data.train_images, data.train_labels, data.test_images, data.test_labels
     if labels is None or test_labels is None:
         raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")

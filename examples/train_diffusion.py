@@ -114,6 +114,7 @@ def main() -> None:
     """Read tree and data, train, save, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
+    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
     parser.add_argument("--tree", type=Path, default=Path("runs/treevae/model.safetensors"), help="a saved TreeVAE")
     parser.add_argument("--out", type=Path, default=Path("runs/diffusion"), help="folder for results")
     parser.add_argument("--seed", type=int, default=0)
@@ -139,7 +140,7 @@ def main() -> None:
     if not args.tree.exists():
         raise SystemExit(f"there is no tree at {args.tree}; grow one with examples/train_treevae.py, or pass --tree")
 
-    data = load_dataset(args.data)
+    data = load_dataset(args.data, size=args.size)
     images = data.train_images[: len(data.train_images) - args.holdout]
     args.epochs = args.epochs or (1 if args.quick else max(1, 120_000 // len(images)))
     model = build(TreeVAE.load(args.tree).eval(), args)

@@ -57,6 +57,7 @@ def main() -> None:
     """Read the data, train, look at the nearest neighbours, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
+    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
     parser.add_argument("--out", type=Path, default=Path("runs/encoder"), help="folder for results")
     parser.add_argument("--fitted-on", required=True, choices=FITTED_ON, help="what these images are, see above")
     parser.add_argument("--rows", type=int, help="use the first so many images only")
@@ -74,7 +75,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     tune_cpu()
 
-    data = load_dataset(args.data)
+    data = load_dataset(args.data, size=args.size)
     images = data.train_images[: args.rows]
     args.epochs = args.epochs or (1 if args.quick else max(1, 60_000 // len(images)))
     with torch.random.fork_rng():

@@ -108,6 +108,7 @@ def main() -> None:
     """Read the data, remember, train, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
+    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
     parser.add_argument("--out", type=Path, default=Path("runs/munkey"), help="folder for results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="by default as many as take half a minute on the digits")
@@ -133,7 +134,7 @@ def main() -> None:
     if args.resume and world.size > 1:
         raise SystemExit("--resume goes on with a run on one process, whose memory is in one place; leave out torchrun")
 
-    data = load_dataset(args.data)
+    data = load_dataset(args.data, size=args.size)
     images, labels = data.train_images, data.train_labels
     if labels is None or data.test_labels is None:
         raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")

@@ -133,6 +133,7 @@ def main() -> None:
     """Read the data, grow the tree, measure it, draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
+    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
     parser.add_argument("--out", type=Path, default=Path("runs/treevae"), help="folder for results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--leaves", type=int, default=10)
@@ -158,7 +159,7 @@ def main() -> None:
     tune_cpu()
     world = start()
 
-    data = hold_out(load_dataset(args.data), args.holdout)
+    data = hold_out(load_dataset(args.data, size=args.size), args.holdout)
     images = data.train_images
     channels, *size = images.shape[1:]
     generator = torch.Generator().manual_seed(args.seed)

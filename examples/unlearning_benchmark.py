@@ -65,6 +65,7 @@ def main() -> None:
     """Tune, then all methods of all seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
+    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
     parser.add_argument(
         "--forget", default="random:0.1", help="random:SHARE, class, cluster:SHARE or low-density:SHARE"
     )
@@ -82,6 +83,7 @@ def main() -> None:
     tune_cpu()
     settings = ("data", "forget", "epochs", "effort", "holdout", "encoder", "key_width")
     about: dict[str, Any] = {name: Path(str(getattr(args, name))).name for name in settings}  # of files, no folders
+    about |= {"size": args.size} if args.size else {}
     path, rows = args.out / "results.json", []
     if path.exists():
         before = json.loads(path.read_text())

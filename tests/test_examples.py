@@ -79,6 +79,25 @@ def test_so_few_steps_that_the_rate_climbs_in_one(folder: Path, script: str, opt
     assert run(folder, script, *options.split())["batch_size"] == 300
 
 
+def test_pictures_of_ones_own(folder: Path) -> None:
+    """Of several sizes, in a folder with one sub-folder for each class."""
+    for number in range(40):
+        pixels = np.full((9 + number % 3, 8 + number % 2), 200 * (number % 2) + number, np.uint8)
+        path = folder / "pictures" / ("dark", "light")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    own = ("--data", "pictures", "--size", "8")
+    small = ("--network", "mlp", "--width", "16", "--leaves", "2", "--effort", "0.01", "--out", "own/tree")
+    assert run(folder, "train_treevae.py", *own, *small)["data"] == "pictures"
+    tree = ("--tree", "own/tree/model.safetensors", "--width", "16", "--blocks", "1", "--epochs", "1")
+    run(folder, "train_diffusion.py", *own, *tree, "--out", "own/pair")
+    refine = ("--model", "own/pair/model.safetensors", "--refine", "pictures", "--size", "8", "--steps", "2")
+    assert (folder / str(run(folder, "generate.py", *refine)["picture"])).exists()
+    run(folder, "train_munkey.py", *own, "--epochs", "8", "--out", "own/munkey")
+    found = run(folder, "forget.py", *own, "--model", "own/munkey/model.safetensors", "--label", "1")["found"]
+    assert found["before"] and not found["after"]  # type: ignore[index]
+
+
 def test_evaluation(folder: Path) -> None:
     result = run(folder, "evaluate_generation.py", "--samples", "60", "--steps", "2")
     # Real images are closer to real images than those of a network that has seen each image once.

@@ -33,7 +33,7 @@ class Task:
     """Images, keys, and one forget set for each seed."""
 
     def __init__(self, args: argparse.Namespace, *, holdout: int = 0) -> None:
-        data = load_dataset(args.data)
+        data = load_dataset(args.data, size=args.size)
         if data.train_labels is None or data.test_labels is None:
             raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")
         self.name, self.kind = data.name, args.forget
