@@ -28,7 +28,7 @@ SMALL = {
 }
 # Steps after which a run stops: the first, one in the midst of an epoch, the end of an epoch and that of a stage.
 CASES = [
-    ("train_treevae", "", (1, 8, 9, 29)),
+    ("train_treevae", "", (1, 8, 9, 20)),
     ("train_treevae", "--contrastive 1 --decisions 1", (3, 7)),
     ("train_diffusion", "", (1, 5, 8)),
     ("train_diffusion", "--condition tree_diffusion --prior-share 0.5 --ema 0.9", (7,)),

@@ -101,7 +101,6 @@ def first_split(policy: Any) -> int | None:  # noqa: ANN401
 
 def test_policies_differ() -> None:
     assert first_split("largest") != first_split("highest_loss")
-    assert len({first_split(policy) for policy in POLICIES}) >= 2
 
 
 @pytest.mark.parametrize("rank", range(4))

@@ -174,7 +174,8 @@ def test_the_width_grows_with_the_leaves(tmp_path: Path, leaves: int) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 96, 64), (1, 1, 1), (3, 200, 300)])
 def test_images_of_any_shape(tmp_path: Path, shape: tuple[int, int, int]) -> None:
-    assert drawn(made_up(shape=shape), tmp_path / "tree.png", dpi=70).size
+    picture = drawn(made_up(shape=shape), tmp_path / "tree.png", dpi=70)
+    assert picture.mean() > 128 and picture.std() > 5  # dark on light, and not blank
 
 
 @quick
