@@ -93,7 +93,7 @@ def test_leaves_as_probable_as_the_threshold_are_kept() -> None:
     model = build(GROWN)
     x = observations(model, 20)
     probs = model.leaf_log_probs(x).exp()
-    threshold = float(probs.median())
+    threshold = probs.median().item()
     kept = model.leaf_log_probs(x, threshold=threshold - 1e-9).isfinite()
     assert torch.equal(kept, probs >= threshold) and kept.any() and not kept.all()
 
