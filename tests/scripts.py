@@ -1,44 +1,70 @@
-"""Scripts in a process of their own, which has to end."""
+"""Scripts in processes of their own, which have to end."""
 
 from __future__ import annotations
 
 import os
 import runpy
-import subprocess
+import socket
 import sys
 import tempfile
 import warnings
 from pathlib import Path
+from subprocess import CompletedProcess
 
 from copies import context
 
 PATIENCE = 300  # seconds; each script of the tests takes a few
 
 
-def started(script: Path, *options: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A script that has ended, well or not; every warning was an error to it."""
+def started(script: Path, *options: str, folder: Path | None = None, size: int = 0) -> CompletedProcess[str]:
+    """A script that has ended, well or not, with what its first process printed; every warning was an error to it.
+
+    Args:
+        script: what runs.
+        *options: its command line.
+        folder: where it runs.
+        size: how many processes run it together, told so as `torchrun` does; 0 if nobody tells it.
+    """
     with tempfile.TemporaryDirectory() as outputs:
-        files = [f"{outputs}/{name}" for name in ("out", "err")]
-        process = context.Process(target=_run, args=(script, options, folder or Path.cwd(), *files))
-        process.start()
-        process.join(PATIENCE)
-        if process.exitcode is None:
-            process.kill()
+        job = script, options, folder or Path.cwd()
+        processes = [
+            context.Process(target=_run, args=(*job, f"{outputs}/{rank}", about))
+            for rank, about in enumerate(_ranks(size))
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(PATIENCE)
+        if late := [process for process in processes if process.exitcode is None]:
+            for process in late:
+                process.kill()
             raise TimeoutError(f"{script.name} has not ended after {PATIENCE} seconds")
-        out, err = (Path(file).read_text(encoding="utf-8") for file in files)
-    return subprocess.CompletedProcess([str(script), *options], process.exitcode, out, err)
+        out, err = (Path(f"{outputs}/0.{name}").read_text(encoding="utf-8") for name in ("out", "err"))
+    worst = max(abs(process.exitcode or 0) for process in processes)
+    return CompletedProcess([str(script), *options], worst, out, err)
 
 
-def launched(size: int, script: Path, *options: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The same on so many processes, by `torchrun`."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--", str(script))
-    return subprocess.run([*launcher, *options], cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
+def _ranks(size: int) -> list[dict[str, str]]:
+    """What each process is told in its environment."""
+    if not size:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    group = {
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "tests",
+    }
+    return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
-def _run(script: Path, options: tuple[str, ...], folder: Path, out: str, err: str) -> None:
+def _run(script: Path, options: tuple[str, ...], folder: Path, output: str, about: dict[str, str]) -> None:
     os.chdir(folder)
-    for number, name in ((1, out), (2, err)):
-        file = os.open(name, os.O_WRONLY | os.O_CREAT)
+    os.environ.update(about)
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)
         os.close(file)
     sys.argv = [str(script), *options]

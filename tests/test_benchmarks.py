@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from record import machine
-from scripts import launched, started
+from scripts import started
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -71,7 +71,7 @@ def test_processes_tell_how_much_they_send(tmp_path: Path) -> None:
     """Each number of processes joins the others in the file."""
     options = ("--rows", "3000", "--rounds", "1", "--store", "--out", str(tmp_path / "out.json"))
     for size in (1, 2):
-        done = launched(size, BENCHMARKS / "distributed.py", *options)
+        done = started(BENCHMARKS / "distributed.py", *options, size=size)
         assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["1"]["store"]["search 64"] == {"messages": 0, "bytes": 0}

@@ -3,13 +3,15 @@
 import argparse
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from scripts import launched, started
+from scripts import PATIENCE, started
 from unlearning_benchmark import tune
 
 from treediff.data import load_dataset
@@ -19,9 +21,9 @@ ORACLES = ("retrained", "retrained again")
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
-def run(folder: Path, script: str, *options: str) -> dict[str, object]:
+def run(folder: Path, script: str, *options: str, size: int = 0) -> dict[str, object]:
     """What the last line of a script's output says."""
-    done = started(EXAMPLES / script, *options, folder=folder)
+    done = started(EXAMPLES / script, *options, folder=folder, size=size)
     assert done.returncode == 0, done.stderr[-2000:]
     if script.startswith("train_"):
         assert "\r" not in done.stderr and ": step " in done.stderr, "plain lines for a log"
@@ -147,23 +149,19 @@ def test_a_classifier_forgets(folder: Path) -> None:
 
 
 def test_on_two_processes(folder: Path) -> None:
-    def together(script: str, *options: str) -> dict[str, object]:
-        done = launched(2, EXAMPLES / script, *options, folder=folder)
-        assert done.returncode == 0, done.stderr[-2000:]
-        result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-        return result
-
-    options = ("--node", "0", "--count", "4", "--steps", "2")
-    one = run(folder, "generate.py", *options, "--out", "one")["picture"]
-    two = together("generate.py", *options, "--out", "two")["picture"]
-    difference = np.abs(grey(folder / str(one)) - grey(folder / str(two)))  # of 255 levels
+    options = ("--node", "0", "--count", "4", "--steps", "2", "--out")
+    run(folder, "generate.py", *options, "one")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--")
+    command = [*torchrun, str(EXAMPLES / "generate.py"), *options, "two"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=PATIENCE)
+    difference = np.abs(grey(folder / "one/node-0.png") - grey(folder / "two/node-0.png"))  # of 255 levels
     assert difference.max() <= 8 and difference.mean() < 0.02, "the same picture, but for the order of sums"
     for script, rest in (
         ("train_treevae.py", ("--network", "mlp", "--width", "16", "--leaves", "3", "--effort", "0.01")),
         ("train_diffusion.py", ("--epochs", "1", "--batch-size", "128", "--width", "16", "--blocks", "1")),
         ("train_munkey.py", ("--epochs", "4")),
     ):
-        together(script, *rest, "--out", f"two/{script}")
+        run(folder, script, *rest, "--out", f"two/{script}", size=2)
     found = json.loads((folder / "two/train_munkey.py/results.json").read_text())
     assert found["accuracy"]["test"]["full"] > 0.6
     result = run(folder, "forget.py", "--model", "two/train_munkey.py/model", "--ids", "3", "5")
