@@ -145,6 +145,7 @@ def machine() -> str:
     return f"{model}, {torch.get_num_threads()} threads, {able}; {accelerator}; torch {torch.__version__}"
 
 
+NOTHING: dict[str, Any] = {"machine": "there is none", "rows": []}
 PAGE = """# Speed
 
     make bench
@@ -152,9 +153,9 @@ PAGE = """# Speed
 {machine}.
 
 Times are medians, each beside something that took turns with it in the same run; but training again ran once, and one
-process before two. More than 1 is faster; the last column is the same ratio in the record before this one. Raw numbers
-are in `speed.json`; `python benchmarks/record.py --record docs/results` keeps what was made as
-the record.
+process before two. More than 1 is faster. The last column is the same ratio in the record before this one
+({last}).
+Raw numbers are in `speed.json`; `python benchmarks/record.py --record docs/results` keeps what was made as the record.
 
 {table}
 """
@@ -184,11 +185,13 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="a folder to keep table and numbers in")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    before = [Row(**row) for row in json.loads(args.last.read_text())["rows"]] if args.last.exists() else []
+    last = json.loads(args.last.read_text()) if args.last.exists() else NOTHING
+    before = [Row(**row) for row in last["rows"]]
     rows: list[Row] = []
     for name in args.only:
         rows += BENCHMARKS[name].read(json.loads(run(name, args.out).read_text()))
-    text = PAGE.format(machine=machine(), table=table(rows, {(row.what, row.peer): row for row in before}))
+    ratios = table(rows, {(row.what, row.peer): row for row in before})
+    text = PAGE.format(machine=machine(), last=last["machine"], table=ratios)
     (args.out / "speed.md").write_text(text)
     (args.out / "speed.json").write_text(json.dumps({"machine": machine(), "rows": [asdict(r) for r in rows]}) + "\n")
     print(text)

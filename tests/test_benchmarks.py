@@ -87,7 +87,8 @@ def test_speed_is_one_table_beside_the_last_record(tmp_path: Path) -> None:
     out.mkdir()
     for name, file in {**names, "distributed": "distributed"}.items():
         shutil.copy(results / f"{file}.json", out / f"{name}.json")
-    last = {"rows": [{"what": "munkey, step", "ms": 1.0, "peer": "without memory", "faster": 0.5}]}
+    row = {"what": "munkey, step", "ms": 1.0, "peer": "without memory", "faster": 0.5}
+    last = {"machine": "an abacus", "rows": [row]}
     (tmp_path / "last.json").write_text(json.dumps(last))
     done = run("record.py", "--out", str(out), "--last", str(tmp_path / "last.json"), "--record", str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -98,7 +99,7 @@ def test_speed_is_one_table_beside_the_last_record(tmp_path: Path) -> None:
     assert {row["peer"] for row in rows} >= {"faiss", "diffusers", "the plain loop over nodes", "1 process"}
     assert all(row["ms"] > 0 and row["faster"] > 0 for row in rows)
     page = (tmp_path / "speed.md").read_text()
-    assert page.startswith("# Speed\n") and machine() in page and "torch" in machine()
+    assert page.startswith("# Speed\n") and machine() in page and "torch" in machine() and "(an abacus)" in page
 
 
 def test_every_recorded_result_can_be_made_again() -> None:
