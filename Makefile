@@ -12,7 +12,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
+ifndef TOGETHER
 .NOTPARALLEL:
+endif
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint format types docs serve-docs wheel doctests unit bench results clean
 
@@ -28,7 +30,9 @@ demo: $(VENV)/.examples ## grow a tree and draw sharp images of its clusters; th
 	$(BIN)/python examples/forget.py --model demo/munkey/model.safetensors --file demo/without/left_out.txt \
 		--beside demo/without/model.safetensors --out demo/forgotten
 
-test: lint types docs wheel doctests unit ## every check, from lint to unit
+# Two at a time: the documentation takes one core for minutes, in which the other one does the rest.
+test: $(VENV)/.test ## every check, from lint to unit
+	$(MAKE) --no-print-directory --jobs=2 TOGETHER=1 lint types docs wheel doctests unit
 
 lint: $(VENV)/.test ## style, with ruff
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ RUNS ?= build/runs
 FORGETTING := $(PYTHON) benchmarks/forgetting.py
 CIFAR_KEYS = --data $(CIFAR) --encoder efficientnet --epochs 20 --keys $(RUNS)/cifar-keys.npz
 AS_LIST := $(PYTHON) -c 'import json, sys; print(json.dumps([json.load(open(path)) for path in sys.argv[1:]]))'
-UNLEARNING := $(PYTHON) examples/unlearning_benchmark.py
+UNLEARNING := OMP_NUM_THREADS=1 $(PYTHON) examples/unlearning_benchmark.py
 FASHION_PAIR := $(RUNS)/fashion-diffusion/model.safetensors
 
 TREES := fashion-mnist-0 fashion-mnist-1 fashion-mnist-20-leaves
