@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import started
+from worlds import seeded
 
 from treediff import DiffuseTreeVAE, LeafConditionedDDPM, TreeTopology, TreeVAE
 from treediff.cpu import has_fast
@@ -22,10 +23,6 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 treevae_step, treevae_vectors, unet_step = (
     importlib.import_module(name) for name in ("treevae_step", "treevae_vectors", "unet_step")
 )
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def run(script: str, *options: str, out: Path) -> dict[str, object]:

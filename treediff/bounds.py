@@ -15,7 +15,6 @@ from treediff.probability import sample_leaf
 
 if TYPE_CHECKING:
     from treediff.treevae import TreeVAE
-    from treediff.visits import Visits
 
 __all__ = ["elbo_of", "iwae"]
 
@@ -61,23 +60,23 @@ def iwae(
         raise ValueError(f"samples and chunk must be at least 1, found {samples} and {chunk}")
     features = model.features(x)
     everyone = model.route(features)  # once: a decision is the same for every sample
+    log_probs = leaf_log_probs_of(everyone)
     total = x.new_full((len(x),), -math.inf)
     for start in range(0, samples, chunk):
         k = min(chunk, samples - start)
-        repeated = features.repeat_interleave(k, 1), everyone.repeated(k), x.repeat_interleave(k, 0)
-        weights = _log_weights(model, *repeated, generator).view(len(x), k)
+        uniform = torch.rand(len(x) * k, generator=generator, dtype=x.dtype, device=x.device)
+        leaf = sample_leaf(log_probs.repeat_interleave(k, 0), uniform)
+        posterior = model.latents(
+            features.repeat_interleave(k, 1), everyone.repeated(k).along(leaf), generator=generator
+        )
+        weights = _log_weights(model, posterior, x.repeat_interleave(k, 0), leaf).view(len(x), k)
         total = torch.logaddexp(total, weights.logsumexp(1))
     return total - math.log(samples)
 
 
-def _log_weights(
-    model: TreeVAE, features: Tensor, everyone: Visits, x: Tensor, generator: torch.Generator | None
-) -> Tensor:
-    """`(B,)` log importance weights of one path and one set of latents per row."""
-    uniform = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device)
-    leaf = sample_leaf(leaf_log_probs_of(everyone), uniform)
-    visits = everyone.along(leaf)
-    posterior = model.latents(features, visits, generator=generator)
+def _log_weights(model: TreeVAE, posterior: TreePosterior, x: Tensor, leaf: Tensor) -> Tensor:
+    """`(B,)` log importance weights of one path, to leaves by rank, and one set of latents per row."""
+    visits = posterior.visits
     sign = torch.where(visits.turns_left(leaf), 1.0, -1.0).to(x.dtype)
     decisions = F.logsigmoid(sign * posterior.prior_logits) - F.logsigmoid(sign * visits.logits)
     leaves = visits.at_leaves()

@@ -102,8 +102,7 @@ class DDPMNetworks(Pretrained, nn.Module):
         """
         preset = PresetParts(**settings)
         # Layers draw their weights as they are built, from the default generator and no other.
-        alone = generator is not None
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=alone):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=generator is not None):
             if generator is not None:
                 torch.manual_seed(seed_from(generator))
             model = cls(**preset_parts(preset))
