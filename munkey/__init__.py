@@ -6,18 +6,15 @@ what it forgets.
 
 from munkey.aggregation import Ensemble, RankMix, SoftmaxMix
 from munkey.conv_encoder import ConvEncoder
-from munkey.durable import DurableStore
 from munkey.efficientnet import EfficientNetLite0
 from munkey.encoders import KeyEncoder, ModuleEncoder, Projection
-from munkey.faiss_search import FaissSearch
 from munkey.memory import KeyValueMemory, Retrieved
 from munkey.model import KeyMemoryTransformer
 from munkey.network import ExemplarTransformer
 from munkey.pathways import PathwayAccuracies, pathway_accuracies
-from munkey.receipts import Receipt
+from munkey.search.faiss import FaissSearch
 from munkey.sharded import ShardedKeyStore
-from munkey.store import KeyStore
-from munkey.stored import Rows
+from munkey.store import DurableStore, KeyStore, Receipt, Rows
 from munkey.writer import ValueWriter
 
 __all__ = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from munkey.disk import Disk, wipe, wipe_leftovers, write_whole
+from munkey.store.file.disk import Disk, wipe, wipe_leftovers, write_whole
 from treediff.checkpoint import CheckpointFiles
 
 __all__ = ["WipedCheckpoints"]

@@ -46,6 +46,11 @@ def as_ids(ids: Iterable[int] | Tensor) -> list[int]:
     return listed
 
 
+def ordered_ids(ids: Iterable[int] | Tensor) -> list[int]:
+    """Return ids in an order that is theirs; to be merged."""
+    return as_ids(ids)
+
+
 def distinct(ids: Iterable[int] | Tensor) -> list[int]:
     """Ids in ascending order, each once; errors as for `as_ids`."""
     if isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.ndim == 1:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from munkey.checks import check_width
-from munkey.digest import add_tensors
+from munkey.store.digest import add_tensors
 from treediff.hub import Pretrained
 from treediff.io import load_into, read_header, save_model
 from treediff.noise import counter_normal

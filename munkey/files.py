@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from munkey.conv_encoder import ConvEncoder
-from munkey.digest import add_tensors
-from munkey.disk import Disk, write_whole
-from munkey.durable import DurableStore
+from munkey.store.digest import add_tensors
+from munkey.store.file.disk import Disk, write_whole
+from munkey.store.durable import DurableStore
 from munkey.efficientnet import EfficientNetLite0
 from munkey.encoders import KeyEncoder, Projection
 from munkey.presets import Settings, assemble
 from munkey.sharded import ShardedKeyStore
-from munkey.sharded import files as sharded_files
-from munkey.store import KeyStore
+from munkey.sharded import folder as folders
+from munkey.store.store import KeyStore
 from treediff.io import dtype_name, dtype_named, load_into, model_bytes, read_header, read_tensors, require_config
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def save(model: KeyMemoryTransformer, path: Path, disk: Disk | None = None) -> N
     header["digest"] = _digest(store.secret, state)
     data = model_bytes(type(model).__name__, state, header)
     if isinstance(store, ShardedKeyStore):
-        sharded_files.save(store, name, disk, data)
+        folders.save(folders.Shard(store.local, store.digest), store.ranks, name, disk, data)
     else:
         write_whole(disk, name, data)
 
@@ -75,7 +75,7 @@ def load(
 ) -> KeyMemoryTransformer:
     """Read a model from a file; see `KeyMemoryTransformer.load`."""
     rows = ShardedKeyStore.load(path) if os.path.isdir(path) else None
-    path = path if rows is None else sharded_files.model_file(os.fspath(path))
+    path = path if rows is None else folders.model_file(os.fspath(path))
     header = read_header(path, cls.__name__)
     key_encoder = _encoder(header, path, key_encoder if model is None else model.key_encoder)
     secret = bytes.fromhex(header["store"]["secret"])
@@ -88,7 +88,7 @@ def load(
         model = assemble(cls, inputs, classes, key_encoder, settings, None, dtype_named(header["dtype"], path))
     store = model.memory.store
     if rows is not None:
-        model.memory.check_replaceable()
+        model.memory.store.check_replaceable()
     _check_memory(store, secret, in_folder=rows is not None)
     if rows is not None:  # of a lone process all rows, in an ordinary store
         model.memory.store = rows.local if rows.ranks.size == 1 else cast("KeyStore", rows)
@@ -125,7 +125,7 @@ def _encoder(header: dict[str, Any], path: Path, given: KeyEncoder | None) -> Ke
 
 def _check_memory(store: KeyStore, secret: bytes, *, in_folder: bool) -> None:
     """Raise ValueError if a model's memory cannot be filled from a file."""
-    if store.holders.followed(store.values):
+    if store.followed:
         raise ValueError("an optimiser or an average follows the model's memory; load first, then attach, or detach it")
     if isinstance(store, DurableStore) and store.secret != secret:
         raise ValueError(

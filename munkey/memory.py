@@ -14,12 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from munkey.checks import as_ids
-from munkey.durable import DurableStore
-from munkey.receipts import Receipt
-from munkey.retrieval import Neighbours
-from munkey.searched import Search, exact
+from munkey.store.receipts import Receipt
+from munkey.search.exact import Neighbours
+from munkey.search.exact import Search, exact
 from munkey.sharded.store import ShardedKeyStore
-from munkey.store import KeyStore
+from munkey.store.store import KeyStore
 from munkey.writer import ValueWriter
 
 __all__ = ["KeyValueMemory", "Retrieved", "Search"]
@@ -139,21 +138,8 @@ class KeyValueMemory(nn.Module):
             raise ValueError(
                 "the memory is spread over ranks already; save it, and load it with another number of ranks"
             )
-        self.check_replaceable()
+        self.store.check_replaceable()
         self.store = cast("KeyStore", ShardedKeyStore.of(self.store, group))
-
-    def check_replaceable(self) -> None:
-        """Raise ValueError if something would stay behind with the store when another one takes its place."""
-        store = self.store
-        if store.holders.optimizers or store.holders.averages:
-            raise ValueError("an optimiser or an average follows the values; detach it, shard or load, then attach")
-        if store.holders.copies:
-            name = type(store.holders.copies[0]).__name__
-            raise ValueError(f"a {name} holds copies of all keys; close() it, and make one of the new store")
-        if isinstance(getattr(store, "local", store), DurableStore):
-            raise ValueError("the store lives in a file, which would keep all rows; take a copy.deepcopy of the model")
-        if store.log is not None and not store.log.closed:
-            raise ValueError("the store keeps a log of receipts; close() it, and give the new store the log afterwards")
 
     # --- finding ------------------------------------------------------------------------------------------
 
@@ -233,6 +219,7 @@ class KeyValueMemory(nn.Module):
         exclude_ids: Iterable[int] | Tensor | None = None,
         sparse: bool = False,
     ) -> Retrieved:
-        """What is near each query; arguments and errors as for `neighbours`."""
-        found = self.neighbours(queries, k, exclude_ids=exclude_ids)
-        return Retrieved(self.read(found.rows, sparse=sparse), found.scores, found.ids)
+        """Return what is near each query; arguments and errors as for `neighbours`."""
+        with self.store.lock:  # no row may move between search and reading
+            found = self.neighbours(queries, k, exclude_ids=exclude_ids)
+            return Retrieved(self.read(found.rows, sparse=sparse), found.scores, found.ids)

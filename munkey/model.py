@@ -25,7 +25,7 @@ from munkey.memory import KeyValueMemory, Retrieved
 from munkey.modes import check_exact, check_mode, check_shares
 from munkey.network import ExemplarTransformer
 from munkey.presets import Presets
-from munkey.receipts import Receipt
+from munkey.store.receipts import Receipt
 from munkey.saved import Saved
 from munkey.sharded.ranks import Ranks
 from treediff import EMA

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from munkey.encoders import KeyEncoder
 from munkey.memory import KeyValueMemory
-from munkey.store import KeyStore
+from munkey.store.store import KeyStore
 
 __all__ = ["MODES", "check_exact", "check_mode", "check_shares"]
 

@@ -12,7 +12,7 @@ from munkey.checks import check_width
 from munkey.encoders import KeyEncoder
 from munkey.memory import KeyValueMemory
 from munkey.network import ExemplarTransformer
-from munkey.store import KeyStore
+from munkey.store.store import KeyStore
 from munkey.transformer import ImageTokens, TransformerBlock, VectorTokens
 from munkey.writer import ValueWriter
 

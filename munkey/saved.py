@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from munkey import files
-from munkey.disk import Disk, wipe
+from munkey.store.file.disk import Disk, wipe
 from munkey.encoders import KeyEncoder
 from munkey.sharded import ShardedKeyStore
 from treediff.hub import Pretrained

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -42,6 +42,7 @@ class EMA:
             raise ValueError(f"decay must be at least 0 and below 1, found {decay}")
         self.model, self.decay, self.warm_up = model, decay, warm_up
         self.steps = 0
+        self.before_load: list[Callable[[], None]] = []
         self.own: dict[str, Tensor] | None = None
         self.weights = {name: _precise(weight.detach()) for name, weight in model.named_parameters()}
 
@@ -105,6 +106,8 @@ class EMA:
         if wrong:
             want, got = (shapes.get(wrong[0], "no such tensor") for shapes in (expected, found))
             raise ValueError(f"the state does not fit the model at {wrong[0]!r}: expected {want}, found {got}")
+        for check in self.before_load:
+            check()
         self.steps = int(state["steps"])
         for name, weight in self.weights.items():
             weight.copy_(state[f"weights.{name}"])

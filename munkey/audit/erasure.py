@@ -15,7 +15,7 @@ from types import FunctionType, ModuleType
 import torch
 from torch import Tensor
 
-from munkey.stored import Rows
+from munkey.store.schema import Rows
 
 __all__ = ["ErasureReport", "erasure_report"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from munkey.posthoc.relabelling import wrong_labels
-from munkey.retrieval import nearest
+from munkey.search.exact import nearest
 
 __all__ = ["at_random", "cluster", "low_density", "memorised", "mislabelled", "of_class"]
 

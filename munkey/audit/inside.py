@@ -22,7 +22,7 @@ from munkey.audit.membership import Attack, attack, membership_scores
 from munkey.audit.references import classifier_scores, confidence_features
 from munkey.memory import KeyValueMemory
 from munkey.model import KeyMemoryTransformer
-from munkey.store import KeyStore
+from munkey.store.store import KeyStore
 from treediff.modes import evaluating
 
 __all__ = ["InsideView", "inside_attacks", "inside_view", "worst_attack"]

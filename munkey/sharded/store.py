@@ -1,43 +1,49 @@
 """A `KeyStore` whose rows are spread over the ranks of a process group.
 
-Letters: `B` instances of a call on this rank, `M` rows, `D` width of a key, `V` width of a value, `P` keys of an
-instance, `N` ranks.
+A row has one number for all ranks: `N` times its number on its rank, plus the rank.
+
+Letters: `B` instances or queries of a call on this rank, `M` rows, `D` width of a key, `V` width of a value, `P` keys
+of an instance, `k` neighbours, `N` ranks.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
-from typing import Self
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from munkey.checks import as_ids, to_forget
-from munkey.digest import MODULUS
-from munkey.disk import Disk
-from munkey.receipt_log import ReceiptLog
-from munkey.receipts import Receipt
-from munkey.rows import Removal
-from munkey.sharded import files
+from munkey.checks import check_width, ordered_ids, some, to_forget
+from munkey.search.exact import Neighbours, Search, check_queries, exact
+from munkey.sharded import folder as folders
+from munkey.sharded.packing import pack, unpack
 from munkey.sharded.placement import check_place, owners
-from munkey.sharded.ranks import Ranks
-from munkey.sharded.writing import WritableRows
-from munkey.store import KeyStore
-from munkey.stored import not_there
+from munkey.sharded.ranks import Ranks, Route
+from munkey.sharded.shared_neighbours import SharedNeighbours
+from munkey.store.change import Added, Removed
+from munkey.store.digest import MODULUS
+from munkey.store.file.disk import Disk
+from munkey.store.log import ReceiptLog, known_to
+from munkey.store.receipts import Receipt
+from munkey.store.schema import COLUMNS, Rows
+from munkey.store.store import KeyStore, Lock, not_there
 from treediff import EMA, __version__
 
 __all__ = ["ShardedKeyStore"]
 
 
-class ShardedKeyStore(WritableRows):
+class ShardedKeyStore(nn.Module):
     """A `KeyStore` on all ranks of a process group, each of which holds the rows whose ids hash to it.
 
     Methods, answers, receipts and digests are those of one `KeyStore` with all rows. Every call is a collective: all
     ranks make it, in the same order, each with what it has. Of `add` and `replace` each rank gives other instances; the
-    rows travel to where they belong. Of `forget` ranks may name the same ids: what any of them names goes.
+    rows travel to where they belong. Of `forget` ranks may name the same ids: what any of them names goes. A rank that
+    wants nothing passes no ids. An error of one rank is raised on all.
 
     Without a process group there is one rank.
 
@@ -64,6 +70,9 @@ class ShardedKeyStore(WritableRows):
         ((7,), [8])
     """
 
+    per_rank = True  # no rank has what another has
+    local: KeyStore
+
     def __init__(
         self,
         key_width: int,
@@ -88,11 +97,18 @@ class ShardedKeyStore(WritableRows):
         about = {"widths": local.widths, "dtype": str(local.keys.dtype), "seed": local.seed, "scale": local.scale}
         ranks.same("settings of a store", {**about, "trained": local.values.requires_grad})
         ranks.same("digest of an empty store, which the secret decides", local.digest_of(0, 0))
-        super().__init__(local, ranks)
+        super().__init__()
+        self.local, self.ranks = local, ranks
+        self.log: ReceiptLog | None = None
+        self.logged = False  # whether rank 0 keeps one
+        self._near = SharedNeighbours()
+        local.follow(self._near)
+        self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
+        self._recount()
 
     @classmethod
     def around(cls, local: KeyStore, group: dist.ProcessGroup | None = None) -> Self:
-        """A store of rows that are on their ranks already, such as those of a `DurableStore` on each.
+        """Return a store of rows that are on their ranks already, such as those of a `DurableStore` on each.
 
         Args:
             local: the rows of this rank.
@@ -108,7 +124,7 @@ class ShardedKeyStore(WritableRows):
 
     @classmethod
     def of(cls, store: KeyStore, group: dist.ProcessGroup | None = None) -> Self:
-        """The rows of a store that all ranks have; each keeps its own. The store itself is left as it is.
+        """Return the rows of a store that all ranks have; each keeps its own. The store itself is left as it is.
 
         `model.shard()` does it with the memory of a model.
 
@@ -125,14 +141,58 @@ class ShardedKeyStore(WritableRows):
             ranks.same("content of a store, and secret", store.digest())
         local = KeyStore(*store.widths, seed=store.seed, scale=store.scale, secret=secret, dtype=store.keys.dtype)
         local.values.requires_grad_(store.values.requires_grad)
-        columns = [column[: store.used] for column in store.columns]
-        mine = owners(columns[0], ranks.size) == ranks.rank
-        local.append(*(column[mine] for column in columns))
+        mine = owners(store.ids[: store.used], ranks.size) == ranks.rank
+        if mine.any():
+            local.append(Rows(*(column[: store.used][mine] for column in store.columns)))
         return cls.around(local, group)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        if name in _OF_ONE:
+            raise AttributeError(
+                f"a store on several ranks has no {name} of its own; those of this rank are in .local.{name}, and "
+                ".get(ids) fetches rows from all"
+            )
+        return super().__getattr__(name)
+
+    # --- what all ranks know ------------------------------------------------------------------------------
+
+    def _recount(self) -> None:
+        """Synchronise row counts across ranks, after every change."""
+        self._near.clear()
+        local = self.local
+        self.counts = self.ranks.gather((len(local), local.used, local.forgettable))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:  # noqa: ANN401
+        ids = state_dict.get(prefix + "local.ids", torch.zeros(0, dtype=torch.int64))
+        self.ranks.agree(lambda: check_place(ids, self.ranks.rank, self.ranks.size))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def __len__(self) -> int:
+        return sum(count[0] for count in self.counts)
+
+    @property
+    def used(self) -> int:
+        """`M`, on all ranks."""
+        return sum(count[1] for count in self.counts)
+
+    @property
+    def forgettable(self) -> int:
+        """Number of rows that are not permanent, on all ranks."""
+        return sum(count[2] for count in self.counts)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Width of a key, and of a value."""
+        return self.local.widths
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The values of this rank, for an optimiser."""
+        return self.local.values
 
     @property
     def seed(self) -> int:
-        """Of the first values."""
+        """Seed of the first values."""
         return self.local.seed
 
     @property
@@ -145,12 +205,165 @@ class ShardedKeyStore(WritableRows):
         """Under which digests are taken."""
         return self.local.secret
 
+    @property
+    def lock(self) -> Lock:
+        """The lock of this rank's rows."""
+        return self.local.lock
+
     def digest(self) -> str:
-        """See `KeyStore.digest`: that of one store with all rows."""
+        """Return the digest of one store with all rows; see `KeyStore.digest`."""
         return self._digest(self.ranks.gather((self.local.used, self.local.total())))
 
     def _digest(self, parts: Sequence[tuple[int, int]]) -> str:
         return self.local.digest_of(sum(rows for rows, _ in parts), sum(total for _, total in parts) % MODULUS)
+
+    # --- by id --------------------------------------------------------------------------------------------
+
+    def __contains__(self, instance: int) -> bool:
+        return bool(self.contains([instance]))
+
+    def __iter__(self) -> Iterator[int]:
+        """All ids in ascending order."""
+        mine = torch.tensor(list(self.local), dtype=torch.int64)
+        return iter(self.ranks.gather_rows(mine)[0].sort().values.tolist())
+
+    def contains(self, ids: Iterable[int] | Tensor) -> Tensor:
+        """See `KeyStore.contains`."""
+        route, wanted = self._wanted(ids)
+        return route.back(self.local.contains(wanted))
+
+    def rows_of(self, ids: Iterable[int] | Tensor) -> Tensor:
+        """See `KeyStore.rows_of`."""
+        route, wanted = self._wanted(ids)
+        rows = self.ranks.agree(lambda: self.local.rows_of(wanted))
+        return route.back_several(self._everywhere(rows), self.local.row_counts(wanted))[0]
+
+    def one_row_of_each(self, ids: Iterable[int] | Tensor, uniform: Tensor) -> Tensor:
+        """See `KeyStore.one_row_of_each`."""
+        route, wanted = self._wanted(ids)
+        numbers = route.there(uniform)
+        return route.back(self._everywhere(self.ranks.agree(lambda: self.local.one_row_of_each(wanted, numbers))))
+
+    def get(self, ids: Iterable[int] | Tensor) -> Rows:
+        """See `KeyStore.get`."""
+        return Rows(*self._fetched(self.rows_of(ids), self.local.columns))
+
+    def _wanted(self, ids: Iterable[int] | Tensor) -> tuple[Route, Tensor]:
+        """Return the way of ids to their ranks, and those that came here."""
+        wanted = torch.tensor(self.ranks.agree(lambda: ordered_ids(ids)), dtype=torch.int64)
+        route = Route(self.ranks, owners(wanted, self.ranks.size))
+        return route, route.there(wanted)
+
+    def _everywhere(self, rows: Tensor) -> Tensor:
+        """Return the numbers for all ranks of rows of this one."""
+        return torch.where(rows < 0, rows, rows * self.ranks.size + self.ranks.rank)
+
+    # --- by row -------------------------------------------------------------------------------------------
+
+    def read(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
+        """See `KeyStore.read`; all ranks go backward, too.
+
+        A gradient is that of the mean of the losses of all ranks, as it is with `DistributedDataParallel`.
+        """
+        route, own = self._rows(rows.flatten())
+        found = route.back(_scaled_gradient(self.local.read(own, sparse=sparse), 1 / self.ranks.size))
+        read: Tensor = found.unflatten(0, rows.shape)
+        return read
+
+    def described(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `KeyStore.described`."""
+        local = self.local
+        ids, keys, labels = self._fetched(rows, (local.ids, local.keys, local.labels))
+        return ids, keys, labels
+
+    def _rows(self, rows: Tensor) -> tuple[Route, Tensor]:
+        route = Route(self.ranks, rows % self.ranks.size)
+        return route, route.there(rows // self.ranks.size)
+
+    def _fetched(self, rows: Tensor, columns: tuple[Tensor, ...]) -> list[Tensor]:
+        """Return copies of columns of rows, in one piece."""
+        route, own = self._rows(rows)
+        packed = pack([column[own] for column in columns])
+        found = route.back(packed)
+        packed.zero_()  # a copy of rows that may be forgotten
+        return unpack(found, columns)
+
+    # --- search -------------------------------------------------------------------------------------------
+
+    def nearest(self, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
+        """See `KeyStore.nearest`: every rank looks for the `k` nearest among its rows, the best of all are kept."""
+        ranks, local = self.ranks, self.local
+        counts = self._query_counts(queries, k, exclude_ids)
+        everyone, _ = ranks.gather_rows(queries, counts)
+        own = None if exclude_ids is None else ranks.gather_rows(exclude_ids, counts)[0]
+        found = local.nearest(everyone, k, exclude_ids=own)
+        if ranks.size > 1:
+            everyone.zero_()  # copies of queries, which may be keys
+        mine, take = counts[ranks.rank], [counts[ranks.rank]] * ranks.size
+        columns = found.ids, self._everywhere(found.rows), found.scores, found.candidates
+        parts = unpack(ranks.exchange(pack(columns), counts, take), columns)
+        ids, rows, scores, candidates = (part.unflatten(0, (ranks.size, mine)) for part in parts)
+        return _merged(ids, rows, scores, candidates, k)
+
+    def _query_counts(self, queries: Tensor, k: int, exclude_ids: Tensor | None) -> list[int]:
+        """Return how many queries each rank has, once all is as it must be everywhere."""
+        error = None
+        try:
+            check_width(k=k)
+            check_queries(queries, self.local.keys)
+        except (TypeError, ValueError) as raised:
+            error = raised
+        count, wanted = (0, 0) if error else (len(queries), k)
+        said = self.ranks.numbers(error is not None, count, wanted, exclude_ids is not None)
+        self.ranks.fail(error, anywhere=self.ranks.size > 1 and any(failed for failed, *_ in said))
+        if len({tuple(settings) for _, _, *settings in said}) > 1:
+            each = ", ".join(f"rank {rank} {k} and {bool(ids)}" for rank, (_, _, k, ids) in enumerate(said))
+            raise ValueError(f"all ranks must ask for as many neighbours, with or without ids to exclude; found {each}")
+        return [count for _, count, _, _ in said]
+
+    def nearest_to_rows(self, rows: Tensor, k: int, search: Search) -> tuple[Tensor, Tensor]:
+        """See `KeyStore.nearest_to_rows`."""
+        if search is not exact:
+            raise TypeError("a store on several ranks does its own search; leave search= out")
+        route, own = self._rows(rows)
+        near, scores, unknown = self._near.get(k, own, self.local.used)
+        if self.ranks.any(len(unknown) > 0):
+            queries = self.local.keys[unknown]
+            found = self.nearest(queries, k, exclude_ids=self.local.ids[unknown])
+            queries.zero_()  # a copy of rows that may be forgotten later
+            near[unknown], scores[unknown] = found.rows, found.scores
+        return route.back(near[own]), route.back(scores[own])
+
+    def at_least(self, queries: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+        """See `KeyStore.at_least`; the pairs of a query come in no particular order."""
+        everyone, counts = self.ranks.gather_rows(queries)
+        query, ids, scores = self.ranks.agree(lambda: self.local.at_least(everyone, threshold))
+        edges = torch.tensor(counts).cumsum(0)
+        route = Route(self.ranks, torch.searchsorted(edges, query, right=True))
+        first = int(edges[self.ranks.rank]) - counts[self.ranks.rank]
+        query, ids, scores = unpack(route.there(pack((query, ids, scores))), (query, ids, scores))
+        return query - first, ids, scores
+
+    # --- adding -------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        ids: Iterable[int] | Tensor,
+        keys: Tensor,
+        labels: Tensor | None = None,
+        values: Tensor | None = None,
+        *,
+        permanent: bool = False,
+    ) -> None:
+        """Store new instances; see `KeyStore.add`. Each rank gives instances of its own, or none.
+
+        Raises:
+            ValueError: as for `KeyStore.add`, and if two ranks give the same id.
+        """
+        rows = self.ranks.agree(lambda: self._made(ids, keys, labels, values, permanent))
+        route, own = self._sent(rows)
+        self.ranks.agree(lambda: self._check_new(own, route, there=False))
+        self._append(own)
 
     def replace(
         self,
@@ -160,12 +373,84 @@ class ShardedKeyStore(WritableRows):
         values: Tensor | None = None,
     ) -> Receipt:
         """Store new keys, labels and values of instances that are there; see `KeyStore.replace` and `add`."""
-        columns = self.ranks.agree(lambda: self.local.new_rows(as_ids(ids), keys, labels, values, False))
-        route, own = self._sent(columns)
+        rows = self.ranks.agree(lambda: self._made(ids, keys, labels, values, False))
+        wanted = rows.ids.clone()  # `ids` may be an iterator, which can be read once
+        route, own = self._sent(rows)
         self.ranks.agree(lambda: self._check_new(own, route, there=True))
-        receipt = self.forget(columns[0])  # their ids: `ids` may be an iterator, which can be read once
+        receipt = self.forget(wanted)
         self._append(own)
         return receipt
+
+    def _made(
+        self, ids: Iterable[int] | Tensor, keys: Tensor, labels: Tensor | None, values: Tensor | None, permanent: bool
+    ) -> Rows:
+        return self.local.new_rows(ids, keys, labels, values, permanent=permanent).made(self.local.columns)
+
+    def _sent(self, rows: Rows) -> tuple[Route, Rows]:
+        """Return the rows that belong to this rank, of all that ranks give."""
+        route = Route(self.ranks, owners(rows.ids, self.ranks.size))
+        packed = pack(tuple(rows))
+        own = unpack(route.there(packed), self.local.columns)
+        for copy in (packed, *rows):  # of rows that may be forgotten later
+            copy.zero_()
+        return route, Rows(*own)
+
+    def _check_new(self, own: Rows, route: Route, *, there: bool) -> None:
+        ids = [part.unique() for part in own.ids.split(route.take)]
+        found, counts = torch.cat(ids).unique(return_counts=True)
+        twice = found[counts > 1].tolist()
+        if twice:
+            raise ValueError(f"ids {some(twice)} come from two ranks; give each instance to one of them")
+        known = [instance for instance in found.tolist() if (instance in self.local) != there]
+        if known and there:
+            raise not_there(known)
+        if known:
+            raise ValueError(f"ids {some(known)} are in the store already; use replace to change them")
+
+    def _append(self, own: Rows) -> None:
+        """Append rows and log the ids that return. If one rank fails, all ranks take their rows back."""
+        added: Added | None = None
+
+        def write() -> None:
+            nonlocal added
+            if len(own.ids):
+                added = self.local.append(own)
+
+        try:
+            mark = self._returning(own)
+            try:
+                self.ranks.agree(write)
+                if mark is not None:
+                    self.ranks.agree(lambda: self.log.returned() if self.log else None)
+            except BaseException:
+                if added is not None:
+                    self.local.take_back(added, own.ids.unique().tolist())
+                if mark is not None and self.log is not None:
+                    with suppress(Exception):
+                        self.log.restore(mark)
+                raise
+        finally:
+            for column in own:
+                column.zero_()  # a copy of rows that may be forgotten later
+        self._recount()
+
+    def _returning(self, own: Rows) -> Any:  # noqa: ANN401 - what a log remembers
+        """Note that rows are about to return, on rank 0; return what takes the note back, None if there is none."""
+        if not self.logged:
+            return None
+        tokens = self._all(self.local.tokens_of(own))
+        back = self.ranks.gather(self.log.back(tokens) if self.log else [])[0]
+        if not back:
+            return None
+        total = self.local.total_with(own)
+        parts = self.ranks.gather((self.local.used + len(own.ids), total))
+        after = self._digest(parts)
+        mark = self.log.mark() if self.log else ()
+        self.ranks.agree(lambda: self.log.returning(back, after) if self.log else None)
+        return mark
+
+    def _all(self, tokens: list[str]) -> list[str]:
+        return [token for part in self.ranks.gather(tokens) for token in part]
 
     # --- forgetting ---------------------------------------------------------------------------------------
 
@@ -174,7 +459,7 @@ class ShardedKeyStore(WritableRows):
         wanted = torch.tensor(self.ranks.agree(lambda: to_forget(ids, missing)), dtype=torch.int64)
         everything = self.ranks.gather_rows(wanted)[0].unique()
         mine = everything[owners(everything, self.ranks.size) == self.ranks.rank].tolist()
-        unknown = self.local.index.missing(mine)
+        unknown = self.local.missing(mine)
         words, parts = zip(*self.ranks.gather((missing, unknown)), strict=True)
         if len(set(words)) > 1:
             raise ValueError(f"all ranks must say the same of missing ids, found {', '.join(map(repr, words))}")
@@ -187,28 +472,26 @@ class ShardedKeyStore(WritableRows):
         """Erase ids of this rank here, and those of others there."""
         local = self.local
         removal = self.ranks.agree(lambda: local.removal_of(mine))
-        receipt, total = self._receipt(mine, absent, removal)
+        receipt = self._receipt(mine, absent, removal)
         if note and self.logged and receipt.forgotten:
             # First, so that whoever finds the rows after an interruption knows that they are to go.
-            tokens = self._all_tokens(removal.gone)
-            self.ranks.agree(lambda: self.log.forgot(receipt, tokens) if self.log else None)
-        self.ranks.agree(lambda: local.erase(mine, removal))
-        local.keep_total(total)
+            tokens = self._all(local.tokens(removal.gone))
+            dtype = local.keys.dtype
+            self.ranks.agree(lambda: self.log.forgot(receipt, tokens, dtype) if self.log else None)
+        self.ranks.agree(lambda: local.remove(removal))
         self._recount()
         return receipt
 
-    def _receipt(self, mine: list[int], absent: tuple[int, ...], removal: Removal) -> tuple[Receipt, int]:
-        """For all ranks the same, and the sum of hashes of this rank afterwards."""
-        local = self.local
-        total, gone = local.total_after(removal), len(removal.gone)
-        now = (local.used, local.total()), (removal.after, total), time.time()
+    def _receipt(self, mine: list[int], absent: tuple[int, ...], removal: Removed) -> Receipt:
+        """Return the receipt, the same on all ranks."""
+        local, gone = self.local, len(removal.gone)
+        now = (local.used, local.total()), (removal.after, local.total_after(removal)), time.time()
         said = self.ranks.gather((mine, gone, gone * local.row_bytes(), *now))
         known, rows, sizes, before, after, times = zip(*said, strict=True)
         forgotten = tuple(sorted(instance for part in known for instance in part))
-        digests = self._digest(before), self._digest(after)
-        return Receipt(forgotten, absent, sum(rows), sum(sizes), *digests, times[0]), total
+        return Receipt(forgotten, absent, sum(rows), sum(sizes), self._digest(before), self._digest(after), times[0])
 
-    def keep_receipts(self, path: str | os.PathLike[str], *, disk: Disk | None = None) -> Receipt:
+    def keep_receipts(self, path: str | os.PathLike[str], *, new: bool = False, disk: Disk | None = None) -> Receipt:
         """Write receipts to a log, which rank 0 keeps; first, all ranks forget what it says is gone.
 
         See `KeyStore.keep_receipts`. A receipt is written before any rank erases: if a rank is interrupted, what it did
@@ -216,8 +499,12 @@ class ShardedKeyStore(WritableRows):
         """
         self.close()
         self.logged = False
-        self.log = self.ranks.agree(lambda: ReceiptLog(path, self.secret, disk=disk) if self.ranks.rank == 0 else None)
+        self.log = self.ranks.agree(
+            lambda: ReceiptLog(path, self.secret, new=new, disk=disk) if self.ranks.rank == 0 else None
+        )
         try:
+            digest = self.digest()
+            self.ranks.agree(lambda: self.log.settle(digest) if self.log else None)
             receipt = self._forget_again()
         except BaseException:
             self.close()
@@ -227,16 +514,10 @@ class ShardedKeyStore(WritableRows):
 
     def _forget_again(self) -> Receipt:
         """Forget what the log says is gone."""
-        gone = self.ranks.gather(self.log.gone if self.log else set[str]())[0]
-        rows = slice(0, self.local.used)
-        there = [token in gone for token in self.local.tokens(rows)] if gone else []
-        mine = sorted({owner for owner, known in zip(self.local.ids[rows].tolist(), there, strict=False) if known})
+        gone, dtypes = self.ranks.gather((self.log.gone, self.log.dtypes) if self.log else None)[0] or (set(), {})
+        rows = Rows(*(column[: self.local.used] for column in self.local.columns))
+        mine = self.ranks.agree(lambda: known_to(gone, dtypes, self.secret, rows))
         return self._forget(mine, (), note=False)
-
-    def _loaded(self) -> None:
-        super()._loaded()
-        if self.logged:
-            self._forget_again()
 
     def close(self) -> None:
         """Give the log of receipts back; see `KeyStore.close`."""
@@ -245,13 +526,23 @@ class ShardedKeyStore(WritableRows):
 
     # --- what follows, and files --------------------------------------------------------------------------
 
-    def attach(self, *holders: torch.optim.Optimizer | EMA) -> None:
-        """Tell this rank's rows what else keeps something of their values; see `KeyStore.attach`."""
-        self.local.attach(*holders)
+    def attach(self, *held: torch.optim.Optimizer | EMA) -> None:
+        """Make optimisers and averages follow the rows of this rank; see `KeyStore.attach`."""
+        self.local.attach(*held)
 
-    def detach(self, *holders: torch.optim.Optimizer | EMA) -> None:
+    def detach(self, *held: torch.optim.Optimizer | EMA) -> None:
         """Leave out what was attached."""
-        self.local.detach(*holders)
+        self.local.detach(*held)
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimisers that were attached on this rank."""
+        return self.local.optimizers
+
+    @property
+    def followed(self) -> bool:
+        """Whether something that was attached on this rank has a row for each row there is."""
+        return self.local.followed
 
     def compact(self) -> None:
         """Sort rows by id and view on each rank, and give back room; see `KeyStore.compact`."""
@@ -259,7 +550,7 @@ class ShardedKeyStore(WritableRows):
         self._recount()
 
     def save(self, folder: str | os.PathLike[str], *, disk: Disk | None = None) -> None:
-        """Write all rows to a folder, each rank its own; see `munkey.sharded.files`.
+        """Write all rows to a folder, each rank its own; see `munkey.sharded.folder`.
 
         Args:
             folder: made if there is none; what it held before is overwritten when all of the new is there.
@@ -268,7 +559,8 @@ class ShardedKeyStore(WritableRows):
         Raises:
             OSError: if a rank cannot write; the folder holds what it held before.
         """
-        files.save(self, os.fspath(folder), disk or Disk())
+        shard = folders.Shard(self.local, self.digest)
+        folders.save(shard, self.ranks, os.fspath(folder), disk or Disk())
 
     @classmethod
     def load(
@@ -286,7 +578,7 @@ class ShardedKeyStore(WritableRows):
             ValueError: naming the file that is damaged or of another kind.
         """
         ranks = Ranks(group)
-        local, digest = files.load(os.fspath(folder), ranks, disk or Disk())
+        local, digest = folders.load(os.fspath(folder), ranks, disk or Disk())
         store = cls.around(local, group)
         if store.digest() != digest:
             raise ValueError(
@@ -294,6 +586,43 @@ class ShardedKeyStore(WritableRows):
             )
         return store
 
+    def check_replaceable(self) -> None:
+        """Raise ValueError if something would stay behind when another store takes the place of this one."""
+        self.local.unfollow(self._near)
+        try:
+            self.local.check_replaceable()
+        finally:
+            self.local.follow(self._near)
+        if self.log is not None and not self.log.closed:
+            raise ValueError("the store keeps a log of receipts; close() it, and give the new store the log afterwards")
+
     def extra_repr(self) -> str:
-        """Size and ranks."""
+        """Return size and ranks."""
         return f"{len(self)} instances, {self.used} rows on {self.ranks.size} ranks, this is rank {self.ranks.rank}"
+
+
+_OF_ONE = (*(name for name in COLUMNS if name != "values"), "columns", "row_bytes")
+
+
+def _loaded(store: ShardedKeyStore, _: object) -> None:
+    """After `load_state_dict`."""
+    store._recount()
+    if store.logged:
+        store._forget_again()
+
+
+def _merged(ids: Tensor, rows: Tensor, scores: Tensor, candidates: Tensor, k: int) -> Neighbours:
+    """Return the best of what each rank found, `(N, B, k)`: by score, then by id.
+
+    The views of an id are on one rank, in order.
+    """
+    ids, rows, scores = (x.transpose(0, 1).flatten(1) for x in (ids, rows, scores))
+    order = ids.argsort(dim=1, stable=True)
+    order = order.gather(1, scores.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :k]
+    return Neighbours(ids.gather(1, order), rows.gather(1, order), scores.gather(1, order), candidates.sum(0))
+
+
+def _scaled_gradient(x: Tensor, factor: float) -> Tensor:
+    if x.requires_grad and factor != 1:
+        x.register_hook(lambda grad: grad * factor)
+    return x

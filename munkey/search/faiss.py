@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from munkey.checks import check_width
-from munkey.retrieval import Neighbours
-from munkey.store import KeyStore
+from munkey.search.exact import Neighbours, Searchable
+from munkey.store.change import Change, Removed, Replaced
+from munkey.store.follower import Follower
+from munkey.store.store import KeyStore
 
 __all__ = ["FaissSearch"]
 
 
-class FaissSearch:
+class FaissSearch(Follower):
     """Neighbours by a flat index of faiss, `KeyValueMemory(store, search=FaissSearch(store))`.
 
     The index holds a copy of all keys in memory that nothing here can overwrite, so while there is one the store
@@ -33,23 +35,36 @@ class FaissSearch:
             import faiss  # noqa: F401
         except ImportError as error:
             raise ImportError(f"{error}; FaissSearch needs it: pip install faiss-cpu") from None
-        self.store = store
+        self.store, self.closed = store, False
         self._index: Any = None
         self._changes = -1
-        store.holders.copies.append(self)
+        store.follow(self)
 
-    def __call__(self, store: KeyStore, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
-        """See `munkey.memory.Search`.
+    def check(self, change: Change) -> None:
+        """Raise ValueError if rows are to go."""
+        if isinstance(change, Removed | Replaced):
+            raise ValueError(
+                "a FaissSearch holds copies of all keys and cannot erase them; close() it first, then forget"
+            )
+
+    def __call__(
+        self, store: Searchable, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None
+    ) -> Neighbours:
+        """See `munkey.search.exact.Search`.
 
         Raises:
             TypeError: if `k` is not whole.
             ValueError: if `k` is below 1, the store is another one, or the index was closed.
         """
         check_width(k=k)
-        if store is not self.store or self not in store.holders.copies:
+        if store is not self.store or self.closed:
             raise ValueError("this index is of another store, or was closed; make one with FaissSearch(store)")
-        if self._changes != store.holders.changes:
-            self._changes = store.holders.changes
+        with self.store.lock:
+            return self._search(self.store, queries, k, exclude_ids)
+
+    def _search(self, store: KeyStore, queries: Tensor, k: int, exclude_ids: Tensor | None) -> Neighbours:
+        if self._changes != store.changes:
+            self._changes = store.changes
             import faiss
 
             self._index = faiss.IndexFlatIP(store.widths[0])
@@ -66,6 +81,5 @@ class FaissSearch:
 
     def close(self) -> None:
         """Drop the index, so that the store can forget again; what the index held stays in freed memory for a while."""
-        self._index, self._changes = None, -1
-        if self in self.store.holders.copies:
-            self.store.holders.copies.remove(self)
+        self._index, self._changes, self.closed = None, -1, True
+        self.store.unfollow(self)

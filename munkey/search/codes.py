@@ -1,4 +1,4 @@
-"""Keys in low precision beside keys: what a first look at all of them reads; see `munkey.screening`.
+"""Keys in low precision beside keys: what a first look at all of them reads; see `munkey.search.bounds`.
 
 Letters: `R` rows, `D` width of a key.
 """

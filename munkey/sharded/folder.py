@@ -7,9 +7,10 @@
     lock                                             empty; held by whoever saves
 
 A file holds the ids that `munkey.sharded.placement` gives to its rank of so many. Names tell content: a save writes new
-files, then puts a new manifest in the place of the old one, at once, and then overwrites and removes what it does not
-name. Whatever interrupts, the folder holds the old content or the new one; the next `load` wipes what was left, unless
-somebody saves at the time.
+files, then puts a new manifest in the place of the old one, at once, and then overwrites and removes the files of
+earlier saves. Whatever interrupts, the folder holds the old content or the new one. The manifest has a checksum, and
+names the files that its save replaced: the next `load` wipes those of them that an interruption left, unless somebody
+saves at the time, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,46 +18,60 @@ from __future__ import annotations
 import json
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from munkey.digest import checksum, rows_hash
-from munkey.disk import Disk, wipe, wipe_leftovers, write_whole
 from munkey.sharded.placement import may_share, owners
 from munkey.sharded.ranks import Ranks
-from munkey.store import KeyStore
+from munkey.store.digest import checksum, hash_rows, sum_of
+from munkey.store.erase import Scratch
+from munkey.store.file.disk import Disk, wipe, wipe_leftovers, write_whole
+from munkey.store.schema import COLUMNS, Rows
+from munkey.store.store import KeyStore
 from treediff.io import dtype_name, dtype_named, model_bytes, read_header, read_tensors
 
-if TYPE_CHECKING:
-    from munkey.sharded.store import ShardedKeyStore
-
-__all__ = ["load", "model_file", "save"]
+__all__ = ["Shard", "load", "model_file", "save"]
 
 _MANIFEST, _FORMAT, _CLASS = "manifest.json", 1, "ShardedKeyStore"
 _LOCK = "lock"
 #: What a save writes, and how it is called while it is written or replaced.
 _OURS = re.compile(
-    r"(rows-\d{5}-of-\d{5}-[0-9a-f]{16}|model-[0-9a-f]{16})\.safetensors(\.munkey-(partial|old))?"
-    r"|manifest\.json\.munkey-(partial|old)"
+    r"(rows-\d{5}-of-\d{5}-[0-9a-f]{16}|model-[0-9a-f]{16})\.safetensors((\.[0-9a-f]{16})?\.munkey-(partial|old))?"
+    r"|manifest\.json(\.[0-9a-f]{16})?\.munkey-(partial|old)"
 )
-_COLUMNS = ("ids", "views", "labels", "permanent", "keys", "values")
+_NUMBERED = re.compile(r"\.[0-9a-f]{16}$")
 
 
-def save(store: ShardedKeyStore, folder: str, disk: Disk, model: bytes | None = None) -> None:
-    """See `ShardedKeyStore.save`; with the file of a model beside the rows, of which that of rank 0 is kept."""
-    first = store.ranks.rank == 0
-    guard = store.ranks.agree(lambda: _prepared(folder, disk, model) if first else -1)
+@dataclass(frozen=True)
+class Shard:
+    """The rows of one rank.
+
+    Args:
+        local: the rows.
+        digest: gives the digest of the rows of all ranks.
+    """
+
+    local: KeyStore
+    digest: Callable[[], str]
+
+
+def save(shard: Shard, ranks: Ranks, folder: str, disk: Disk, model: bytes | None = None) -> None:
+    """Save a store, see `ShardedKeyStore.save`; with the file of a model beside the rows, of which rank 0 keeps its."""
+    first = ranks.rank == 0
+    guard = ranks.agree(lambda: _prepared(folder, disk, model) if first else -1)
     try:
-        _save(store, folder, disk, model)
+        _save(shard, ranks, folder, disk, model)
     finally:
         if first:
             disk.close(guard)
 
 
-def _save(store: ShardedKeyStore, folder: str, disk: Disk, model: bytes | None) -> None:
-    ranks, local, first = store.ranks, store.local, store.ranks.rank == 0
-    local.forget_total()  # values may have been changed past PyTorch's counting
+def _save(shard: Shard, ranks: Ranks, folder: str, disk: Disk, model: bytes | None) -> None:
+    local, first = shard.local, ranks.rank == 0
+    local.distrust_digest()  # values may have been changed past PyTorch's counting
     name = f"rows-{ranks.rank:05d}-of-{ranks.size:05d}-{local.digest()[:16]}.safetensors"
     ranks.agree(lambda: write_whole(disk, os.path.join(folder, name), _shard(local)))
     about = {"file": name, "rows": local.used, "hash": f"{local.total():064x}"}
@@ -69,15 +84,22 @@ def _save(store: ShardedKeyStore, folder: str, disk: Disk, model: bytes | None) 
         "seed": local.seed,
         "scale": local.scale,
         "secret": local.secret.hex(),
-        "digest": store.digest(),
+        "digest": shard.digest(),
         "shards": ranks.gather(about),
+        "replaces": ranks.gather(_others(folder, {}) if first else [])[0],
     }
     if model is not None:
         weights = manifest["model"] = f"model-{checksum(model)[:16].decode()}.safetensors"
         ranks.agree(lambda: write_whole(disk, os.path.join(folder, weights), model) if first else None)
+    manifest["checksum"] = _checksum(manifest)
     text = json.dumps(manifest, indent=1, sort_keys=True).encode()
     ranks.agree(lambda: write_whole(disk, os.path.join(folder, _MANIFEST), text) if first else None)
-    ranks.agree(lambda: _wipe_others(disk, folder, manifest) if first else None)
+    ranks.agree(lambda: _wipe(disk, folder, _others(folder, manifest)) if first else None)
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    named = {name: value for name, value in manifest.items() if name != "checksum"}
+    return checksum(json.dumps(named, sort_keys=True).encode()).decode()
 
 
 def _prepared(folder: str, disk: Disk, model: bytes | None) -> int:
@@ -109,38 +131,39 @@ def model_file(folder: str) -> str:
 
 def _shard(local: KeyStore) -> bytes:
     order = local.order()
-    columns = {name: column[order] for name, column in zip(_COLUMNS, local.columns, strict=True)}
-    data = model_bytes(_CLASS, columns, {})
-    for column in columns.values():
-        column.zero_()  # a copy of rows that may be forgotten later
-    return data
+    with Scratch() as scratch:  # copies of rows that may be forgotten later
+        columns = {name: scratch(column[order]) for name, column in zip(COLUMNS, local.columns, strict=True)}
+        return model_bytes(_CLASS, columns, {})
 
 
 def _others(folder: str, manifest: dict[str, Any]) -> list[str]:
-    """Files of saves which the manifest does not name."""
-    named = {shard["file"] for shard in manifest["shards"]} | {manifest.get("model")}
+    """Return the files of saves which a manifest does not name."""
+    named = {shard["file"] for shard in manifest.get("shards", ())} | {manifest.get("model")}
     return [name for name in sorted(os.listdir(folder)) if _OURS.fullmatch(name) and name not in named]
 
 
-def _wipe_others(disk: Disk, folder: str, manifest: dict[str, Any]) -> None:
-    """Overwrite and remove what the manifest does not name."""
-    for name in _others(folder, manifest):
+def _wipe(disk: Disk, folder: str, names: list[str]) -> None:
+    """Overwrite and remove files of earlier saves."""
+    for name in names:
         whole, _, kind = os.path.join(folder, name).partition(".munkey-")
-        if kind:  # perhaps another name of a file that stays
-            wipe_leftovers(disk, whole)
-        else:
+        if kind:  # perhaps another name of a file that stays, or being written
+            wipe_leftovers(disk, whole.removesuffix("." + whole[-16:]) if _NUMBERED.search(whole) else whole)
+        elif not os.path.islink(whole):
             wipe(disk, whole)
     disk.sync_folder(os.path.join(folder, _MANIFEST))
 
 
-def _wipe_leftovers(disk: Disk, folder: str, manifest: dict[str, Any]) -> None:
-    """Wipe what an interrupted save left, if nobody saves."""
-    if not _others(folder, manifest):
+def _wipe_replaced(disk: Disk, folder: str, manifest: dict[str, Any]) -> None:
+    """Wipe what an interrupted save left of the files that it replaced, if nobody saves."""
+    named = set(manifest.get("replaces", ()))
+    left = [name for name in _others(folder, manifest) if name in named]
+    if not left:
         return
     guard = disk.open(os.path.join(folder, _LOCK), create=True)
     try:
-        if disk.lock(guard):
-            _wipe_others(disk, folder, _manifest(folder))  # which may have been replaced since it was read
+        # The manifest may have been replaced since it was read.
+        if disk.lock(guard) and _manifest(folder) == manifest:
+            _wipe(disk, folder, left)
     finally:
         disk.close(guard)
 
@@ -149,7 +172,8 @@ def load(folder: str, ranks: Ranks, disk: Disk) -> tuple[KeyStore, str]:
     """The rows of this rank, and the digest that all together must have; see `ShardedKeyStore.load`."""
     manifest = ranks.agree(lambda: _manifest(folder))
     ranks.same("manifest", manifest["digest"])
-    ranks.agree(lambda: _wipe_leftovers(disk, folder, manifest) if ranks.rank == 0 else None)
+    ranks.agree(lambda: _check_files(folder, manifest))
+    ranks.agree(lambda: _wipe_replaced(disk, folder, manifest) if ranks.rank == 0 else None)
     local = KeyStore(
         *manifest["widths"],
         seed=manifest["seed"],
@@ -160,6 +184,14 @@ def load(folder: str, ranks: Ranks, disk: Disk) -> tuple[KeyStore, str]:
     local.values.requires_grad_(manifest["trained"])
     ranks.agree(lambda: _take(local, folder, manifest["shards"], ranks))
     return local, manifest["digest"]
+
+
+def _check_files(folder: str, manifest: dict[str, Any]) -> None:
+    """Raise FileNotFoundError if a file is missing, before anything is wiped."""
+    for name in [shard["file"] for shard in manifest["shards"]] + [manifest.get("model")]:
+        path = os.path.join(folder, name or _MANIFEST)
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path!r}, which the manifest names, is missing; restore a backup")
 
 
 def _manifest(folder: str) -> dict[str, Any]:
@@ -176,10 +208,12 @@ def _manifest(folder: str) -> dict[str, Any]:
                 f"{path!r} has format version {manifest['format']}, this munkey reads version {_FORMAT}; install the "
                 "release that wrote it"
             )
+        if manifest.get("checksum", _checksum(manifest)) != _checksum(manifest):
+            raise ValueError(f"{path!r} is damaged: its checksum is another one; restore a backup")
         missing = {"widths", "dtype", "trained", "seed", "scale", "secret", "digest", "shards"} - manifest.keys()
         if missing:
             raise KeyError(*sorted(missing))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path!r} is no manifest of a store ({error!r}); restore a backup") from None
     return manifest
 
@@ -188,19 +222,21 @@ def _take(local: KeyStore, folder: str, shards: list[dict[str, Any]], ranks: Ran
     """Read files in which there may be rows of this rank."""
     for number, shard in enumerate(shards):
         if may_share(ranks.rank, ranks.size, number, len(shards)):
-            columns = _read(local, os.path.join(folder, shard["file"]), shard)
-            mine = owners(columns[0], ranks.size) == ranks.rank
-            local.append(*(column[mine] for column in columns))
-            for column in columns:
-                column.zero_()  # a copy of rows that may be forgotten later
+            path = os.path.join(folder, shard["file"])
+            with Scratch() as scratch:  # copies of rows that may be forgotten later
+                rows = Rows(*map(scratch, _read(local, path, shard)))
+                mine = owners(rows.ids, ranks.size) == ranks.rank
+                if mine.any():
+                    local.append(Rows(*(scratch(column[mine]) for column in rows)))
+    wrong = local.misfit()
+    if wrong:
+        raise ValueError(f"{folder!r} holds no store that this library wrote: {wrong}")
 
 
 def _read(local: KeyStore, path: str, shard: dict[str, Any]) -> list[Tensor]:
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path!r}, which the manifest names, is missing; restore a backup")
     read_header(path, _CLASS)
     tensors = read_tensors(path)
-    columns = [tensors[name] for name in _COLUMNS if name in tensors]
-    if len(columns) != len(_COLUMNS) or rows_hash(local.secret, columns) != int(shard["hash"], 16):
+    columns = [tensors[name] for name in COLUMNS if name in tensors]
+    if len(columns) != len(COLUMNS) or sum_of(hash_rows(local.secret, columns)) != int(shard["hash"], 16):
         raise ValueError(f"{path!r} is damaged: its rows are not those that were saved; restore a backup")
     return columns

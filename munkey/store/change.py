@@ -1,0 +1,171 @@
+"""Changes of a table of rows, as values: rows were added, removed, moved, or replaced by others.
+
+A change is made before anything happens, and holds all that its followers need to carry it out. Its work is a list of
+*steps*. Every step can be repeated: whatever interrupts one, running it again gives what running it once gives. So an
+interrupted change is finished from the step that was interrupted.
+
+Letters: `M` rows in use, `R` rows there is room for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from munkey.store.erase import Scratch
+from munkey.store.receipts import Receipt
+
+__all__ = ["Added", "Change", "Moved", "Removed", "Replaced", "Step", "long_lived"]
+
+Step = Callable[[], object]
+
+
+class long_lived(torch.inference_mode):  # noqa: N801 - a context manager, named like those of PyTorch
+    """Context in which tensors are made that outlive it: outside of inference mode, and without gradients.
+
+    A tensor that is made in inference mode cannot be changed outside of it. So whatever a store keeps is made here,
+    wherever the caller is.
+
+    Examples:
+        >>> with torch.inference_mode(), long_lived():
+        ...     kept = torch.zeros(2)
+        >>> kept.is_inference()
+        False
+    """
+
+    def __init__(self) -> None:
+        super().__init__(mode=False)
+        self._no_grad = torch.no_grad()
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._no_grad.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._no_grad.__exit__(*error)
+        super().__exit__(*error)
+
+
+@dataclass(frozen=True, eq=False)
+class Added:
+    """New rows behind those in use; the table holds them in its room already.
+
+    Args:
+        start: number of the first new row, and number of rows until now.
+        stop: number of rows from then on.
+    """
+
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> slice:
+        """The new rows."""
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True, eq=False)
+class Removed:
+    """Rows that go; the last rows that stay move into the holes.
+
+    Args:
+        ids: whose rows go.
+        before: number of rows until now.
+        after: number of rows from then on.
+        holes: `(n,)` rows below `after` that go, in ascending order.
+        movers: `(n,)` rows from `after` on that stay, in ascending order; each moves into the hole of its place.
+        gone: all rows that go, in ascending order.
+        receipt: evidence for a log; None if there is nothing to note, as when an addition is taken back.
+    """
+
+    ids: Sequence[int]
+    before: int
+    after: int
+    holes: Tensor
+    movers: Tensor
+    gone: Tensor
+    receipt: Receipt | None = None
+
+    @classmethod
+    def of(
+        cls, ids: Sequence[int], rows: Sequence[int], before: int, device: torch.device | str | None = None
+    ) -> Removed:
+        """Plan the removal of rows, without repetition, from the first `before`."""
+        gone = torch.tensor(rows, dtype=torch.int64).sort().values
+        after = before - len(gone)
+        split = int(torch.searchsorted(gone, after))
+        stays = torch.ones(before - after, dtype=torch.bool)
+        stays[gone[split:] - after] = False
+        movers = after + stays.nonzero().squeeze(1)
+        return cls(ids, before, after, gone[:split].to(device), movers.to(device), gone.to(device))
+
+    def erase(self, rows: Tensor, scratch: Scratch) -> Step:
+        """Return the step that overwrites what goes in a tensor `(R, ...)`, with what moves or with zero."""
+        moving = scratch(rows[self.movers])
+
+        def overwrite() -> None:
+            rows[self.holes] = moving
+            rows[self.after : self.before] = 0
+
+        return overwrite
+
+    def renumber(self, rows: Tensor) -> Tensor:
+        """Return the new numbers of rows; -1 for those that go."""
+        moved = rows.clone()
+        moved[torch.isin(rows, self.gone)] = -1
+        if len(self.movers):
+            place = torch.searchsorted(self.movers, rows).clamp_max(len(self.movers) - 1)
+            found = self.movers[place] == rows
+            moved[found] = self.holes[place[found]]
+        return moved
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """The same rows in tensors with another room, in another order or in the same one.
+
+    Args:
+        count: number of rows.
+        room: `R` from then on.
+        order: `(M,)` the present number of each row in its new place; None if rows stay where they are.
+    """
+
+    count: int
+    room: int
+    order: Tensor | None = None
+
+    def made(self, rows: Tensor) -> Tensor:
+        """Return the new tensor `(R, ...)` for an old one."""
+        other = rows.new_zeros(self.room, *rows.shape[1:])
+        other[: self.count] = rows[: self.count] if self.order is None else rows[self.order]
+        return other
+
+    def renumber(self, rows: Tensor) -> Tensor:
+        """Return the new numbers of rows."""
+        if self.order is None:
+            return rows
+        place = torch.empty_like(self.order)
+        place[self.order] = torch.arange(self.count, device=place.device)
+        return place[rows]
+
+
+@dataclass(frozen=True, eq=False)
+class Replaced:
+    """Other rows in place of all, as when a state is loaded.
+
+    Args:
+        columns: of the new rows, each `(M, ...)`, in the order of the schema.
+    """
+
+    columns: Sequence[Tensor]
+
+    @property
+    def count(self) -> int:
+        """Number of rows from then on."""
+        return len(self.columns[0])
+
+
+Change = Added | Removed | Moved | Replaced

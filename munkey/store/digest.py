@@ -1,0 +1,225 @@
+"""Digest of a set of rows: follows changes, and does not depend on the order of rows.
+
+`digest = H_s(header, sum over rows of H_s(row) mod 2^256)` with a keyed hash `H_s` under the secret `s` of a store
+(MSet-Add-Hash, Clarke et al., ASIACRYPT 2003). Removing a row subtracts its hash, at a cost that has nothing to do with
+the rows that stay. The hash of each row is kept beside the table, 32 bytes, so a row is hashed once. Without the secret a digest says nothing about a candidate image; a plain hash would let anyone who
+has one find out whether it is stored. It guards against error and against outsiders, not against whoever holds the
+secret.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from munkey.store.change import Added, Change, Moved, Removed, Step, long_lived
+from munkey.store.erase import Scratch
+from munkey.store.follower import Follower, Undone
+from munkey.store.table import Table
+
+__all__ = ["HASH", "MODULUS", "Digest", "add_tensors", "check_secret", "checksum", "hash_rows", "keyed_hash", "sum_of"]
+
+#: Sums of hashes are taken modulo this.
+MODULUS = 1 << 256
+
+HASH = 32  # bytes of the hash of a row
+_ROWS = 4096  # at a time: enough to be fast, and little to wipe
+
+
+def keyed_hash(secret: bytes, *parts: bytes | memoryview) -> bytes:
+    """Return BLAKE2b (RFC 7693), 32 bytes, of parts one after another, keyed with a secret of 1 to 64 bytes."""
+    found = hashlib.blake2b(key=secret, digest_size=32)
+    for part in parts:
+        found.update(part)
+    return found.digest()
+
+
+def add_tensors(update: Callable[[bytes | memoryview], object], tensors: Mapping[str, Tensor]) -> None:
+    """Feed tensors to the `update` of a hash, by name, with dtype and shape, whatever their order."""
+    for name, tensor in sorted(tensors.items()):
+        update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def checksum(data: bytes) -> bytes:
+    """Return 32 hexadecimal digits that show damage; anyone can compute them."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest().encode()
+
+
+def check_secret(secret: bytes) -> bytes:
+    """Return the secret itself.
+
+    Raises:
+        ValueError: if its length is not 1 to 64 bytes.
+    """
+    if not 1 <= len(secret) <= 64:
+        raise ValueError(f"a secret has 1 to 64 bytes, found {len(secret)}")
+    return secret
+
+
+def hash_rows(secret: bytes, columns: Sequence[Tensor], rows: Tensor | slice | None = None) -> Tensor:
+    """Hash rows; returns `(n, 32)` uint8.
+
+    Args:
+        secret: of the store.
+        columns: tensors whose first dimension counts rows; a row is the bytes of all of them, one after another.
+        rows: which rows; all if not given.
+    """
+    keyed, found = hashlib.blake2b(key=secret, digest_size=HASH), []
+    for chunk in _chunks(columns, rows):
+        view = chunk.numpy().data.cast("B")
+        width = chunk.shape[1]
+        for start in range(0, len(view), width):
+            row = keyed.copy()  # the key is taken in once
+            row.update(view[start : start + width])
+            found.append(row.digest())
+        chunk.zero_()  # a copy of rows that may be forgotten
+    return torch.frombuffer(bytearray(b"".join(found)) or bytearray(HASH), dtype=torch.uint8).view(-1, HASH)[: len(found)]
+
+
+def sum_of(hashes: Tensor) -> int:
+    """Return the sum of hashes `(n, 32)`, numbers of 256 bits with the lowest byte first, `0 <= sum < MODULUS`.
+
+    Examples:
+        >>> sum_of(torch.tensor([[1] + [0] * 31, [0, 2] + [0] * 30], dtype=torch.uint8))
+        513
+    """
+    words = hashes.contiguous().numpy().view("<u4").sum(0, dtype=np.uint64)
+    return sum(int(word) << 32 * place for place, word in enumerate(words)) % MODULUS
+
+
+def _chunks(columns: Sequence[Tensor], rows: Tensor | slice | None) -> Iterator[Tensor]:
+    """Copy the bytes of some rows at a time, `(n, bytes)` uint8."""
+    first, stop, _ = (slice(None) if rows is None else rows).indices(len(columns[0])) if not isinstance(rows, Tensor) else (0, len(rows), 1)
+    for start in range(first, stop, _ROWS):
+        part = slice(start, min(stop, start + _ROWS))
+        with Scratch() as scratch:
+            pieces = []
+            for column in columns:
+                piece = column.detach()[part] if not isinstance(rows, Tensor) else scratch(column.detach()[rows[part]])
+                pieces.append(piece.reshape(len(piece), -1).contiguous().view(torch.uint8).cpu())
+            chunk = torch.cat(pieces, 1)
+        yield chunk
+
+
+class Digest(Follower):
+    """Digest of a table, kept up as rows come and go.
+
+    The hash of each row is kept. Hashes are made when a digest is first taken, and anew after values were trained; a
+    change that adds fewer rows than there are hashes its rows at once.
+
+    Args:
+        table: whose rows.
+        secret: 1 to 64 bytes under which rows are hashed.
+
+    Raises:
+        ValueError: if the secret is empty or too long.
+    """
+
+    def __init__(self, table: Table, secret: bytes) -> None:
+        self._table, self._secret = table, check_secret(secret)
+        self._hashes: Tensor | None = None
+        self._sum, self._version = 0, -1
+        self._given: Tensor | None = None
+
+    @property
+    def secret(self) -> bytes:
+        """1 to 64 bytes under which rows are hashed; with another secret digests are others."""
+        return self._secret
+
+    @secret.setter
+    def secret(self, secret: bytes) -> None:
+        self._secret = check_secret(secret)
+        self.clear()
+
+    def clear(self) -> None:
+        """Trust no hash: values may have changed."""
+        self._hashes = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the hashes are those of the rows as they are."""
+        return self._hashes is not None and self._version == self._table.values._version
+
+    def hashes(self) -> Tensor:
+        """Return the hashes `(M, 32)` of all rows; made if they are not known."""
+        if not self.known:
+            self.take(hash_rows(self._secret, self._table.columns, slice(0, self._table.used)))
+        return self._rows(self._table.used)
+
+    def _rows(self, stop: int) -> Tensor:
+        hashes: Tensor = self._hashes  # type: ignore[assignment]
+        return hashes[:stop]
+
+    def take(self, hashes: Tensor) -> None:
+        """Use hashes `(M, 32)` of all rows that are known from elsewhere, such as a file."""
+        with long_lived():
+            room = torch.zeros(self._table.room, HASH, dtype=torch.uint8)
+            room[: len(hashes)] = hashes
+            self._hashes, self._sum, self._version = room, sum_of(hashes), self._table.values._version
+
+    def total(self) -> int:
+        """Return the sum of the hashes of all rows."""
+        self.hashes()
+        return self._sum
+
+    def total_after(self, change: Removed) -> int:
+        """Return the sum once rows are gone."""
+        return (self.total() - sum_of(self._rows(self._table.used)[change.gone.cpu()])) % MODULUS
+
+    def total_with(self, change: Added) -> int:
+        """Return the sum once rows are there."""
+        return (self.total() + sum_of(self.of_new(change))) % MODULUS
+
+    def of_new(self, change: Added) -> Tensor:
+        """Return the hashes of staged rows; they are made once for a change."""
+        if self._given is None:
+            self._given = hash_rows(self._secret, self._table.columns, change.rows)
+        return self._given
+
+    def hexdigest(self, rows: int | None = None, total: int | None = None) -> str:
+        """Return the digest of the table, or of so many rows whose hashes add up to `total`."""
+        rows, total = (self._table.used, self.total()) if rows is None or total is None else (rows, total)
+        keys, values = self._table["keys"], self._table["values"]
+        about = {"keys": str(keys.dtype), "values": str(values.dtype), "widths": (keys.shape[1], values.shape[1])}
+        text = json.dumps({**about, "rows": rows}, sort_keys=True)
+        return keyed_hash(self._secret, text.encode() + total.to_bytes(HASH, "little")).hex()
+
+    # --- changes ------------------------------------------------------------------------------------------
+
+    def steps(self, change: Change, scratch: Scratch) -> list[Step]:
+        """Return the step that follows the rows, where hashes are known."""
+        given, self._given = self._given, None
+        if not self._table.used:
+            self.take(torch.zeros(0, HASH, dtype=torch.uint8))
+        if not self.known or not isinstance(change, Added | Removed | Moved):
+            return [self.clear]
+        if isinstance(change, Added) and given is None and change.stop - change.start > change.start:
+            return [self.clear]
+        hashes, total = self._rows(len(self._hashes)), self._sum  # type: ignore[arg-type]
+        if isinstance(change, Removed):
+            total = self.total_after(change)
+            act = change.erase(hashes, scratch)
+        elif isinstance(change, Moved):
+            hashes, act = change.made(hashes), lambda: None
+        else:
+            new = self.of_new(change) if given is None else given
+            self._given = None
+            total = (total + sum_of(new)) % MODULUS
+            act = lambda: hashes[change.rows].copy_(new)  # noqa: E731
+
+        def follow() -> None:
+            act()
+            self._hashes, self._sum, self._version = hashes, total, self._table.values._version
+
+        return [follow]
+
+    def undo(self, change: Change) -> Undone:
+        """Drop the hashes of rows that were staged."""
+        self._given = None
+        return Undone.BACK

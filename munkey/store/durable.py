@@ -1,0 +1,243 @@
+"""A store that lives in a file, and is whole there at every moment.
+
+Letters: `D` width of a key, `V` width of a value.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, Self
+
+import torch
+
+from munkey.store.digest import hash_rows
+from munkey.store.file.disk import Disk
+from munkey.store.file.layout import Layout
+from munkey.store.file.live import StoreFile, pieces
+from munkey.store.log import known_to, verify
+from munkey.store.schema import COLUMNS, Rows
+from munkey.store.store import KeyStore
+
+__all__ = ["DurableStore"]
+
+Path = str | os.PathLike[str]
+
+
+class DurableStore(KeyStore):
+    """A `KeyStore` whose rows are in a file, too, and go from there when `forget` returns.
+
+    The file follows row by row: `add` writes new rows, `forget` overwrites those that go, at a cost that follows what
+    changes. When a call returns, its change is on the medium; an interruption at any moment leaves the state before or
+    the state after, which the next `open` finds. A note in the file says which rows change, by number, and holds
+    nothing of what is in them.
+
+    Values that were trained are in the file after `sync`. Only one store at a time can have a file open to change it,
+    whatever names the file has, and only the process that opened it; others can read it (`read_only`).
+
+    Make one with `create`, or of one in memory with `copy_of`, and open it again with `open`.
+
+    Examples:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/store"
+        >>> with DurableStore.create(path, key_width=3, value_width=2) as store:
+        ...     store.add([7, 8], torch.eye(3)[:2])
+        ...     store.forget([7]).forgotten
+        (7,)
+        >>> with DurableStore.open(path) as store:
+        ...     list(store)
+        [8]
+    """
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        key_width: int,
+        value_width: int = 128,
+        *,
+        seed: int = 0,
+        scale: float = 0.02,
+        secret: bytes | None = None,
+        dtype: torch.dtype | None = None,
+        disk: Disk | None = None,
+    ) -> Self:
+        """Return an empty store in a new file; arguments as for `KeyStore`.
+
+        Args:
+            path: where.
+            key_width: `D`.
+            value_width: `V`.
+            seed: of the first values.
+            scale: standard deviation of the first values.
+            secret: under which digests are taken; it is kept in the file.
+            dtype: of keys and values.
+            disk: what reads and writes.
+
+        Raises:
+            FileExistsError: if there is a file of that name.
+            OSError: if the file cannot be written.
+        """
+        empty = KeyStore(key_width, value_width, seed=seed, scale=scale, secret=secret, dtype=dtype)
+        return cls.copy_of(empty, path, disk)
+
+    @classmethod
+    def copy_of(cls, store: KeyStore, path: Path, disk: Disk | None = None) -> Self:
+        """Return a store in a new file with the rows, the seed and the secret of another, which stays as it is.
+
+        What is attached to the other one, and its log, are not taken over. A model goes on with a memory in a file by
+        `model.memory.store = DurableStore.copy_of(model.memory.store, path)`.
+
+        Args:
+            store: whose rows.
+            path: where.
+            disk: what reads and writes.
+
+        Raises:
+            FileExistsError: if there is a file of that name.
+            OSError: if the file cannot be written; there is then none, or all of it.
+
+        Examples:
+            >>> import tempfile
+            >>> store = KeyStore(key_width=3, value_width=2)
+            >>> store.add([7, 8], torch.eye(3)[:2])
+            >>> with DurableStore.copy_of(store, tempfile.mkdtemp() + "/store") as durable:
+            ...     durable.digest() == store.digest()
+            True
+        """
+        made = cls(**store._settings())
+        with store.lock:
+            if store.used:
+                made.append(Rows(*(column[: store.used] for column in store.columns)))
+            made.values.requires_grad_(store.values.requires_grad)
+        about = {"seed": store.seed, "scale": store.scale, "trained": made.values.requires_grad}
+        table = made._table
+        shapes, dtypes = ([getattr(column, name) for column in table.schema] for name in ("shape", "dtype"))
+        layout = Layout(about, COLUMNS, tuple(shapes), tuple(dtypes), made.used, made.secret)
+        parts = pieces(table.rows, made._digest.hashes())
+        made._follow(StoreFile.create(os.fspath(path), layout, parts, disk or Disk()))
+        return made
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        receipts: Path | Literal[False] | None = None,
+        new_log: bool = False,
+        read_only: bool = False,
+        disk: Disk | None = None,
+    ) -> Self:
+        """Return the store in a file; what was interrupted is first finished or taken back.
+
+        Every row is compared with its tag (`munkey.store.file.layout`), so that damage is seen; `verify` compares the
+        longer hashes.
+
+        Args:
+            path: the file.
+            receipts: a log; what it says is gone is forgotten again, see `KeyStore.keep_receipts`. A store that had a
+                log is opened with it, or, if that is meant, without: False.
+            new_log: whether to begin a log where there is none.
+            read_only: whether the store is to be searched only: nothing is written, not even what was interrupted, no
+                lock is taken, and another process can change the file meanwhile, which this store does not see.
+            disk: what reads and writes.
+
+        Raises:
+            BlockingIOError: if another store has it open, here or in another process.
+            FileNotFoundError: if there is no such file, or no log.
+            ValueError: if file or log are damaged, cut short, or of another kind; if a log is missing; if an instance
+                is there, in a store that is to be read only, that the log says is gone.
+        """
+        disk = disk or Disk()
+        live = StoreFile.open(os.fspath(path), disk, read_only=read_only)
+        try:
+            if live.state.logged and receipts is None:
+                raise ValueError(
+                    f"{live.path!r} keeps a log of receipts, without which a restored backup remembers whom it forgot; "
+                    "pass the log as receipts=, or receipts=False to open it without one"
+                )
+            store = cls._loaded(live)
+            if receipts and read_only:
+                _check_log(store, receipts, disk)
+            elif receipts:
+                store.keep_receipts(receipts, new=new_log, disk=disk)
+        except BaseException:
+            live.close()
+            raise
+        return store
+
+    @classmethod
+    def _loaded(cls, live: StoreFile) -> Self:
+        layout, about = live.layout, live.layout.about
+        widths = dict(zip(layout.names, layout.shapes, strict=True))
+        dtypes = dict(zip(layout.names, layout.dtypes, strict=True))
+        if layout.names != COLUMNS or not {"seed", "scale", "trained"} <= about.keys():
+            raise ValueError(f"{live.path!r} holds other columns, {layout.names}, expected {COLUMNS}")
+        settings = {"seed": about["seed"], "scale": about["scale"], "secret": layout.secret}
+        store = cls(widths["keys"][0], widths["values"][0], dtype=dtypes["keys"], **settings)
+        count = live.state.count
+        if count:
+            store._append((), live.load, count)
+        else:
+            live.load(store._table.rows)
+        store._digest.take(live.hashes)
+        wrong = store.misfit()
+        if wrong:
+            raise ValueError(f"{live.path!r} is no store that this library wrote: {wrong}")
+        store.values.requires_grad_(about["trained"])
+        store._follow(live)
+        return store
+
+    def _follow(self, live: StoreFile) -> None:
+        live.follow(self._table, self._digest)
+        self._file = live
+
+    @property
+    def live(self) -> StoreFile:
+        """The file."""
+        live: StoreFile = self._file  # type: ignore[assignment]
+        return live
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give file and log back; values that were trained since `sync` are not there. The store stays readable."""
+        with self.lock:
+            self.live.close()
+            self._close_log()
+
+    def sync(self) -> None:
+        """Write all values anew, as training left them; the old file is overwritten when the new one is whole.
+
+        Raises:
+            OSError: if that fails; the file is then as it was.
+            ValueError: while the values are those of an average.
+        """
+        with self.lock:
+            self._check_whole()
+            self._check_own()
+            hashes = hash_rows(self.secret, self._table.rows)
+            room = max(self.live.layout.room, self.used)
+            self.live.rebuild(pieces(self._table.rows, hashes), room=room)
+
+    def verify(self) -> None:
+        """Hash every row in the file anew, and compare with what was written.
+
+        Raises:
+            ValueError: if the file is damaged, or closed.
+        """
+        with self.lock:
+            self.live.verify()
+
+
+def _check_log(store: KeyStore, path: Path, disk: Disk) -> None:
+    gone, dtypes = verify(path, secret=store.secret, disk=disk).gone()
+    known = known_to(gone, dtypes, store.secret, Rows(*(column[: store.used] for column in store.columns)))
+    if known:
+        raise ValueError(
+            f"the log {os.fspath(path)!r} says that {len(known)} of the ids in this store were forgotten; open the store "
+            "once with this log and without read_only=True, which forgets them"
+        )

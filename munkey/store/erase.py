@@ -1,0 +1,54 @@
+"""Copies of rows that are overwritten when they are no longer needed: freed memory keeps what was in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Self
+
+from torch import Tensor
+
+__all__ = ["Scratch", "wipe_copies"]
+
+
+class Scratch:
+    """Context that overwrites tensors with zeros when it is left, however it is left.
+
+    Examples:
+        >>> import torch
+        >>> with Scratch() as scratch:
+        ...     copy = scratch(torch.ones(2) * 3)
+        >>> copy
+        tensor([0., 0.])
+    """
+
+    def __init__(self) -> None:
+        self._copies: list[Tensor] = []
+        self._made: list[Tensor] = []
+
+    def __call__(self, copy: Tensor) -> Tensor:
+        """Overwrite a tensor when the context is left; return the tensor."""
+        self._copies.append(copy)
+        return copy
+
+    def unless_kept(self, made: Tensor) -> Tensor:
+        """Overwrite a tensor when the context is left without a call of `keep`; return the tensor."""
+        self._made.append(made)
+        return made
+
+    def keep(self) -> None:
+        """Leave the tensors of `unless_kept` alone: something holds them now."""
+        self._made = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for tensor in (*self._copies, *self._made):
+            tensor.detach().zero_()
+
+
+def wipe_copies(copies: Iterable[Tensor], of: Iterable[Tensor]) -> None:
+    """Overwrite tensors that do not share memory with their originals."""
+    for copy, original in zip(copies, of, strict=True):
+        if copy.data_ptr() != original.data_ptr():
+            copy.zero_()

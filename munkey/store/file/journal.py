@@ -1,0 +1,69 @@
+"""A note about a change of a file that is under way, whole or not there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from munkey.store.digest import checksum
+from munkey.store.file.disk import Disk
+from munkey.store.file.layout import State
+
+__all__ = ["Note", "clear", "read_note", "write_note"]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A change: its rows by number, and nothing of what is in them.
+
+    Args:
+        change: 'append' or 'erase'.
+        before: state until now.
+        after: state from then on, but for places that are still to be overwritten.
+        holes: rows that go, and that `movers` take the places of.
+        movers: rows that move.
+    """
+
+    change: str
+    before: State
+    after: State
+    holes: Sequence[int] = ()
+    movers: Sequence[int] = ()
+
+    def to_json(self) -> bytes:
+        """Return a line of JSON."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Self:
+        """Return what `to_json` wrote."""
+        fields: dict[str, Any] = json.loads(text)
+        return cls(**{**fields, "before": State(**fields["before"]), "after": State(**fields["after"])})
+
+
+def write_note(disk: Disk, file: int, place: int, note: Note) -> None:
+    """Write a note behind the records, over the last one, and wait until it is on the medium."""
+    text = note.to_json()
+    length = len(text).to_bytes(8, "little")
+    disk.write(file, place, length + checksum(length + text) + text)
+    disk.sync(file)
+
+
+def read_note(disk: Disk, file: int, place: int) -> Note | None:
+    """Return the note behind the records; None if there is none, or not all of it was written."""
+    left = disk.size(file) - place
+    head = disk.read(file, place, 40)
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 40 or length > left - 40:
+        return None
+    text = disk.read(file, place + 40, length)
+    return Note.from_json(text) if checksum(head[:8] + text) == head[8:] else None
+
+
+def clear(disk: Disk, file: int, place: int) -> None:
+    """Cut off what is behind the records."""
+    if disk.size(file) > place:
+        disk.resize(file, place)
+

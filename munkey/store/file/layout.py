@@ -1,0 +1,263 @@
+"""Where the rows of a table lie in a file, format 2: row by row.
+
+A block of 4096 bytes comes first: the description, and at its end the *state*: the number of rows, how far behind them
+places may hold something, and the sum of the hashes of the rows. Then come the *records*, one for each row and each in
+its place: the bytes of all columns, filled up to a multiple of 8, the hash of the row (`munkey.store.digest`), and a
+*tag* that shows damage. Behind the records there is room for a note about a change that is under way
+(`munkey.store.file.journal`). Numbers are little-endian.
+
+The tag is the hash NH of UMAC (RFC 4418, section 5.2.2; Black et al., CRYPTO 1999) of a record's 32-bit words `m_i`,
+
+    tag = sum over i of (m_2i + k_2i mod 2^32) (m_2i+1 + k_2i+1 mod 2^32)  mod 2^64,
+
+with words `k_i` that are made of the store's secret: a record that differs in any way has the same tag with a
+probability of at most 2^-32. It is many times cheaper than the hash of the row, and done for all rows when a file is
+opened.
+
+Letters: `R` rows the file has room for, `W` bytes of a record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from munkey.store.digest import HASH, checksum
+from munkey.store.file.disk import Disk
+from treediff.io import dtype_name
+
+__all__ = ["BLOCK", "DTYPES", "Layout", "Records", "State", "read_description"]
+
+BLOCK = 4096  # bytes: a block of a disk
+STATE = BLOCK - 64  # within one sector, which disks write at once
+_FORMAT = 2
+_TAG = 8  # bytes
+_CACHED = 512  # records at a time, which a cache holds
+DTYPES = {
+    dtype_name(dtype): dtype
+    for dtype in (torch.bool, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+
+Records = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class State:
+    """The state of a file.
+
+    Args:
+        count: number of rows.
+        total: sum of the hashes of the rows.
+        tail: records from `count` up to here may hold something, and are to be overwritten.
+        logged: whether a log of receipts is kept beside the file, without which it is not to be opened.
+    """
+
+    count: int
+    total: int
+    tail: int
+    logged: bool = False
+
+    def to_bytes(self) -> bytes:
+        """Return 64 bytes."""
+        numbers = (self.count, 7), (self.logged, 1), (self.tail, 8), (self.total, 32)
+        data = b"".join(int(number).to_bytes(size, "little") for number, size in numbers)
+        return data + checksum(data)[:16]
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self | None:
+        """Return what `to_bytes` wrote; None if it is damaged."""
+        if checksum(data[:48])[:16] != data[48:]:
+            return None
+        count, logged, tail, total = (
+            int.from_bytes(data[first:stop], "little") for first, stop in ((0, 7), (7, 8), (8, 16), (16, 48))
+        )
+        return cls(count, total, tail, bool(logged))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a file, and how a row becomes a record.
+
+    Args:
+        about: what the description says besides, as plain JSON.
+        names: of the columns.
+        shapes: of a row of each column.
+        dtypes: of each column.
+        room: `R`.
+        secret: of the store.
+    """
+
+    about: dict[str, Any]
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    room: int
+    secret: bytes
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """Bytes of a row of each column."""
+        return [math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
+
+    @cached_property
+    def hash_at(self) -> int:
+        """First byte of the hash of a row in its record."""
+        return -(-sum(self.widths) // 8) * 8
+
+    @cached_property
+    def width(self) -> int:
+        """`W`."""
+        return self.hash_at + HASH + _TAG
+
+    @property
+    def size(self) -> int:
+        """Bytes of header and records."""
+        return BLOCK + self.room * self.width
+
+    def place(self, row: int) -> int:
+        """Return the first byte of a record."""
+        return BLOCK + row * self.width
+
+    @cached_property
+    def _words(self) -> NDArray[np.uint32]:
+        """The words `k_i` of the tag."""
+        return np.frombuffer(hashlib.shake_256(b"tag" + self.secret).digest(self.width - _TAG), "<u4")
+
+    # --- header -------------------------------------------------------------------------------------------
+
+    def write_header(self, disk: Disk, file: int) -> None:
+        """Write the description, and make the file as long as it is to be.
+
+        Raises:
+            ValueError: if the description does not fit.
+        """
+        columns = [
+            [name, dtype_name(dtype), list(shape)]
+            for name, dtype, shape in zip(self.names, self.dtypes, self.shapes, strict=True)
+        ]
+        about = {**self.about, "secret": self.secret.hex()}
+        text = json.dumps({"format": _FORMAT, "room": self.room, "columns": columns, "about": about}, sort_keys=True)
+        data = text.encode()
+        if len(data) + 33 > STATE:
+            raise ValueError(f"the description of a store must fit into {STATE - 33} bytes, found {len(data)}")
+        disk.allocate(file, self.size)
+        disk.write(file, 0, (data + b" " + checksum(data)).ljust(STATE))
+
+    @classmethod
+    def of(cls, described: dict[str, Any], disk: Disk, file: int, path: str) -> Self:
+        """Return the layout that a file's description says.
+
+        Raises:
+            ValueError: if it lacks something, or the file is shorter than it says.
+        """
+        with described_by(path):
+            names = tuple(str(name) for name, _, _ in described["columns"])
+            dtypes = tuple(DTYPES[name] for _, name, _ in described["columns"])
+            shapes = tuple(tuple(_size(size) for size in shape) for _, _, shape in described["columns"])
+            about = dict(described["about"])
+            secret = bytes.fromhex(about.pop("secret"))
+            layout = cls(about, names, shapes, dtypes, _size(described["room"]), secret)
+            if not 1 <= len(secret) <= 64:
+                raise KeyError("secret")
+        if disk.size(file) < layout.size:
+            raise ValueError(
+                f"{path!r} has {disk.size(file)} bytes, expected at least {layout.size}; it was cut short, or written "
+                "to; restore a backup"
+            )
+        return layout
+
+    # --- records ------------------------------------------------------------------------------------------
+
+    def records(self, columns: Sequence[Tensor], hashes: Tensor) -> Records:
+        """Return the records `(n, W)` of rows and their hashes."""
+        records: Records = np.zeros((len(hashes), self.width), np.uint8)
+        at = 0
+        for column, width in zip(columns, self.widths, strict=True):
+            rows = column.detach().reshape(len(column), -1).cpu().contiguous()
+            records[:, at : at + width] = rows.view(torch.uint8).numpy()
+            at += width
+        records[:, self.hash_at : self.hash_at + HASH] = hashes.numpy()
+        records[:, -_TAG:] = self.tags(records).view(np.uint8).reshape(-1, _TAG)
+        return records
+
+    def read(self, records: Records, columns: Sequence[Tensor], hashes: Tensor) -> None:
+        """Write the content of records into columns `(n, ...)` and hashes `(n, 32)`."""
+        at = 0
+        for column, width in zip(columns, self.widths, strict=True):
+            part = np.array(records[:, at : at + width], order="C").reshape(-1)
+            column.copy_(torch.from_numpy(part).view(column.dtype).view(column.shape))
+            part.fill(0)  # a copy of rows that may be forgotten later
+            at += width
+        hashes.copy_(torch.from_numpy(records[:, self.hash_at : self.hash_at + HASH]))
+
+    def hashes(self, records: Records) -> Tensor:
+        """Return the hashes `(n, 32)` in records."""
+        return torch.from_numpy(records[:, self.hash_at : self.hash_at + HASH].copy())
+
+    def tags(self, records: Records) -> NDArray[np.uint64]:
+        """Return what the tags `(n,)` of records are to be."""
+        found = np.empty(len(records), "<u8")
+        words = records[:, :-_TAG]
+        for start in range(0, len(records), _CACHED):
+            mixed = np.array(words[start : start + _CACHED], order="C").view("<u4")
+            mixed += self._words
+            found[start : start + _CACHED] = np.multiply(mixed[:, ::2], mixed[:, 1::2], dtype=np.uint64).sum(1)
+            mixed.fill(0)  # a copy of rows that may be forgotten later
+        return found
+
+    def whole(self, records: Records) -> NDArray[np.bool_]:
+        """Return which records `(n,)` are as they were written."""
+        written = np.ascontiguousarray(records[:, -_TAG:]).view("<u8").reshape(-1)
+        return np.equal(self.tags(records), written)
+
+
+class described_by:  # noqa: N801 - a context manager, named like those of the standard library
+    """Context in which a description lacks something: its error names the file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if isinstance(error, KeyError | TypeError | ValueError | AttributeError):
+            raise ValueError(
+                f"{self.path!r} is no store: its description lacks something ({error!r}); restore a backup"
+            ) from None
+
+
+def _size(number: object) -> int:
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**48:
+        raise TypeError(f"a size is a whole number, found {number!r}")
+    return number
+
+
+def read_description(disk: Disk, file: int, path: str) -> dict[str, Any]:
+    """Return the description of a file, of this format or the first one.
+
+    Raises:
+        ValueError: if there is none, or it is of another format.
+    """
+    text, _, found = disk.read(file, 0, STATE).rstrip().rpartition(b" ")
+    if checksum(text) != found:
+        raise ValueError(f"{path!r} is no store, or its first bytes are damaged; restore a backup")
+    with described_by(path):
+        described = json.loads(text)
+        version = described["format"]
+    if version not in (1, _FORMAT) or isinstance(version, bool):
+        raise ValueError(
+            f"{path!r} has format version {version}, this munkey reads versions 1 and {_FORMAT}; install the release "
+            "that wrote it"
+        )
+    return dict(described)

@@ -1,0 +1,65 @@
+"""The gradient of the values: a row for each, which follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from munkey.store.change import Added, Change, Moved, Removed, Step
+from munkey.store.erase import Scratch
+from munkey.store.follower import Follower
+from munkey.store.table import Table
+
+__all__ = ["GradientRows"]
+
+
+class GradientRows(Follower):
+    """The gradient that the values have, dense or sparse.
+
+    Args:
+        table: whose values.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def steps(self, change: Change, scratch: Scratch) -> list[Step]:
+        """Return the steps that change the gradient as the values; other rows have none."""
+        values, grad = self._table.values, self._table.values.grad
+        if grad is None or isinstance(change, Added):
+            return []
+        if isinstance(change, Removed):
+            if not grad.is_sparse:
+                return [change.erase(grad, scratch)]
+            return self._exchange(grad, _renumbered(grad, change.renumber, len(values)))
+        if isinstance(change, Moved):
+            new = _renumbered(grad, change.renumber, change.room) if grad.is_sparse else change.made(grad)
+            # PyTorch refuses a gradient of another shape than its parameter, which changes in between.
+            return [self._dropped(), *self._exchange(grad, new)]
+        return [self._dropped()]
+
+    def _dropped(self) -> Step:
+        return lambda: setattr(self._table.values, "grad", None)
+
+    def _exchange(self, old: Tensor, new: Tensor) -> list[Step]:
+        wipe = old._values().zero_ if old.is_sparse else old.zero_
+        return [lambda: setattr(self._table.values, "grad", new), wipe]
+
+    def kept(self) -> list[Tensor]:
+        """Return the gradient, if it is dense."""
+        grad = self._table.values.grad
+        return [] if grad is None or grad.is_sparse else [grad]
+
+
+def _renumbered(grad: Tensor, renumber: Callable[[Tensor], Tensor], room: int) -> Tensor:
+    """Return a sparse gradient with other row numbers; rows numbered -1 go."""
+    summed = grad.coalesce()
+    rows = renumber(summed.indices()[0])
+    kept = rows >= 0
+    shape = (room, *grad.shape[1:])
+    left = torch.sparse_coo_tensor(rows[kept][None], summed.values()[kept], shape, check_invariants=True)
+    if summed is not grad:
+        summed._values().zero_()
+    return left

@@ -1,0 +1,455 @@
+"""Log of receipts that can be checked without the data, and that keeps a backup from bringing anyone back.
+
+Each line is one event and a chain value,
+
+    chain_n = H(chain_{n-1}, event_n),    seal_n = H_s(chain_n)
+
+with `H` a hash anyone can compute and `H_s` one keyed by the store's secret `s`. So a line that was changed, added or
+taken away in the middle shows to everyone, and a log that was written by someone else to whoever knows the secret. A
+chain cannot show that lines are missing at its end, nor that all of it was written anew: publish the last value,
+`head`, now and then, and compare.
+
+What was forgotten is named by *tokens*, keyed hashes of id, label and key: whoever has a candidate image but not the
+secret learns nothing from them. There are three kinds of events:
+
+- 'forgot': rows are gone. It is written before they go.
+- 'returning': the very same rows are about to be added again, after which the store has the digest `after`.
+- 'returned': they are there. If the process dies between the two, the store that opens the log next has either the
+  digest `after`, and the rows have returned, or another one, and they are as gone as before.
+
+Of the events that name a token the last one counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor
+
+from munkey.checks import some
+from munkey.store.change import Added, Change, Removed
+from munkey.store.digest import Digest, keyed_hash
+from munkey.store.erase import Scratch
+from munkey.store.file.disk import Disk, Owner
+from munkey.store.follower import Follower, Undone
+from munkey.store.receipts import Receipt
+from munkey.store.schema import Rows
+from munkey.store.table import Table
+from treediff.io import dtype_name
+
+__all__ = ["LoggedRows", "Mark", "ReceiptLog", "Verified", "known_to", "row_tokens", "tokens_of", "verify"]
+
+Path = str | os.PathLike[str]
+
+_ROWS = 4096  # at a time
+_BEGINNING = b'{"chain":"'  # of each line
+#: What an interruption may leave of a line: text, and zeros where a disk had not written yet.
+_PART = re.compile(rb"[\x20-\x7e\x00]*")
+
+
+def tokens_of(secret: bytes, ids: Tensor, labels: Tensor, keys: Tensor) -> list[str]:
+    """Return keyed hashes of rows, by id, label and key, whatever wider dtype the keys have."""
+    tokens = []
+    for owner, label, rows in zip(ids.split(_ROWS), labels.split(_ROWS), keys.detach().split(_ROWS), strict=True):
+        numbers = torch.stack((owner, label), 1).cpu().view(torch.uint8).numpy()
+        with Scratch() as scratch:
+            content = scratch(rows.cpu().to(torch.float64, copy=True)).view(torch.uint8).numpy()
+            pairs = zip(numbers, content, strict=True)
+            tokens += [keyed_hash(secret, b"token", n.data, k.data).hex() for n, k in pairs]
+    return tokens
+
+
+def row_tokens(table: Table, secret: bytes, rows: Tensor | slice) -> list[str]:
+    """Return the tokens of rows of a table."""
+    ids, labels, keys = (table[name][rows] for name in ("ids", "labels", "keys"))
+    with Scratch() as scratch:
+        if not isinstance(rows, slice):
+            scratch(keys)  # a copy of rows that are to go
+        return tokens_of(secret, ids, labels, keys)
+
+
+def known_to(gone: set[str], dtypes: Mapping[str, set[int]], secret: bytes, rows: Rows) -> list[int]:
+    """Return the ids of rows that a log says are gone, in ascending order.
+
+    Args:
+        gone: tokens of what is gone.
+        dtypes: ids that were forgotten, by the dtype that keys had then; '' where an older log does not say.
+        secret: of the store.
+        rows: what the store holds.
+
+    Raises:
+        ValueError: if ids that were forgotten are there with keys of another dtype. Rounding makes other keys of the
+            same ones, so that it cannot be known whether they are what was forgotten.
+    """
+    if not gone:
+        return []
+    found = [token in gone for token in tokens_of(secret, rows.ids, rows.labels, rows.keys)]
+    known = {owner for owner, there in zip(rows.ids.tolist(), found, strict=True) if there}
+    own, half = dtype_name(rows.keys.dtype), rows.keys.dtype in (torch.float16, torch.bfloat16)
+    for dtype, ids in dtypes.items():
+        doubtful = sorted(ids.intersection(rows.ids.tolist()) - known)
+        if doubtful and (dtype not in ("", own) or (dtype == "" and half and not known)):
+            raise ValueError(
+                f"the log says that ids {some(doubtful)} were forgotten when keys were {dtype or 'of another dtype'}, "
+                f"and here keys are {own}: rounded keys cannot be recognised. Keep the log in a store with the dtype it "
+                "was written with, and convert the store afterwards"
+            )
+    return sorted(known)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The content of a log of which no line was changed.
+
+    Args:
+        events: what happened, the first first.
+        head: the last chain value, to compare with one that was published.
+        whole: bytes of whole lines; what is behind them was interrupted while it was written.
+    """
+
+    events: tuple[dict[str, Any], ...]
+    head: str
+    whole: int
+
+    def gone(self) -> tuple[set[str], dict[str, set[int]]]:
+        """Return the tokens of what is gone, and the ids that were ever forgotten by the dtype of their keys."""
+        gone: set[str] = set()
+        dtypes: dict[str, set[int]] = {}
+        for event in self.events:
+            _count(event, gone, dtypes)
+        return gone, dtypes
+
+    @property
+    def receipts(self) -> list[Receipt]:
+        """The receipts of all events, the first first."""
+        return [Receipt.from_json(json.dumps(event["receipt"])) for event in self.events if "receipt" in event]
+
+
+def verify(path: Path, *, secret: bytes | None = None, disk: Disk | None = None) -> Verified:
+    """Check a log; needs neither the data nor, but for the seals, the secret.
+
+    Args:
+        path: the log.
+        secret: of the store; if given, seals are checked, too.
+        disk: what reads.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the first line that is not what was written there.
+    """
+    disk, name = disk or Disk(), os.fspath(path)
+    if not disk.exists(name):
+        raise FileNotFoundError(f"no log at {name!r}")
+    file = disk.open_to_read(name)
+    try:
+        return _verified(disk.read(file, 0, disk.size(file)), name, secret)
+    finally:
+        disk.close(file)
+
+
+def _verified(data: bytes, name: str, secret: bytes | None) -> Verified:
+    *lines, rest = data.split(b"\n")
+    events, chain = [], ""
+    for number, line in enumerate(lines, 1):
+        event, chain = _entry(line, chain, f"line {number} of {name!r}", secret)
+        events.append(event)
+    if not _interrupted(rest, chain):
+        raise ValueError(
+            f"line {len(lines) + 1} of {name!r} is no entry of a log; restore the log from a backup, or name another file"
+        )
+    return Verified(tuple(events), chain, len(data) - len(rest))
+
+
+def _entry(line: bytes, previous: str, where: str, secret: bytes | None) -> tuple[dict[str, Any], str]:
+    """Return the event of a line, and its chain value."""
+    try:
+        entry = json.loads(line)
+        event, found, seal = entry["event"], entry["chain"], entry["seal"]
+        kind, tokens = event["kind"], event.get("tokens", [])
+        whole = isinstance(kind, str) and isinstance(tokens, list)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{where} is no entry of a log; restore the log from a backup")
+    chain = _chain(previous, event)
+    if found != chain or line + b"\n" != _line(event, chain, seal):
+        raise ValueError(f"{where} was changed, or lines before it are missing; restore the log from a backup")
+    if secret is not None and seal != _seal(secret, chain):
+        raise ValueError(f"{where} was not written with the secret of this store")
+    return event, chain
+
+
+def _interrupted(rest: bytes, chain: str) -> bool:
+    """Return whether bytes behind the last line are what an interruption leaves of one, and not damage."""
+    if not rest:
+        return True
+    begins = rest[0] == 0 or _BEGINNING.startswith(rest[: len(_BEGINNING)]) or rest.startswith(_BEGINNING)
+    if not begins or not _PART.fullmatch(rest):
+        return False
+    with suppress(ValueError):  # a whole line with another byte in place of its end
+        _entry(rest[:-1], chain, "", None)
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment in a log, see `ReceiptLog.mark`.
+
+    Args:
+        size: bytes of the file.
+        head: the last chain value.
+        pending: as in `ReceiptLog`.
+    """
+
+    size: int
+    head: str
+    pending: dict[str, Any] | None
+
+
+class ReceiptLog:
+    """An open log, to which lines are added; see `KeyStore.keep_receipts`.
+
+    Only the process that opened it writes to it: one that was forked from it is refused.
+
+    Args:
+        path: the file.
+        secret: of the store.
+        new: whether to begin a log where there is no file.
+        disk: what reads and writes.
+
+    Raises:
+        BlockingIOError: if another store writes to it.
+        FileNotFoundError: if there is no such file, unless `new`.
+        OSError: if the file cannot be read or written.
+        ValueError: as for `verify`; the file is left as it is.
+
+    Attributes:
+        head: the last chain value.
+        gone: tokens of what was forgotten and did not return.
+        pending: the last event, if it says that rows are returning and nothing says that they did.
+    """
+
+    file = -1
+
+    def __init__(self, path: Path, secret: bytes, *, new: bool = False, disk: Disk | None = None) -> None:
+        self.path, self.secret, self.disk, self.owner = os.fspath(path), secret, disk or Disk(), Owner()
+        there = self.disk.exists(self.path)
+        if not there and not new:
+            raise FileNotFoundError(
+                f"no log at {self.path!r}: without the log that was kept, whatever a backup holds is remembered again; "
+                "restore the log, or begin a new one with new=True (new_log=True where a store is opened)"
+            )
+        self.gone: set[str] = set()
+        self._new: set[str] = set()  # tokens that the last event added
+        self.dtypes: dict[str, set[int]] = {}
+        self.pending: dict[str, Any] | None = None
+        self.file = self.disk.open(self.path, create=not there)
+        try:
+            if not self.disk.lock(self.file):
+                raise BlockingIOError(f"another store writes to the log {self.path!r}; close it there first")
+            if not there:
+                self.disk.sync_folder(self.path)
+            data = self.disk.read(self.file, 0, self.disk.size(self.file))
+            found = _verified(data, self.path, secret)
+            self.head, self.size = found.head, found.whole
+            if self.size < len(data):
+                self.disk.resize(self.file, self.size)
+        except BaseException:
+            self.close()
+            raise
+        for event in found.events:
+            self._count(event)
+
+    # --- events -------------------------------------------------------------------------------------------
+
+    def forgot(self, receipt: Receipt, tokens: Iterable[str], dtype: torch.dtype) -> None:
+        """Note that rows are going; their keys have a dtype."""
+        event = {"kind": "forgot", "receipt": json.loads(receipt.to_json()), "tokens": sorted(tokens)}
+        self._add({**event, "dtype": dtype_name(dtype)})
+
+    def returning(self, tokens: Iterable[str], after: str) -> None:
+        """Note that rows that were gone are about to be added again, which gives the digest `after`."""
+        self._add({"kind": "returning", "awaited": sorted(tokens), "after": after})
+
+    def returned(self) -> None:
+        """Note that the rows which were returning are there."""
+        if self.pending is not None:
+            self._add({"kind": "returned", "tokens": self.pending["awaited"]})
+
+    def settle(self, digest: str) -> None:
+        """Decide by the digest of the store whether rows that were returning are there."""
+        if self.pending is not None and self.pending["after"] == digest:
+            self.returned()
+        self.pending = None
+
+    def mark(self) -> Mark:
+        """Return what `restore` goes back to."""
+        self._new = set()
+        return Mark(self.size, self.head, self.pending)
+
+    def restore(self, mark: Mark) -> None:
+        """Cut off the one event that was added since the last mark."""
+        self.take_back(mark.size, mark.head)
+        self.gone, self.pending = self.gone - self._new, mark.pending
+
+    def take_back(self, size: int, head: str) -> None:
+        """Cut off what was added since the log had a size and a last chain value."""
+        if self.closed:
+            return
+        try:
+            self.disk.resize(self.file, size)
+            self.disk.sync(self.file)
+        except BaseException:
+            self.close()  # what it says is not known; whoever opens it next reads it
+            raise
+        self.head, self.size = head, size
+
+    def back(self, tokens: Iterable[str]) -> list[str]:
+        """Return those of some tokens that are gone."""
+        return sorted(self.gone.intersection(tokens)) if self.gone else []
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file was given back."""
+        return self.file < 0
+
+    def close(self) -> None:
+        """Give the file back; in a forked process, its descriptor alone."""
+        if not self.closed:
+            if self.owner.here:
+                self.disk.unlock(self.file)
+            self.disk.close(self.file)
+            self.file = -1
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
+
+    def __deepcopy__(self, memo: object) -> None:
+        """Return nothing: a copy of a store keeps no log, as two would write over each other's lines."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an open log cannot be pickled; close it, and give the other store its path")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check(self) -> None:
+        """Raise ValueError if the log is closed, RuntimeError if another process opened it."""
+        if self.closed:
+            raise ValueError(f"the log {self.path!r} is closed; open it again")
+        self.owner.check(f"the log {self.path!r}")
+
+    def _add(self, event: dict[str, Any]) -> None:
+        self.check()
+        chain = _chain(self.head, event)
+        line = _line(event, chain, _seal(self.secret, chain))
+        try:
+            # Its end last: a line that has one is whole, whatever interrupts.
+            for start, stop in ((0, len(line) - 1), (len(line) - 1, len(line))):
+                self.disk.write(self.file, self.size + start, line[start:stop])
+                self.disk.sync(self.file)
+        except BaseException:
+            self.take_back(self.size, self.head)
+            raise
+        self.head, self.size = chain, self.size + len(line)
+        self._count(event)
+
+    def _count(self, event: dict[str, Any]) -> None:
+        self.pending = event if event["kind"] == "returning" else None
+        if event["kind"] == "forgot":
+            self._new = set(event["tokens"]) - self.gone
+        _count(event, self.gone, self.dtypes)
+
+
+class LoggedRows(Follower):
+    """A log as a follower of a table: it notes what goes before it goes, and what returns.
+
+    Args:
+        table: whose rows.
+        digest: of the table.
+        log: the open log.
+    """
+
+    def __init__(self, table: Table, digest: Digest, log: ReceiptLog) -> None:
+        self._table, self._digest, self.log = table, digest, log
+        self._mark: Mark | None = None
+
+    def tokens(self, rows: Tensor | slice) -> list[str]:
+        """Return the tokens of rows of the table."""
+        return row_tokens(self._table, self._digest.secret, rows)
+
+    def known(self, rows: Rows) -> list[int]:
+        """Return the ids of rows that the log says are gone, in ascending order.
+
+        Raises:
+            ValueError: if the log was written for keys with other digits, so that it cannot tell.
+        """
+        return known_to(self.log.gone, self.log.dtypes, self._digest.secret, rows)
+
+    def check(self, change: Change) -> None:
+        """Raise an error if the log cannot note what it would have to note."""
+        noted = isinstance(change, Removed) and change.receipt is not None and len(change.gone)
+        if noted or (isinstance(change, Added) and self.log.gone):
+            self.log.check()
+
+    def write_ahead(self, change: Change) -> None:
+        """Note rows that go, and rows that are to return."""
+        log, self._mark = self.log, None
+        if isinstance(change, Removed) and change.receipt is not None and len(change.gone):
+            self._mark = log.mark()
+            log.forgot(change.receipt, self.tokens(change.gone), self._table["keys"].dtype)
+        elif isinstance(change, Added) and log.gone:
+            back = log.back(self.tokens(change.rows))
+            if back:
+                self._mark = log.mark()
+                log.returning(back, self._digest.hexdigest(change.stop, self._digest.total_with(change)))
+
+    def undo(self, change: Change) -> Undone:
+        """Cut off the line that was written for the change."""
+        if self._mark is not None:
+            mark, self._mark = self._mark, None
+            self.log.restore(mark)
+        return Undone.BACK
+
+    def confirm(self, change: Change) -> None:
+        """Note that rows have returned."""
+        if isinstance(change, Added) and self._mark is not None:
+            self.log.returned()
+        self._mark = None
+
+
+def _count(event: Mapping[str, Any], gone: set[str], dtypes: dict[str, set[int]]) -> None:
+    if event["kind"] == "forgot":
+        gone.update(event["tokens"])
+        dtypes.setdefault(event.get("dtype", ""), set()).update(event["receipt"]["forgotten"])
+    elif event["kind"] == "returned":
+        gone.difference_update(event["tokens"])
+
+
+def _text(content: object) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _chain(previous: str, event: dict[str, Any]) -> str:
+    return hashlib.blake2b(previous.encode() + _text(event), digest_size=32).hexdigest()
+
+
+def _seal(secret: bytes, chain: str) -> str:
+    return keyed_hash(secret, b"seal" + chain.encode()).hex()
+
+
+def _line(event: dict[str, Any], chain: str, seal: object) -> bytes:
+    return _text({"event": event, "chain": chain, "seal": seal}) + b"\n"

@@ -1,0 +1,82 @@
+"""New rows: what is given for them is checked as a whole, and written a part at a time.
+
+Letters: `B` instances, `P` keys of each, `D` width of a key, `V` width of a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from munkey.checks import check_rows
+from munkey.store.schema import COLUMNS, Column, Rows
+from treediff.noise import counter_normal
+
+__all__ = ["NewRows"]
+
+_ROWS = 4096  # at a time
+
+
+class NewRows:
+    """Rows of instances that are to be added; arguments and errors as for `KeyStore.add`.
+
+    Args:
+        ids: `(B,)`.
+        keys: `(B, D)` or `(B, P, D)`.
+        labels: `(B,)` int64, or None.
+        values: `(B, V)` or `(B, P, V)`; None for noise.
+        permanent: whether they are there for good.
+        schema: the columns of the store.
+        seed: of the noise.
+        scale: standard deviation of the noise.
+
+    Attributes:
+        rows: how many rows, `B P`.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[int],
+        keys: Tensor,
+        labels: Tensor | None,
+        values: Tensor | None,
+        permanent: bool,
+        schema: Sequence[Column],
+        seed: int,
+        scale: float,
+    ) -> None:
+        shapes = {column.name: column for column in schema}
+        widths = shapes["keys"].shape[0], shapes["values"].shape[0]
+        keys, labels, values = check_rows(ids, keys, labels, values, widths, shapes["keys"].dtype)
+        self.ids = list(ids)
+        self._keys = keys.detach().flatten(0, 1)
+        self._values = None if values is None else values.detach().flatten(0, 1)
+        self._labels, self._count = labels, keys.shape[1]
+        self._permanent, self._seed, self._scale = permanent, seed, scale
+        self.rows = len(self._keys)
+
+    def write(self, columns: Sequence[Tensor]) -> None:
+        """Write the rows into the columns `(B P, ...)` of a table."""
+        to = dict(zip(COLUMNS, columns, strict=True))
+        owners = torch.tensor(self.ids, dtype=torch.int64)
+        to["ids"].view(-1, self._count).copy_(owners[:, None].expand(-1, self._count))
+        to["views"].view(-1, self._count).copy_(torch.arange(self._count).expand(len(owners), -1))
+        to["labels"].view(-1, self._count).copy_(self._labels[:, None].expand(-1, self._count))
+        to["permanent"].fill_(self._permanent)
+        to["keys"].copy_(self._keys)
+        if self._values is not None:
+            to["values"].copy_(self._values)
+            return
+        for ids, views, values in zip(*(to[name].split(_ROWS) for name in ("ids", "views", "values")), strict=True):
+            noise = counter_normal(self._seed, ids, values.shape[1:], draw=views, dtype=values.dtype)
+            torch.mul(noise, self._scale, out=values)
+
+    def made(self, like: Sequence[Tensor]) -> Rows:
+        """Return the rows as tensors of their own, with the dtypes and on the device of a table."""
+        columns = [column.new_zeros(self.rows, *column.shape[1:]) for column in like]
+        self.write(columns)
+        return Rows(*columns)
+
+

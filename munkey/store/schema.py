@@ -1,0 +1,118 @@
+"""The row of a store: its columns, each declared once.
+
+A new column is a line of `Rows`. Whatever keeps rows (table, digest, state, file, folder) goes through `columns_of`.
+
+Letters: `M` rows, `D` width of a key, `V` width of a value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["COLUMNS", "Column", "Rows", "columns_of", "misfit", "order_of"]
+
+
+def _column(dtype: torch.dtype | None, width: str | None = None) -> Any:  # noqa: ANN401
+    return dataclasses.field(metadata={"dtype": dtype, "width": width})
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a store, one for each key; what `KeyStore.get` returns.
+
+    The fields are the columns of the row, in the order in which digests and files have them.
+
+    Args:
+        ids: `(M,)` int64, the owner of each row.
+        views: `(M,)` int64, the number of each key among those of its owner.
+        labels: `(M,)` int64; -1 for none.
+        permanent: `(M,)` bool, whether the row cannot be forgotten.
+        keys: `(M, D)`.
+        values: `(M, V)`.
+    """
+
+    ids: Tensor = _column(torch.int64)
+    views: Tensor = _column(torch.int64)
+    labels: Tensor = _column(torch.int64)
+    permanent: Tensor = _column(torch.bool)
+    keys: Tensor = _column(None, "key")
+    values: Tensor = _column(None, "value")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (getattr(self, name) for name in COLUMNS)
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Rows))
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Args:
+        name: as in `Rows`.
+        shape: of one row.
+        dtype: of its numbers.
+        own_dtype: whether the dtype is that of the store, which `store.to(dtype)` changes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    own_dtype: bool
+
+
+def columns_of(key_width: int, value_width: int, dtype: torch.dtype) -> tuple[Column, ...]:
+    """Return the columns of a table, in the order of the schema."""
+    widths = {None: (), "key": (key_width,), "value": (value_width,)}
+    return tuple(
+        Column(field.name, widths[field.metadata["width"]], field.metadata["dtype"] or dtype, not field.metadata["dtype"])
+        for field in dataclasses.fields(Rows)
+    )
+
+
+def order_of(ids: Tensor, views: Tensor) -> Tensor:
+    """Return the row numbers `(M,)` by id and view."""
+    by_view = views.argsort(stable=True)
+    return by_view[ids[by_view].argsort(stable=True)]
+
+
+def misfit(found: Mapping[str, Tensor], columns: tuple[Column, ...]) -> str | None:
+    """Say what is wrong with rows that come from a state or a file; None if they can be used.
+
+    Shapes and kinds of numbers must be those of the columns, the views of an id 0, 1, and so on, each once, keys and
+    values finite, and labels at least -1.
+    """
+    rows = len(found["ids"]) if found["ids"].ndim else 0
+    for column in columns:
+        got = found[column.name]
+        if tuple(got.shape) != (rows, *column.shape):
+            return f"expected {column.name} of shape {(rows, *column.shape)}, found {tuple(got.shape)}"
+        if got.is_floating_point() != column.dtype.is_floating_point or (
+            not column.dtype.is_floating_point and got.dtype != column.dtype
+        ):
+            return f"expected {column.name} like {column.dtype}, found {got.dtype}"
+        if column.dtype.is_floating_point and not _finite(got, column.dtype):
+            return "keys and values must be finite"
+    order = order_of(found["ids"], found["views"])
+    ids, views = found["ids"][order], found["views"][order]
+    first = torch.searchsorted(ids, ids)
+    if not torch.equal(views, torch.arange(rows, device=ids.device) - first):
+        return "the views of an id are not 0, 1, ... in some order"
+    if rows and int(found["labels"].min()) < -1:
+        return f"a label is at least 0, or -1 for none, found {int(found['labels'].min())}"
+    return None
+
+
+def _finite(x: Tensor, dtype: torch.dtype) -> bool:
+    # An infinity or NaN makes the extremes what they are, so nothing as large as the rows is allocated.
+    if not x.numel():
+        return True
+    low, high = x.detach().aminmax()
+    return bool(low.to(dtype).isfinite() & high.to(dtype).isfinite())
