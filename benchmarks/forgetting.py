@@ -36,7 +36,7 @@ from tqdm import tqdm
 from munkey import KeyMemoryTransformer
 from munkey.aggregation import AGGREGATIONS
 from munkey.audit import area_under_curve, average_gap
-from munkey.retrieval import nearest
+from munkey.search.exact import nearest
 from treediff.cpu import tune_cpu
 from treediff.data import load_dataset
 

@@ -104,10 +104,11 @@ class Removed:
 
     def erase(self, rows: Tensor, scratch: Scratch) -> Step:
         """Return the step that overwrites what goes in a tensor `(R, ...)`, with what moves or with zero."""
-        moving = scratch(rows[self.movers])
+        holes = self.holes.to(rows.device)
+        moving = scratch(rows[self.movers.to(rows.device)])
 
         def overwrite() -> None:
-            rows[self.holes] = moving
+            rows[holes] = moving
             rows[self.after : self.before] = 0
 
         return overwrite
@@ -140,7 +141,10 @@ class Moved:
     def made(self, rows: Tensor) -> Tensor:
         """Return the new tensor `(R, ...)` for an old one."""
         other = rows.new_zeros(self.room, *rows.shape[1:])
-        other[: self.count] = rows[: self.count] if self.order is None else rows[self.order]
+        if self.order is None:
+            other[: self.count] = rows[: self.count]
+        else:  # without a copy on the way
+            torch.index_select(rows, 0, self.order.to(rows.device), out=other[: self.count])
         return other
 
     def renumber(self, rows: Tensor) -> Tensor:

@@ -119,13 +119,17 @@ class Digest(Follower):
 
     Raises:
         ValueError: if the secret is empty or too long.
+
+    Attributes:
+        eager: whether rows are hashed as they are added, however many, because something else needs the hashes.
     """
 
     def __init__(self, table: Table, secret: bytes) -> None:
         self._table, self._secret = table, check_secret(secret)
         self._hashes: Tensor | None = None
         self._sum, self._version = 0, -1
-        self._given: Tensor | None = None
+        self._new: tuple[Added, Tensor] | None = None
+        self.eager = False
 
     @property
     def secret(self) -> bytes:
@@ -178,9 +182,9 @@ class Digest(Follower):
 
     def of_new(self, change: Added) -> Tensor:
         """Return the hashes of staged rows; they are made once for a change."""
-        if self._given is None:
-            self._given = hash_rows(self._secret, self._table.columns, change.rows)
-        return self._given
+        if self._new is None or self._new[0] is not change:
+            self._new = change, hash_rows(self._secret, self._table.columns, change.rows)
+        return self._new[1]
 
     def hexdigest(self, rows: int | None = None, total: int | None = None) -> str:
         """Return the digest of the table, or of so many rows whose hashes add up to `total`."""
@@ -192,14 +196,17 @@ class Digest(Follower):
 
     # --- changes ------------------------------------------------------------------------------------------
 
+    def kept(self) -> list[Tensor]:
+        """Return the hashes, if there are any."""
+        return [] if self._hashes is None else [self._hashes]
+
     def steps(self, change: Change, scratch: Scratch) -> list[Step]:
         """Return the step that follows the rows, where hashes are known."""
-        given, self._given = self._given, None
         if not self._table.used:
             self.take(torch.zeros(0, HASH, dtype=torch.uint8))
         if not self.known or not isinstance(change, Added | Removed | Moved):
             return [self.clear]
-        if isinstance(change, Added) and given is None and change.stop - change.start > change.start:
+        if isinstance(change, Added) and not self.eager and change.stop - change.start > change.start:
             return [self.clear]
         hashes, total = self._rows(len(self._hashes)), self._sum  # type: ignore[arg-type]
         if isinstance(change, Removed):
@@ -208,18 +215,18 @@ class Digest(Follower):
         elif isinstance(change, Moved):
             hashes, act = change.made(hashes), lambda: None
         else:
-            new = self.of_new(change) if given is None else given
-            self._given = None
+            new = self.of_new(change)
             total = (total + sum_of(new)) % MODULUS
             act = lambda: hashes[change.rows].copy_(new)  # noqa: E731
 
         def follow() -> None:
             act()
+            self._new = None
             self._hashes, self._sum, self._version = hashes, total, self._table.values._version
 
         return [follow]
 
     def undo(self, change: Change) -> Undone:
         """Drop the hashes of rows that were staged."""
-        self._given = None
+        self._new = None
         return Undone.BACK

@@ -189,7 +189,7 @@ class DurableStore(KeyStore):
 
     def _follow(self, live: StoreFile) -> None:
         live.follow(self._table, self._digest)
-        self._file = live
+        self._file, self._digest.eager = live, True
 
     @property
     def live(self) -> StoreFile:

@@ -6,7 +6,7 @@ import errno
 import random
 from dataclasses import dataclass, field
 
-from munkey.disk import Disk
+from munkey.store.file.disk import Disk
 
 SECTOR = 512
 
@@ -52,9 +52,25 @@ class FailingDisk(Disk):
         self.files.append(super().open(path, create=create))
         return self.files[-1]
 
+    def create(self, path: str) -> int:
+        if self.dead:
+            raise Killed
+        self.files.append(super().create(path))
+        return self.files[-1]
+
     def open_to_read(self, path: str) -> int:
         self.files.append(super().open_to_read(path))
         return self.files[-1]
+
+    def open_folder(self, path: str) -> int:
+        if self.dead:
+            raise Killed
+        self.files.append(super().open_folder(path))
+        return self.files[-1]
+
+    def unlock(self, file: int) -> None:
+        if not self.dead:
+            super().unlock(file)
 
     def close(self, file: int) -> None:
         if self.dead:
@@ -81,9 +97,9 @@ class FailingDisk(Disk):
         self._or_die()
         super().sync(file)
 
-    def link(self, path: str, other: str) -> None:
+    def link(self, path: str, other: str) -> bool:
         self._or_die()
-        super().link(path, other)
+        return super().link(path, other)
 
     def replace(self, source: str, target: str) -> None:
         self._or_die()
@@ -174,18 +190,34 @@ class MemoryDisk(Disk):
         self.opened[file] = self.names[path]
         return file
 
+    def create(self, path: str) -> int:
+        if path in self.names:
+            raise FileExistsError(errno.EEXIST, path)
+        return self.open(path, create=True)
+
     def open_to_read(self, path: str) -> int:
         return self.open(path)
+
+    def open_folder(self, path: str) -> int:
+        return -1
 
     def allocate(self, file: int, size: int) -> None:
         self.resize(file, size)
 
-    def lock(self, file: int) -> bool:
+    def lock(self, file: int, *, shared: bool = False, wait: bool = False) -> bool:
+        if file < 0 or file in self.locks:
+            return True
         if self.opened[file].locked:
+            assert not wait, "it would wait for ever"
             return False
         self.opened[file].locked = True
         self.locks.add(file)
         return True
+
+    def unlock(self, file: int) -> None:
+        if file in self.locks:
+            self.locks.remove(file)
+            self.opened[file].locked = False
 
     def size(self, file: int) -> int:
         return len(self.opened[file].data)
@@ -223,6 +255,15 @@ class MemoryDisk(Disk):
     def exists(self, path: str) -> bool:
         return path in self.names
 
+    def beside(self, path: str) -> list[str]:
+        return sorted(name for name in self.names if name.startswith(path))
+
+    def links(self, file: int) -> int:
+        return sum(inode is self.opened[file] for inode in self.names.values())
+
+    def is_of(self, file: int, path: str) -> bool:
+        return self.names.get(path) is self.opened[file]
+
     def same(self, first: str, second: str) -> bool:
         return first in self.names and self.names.get(first) is self.names.get(second)
 
@@ -230,9 +271,10 @@ class MemoryDisk(Disk):
         self.names = names
         self.pending_names.append(dict(names))
 
-    def link(self, path: str, other: str) -> None:
+    def link(self, path: str, other: str) -> bool:
         self._step()
         self._rename({**self.names, other: self.names[path]})
+        return True
 
     def replace(self, source: str, target: str) -> None:
         self._step()
@@ -249,5 +291,4 @@ class MemoryDisk(Disk):
         self.medium_names, self.pending_names = dict(self.names), []
 
     def close(self, file: int) -> None:
-        if file in self.locks:
-            self.opened[file].locked = False
+        self.unlock(file)

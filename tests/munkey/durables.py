@@ -10,7 +10,7 @@ import torch
 from stores import SECRET, WIDTHS, keys_of
 
 from munkey import DurableStore, KeyStore
-from munkey.disk import Disk
+from munkey.store.file.disk import Disk
 
 State = tuple[str, tuple[int, ...]]
 IDS = list(range(20))

@@ -123,7 +123,7 @@ def refused_on_ranks(what: str, folder: str) -> str:
         "content": lambda: ShardedKeyStore.of(filled(40 + last)),
         "place": lambda: ShardedKeyStore.around(filled()),
         "no folder": lambda: ShardedKeyStore.load(folder),
-        "closed log": lambda: (store.keep_receipts(folder + "-log"), store.close(), store.forget([1])),
+        "closed log": lambda: (store.keep_receipts(folder + "-log", new=True), store.close(), store.forget([1])),
     }
     before = store.digest()
     try:
@@ -137,7 +137,7 @@ def returned_to_a_closed_log(log: str) -> tuple[str, bool]:
     """What a rank hears that brings an instance back which the log cannot note, and whether nothing has changed."""
     rank, size = ranks_of(store := ShardedKeyStore.of(filled()))
     mine = [1] if rank == size - 1 else []
-    store.keep_receipts(log)
+    store.keep_receipts(log, new=True)
     store.forget(mine)
     before = store.digest()
     store.close()
@@ -152,7 +152,7 @@ def loaded_beside_a_log(log: str) -> list[int]:
     """Who is there once a store goes back to a state from before it forgot."""
     store = ShardedKeyStore.of(filled())
     before = store.state_dict()
-    store.keep_receipts(log)
+    store.keep_receipts(log, new=True)
     rank, size = ranks_of(store)
     store.forget([3, 5, 8][rank::size])
     store.load_state_dict(before)
@@ -208,7 +208,7 @@ def logged_on_ranks(folder: str) -> tuple[Any, ...]:
     """Forget with a log, then give the log to a copy that was saved before."""
     store = ShardedKeyStore.of(filled())
     store.save(folder + "/backup")
-    nothing = store.keep_receipts(folder + "/log")
+    nothing = store.keep_receipts(folder + "/log", new=True)
     receipt = store.forget([3, 5])
     store.add(
         [5] if store.ranks.rank == 0 else [],

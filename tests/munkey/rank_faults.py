@@ -11,7 +11,7 @@ from disks import FailingDisk
 from rank_cases import filled, queries
 
 from munkey import DurableStore, ShardedKeyStore
-from munkey.disk import Disk
+from munkey.store.file.disk import Disk
 
 GONE = [3, 5, 8, 21]
 
@@ -49,7 +49,7 @@ def opened(folder: str, disk: Disk | None = None) -> ShardedKeyStore:
         part = ShardedKeyStore.of(filled()).local
         DurableStore.copy_of(part, path).close()
     store = ShardedKeyStore.around(DurableStore.open(path, disk=disk))
-    store.keep_receipts(folder + "/log", disk=disk)
+    store.keep_receipts(folder + "/log", disk=disk, new=True)
     return store
 
 

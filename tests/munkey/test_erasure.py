@@ -112,7 +112,7 @@ def test_nothing_the_library_makes_on_its_way_is_left(tmp_path: Path, kind: str,
         memory.neighbours(queries, 3)
         memory.neighbours_of_rows(found.rows_of(range(20)), 3)
         memory.find_near_duplicates(range(5), 0.9)
-        found.keep_receipts(tmp_path / "log")
+        found.keep_receipts(tmp_path / "log", new=True)
         found.digest()
         memory.remember(range(100, 160), torch.randn(60, 16, generator=seeded(3)))  # makes it grow
         found.compact()
@@ -148,7 +148,7 @@ masked = (copy.view(torch.int32) ^ 12345).tolist()
 memory = KeyValueMemory(store, metric="dot")
 memory.neighbours(keys[:20] + 0.1 * torch.randn(20, 64), 4)
 memory.neighbours_of_rows(store.rows_of(range(20)), 4)
-store.keep_receipts({log!r})
+store.keep_receipts({log!r}, new=True)
 copy.zero_(), keys.zero_()
 {act}
 print(json.dumps(masked), flush=True)

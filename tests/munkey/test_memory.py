@@ -13,7 +13,7 @@ from torch import Tensor
 
 from munkey import KeyStore, KeyValueMemory, ValueWriter
 from munkey.memory import exact
-from munkey.retrieval import Neighbours
+from munkey.search.exact import Neighbours
 
 
 def memory(metric: str = "cosine", **settings: object) -> KeyValueMemory:
@@ -125,7 +125,7 @@ def test_a_table_looks_up_again_only_what_had_a_neighbour_that_went() -> None:
     rows = torch.arange(40)
     found.neighbours_of_rows(rows, 2)
     found.forget([20])
-    table = found.store.holders.tables[0].rows
+    table = found.store._neighbours.tables[2]
     assert table is not None and int((table[:, 0] == -2).sum()) == 2  # those of 19 and 21
 
 

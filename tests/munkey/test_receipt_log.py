@@ -20,13 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from stores import SECRET, WIDTHS, keys_of, store
 
 from munkey import DurableStore, KeyStore, Receipt
-from munkey.receipt_log import ReceiptLog, verify
+from munkey.store.log import ReceiptLog, verify
 
 
 def filled(path: Path) -> KeyStore:
     found = store()
     found.add(range(6), keys_of(list(range(6)), 2))
-    found.keep_receipts(path)
+    found.keep_receipts(path, new=True)
     return found
 
 
@@ -78,7 +78,7 @@ def test_a_candidate_cannot_be_found_in_a_log_without_the_secret(tmp_path: Path)
     for number, secret in enumerate((b"a", b"b")):
         found = KeyStore(*WIDTHS, secret=secret)
         found.add([1], keys_of([1]))
-        found.keep_receipts(tmp_path / str(number))
+        found.keep_receipts(tmp_path / str(number), new=True)
         found.forget([1])
         texts.append(verify(tmp_path / str(number)).events[0])
     assert texts[0]["tokens"] != texts[1]["tokens"]
@@ -140,7 +140,7 @@ def test_another_key_under_an_old_id_is_another_instance(tmp_path: Path) -> None
 def test_another_label_of_an_old_key_is_another_instance(tmp_path: Path) -> None:
     found = store()
     found.add([3], keys_of([3]), torch.tensor([1]))
-    found.keep_receipts(tmp_path / "log")
+    found.keep_receipts(tmp_path / "log", new=True)
     backup = found.state_dict()
     found.replace([3], keys_of([3]), torch.tensor([2]))
     found.close()
@@ -180,7 +180,7 @@ def test_only_one_store_writes_to_a_log(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="an open log cannot be pickled; close it, and give the other store its path"):
         pickle.dumps(found)
     found.keep_receipts(tmp_path / "log")  # again, or another one: the first is closed
-    found.keep_receipts(tmp_path / "second")
+    found.keep_receipts(tmp_path / "second", new=True)
     store().keep_receipts(tmp_path / "log")
 
 
@@ -188,7 +188,7 @@ def test_who_cannot_be_logged_to_be_back_is_not(tmp_path: Path) -> None:
     disk = FailingDisk()
     found = store()
     found.add([3, 4], keys_of([3, 4]))
-    found.keep_receipts(tmp_path / "log", disk=disk)
+    found.keep_receipts(tmp_path / "log", disk=disk, new=True)
     found.forget([3])
     before = found.digest()
     disk.at, disk.error = disk.steps, OSError(errno.ENOSPC, "full")
@@ -203,7 +203,7 @@ def test_a_log_survives_a_loss_of_power() -> None:
         disk = MemoryDisk()
         found = store()
         found.add(ids, keys_of(ids))
-        found.keep_receipts("log", disk=disk)
+        found.keep_receipts("log", disk=disk, new=True)
         found.forget([0, 1])
         disk.at = disk.steps + at
         try:
@@ -224,12 +224,12 @@ def test_a_restored_file_forgets_again_before_it_answers(tmp_path: Path) -> None
     with DurableStore.create(path, *WIDTHS, secret=SECRET) as found:
         found.add([1, 2, 3], keys_of([1, 2, 3]))
     shutil.copy(path, tmp_path / "backup")
-    with DurableStore.open(path, receipts=log) as found:
+    with DurableStore.open(path, receipts=log, new_log=True) as found:
         found.forget([2])
     shutil.copy(tmp_path / "backup", path)
     with DurableStore.open(path, receipts=log) as found:
         assert list(found) == [1, 3]
-    with DurableStore.open(path) as found:
+    with DurableStore.open(path, receipts=False) as found:
         assert list(found) == [1, 3], "it is gone from the file"
 
 
@@ -242,7 +242,7 @@ def test_killed_between_any_two_steps_of_forgetting_and_logging(tmp_path: Path) 
         with DurableStore.create(folder / "store", *WIDTHS, secret=SECRET) as found:
             found.add([1, 2, 3], keys_of([1, 2, 3]))
         disk = FailingDisk()
-        found = DurableStore.open(folder / "store", receipts=folder / "log", disk=disk)
+        found = DurableStore.open(folder / "store", receipts=folder / "log", new_log=True, disk=disk)
         disk.at = disk.steps + at
         try:
             found.forget([2])
@@ -314,7 +314,7 @@ def test_a_line_that_was_interrupted_is_none(tmp_path: Path) -> None:
     found.forget([1])
     found.close()
     whole = path.read_bytes()
-    path.write_bytes(whole + b'{"event":')
+    path.write_bytes(whole + b'{"chain":"12')
     assert len(verify(path).events) == 1
     log = ReceiptLog(path, SECRET)
     assert path.read_bytes() == whole and log.gone

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from stores import seeded
 from torch import Tensor
 
-from munkey import retrieval, screening
-from munkey.retrieval import Neighbours, nearest
-from munkey.screen import Screen, bytes_of, length_above
+from munkey.search import bounds as screening
+from munkey.search import exact as retrieval
+from munkey.search.codes import Screen, bytes_of, length_above
+from munkey.search.exact import Neighbours, nearest
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

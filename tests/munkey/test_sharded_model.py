@@ -84,7 +84,7 @@ def test_what_follows_values_comes_after_sharding() -> None:
     built.attach(torch.optim.SGD([built.memory.store.values], 0.1))
     with pytest.raises(ValueError, match="detach it, shard or load, then attach"):
         built.shard()
-    built.memory.store.detach(*built.memory.store.holders.optimizers)
+    built.memory.store.detach(*built.memory.store.optimizers)
     built.shard()
     with pytest.raises(ValueError, match="is spread over ranks already; save it, and load it with another number"):
         built.shard()

@@ -134,8 +134,8 @@ class Disk:
         """Return whether there is a file of that name."""
         return os.path.exists(path)
 
-    def names(self, file: int, path: str) -> bool:
-        """Return whether a name is of the file that is open."""
+    def is_of(self, file: int, path: str) -> bool:
+        """Return whether an open file is the one that has a name."""
         try:
             there, own = os.stat(path), os.fstat(file)
         except FileNotFoundError:
@@ -185,7 +185,7 @@ class Disk:
         try:
             os.fsync(folder)
         finally:
-            os.close(folder)
+            self.close(folder)
 
     def close(self, file: int) -> None:
         """Give a descriptor back."""
@@ -233,16 +233,16 @@ def replacing(disk: Disk, path: str, held: int = -1) -> Iterator[int]:
             disk.sync_folder(path)
         if before >= 0:
             _retire(disk, before, old, path, wait=before != held)
+            disk.close(before)
+            before = held = -1
         wipe_leftovers(disk, path)
     except BaseException:
         with suppress(OSError):
-            _discard(disk, file, path, (partial, old))
+            _discard(disk, file, before, path, (partial, old))
         disk.close(file)
-        if before >= 0 and before != held:
+        if before != held:
             disk.close(before)
         raise
-    if before >= 0:
-        disk.close(before)
 
 
 def _retire(disk: Disk, before: int, old: str, path: str, *, wait: bool) -> None:
@@ -256,16 +256,20 @@ def _retire(disk: Disk, before: int, old: str, path: str, *, wait: bool) -> None
         disk.sync_folder(path)
 
 
-def _discard(disk: Disk, file: int, path: str, names: tuple[str, str]) -> None:
-    """After an error: overwrite the new file unless it took its place, and take away names of its own."""
+def _discard(disk: Disk, file: int, before: int, path: str, names: tuple[str, str]) -> None:
+    """After an error: overwrite the new file, or the old one if it was replaced, and take away their own names."""
     partial, old = names
-    if disk.exists(partial) and disk.names(file, partial):
+    if disk.exists(partial) and disk.is_of(file, partial):
         disk.zero(file, 0, disk.size(file))
         disk.sync(file)
         disk.remove(partial)
-    if disk.exists(old) and disk.same(old, path):
+    disk.sync_folder(path)  # before the old file is overwritten, if it was replaced
+    if disk.exists(old):
+        if not disk.same(old, path):
+            disk.zero(before, 0, disk.size(before))
+            disk.sync(before)
         disk.remove(old)
-    disk.sync_folder(path)
+        disk.sync_folder(path)
 
 
 @contextmanager
@@ -351,7 +355,7 @@ def read_whole(disk: Disk, path: str) -> bytearray:
         file = disk.open_to_read(path)
         try:
             disk.lock(file, shared=True, wait=True)
-            if disk.names(file, path):
+            if disk.is_of(file, path):
                 data = bytearray(disk.size(file))
                 disk.fill(file, 0, memoryview(data))
                 return data

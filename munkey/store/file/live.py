@@ -23,6 +23,7 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from munkey.store.change import Added, Change, Moved, Removed, Replaced, Step, long_lived
@@ -142,7 +143,7 @@ class StoreFile(Follower):
                 raise BlockingIOError(
                     f"{self.path!r} is open in another store, here or in another process; close it there"
                 )
-            if self.disk.names(self.file, self.path):
+            if self.disk.is_of(self.file, self.path):
                 return
 
     @contextmanager
@@ -406,6 +407,9 @@ class StoreFile(Follower):
         total = (self.state.total - sum_of(self.hashes[change.gone.cpu()])) % MODULUS
         after = replace(self.state, count=change.after, total=total, tail=change.before)
         note = Note("erase", self.state, after, change.holes.tolist(), change.movers.tolist())
+        for tail, moving, _ in self._tail(note):
+            if not self.layout.whole(tail[moving]).all():
+                raise self._damaged()
         self._carry_out(note, lambda: self._move(note))
 
     def _move(self, note: Note) -> None:
@@ -413,21 +417,30 @@ class StoreFile(Follower):
 
         Rows that move are there twice until the last line, so that they can be moved again.
         """
-        first, stop = note.after.count, note.before.count
-        with self._some(first, stop) as tail:
-            here = np.asarray(note.movers, dtype=np.int64) - first
-            moving = tail[here]
-            for hole, record, whole in zip(note.holes, moving, self.layout.whole(moving), strict=True):
+        first = note.after.count
+        for tail, moving, holes in self._tail(note):
+            records = tail[moving]
+            for hole, record, whole in zip(holes, records, self.layout.whole(records), strict=True):
                 if whole:  # else it is in its new place already, and the old one was being overwritten
                     self._put(hole, record[None])
-            moving.fill(0)
-            stays = np.zeros(stop - first, bool)
-            stays[here] = True
+            records.fill(0)
+            stays = np.zeros(len(tail), bool)
+            stays[moving] = True
             tail[~stays] = 0
             self._put(first, tail)
+            first += len(tail)
         self._put_state(note.after)
         self.disk.sync(self.file)
-        self._zero(first, note.after.tail)
+        self._zero(note.after.count, note.after.tail)
+
+    def _tail(self, note: Note) -> Iterator[tuple[Records, NDArray[np.int64], Sequence[int]]]:
+        """Give the records behind the rows that stay, some at a time: those that move, and their holes."""
+        movers = np.asarray(note.movers, np.int64)
+        for start in range(note.after.count, note.before.count, _ROWS):
+            stop = min(start + _ROWS, note.before.count)
+            here = slice(*np.searchsorted(movers, (start, stop)).tolist())
+            with self._some(start, stop) as records:
+                yield records, movers[here] - start, note.holes[here]
 
     def rebuild(self, parts: Iterable[Part], *, room: int) -> None:
         """Write rows to a new file and put it in the place of this one, whose bytes are overwritten.
