@@ -198,9 +198,8 @@ _PARTIAL, _OLD = ".munkey-partial", ".munkey-old"
 _NUMBER = 16  # hexadecimal digits
 
 
-@contextmanager
-def replacing(disk: Disk, path: str, held: int = -1) -> Iterator[int]:
-    """Give a descriptor of a new file that takes the place of `path`, at once, when the context is left.
+class replacing:  # noqa: N801 - a context manager, named like those of the standard library
+    """Context that gives a descriptor of a new file, which takes the place of `path`, at once, when it is left.
 
     The new file has a name of its own and is locked, so that several processes can save to one name: each save is
     whole, and the last one wins. What was there before is overwritten, once nobody reads it any more (see
@@ -214,35 +213,71 @@ def replacing(disk: Disk, path: str, held: int = -1) -> Iterator[int]:
     Args:
         disk: what reads and writes.
         path: the name.
-        held: descriptor of the old file, if the caller has it open and locked; it is closed when the file is replaced.
+        held: descriptor of the old file, if the caller has it open and locked; the caller closes it afterwards.
+
+    Attributes:
+        file: the descriptor; -1 once it was closed after an error.
     """
-    path = disk.resolve(path)
-    number = secrets.token_hex(_NUMBER // 2)
-    partial, old = f"{path}.{number}{_PARTIAL}", f"{path}.{number}{_OLD}"
-    file, before = disk.create(partial), held
-    try:
-        disk.lock(file)
-        yield file
-        disk.sync(file)
+
+    file = -1
+
+    def __init__(self, disk: Disk, path: str, held: int = -1) -> None:
+        self.disk, self.path, self.held, self._before = disk, disk.resolve(path), held, held
+        number = secrets.token_hex(_NUMBER // 2)
+        self._partial, self._old = f"{self.path}.{number}{_PARTIAL}", f"{self.path}.{number}{_OLD}"
+
+    def __enter__(self) -> int:
+        try:
+            self.file = self.disk.create(self._partial)
+            self.disk.lock(self.file)
+        except BaseException:
+            self._give_up()
+            raise
+        return self.file
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._give_up()
+            return
+        try:
+            self._put()
+        except BaseException:
+            self._give_up()
+            raise
+        self._close_before()
+
+    def _put(self) -> None:
+        disk, path = self.disk, self.path
+        disk.sync(self.file)
         with _locked_folder(disk, path):
-            if before < 0 and disk.exists(path):
-                before = disk.open(path)
-            if before >= 0:
-                disk.link(path, old)  # a name by which it is found once the other one is gone
-            disk.replace(partial, path)
+            if self._before < 0 and disk.exists(path):
+                self._before = disk.open(path)
+            if self._before >= 0:
+                disk.link(path, self._old)  # a name by which it is found once the other one is gone
+            disk.replace(self._partial, path)
             disk.sync_folder(path)
-        if before >= 0:
-            _retire(disk, before, old, path, wait=before != held)
-            disk.close(before)
-            before = held = -1
+        if self._before >= 0:
+            _retire(disk, self._before, self._old, path, wait=self._before != self.held)
+            disk.unlock(self._before)  # or its other names could not be taken away
         wipe_leftovers(disk, path)
-    except BaseException:
-        with suppress(OSError):
-            _discard(disk, file, before, path, (partial, old))
-        disk.close(file)
-        if before != held:
-            disk.close(before)
-        raise
+
+    def _give_up(self) -> None:
+        if self.file >= 0:
+            with suppress(OSError):
+                _discard(self.disk, self.file, self._before, self.path, (self._partial, self._old))
+            self.release()
+        self._close_before()
+
+    def release(self) -> None:
+        """Close the new file."""
+        file, self.file = self.file, -1
+        if file >= 0:
+            self.disk.close(file)
+
+    def _close_before(self) -> None:
+        before, self._before = self._before, self.held
+        if before != self.held:
+            self.disk.close(before)
 
 
 def _retire(disk: Disk, before: int, old: str, path: str, *, wait: bool) -> None:

@@ -31,7 +31,7 @@ def upgrade(disk: Disk, path: str, described: dict[str, Any], held: int) -> None
         disk: what reads and writes.
         path: the file.
         described: its description.
-        held: its descriptor, locked; it is closed.
+        held: its descriptor, locked.
 
     Raises:
         BlockingIOError: if a store of the first release has it open.

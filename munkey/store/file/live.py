@@ -82,6 +82,7 @@ class StoreFile(Follower):
         self._table: Table | None = None
         self._digest: Digest | None = None
         self._stage = _Stage.NONE
+        self._next: replacing | None = None
 
     # --- opening ------------------------------------------------------------------------------------------
 
@@ -215,7 +216,9 @@ class StoreFile(Follower):
                 # Not only by closing, as forked processes may share the descriptor.
                 self.disk.unlock(self.file)
             self.disk.close(self.file)
-            self.file = -1
+        if self._next is not None and self._next.file != self.file:
+            self._next.release()  # a file that took the place of the other one when this was interrupted
+        self.file, self._next = -1, None
 
     def __del__(self) -> None:
         with suppress(Exception):
@@ -450,15 +453,15 @@ class StoreFile(Follower):
                 is to be opened again.
         """
         self.ready()
-        old = self.layout
-        self._write_whole(
-            Layout(old.about, old.names, old.shapes, old.dtypes, room, old.secret), parts, held=self.file
-        )
+        old, file = self.layout, self.file
+        self._write_whole(Layout(old.about, old.names, old.shapes, old.dtypes, room, old.secret), parts, held=file)
+        self.disk.close(file)
 
     def _write_whole(self, layout: Layout, parts: Iterable[Part], held: int = -1) -> None:
         count = total = 0
         all_hashes = [torch.zeros(0, HASH, dtype=torch.uint8)]
-        with replacing(self.disk, self.path, held) as file:
+        self._next = replacing(self.disk, self.path, held)
+        with self._next as file:
             layout.write_header(self.disk, file)
             for columns, hashes in parts:
                 records = layout.records(columns, hashes)
@@ -474,6 +477,7 @@ class StoreFile(Follower):
             kept = torch.zeros(layout.room, HASH, dtype=torch.uint8)
             torch.cat(all_hashes, out=kept[:count])
         self.file, self.layout, self.state, self._hashes = file, layout, state, kept
+        self._next = None
         self.unsure = False
 
     # --- what a note announces ----------------------------------------------------------------------------
