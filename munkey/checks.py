@@ -40,7 +40,8 @@ def as_ids(ids: Iterable[int] | Tensor) -> list[int]:
     A mask is refused in any form, also as numbers of 8 bits without a sign: as ids its entries would be 0 and 1.
 
     Args:
-        ids: `(B,)` whole numbers: a tensor or an array of signed ones or of 16 bits and more, or anything to go through.
+        ids: `(B,)` whole numbers: a tensor or an array of signed ones, or of 16 bits and more, or anything to go
+            through.
 
     Raises:
         TypeError: if they are no list of whole numbers.
@@ -78,8 +79,8 @@ def _check_kind(dtype: str) -> None:
         raise TypeError(f"ids must be int64, found {dtype}, a mask; give the ids that it picks: ids[mask]")
     if name == "uint8":
         raise TypeError(
-            f"ids must be int64, found {dtype}, which may be a mask; of a mask give ids[mask.bool()], and int64 numbers "
-            "if these are ids"
+            f"ids must be int64, found {dtype}, which may be a mask; of a mask give ids[mask.bool()], and int64 "
+            "numbers if these are ids"
         )
     if not name.startswith(("int", "uint")):
         raise TypeError(f"ids must be int64, found {dtype}; use ids.long() if that loses nothing")

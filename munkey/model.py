@@ -159,8 +159,8 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
         Raises:
             KeyError: if an id is not in the memory.
             TypeError: as for `forward`, or if labels are no int64 tensor, or ids have no order, as a set.
-            ValueError: as for `forward`, or if a label is out of range; in exact mode also if the memory holds something
-                that can be forgotten.
+            ValueError: as for `forward`, or if a label is out of range; in exact mode also if the memory holds
+                something that can be forgotten.
         """
         self.network.tokens.check(x)
         wanted = ordered_ids(ids)

@@ -314,7 +314,7 @@ def sharded_with_other_encoders() -> str:
 
 
 def remembered_a_bad_label() -> str:
-    built = classifier()
+    built = classifier().double()
     built.shard()
     one = int(dist.is_initialized() and dist.get_rank() == 1)
     try:

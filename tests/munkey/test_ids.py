@@ -41,7 +41,7 @@ REFUSED: dict[str, tuple[object, type[Exception], str]] = {
     "mask of bytes": (
         MASK.byte(),
         TypeError,
-        "ids must be int64, found torch.uint8, which may be a mask; of a mask give ids[mask.bool()], and int64 numbers",
+        "ids must be int64, found torch.uint8, which may be a mask; of a mask give ids[mask.bool()], and int64 num",
     ),
     "array mask": (MASK.numpy(), TypeError, "ids must be int64, found bool, a mask; give the ids that it picks"),
     "array of bytes": (MASK.byte().numpy(), TypeError, "ids must be int64, found uint8, which may be a mask"),
