@@ -27,7 +27,7 @@ Encode = Callable[[Tensor], Tensor]
 # caches, an accelerator where there is much to do.
 _CPU: tuple[int, ...] = (1, 4, 16, 32)
 _OTHER: tuple[int, ...] = (1, 4, 16, 64, 256)
-_NUMBERS = 128  # of a row that are compared at least, since one or two may be equal by chance
+_NUMBERS = 32  # of a row that are compared at least, since one or two may be equal by chance
 
 
 class FullBatches:

@@ -111,9 +111,9 @@ def test_no_bit_of_a_key_says_how_many_came_with_it(name: str, threads: int) -> 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        encoder, x = ENCODERS[name](), images(70)
+        encoder, x = ENCODERS[name](), images(39)
         whole = encoder.keys(x)
-        for size in (1, 2, 5, 31, 32, 33):
+        for size in (1, 5, 33):
             assert torch.equal(torch.cat([encoder.keys(part) for part in x.split(size)]), whole)
     finally:
         torch.set_num_threads(before)
