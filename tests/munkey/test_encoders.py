@@ -370,6 +370,8 @@ def test_efficientnet() -> None:
     x = torch.rand(3, 3, 20, 16, generator=seeded())
     assert encoder(x).shape == (3, 1280)
     torch.testing.assert_close(encoder.keys(x), encoder(x), rtol=1e-3, atol=1e-4)
+    whole = encoder.keys(x[[0, 1, 2] * 11])
+    assert all(torch.equal(encoder.keys(x[n % 3][None]), whole[n : n + 1]) for n in (0, 1, 2, 32))
     grey = torch.rand(1, 1, 20, 16, generator=seeded())
     assert torch.equal(encoder(grey), encoder(grey.expand(-1, 3, -1, -1)))
     assert EfficientNetLite0.from_config(encoder.config).fingerprint() == encoder.fingerprint()
