@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, MappingView, Sequence, Set
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NO_LABEL", "as_ids", "check_rows", "check_width", "distinct", "some", "to_forget"]
+__all__ = [
+    "NO_LABEL",
+    "as_ids",
+    "check_labels",
+    "check_rows",
+    "check_width",
+    "distinct",
+    "ordered_ids",
+    "some",
+    "to_forget",
+]
 
 #: The label of an instance that has none.
 NO_LABEL = -1
@@ -26,29 +37,60 @@ def check_width(**widths: Any) -> None:  # noqa: ANN401
 def as_ids(ids: Iterable[int] | Tensor) -> list[int]:
     """Ids as Python integers.
 
+    A mask is refused in any form, also as numbers of 8 bits without a sign: as ids its entries would be 0 and 1.
+
+    Args:
+        ids: `(B,)` whole numbers: a tensor or an array of signed ones, or of 16 bits and more, or anything to go
+            through.
+
     Raises:
         TypeError: if they are no list of whole numbers.
-        ValueError: if one does not fit into 64 bits, or a tensor is not one-dimensional.
+        ValueError: if one does not fit into 64 bits, or a tensor or an array is not one-dimensional.
     """
-    if isinstance(ids, Tensor):
-        if ids.dtype != torch.int64:
-            raise TypeError(f"ids must be int64, found {ids.dtype}; use ids.long() if that loses nothing")
+    if isinstance(ids, Tensor | np.ndarray):
+        _check_kind(str(ids.dtype))
         if ids.ndim != 1:
             raise ValueError(f"ids must have one dimension, found {tuple(ids.shape)}")
-        found: list[int] = ids.tolist()
-        return found
-    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        return _in_64_bits(ids.tolist())
+    if isinstance(ids, str | bytes | bytearray | memoryview) or not isinstance(ids, Iterable):
         raise TypeError(f"ids must be a list or an int64 tensor, found {type(ids).__name__}; for one, give [id]")
-    listed = [_whole(instance) for instance in ids]
-    for instance in listed:
-        if not -(2**63) <= instance < 2**63:
-            raise ValueError(f"an id must fit into 64 bits, found {instance}")
-    return listed
+    return _in_64_bits([instance if type(instance) is int else _whole(instance) for instance in ids])
 
 
 def ordered_ids(ids: Iterable[int] | Tensor) -> list[int]:
-    """Return ids in an order that is theirs; to be merged."""
+    """Ids that are matched with inputs, keys or labels by their place.
+
+    Raises:
+        TypeError: if they have no order of their own, as a set or a dict, or as for `as_ids`.
+        ValueError: as for `as_ids`.
+    """
+    if isinstance(ids, Set | Mapping | MappingView):
+        raise TypeError(
+            f"ids must come in the order of the inputs, found a {type(ids).__name__}, which has none; give a list or "
+            "an int64 tensor with the id of each input at its place"
+        )
     return as_ids(ids)
+
+
+def _check_kind(dtype: str) -> None:
+    """Raise TypeError unless numbers of this dtype are ids."""
+    name = dtype.removeprefix("torch.")
+    if name == "bool":
+        raise TypeError(f"ids must be int64, found {dtype}, a mask; give the ids that it picks: ids[mask]")
+    if name == "uint8":
+        raise TypeError(
+            f"ids must be int64, found {dtype}, which may be a mask; of a mask give ids[mask.bool()], and int64 "
+            "numbers if these are ids"
+        )
+    if not name.startswith(("int", "uint")):
+        raise TypeError(f"ids must be int64, found {dtype}; use ids.long() if that loses nothing")
+
+
+def _in_64_bits(ids: list[int]) -> list[int]:
+    for instance in ids:
+        if not -(2**63) <= instance < 2**63:
+            raise ValueError(f"an id must fit into 64 bits, found {instance}")
+    return ids
 
 
 def distinct(ids: Iterable[int] | Tensor) -> list[int]:
@@ -71,11 +113,38 @@ def to_forget(ids: Iterable[int] | Tensor, missing: str) -> list[int]:
 
 
 def _whole(instance: object) -> int:
+    kind = str(instance.dtype).removeprefix("torch.") if isinstance(instance, Tensor | np.generic) else ""
+    if kind in ("bool", "uint8") or isinstance(instance, bool):
+        raise TypeError(
+            f"an id must be a whole number, found {instance!r}; of a mask, give the ids it picks: ids[mask]"
+        )
     index = getattr(instance, "__index__", None)
-    if index is None or isinstance(instance, bool):
+    if index is None or (isinstance(instance, Tensor | np.ndarray) and instance.ndim):
         raise TypeError(f"an id must be a whole number, found {instance!r}")
-    number: int = index()
+    try:
+        number: int = index()
+    except TypeError as error:  # of a tensor or an array that holds something else
+        raise TypeError(f"an id must be a whole number, found {instance!r}") from error
     return number
+
+
+def check_labels(labels: Tensor, count: int, classes: int) -> None:
+    """Raise TypeError or ValueError unless labels are `(count,)` int64 numbers from 0 to `classes - 1`.
+
+    Cross-entropy leaves out a label of -100 without a word.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an int64 tensor, found {found}; use torch.as_tensor(labels).long()")
+    if labels.shape != (count,):
+        raise ValueError(f"expected one label for each of {count} inputs, found {tuple(labels.shape)}")
+    if not count:
+        return
+    low, high = (int(bound) for bound in labels.aminmax())
+    if low < 0:
+        raise ValueError(f"a label is at least 0, found {low}; leave out inputs that have no label")
+    if high >= classes:
+        raise ValueError(f"expected labels below {classes}, found {high}")
 
 
 def some(ids: Sequence[int], most: int = 5) -> str:

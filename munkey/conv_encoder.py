@@ -40,6 +40,8 @@ class ConvEncoder(KeyEncoder):
         torch.Size([2, 16])
     """
 
+    row_wise = True
+
     def __init__(self, channels: int, width: int, fitted_on: str, hidden: int = 32, stages: int = 3) -> None:
         super().__init__(width, fitted_on)
         check_width(channels=channels, hidden=hidden, stages=stages)

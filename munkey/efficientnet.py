@@ -34,6 +34,7 @@ class EfficientNetLite0(KeyEncoder):
     """
 
     in_file = False
+    row_wise = True
 
     def __init__(self, size: int = 96, *, width: int = 1280, fitted_on: str = "other data") -> None:
         super().__init__(width, fitted_on)

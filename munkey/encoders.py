@@ -13,13 +13,16 @@ import json
 import math
 import os
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from munkey.checks import check_width
+from munkey.full_batches import FullBatches
 from munkey.store.digest import add_tensors
+from munkey.unwritten import Unwritten
 from treediff.hub import Pretrained
 from treediff.io import load_into, read_header, save_model
 from treediff.noise import counter_normal
@@ -47,9 +50,14 @@ class KeyEncoder(Pretrained, nn.Module):
     Attributes:
         config: what the class was made with besides its weights, as plain JSON.
         in_file: whether the file of a model holds the weights of its encoder.
+        row_wise: whether `encode` takes any numbers from 0 to 1 and treats rows on their own: no operation mixes rows,
+            or looks at all of them to decide something. If so, keys are made in full batches where a trial shows that
+            this changes no bit, and else one at a time. It can be set to False for one encoder, before its first key:
+            with keys that come singly that is faster.
     """
 
     in_file: ClassVar[bool] = True
+    row_wise: bool = False
 
     def __init__(self, width: int, fitted_on: str) -> None:
         super().__init__()
@@ -58,6 +66,7 @@ class KeyEncoder(Pretrained, nn.Module):
             raise ValueError(f"fitted_on must be one of {', '.join(FITTED_ON)}; found {fitted_on!r}")
         self.width, self.fitted_on = width, fitted_on
         self.config: dict[str, Any] = {"width": width, "fitted_on": fitted_on}
+        self._unwritten, self._full = Unwritten(), FullBatches(width)
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -68,39 +77,53 @@ class KeyEncoder(Pretrained, nn.Module):
         """`(B, D)` keys to look up with.
 
         Raises:
-            ValueError: if `encode` gives another shape, or a key that is not finite.
+            ValueError: if `encode` gives another shape, or a key that is not finite, or changes a tensor of
+                the encoder.
         """
-        return self._encoded(x, _ROWS)
+        return self._encoded(x, ((slice(i, i + _ROWS), x[i : i + _ROWS]) for i in range(0, len(x), _ROWS)))
 
     @torch.no_grad()
     def keys(self, x: Tensor) -> Tensor:
         """`(B, D)` keys to store, each a function of its own input, to the bit; errors as for `forward`.
 
-        A product of matrices may round a row otherwise in another place of the batch, so that a stored key would tell
-        what it was stored with. Here each input is encoded on its own.
-        """
-        return self._encoded(x, 1)
+        A product of matrices may round a row otherwise in another place of the batch, or in a batch of another size, so
+        that a stored key would tell what it was stored with. Here each input is encoded on its own; or, if the encoder
+        is `row_wise`, in batches that are always full, once a trial has shown that neither the place of a row nor the
+        other rows change a bit. See `munkey.full_batches`.
 
-    def _encoded(self, x: Tensor, size: int) -> Tensor:
-        weight = next((t for t in self.state_dict().values() if t.is_floating_point()), x)
-        keys = weight.new_zeros(len(x), self.width)
+        The bits are those of one machine, device and number of threads; elsewhere keys differ by rounding.
+        """
+        if self.row_wise:
+            return self._encoded(x, self._full.parts(self._batch, x))
+        return self._encoded(x, ((slice(i, i + 1), x[i : i + 1]) for i in range(len(x))))
+
+    def _encoded(self, x: Tensor, parts: Iterator[tuple[slice, Tensor]]) -> Tensor:
+        """Keys of all rows: of each part those that its slice counts; what follows them in a batch fills it up."""
+        keys = x.new_zeros(len(x), self.width, dtype=self._dtype(x))
+        super().train(False)  # whatever was said to a part of it
         # In the precision of the weights, whatever autocast says: a key is the same wherever it is asked for.
-        with torch.autocast(x.device.type, enabled=False):
-            for start in range(0, len(x), size):
-                # Laid out in one way, which decides how a convolution rounds.
-                part = x[start : start + size].to(weight.dtype).clone(memory_format=torch.contiguous_format)
-                found = self.encode(part)
-                if found.shape != (len(part), self.width):
-                    raise ValueError(
-                        f"expected keys of shape {(len(part), self.width)} from the encoder, found {tuple(found.shape)}"
-                    )
-                keys[start : start + size] = found
+        with self._unwritten.watch(self), torch.autocast(x.device.type, enabled=False):
+            for rows, part in parts:
+                found = self._batch(part)
+                keys[rows] = found[: len(keys[rows])]
                 found.zero_()  # a copy of rows that may be forgotten later
         if not keys.isfinite().all():
             raise ValueError(
                 "the encoder gave a key that is not finite; look at its weights, and at the range of inputs"
             )
         return keys
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        return next((t.dtype for t in self.state_dict().values() if t.is_floating_point()), x.dtype)
+
+    def _batch(self, x: Tensor) -> Tensor:
+        # Laid out in one way, which decides how a convolution rounds.
+        found = self.encode(x.to(self._dtype(x)).clone(memory_format=torch.contiguous_format))
+        if found.shape != (len(x), self.width):
+            raise ValueError(
+                f"expected keys of shape {(len(x), self.width)} from the encoder, found {tuple(found.shape)}"
+            )
+        return found
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: keys must not depend on when they are made."""
@@ -150,6 +173,7 @@ class Projection(KeyEncoder):
         torch.Size([3, 64])
     """
 
+    row_wise = True
     mean: Tensor
     weight: Tensor
 
@@ -226,6 +250,7 @@ class ModuleEncoder(KeyEncoder):
         module: from inputs to features; its parameters are frozen.
         width: numbers of a result.
         fitted_on: what the module was trained on, one of `FITTED_ON`.
+        row_wise: see `KeyEncoder`; whether keys may be made in batches.
 
     Raises:
         TypeError: if the width is not whole.
@@ -238,8 +263,9 @@ class ModuleEncoder(KeyEncoder):
 
     in_file = False
 
-    def __init__(self, module: nn.Module, width: int, *, fitted_on: str) -> None:
+    def __init__(self, module: nn.Module, width: int, *, fitted_on: str, row_wise: bool = False) -> None:
         super().__init__(width, fitted_on)
+        self.row_wise = row_wise
         self.config["module"] = repr(module)  # weights do not tell activations apart
         self.module = module.eval().requires_grad_(False)
 

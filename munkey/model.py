@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from munkey.aggregation import Aggregation, Ensemble
-from munkey.checks import as_ids, check_width
+from munkey.checks import check_labels, check_width, ordered_ids
 from munkey.encoders import KeyEncoder
 from munkey.memory import KeyValueMemory, Retrieved
 from munkey.modes import check_exact, check_mode, check_shares
@@ -27,6 +27,7 @@ from munkey.network import ExemplarTransformer
 from munkey.presets import Presets
 from munkey.store.receipts import Receipt
 from munkey.saved import Saved
+from munkey.sharded import ShardedKeyStore
 from munkey.sharded.ranks import Ranks
 from treediff import EMA
 
@@ -120,7 +121,7 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
             keys: `(B, D)` what the key encoder makes of the inputs, if it is at hand.
 
         Raises:
-            TypeError: if the inputs are no floating-point tensor.
+            TypeError: if the inputs are no floating-point tensor, or `exclude_ids` has no order, as a set.
             ValueError: if they have another shape than the model was built for, or are not finite.
         """
         self.network.tokens.check(x)
@@ -130,8 +131,9 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
             return nothing.squeeze(1)
         if self.mode == "exact" and self.training and torch.is_grad_enabled():
             check_exact(self.memory.store)
+        own = None if exclude_ids is None else ordered_ids(exclude_ids)
         queries = self.key_encoder(x) if keys is None else keys
-        found = self.memory(queries, self.neighbours, exclude_ids=exclude_ids)
+        found = self.memory(queries, self.neighbours, exclude_ids=own)
         logits: Tensor = self.aggregation(found, lambda values: self.network(inputs, values))
         return logits
 
@@ -149,23 +151,24 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
 
         Args:
             x: `(B, ...)` inputs.
-            labels: `(B,)` int64.
+            labels: `(B,)` int64, from 0 to `n - 1`.
             ids: `(B,)` what each of them is in the memory.
             generator: decides which pathways are dropped, and whose value is read; `dropout` inside of blocks, if there
                 is any, draws from PyTorch's global generator.
 
         Raises:
             KeyError: if an id is not in the memory.
-            TypeError: as for `forward`.
-            ValueError: as for `forward`; in exact mode also if the memory holds something that can be forgotten.
+            TypeError: as for `forward`, or if labels are no int64 tensor, or ids have no order, as a set.
+            ValueError: as for `forward`, or if a label is out of range; in exact mode also if the memory holds
+                something that can be forgotten.
         """
         self.network.tokens.check(x)
-        wanted = as_ids(ids)
+        wanted = ordered_ids(ids)
         if len(wanted) != len(x):
             raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
         if not wanted:
             raise ValueError("a loss is the mean over instances; found none")
-        self._check_labels(labels)
+        check_labels(labels, len(x), self.network.num_classes)
         if self.mode == "exact":
             check_exact(self.memory.store)
         uniform = torch.rand(4, len(x), generator=generator, device=x.device)
@@ -194,10 +197,6 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
         found = Retrieved(tokens, scores.masked_fill(theirs < 0, -torch.inf), theirs)
         mine = memory.read(torch.where(own & ~alone, rows, -1), sparse=self.sparse)
         return torch.where((own & ~alone)[:, None], mine, self.aggregation.one(found, uniform[3]))
-
-    def _check_labels(self, labels: Tensor) -> None:
-        if labels.numel() and labels.max() >= self.network.num_classes:
-            raise ValueError(f"expected labels below {self.network.num_classes}, found {int(labels.max())}")
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """All trained weights but the values, for an optimiser: matrices with decay, vectors and nulls without.
@@ -241,7 +240,7 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
         permanent: bool = False,
         keys: Tensor | None = None,
     ) -> None:
-        """Give instances a row each; errors as for `KeyStore.add` and `forward`.
+        """Give instances a row each; errors as for `KeyStore.add` and `loss`.
 
         Args:
             ids: `(B,)` int64, new ones.
@@ -250,17 +249,30 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
             permanent: whether they are there for good: in exact mode, whether weights may be trained on them.
             keys: `(B, D)` what `key_encoder.keys` makes of the inputs, if it is at hand.
         """
-        self.network.tokens.check(x)
-        if self.mode == "exact" and labels is None:
-            raise ValueError("in exact mode a value is written from key and label; pass labels")
-        if labels is not None:
-            self._check_labels(labels)
-        found = self.key_encoder.keys(x) if keys is None else keys
+        store = self.memory.store
+        if isinstance(store, ShardedKeyStore):  # an error of one rank is raised on all, which would wait for it
+            wanted, found = store.ranks.agree(lambda: self._to_remember(ids, x, labels, keys))
+        else:
+            wanted, found = self._to_remember(ids, x, labels, keys)
         try:
-            self.memory.remember(ids, found, labels, permanent=permanent)
+            self.memory.remember(wanted, found, labels, permanent=permanent)
         finally:
             if keys is None:
                 found.zero_()  # a copy of rows that may be forgotten later
+
+    def _to_remember(
+        self, ids: Iterable[int] | Tensor, x: Tensor, labels: Tensor | None, keys: Tensor | None
+    ) -> tuple[list[int], Tensor]:
+        """Ids and keys, once all is as it must be."""
+        self.network.tokens.check(x)
+        if labels is not None:
+            check_labels(labels, len(x), self.network.num_classes)
+        elif self.mode == "exact":
+            raise ValueError("in exact mode a value is written from key and label; pass labels")
+        wanted = ordered_ids(ids)
+        if len(wanted) != len(x):
+            raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
+        return wanted, self.key_encoder.keys(x) if keys is None else keys
 
     def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
         """Delete instances from the memory, at once and without their data; see `KeyStore.forget`.

@@ -313,6 +313,17 @@ def sharded_with_other_encoders() -> str:
     return "nothing"
 
 
+def remembered_a_bad_label() -> str:
+    built = classifier().double()
+    built.shard()
+    one = int(dist.is_initialized() and dist.get_rank() == 1)
+    try:
+        built.remember([2 * one, 2 * one + 1], images(2), torch.tensor([0, -one]))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def sent_for(what: str) -> tuple[int, int]:
     """Messages and bytes that this rank sends for a search of six queries, or a deletion of twelve ids."""
     store = ShardedKeyStore.of(filled())

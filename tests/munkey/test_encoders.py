@@ -63,6 +63,186 @@ def test_a_key_depends_neither_on_layout_nor_on_autocast(name: str) -> None:
         assert torch.equal(encoder.keys(x), keys) and encoder(x.bfloat16()).dtype == torch.float32
 
 
+class Counted(KeyEncoder):
+    """Sums of a row, with what tells rows, places or sizes apart; keeps the sizes of its batches."""
+
+    def __init__(self, fault: str, row_wise: bool = True) -> None:
+        super().__init__(width=1, fitted_on="nothing")
+        self.fault, self.row_wise, self.sizes = fault, row_wise, list[int]()
+
+    def encode(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        found = x.flatten(1).double().sum(1, keepdim=True).float()
+        if self.fault == "rows":
+            found += 1e-3 * found.mean(0)
+        if self.fault == "place":
+            found[7:8] *= 1 + 1e-6
+        if self.fault == "size":
+            found *= 1 + 1e-6 * len(x)
+        if self.fault == "padding":  # cuts off what is empty in all rows, and counts what is left
+            found += len(x.flatten(1).any(0).nonzero())
+        return found
+
+
+@pytest.mark.parametrize(
+    ("fault", "row_wise", "expected"),
+    [
+        ("", True, [32, 32, 16]),
+        ("size", True, [32, 32, 32]),
+        ("rows", True, [1] * 70),
+        ("place", True, [1] * 70),
+        ("padding", False, [1] * 70),
+    ],
+)
+def test_batches_are_full_where_a_trial_shows_that_it_makes_no_difference(
+    fault: str, row_wise: bool, expected: list[int]
+) -> None:
+    encoder, x = Counted(fault, row_wise), images(70)
+    x[:35, :, :4] = 0
+    whole = encoder.keys(x)
+    assert all(torch.equal(encoder.keys(x[start : start + 5]), whole[start : start + 5]) for start in (0, 33, 65))
+    encoder.sizes.clear()
+    assert torch.equal(encoder.keys(x.flip(0)), whole.flip(0)) and encoder.sizes == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ["conv", "random"])
+def test_no_bit_of_a_key_says_how_many_came_with_it(name: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        encoder, x = ENCODERS[name](), images(39)
+        whole = encoder.keys(x)
+        for size in (1, 5, 33):
+            assert torch.equal(torch.cat([encoder.keys(part) for part in x.split(size)]), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_trial_is_made_once_for_each_shape_and_setting() -> None:
+    encoder = Counted("")
+    encoder.keys(images(32))
+    assert len(encoder.sizes) > 1 and len(encoder._full.passed) == 1
+    encoder.sizes.clear()
+    encoder.keys(images(64))
+    assert encoder.sizes == [32, 32]
+    encoder.keys(torch.rand(32, 2))
+    encoder.keys(images(32).double())
+    assert len(encoder._full.passed) == 3 and all(encoder._full.passed.values())
+
+
+def test_without_row_wise_set_keys_are_those_of_single_inputs() -> None:
+    encoder, x = conv(), images(40)
+    encoder.row_wise = False
+    assert torch.equal(encoder.keys(x), torch.cat([encoder.encode(row[None]) for row in x]))
+    torch.testing.assert_close(encoder.keys(x), conv().keys(x))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    assert not ModuleEncoder(net, 5, fitted_on="nothing").row_wise
+    batched = ModuleEncoder(net, 5, fitted_on="nothing", row_wise=True)
+    assert batched.row_wise and batched.fingerprint() == ModuleEncoder(net, 5, fitted_on="nothing").fingerprint()
+
+
+class Writing(nn.Module):
+    """Flattens, and keeps something of what it saw from call number `first` on."""
+
+    def __init__(self, way: str, first: int = 0) -> None:
+        super().__init__()
+        self.way, self.first, self.calls = way, first, 0
+        self.register_buffer("total", torch.zeros(48), persistent=way != "temporary")
+        self.register_buffer("spread", torch.ones(48))
+        self.weight = nn.Parameter(torch.zeros(48))
+        self.plain = torch.zeros(48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, self.calls = x.flatten(1), self.calls + 1
+        if self.calls <= self.first:
+            return x
+        if self.way in ("buffer", "temporary"):
+            self.total += x.sum(0)
+        elif self.way == "another buffer":
+            self.total = self.total + x.sum(0)
+        elif self.way == "weight":
+            self.weight.requires_grad_()
+            self.weight.add_(x.sum(0))
+        elif self.way == "data":
+            self.weight.data += x.sum(0)
+        elif self.way == "attribute":
+            self.plain += x.sum(0)
+        elif self.way == "new attribute":
+            self.last = x.sum(0)
+        elif self.way == "statistics":
+            nn.functional.batch_norm(x.repeat(2, 1), self.total, self.spread, training=True)
+        elif self.way == "before an error":
+            self.total += x.sum(0)
+            raise RuntimeError("stopped")
+        return x
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    found = dict(module.named_parameters()) | dict(module.named_buffers())
+    plain = {name: tensor for name, tensor in vars(module).items() if isinstance(tensor, Tensor)}
+    return {name: tensor.detach().clone() for name, tensor in (found | plain).items()}
+
+
+WRITTEN = {
+    "temporary": "total",
+    "another buffer": "total",
+    "data": "weight",
+    "attribute": "plain",
+    "statistics": "total",
+}
+
+
+@pytest.mark.parametrize("look_up", [False, True])
+@pytest.mark.parametrize(
+    "way", ["buffer", "temporary", "another buffer", "weight", "data", "attribute", "new attribute", "statistics"]
+)
+def test_an_encoder_that_writes_is_refused_and_keeps_nothing(way: str, look_up: bool) -> None:
+    module = Writing(way)
+    encoder, before = ModuleEncoder(module, 48, fitted_on="other data"), state(module)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match="of the encoder changed while it ran, expected one that is frozen"
+        ) as said:
+            (encoder if look_up else encoder.keys)(images(3))
+        assert "anew" not in str(said.value)
+        after = state(module)
+        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    if way in WRITTEN:
+        assert f"'module.{WRITTEN[way]}' of the encoder" in str(said.value) or way == "statistics"
+
+
+def test_what_an_encoder_wrote_before_an_error_is_taken_back() -> None:
+    module = Writing("before an error")
+    with pytest.raises(RuntimeError, match="stopped"):
+        ModuleEncoder(module, 48, fitted_on="other data").keys(images(3))
+    assert not module.total.any()
+
+
+def test_an_encoder_that_begins_to_write_later_is_to_be_made_anew() -> None:
+    encoder = ModuleEncoder(Writing("buffer", first=1), 48, fitted_on="other data")
+    encoder.keys(images(1))
+    with pytest.raises(ValueError, match=r"'module.total' .* Make the encoder anew: this one has kept something of th"):
+        encoder.keys(images(1))
+
+
+def test_an_encoder_that_learned_in_between_is_frozen_all_the_same() -> None:
+    encoder, x = conv(), images(40)
+    first = encoder.keys(x)
+    with torch.no_grad():
+        encoder.head.bias += 1
+    torch.testing.assert_close(encoder.keys(x), first + 1)
+    encoder.load_state_dict(conv().state_dict())
+    assert torch.equal(encoder.keys(x), first)
+
+
+def test_a_part_that_was_put_into_training_mode_is_put_back() -> None:
+    encoder, x = module(), images(3)
+    before = encoder.keys(x)
+    encoder.module.train()
+    assert torch.equal(encoder.keys(x), before) and not encoder.module[1].training
+
+
 def test_a_fingerprint_sees_what_has_no_weights() -> None:
     found = set()
     for activation in (nn.ReLU(), nn.Tanh()):
@@ -138,7 +318,7 @@ class Broken(KeyEncoder):
         self.result = result
 
     def encode(self, x: Tensor) -> Tensor:
-        return self.result.expand(len(x), -1)
+        return self.result.repeat(len(x), 1)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +370,8 @@ def test_efficientnet() -> None:
     x = torch.rand(3, 3, 20, 16, generator=seeded())
     assert encoder(x).shape == (3, 1280)
     torch.testing.assert_close(encoder.keys(x), encoder(x), rtol=1e-3, atol=1e-4)
+    whole = encoder.keys(x[[0, 1, 2] * 11])
+    assert all(torch.equal(encoder.keys(x[n % 3][None]), whole[n : n + 1]) for n in (0, 1, 2, 32))
     grey = torch.rand(1, 1, 20, 16, generator=seeded())
     assert torch.equal(encoder(grey), encoder(grey.expand(-1, 3, -1, -1)))
     assert EfficientNetLite0.from_config(encoder.config).fingerprint() == encoder.fingerprint()

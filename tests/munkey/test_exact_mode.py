@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from classifiers import images, labels, model, train
+from classifiers import CLASSES, SIZE, images, labels, model, train
+from torch import Tensor, nn
 
-from munkey import KeyMemoryTransformer
+from munkey import KeyMemoryTransformer, ModuleEncoder
 
 
 def test_in_exact_mode_a_model_that_forgot_is_one_that_never_saw() -> None:
@@ -71,3 +72,29 @@ def test_what_exact_mode_refuses() -> None:
     assert built.memory.store.digest() == before
     built.forget([3])
     built.loss(images(2), labels(2), ids=[1, 2])
+
+
+class Centred(nn.Module):
+    """Takes the mean of all it has seen from each input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(48))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total += x.flatten(1).sum(0)
+        self.count += len(x)
+        return x.flatten(1) - self.total / self.count
+
+
+@pytest.mark.parametrize("mode", ["exact", "paper"])
+def test_an_encoder_that_would_keep_forgotten_inputs_is_refused(mode: str) -> None:
+    encoder = ModuleEncoder(Centred(), 48, fitted_on="other data")
+    built = KeyMemoryTransformer.for_images(CLASSES, 1, SIZE, encoder, mode=mode, width=8, heads=2)
+    before = encoder.fingerprint()
+    with pytest.raises(
+        ValueError, match=r"'module\.(count|total)' of the encoder changed while it ran, expected one th"
+    ):
+        built.remember([1], images(1), labels(1))
+    assert encoder.fingerprint() == before and not len(built.memory.store)

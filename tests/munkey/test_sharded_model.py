@@ -12,6 +12,7 @@ from rank_cases import (
     images,
     labels,
     loaded_model,
+    remembered_a_bad_label,
     saved_model,
     sharded_with_other_encoders,
     trained_model,
@@ -77,6 +78,12 @@ def test_rows_alone_are_no_model(tmp_path: Path) -> None:
 def test_all_ranks_have_the_same_encoder(pools: Callable[[int], RankPool]) -> None:
     for said in pools(2).run(sharded_with_other_encoders):
         assert said.startswith("all ranks must have the same fingerprint of the key encoder: rank 0 has '")
+
+
+def test_a_bad_label_on_one_rank_is_said_on_all(pools: Callable[[int], RankPool]) -> None:
+    first, second = pools(2).run(remembered_a_bad_label)
+    assert second == "a label is at least 0, found -1; leave out inputs that have no label"
+    assert first == second + " (says rank 1)"
 
 
 def test_what_follows_values_comes_after_sharding() -> None:
