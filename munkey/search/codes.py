@@ -13,6 +13,10 @@ from torch import Tensor
 __all__ = ["TINY", "Screen", "bytes_of", "length_above"]
 
 _ROWS = 4096  # at a time, in float64
+_NUMBERS = 1 << 18  # at a time, which a cache holds several times
+_WIDTH = 2**13  # up to which sums of squares in float32 are as near as the room for it, in any order
+_DIVIDED = 2.0**-16  # greatest error of a number of up to 127 that was divided
+_VANISHED = 2.0**-62  # greatest number whose square may vanish in float32
 #: The least number in float32 that products in low precision do not take for 0.
 TINY = torch.finfo(torch.float32).tiny
 
@@ -55,32 +59,51 @@ class Screen:
 
     def write(self, keys: Tensor) -> None:
         """Be the screen of some keys, as many as there are rows."""
+        count, width = keys.shape
         self.rounded[:, -1] = 1
-        self.length.copy_(length_above(keys))
-        for start in range(0, len(keys), _ROWS):
-            rows, part = slice(start, start + _ROWS), keys[start : start + _ROWS]
-            self.rounded[rows, :-1] = part
-            lost = self.rounded[rows, :-1].to(keys.dtype, copy=True).sub_(part)
-            self.rounding[rows] = length_above(lost)
-            for column, new in zip((self.small, self.unit, self.small_rounding), bytes_of(part), strict=True):
-                column[rows] = new
-                new.zero_()  # made of rows that may be forgotten later
-            lost.zero_()
+        size = max(1, _NUMBERS // max(1, width))
+        # Sums of more numbers than this are too coarse in float32.
+        dtype = torch.promote_types(keys.dtype, torch.float32 if width <= _WIDTH else torch.float64)
+        room = torch.empty(2, min(size, count), width, dtype=dtype, device=keys.device)
+        for start in range(0, count, size):
+            part = keys[start : start + size]
+            screen = Screen(*(column[start : start + size] for column in self.columns))
+            screen._write_some(part, *room[:, : len(part)])
+        room.zero_()  # copies of rows that may be forgotten later
+
+    def _write_some(self, keys: Tensor, scaled: Tensor, lost: Tensor) -> None:
+        """Do the same for few, with two pieces of memory of the shape of the keys.
+
+        Lengths are taken in units of each key, so that no square overflows; a key is at least 127 of them long.
+        """
+        unit = torch.maximum(keys.amax(1), -keys.amin(1)).float() / 127
+        unit.masked_fill_(unit < TINY, 0.0)  # which some processors take for 0
+        steps = torch.where(unit > 0, unit, torch.inf)[:, None]
+        torch.div(keys, steps, out=scaled)
+        # Beyond float32 there is no length, and no product in low precision.
+        self.length.copy_(_in_units(scaled, unit, 0.0).masked_fill_(unit.isinf(), torch.inf))
+        self.small.copy_(torch.round(scaled, out=lost))
+        self.small_rounding.copy_(_in_units(scaled.sub_(lost), unit, _DIVIDED))
+        self.rounded[:, :-1] = keys
+        lost.copy_(self.rounded[:, :-1]).sub_(keys).div_(steps)
+        self.rounding.copy_(_in_units(lost, unit, _VANISHED))
+        self.unit.copy_(unit)
+
+
+def _in_units(x: Tensor, unit: Tensor, room: float) -> Tensor:
+    """`(n,)` float32 numbers a little above the lengths of rows `(n, D)` given in units, each number off by `room`."""
+    side: float = x.shape[1] ** 0.5
+    found = (torch.linalg.vector_norm(x, dim=1) * (1 + 2.0**-10) + side * room) * unit
+    # Numbers of a row without a unit are below 127 times the least one, and as much may be lost.
+    above: Tensor = found.float() + torch.where(unit > 0, 1.0, 128.0) * (side * TINY)
+    return above
 
 
 def bytes_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows `(n, D)` in bytes, their units, and at least the lengths of what was lost."""
-    wide = x.to(torch.float64, copy=True)
-    unit = (wide.abs().amax(1) / 127).to(torch.float32)
-    unit.masked_fill_(unit < TINY, 0.0)  # which some processors take for 0
-    steps = torch.where(unit > 0, unit, torch.inf).double()[:, None]
-    small = torch.empty(x.shape, dtype=torch.int8, device=x.device)  # laid out as products need it
-    held = (wide / steps).round_().clamp_(-127, 127)
-    small.copy_(held)
-    rounding = length_above(wide.sub_(held.mul_(unit.double()[:, None])))
-    for copy in (wide, held):  # of rows that may be forgotten later
-        copy.zero_()
-    return small, unit, rounding
+    screen = Screen.of(x)
+    screen.rounded.zero_()  # a copy of queries, which may be keys
+    return screen.small, screen.unit, screen.small_rounding
 
 
 def length_above(x: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def _narrowed(queries: Tensor, keys: Tensor, length: Tensor, candidates: Tensor,
         return query, row
     wide = torch.promote_types(keys.dtype, torch.float32)
     scores = torch.full((len(queries), most), -torch.inf, dtype=wide, device=keys.device)
-    scores[query, place] = _scored(queries, keys, query, row, wide)
+    scores[query, place] = pair_scores(queries, keys, query, row, wide)
     longest = length.new_zeros(len(queries)).scatter_reduce_(0, query, length[row], "amax")
     slack = 2.0**-22 * keys.shape[1] * length_above(queries) * longest
     least = scores.topk(k, 1).values[:, -1] - 2 * slack - 8 * keys.shape[1] * torch.finfo(torch.float32).tiny
@@ -183,7 +183,7 @@ def _ranked(
 ) -> Neighbours:
     """The best `k` of some pairs, by a score in float64."""
     query, row = found
-    scores = _scored(queries, keys, query, row, torch.float64)
+    scores = pair_scores(queries, keys, query, row)
     if exclude_ids is not None:
         kept = ids[row] != exclude_ids[query]
         query, row, scores = query[kept], row[kept], scores[kept]
@@ -204,24 +204,26 @@ def _ranked(
     return best
 
 
-def _scored(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(n,)` dot products, some at a time."""
-    size = max(1, _SCORED // keys.shape[1])
-    parts = zip(query.split(size), row.split(size), strict=True)
-    return torch.cat([pair_scores(queries, keys, *part, dtype) for part in parts])
-
-
 def pair_scores(
     queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """`(n,)` dot products, each summed in the same order whatever else is in the batch."""
-    if len(row) == 1:  # a sum that is alone is divided among threads
-        return pair_scores(queries, keys, query.expand(2), row.expand(2), dtype)[:1]
-    copies = [queries[query], keys[row]]
-    copies += [copy.to(dtype) for copy in copies]
-    scores = (copies[2] * copies[3]).sum(1)
-    for copy in copies:  # of rows that may be forgotten later
-        copy.zero_()
+    size = max(2, _SCORED // max(1, keys.shape[1]))
+    own = keys.new_empty(max(2, min(size, len(row))), keys.shape[1])
+    wide = [own, torch.empty_like(own)] if dtype == own.dtype else [own.to(dtype) for _ in range(2)]
+    scores = torch.empty(len(row), dtype=dtype, device=keys.device)
+    for found, *pair in zip(scores.split(size), query.split(size), row.split(size), strict=True):
+        if len(found) == 1:  # a sum that is alone is divided among threads
+            pair = [numbers.expand(2) for numbers in pair]
+        parts = [room[: len(pair[0])] for room in (own, *wide)]
+        for source, numbers, part in zip((queries, keys), pair, parts[1:], strict=True):
+            if dtype == own.dtype:
+                torch.index_select(source, 0, numbers, out=part)
+            else:
+                part.copy_(torch.index_select(source, 0, numbers, out=parts[0]))
+        found.copy_(parts[1].mul_(parts[2]).sum(1)[: len(found)])
+    for room in (own, *wide):  # of rows that may be forgotten later
+        room.zero_()
     return scores
 
 
