@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from treediff.io import model_bytes, read_header, read_tensors, require_fit, write_file
+from treediff.modes import lasting
 
 __all__ = ["Checkpoint", "CheckpointFiles", "read_checkpoint", "save_checkpoint"]
 
@@ -52,6 +53,7 @@ def save_checkpoint(path: Path, parts: Mapping[str, Any]) -> None:
     write_file(path, Checkpoint.of(parts).to_bytes())
 
 
+@lasting()
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read what `save_checkpoint` wrote.
 
@@ -71,7 +73,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         states, classes = header["states"], header["classes"]
         return Checkpoint({key: _decoded(state, tensors) for key, state in states.items()}, dict(classes), name)
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"the header of {name!r} is damaged ({type(error).__name__}: {error})") from None
 
 
@@ -115,6 +117,7 @@ class Checkpoint:
             raise KeyError(f"{self.name} holds no {name!r}; it holds {sorted(self.states)}")
         return self.states[name]
 
+    @lasting()
     def fill(self, parts: Mapping[str, Any]) -> None:
         """Give parts the states they had, in the order in which they are named here.
 

@@ -1,4 +1,8 @@
-"""Whether a batch suits a model; one place, so that all models say the same."""
+"""Whether images, times and noise suit what is done with them; one place, so that all say the same.
+
+What can be told from a shape or a dtype is always checked. Values of tensors are looked at on a CPU only, and not while
+PyTorch compiles: elsewhere a look would stop an accelerator's stream, or a graph, at every step.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["check_batch"]
+__all__ = ["check_batch", "check_noise", "check_times"]
+
+_STEP = "step n of T steps, counted from 1, is t = n / T"
 
 
 def check_batch(
@@ -40,10 +46,65 @@ def check_batch(
             f"expected {what} of the dtype of the weights, {dtype}, found {x.dtype}; convert them with .to({dtype}), "
             "or the model with model.to(x.dtype)"
         )
-    # Looking at values would stop an accelerator's stream, and a compiled graph, at every step.
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel():
+    if _may_look(x):
         _check_values(x, data_range, what)
     return x
+
+
+def check_times(t: Tensor | float, name: str = "t") -> None:
+    """Raise unless times, or levels of noise, lie in [0, 1]; those of a tensor are looked at on a CPU only.
+
+    Args:
+        t: a number, or a tensor of any shape.
+        name: for messages.
+
+    Raises:
+        TypeError: if a tensor is not floating point.
+        ValueError: if a time is NaN or outside of [0, 1].
+    """
+    if not isinstance(t, Tensor):
+        low, high = t, t
+    elif not t.is_floating_point():
+        raise TypeError(f"{name} must be floating point, from 0 to 1, found {t.dtype}; {_STEP}")
+    elif not _may_look(t):
+        return
+    else:
+        low, high = (float(value) for value in t.detach().aminmax())
+    if not (low >= 0 and high <= 1):  # true of NaN, too
+        raise ValueError(
+            f"{name} must lie in [0, 1], where 0 is the data and 1 is nothing but noise, found {low:.4g} to "
+            f"{high:.4g}; {_STEP}"
+        )
+
+
+def check_noise(noise: Tensor, like: Tensor, what: str) -> None:
+    """Raise unless there is a number of its own for each number that noise is put on.
+
+    Args:
+        noise: what was given.
+        like: what it is put on.
+        what: that tensor, for messages.
+
+    Raises:
+        TypeError: if it is not floating point, or (but for autocast) would widen the dtype.
+        ValueError: if it has another shape, which might broadcast, as one noise for all images does.
+    """
+    if noise.shape != like.shape:
+        raise ValueError(
+            f"noise must have the shape of {what}, {tuple(like.shape)}, found {tuple(noise.shape)}; draw a number for "
+            f"each: torch.randn_like({what})"
+        )
+    widens = torch.promote_types(noise.dtype, like.dtype) != like.dtype
+    if not noise.is_floating_point() or (widens and not torch.is_autocast_enabled(like.device.type)):
+        raise TypeError(
+            f"noise must have the dtype of {what}, {like.dtype}, found {noise.dtype}; draw it as "
+            f"torch.randn_like({what}), or convert floating-point noise with .to({like.dtype})"
+        )
+
+
+def _may_look(x: Tensor) -> bool:
+    """Whether there are values that can be looked at without waiting for them."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0
 
 
 def _check_values(x: Tensor, data_range: tuple[float, float] | None, what: str) -> None:

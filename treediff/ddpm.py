@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from treediff.checks import check_noise
 from treediff.ddpm_networks import DDPMNetworks
 from treediff.diffusion.condition import TreeCondition
 from treediff.diffusion.conditioning import Signal
@@ -67,15 +68,16 @@ class LeafConditionedDDPM(DDPMNetworks):
         Args:
             x: `(B, C, H, W)` in [0, 1].
             condition: where each image belongs.
-            t: `(B,)` times; by default spread evenly over all noise levels from a random start (Kingma et al., arXiv
-                2107.00630, appendix I.1), whole steps for a discrete schedule.
-            noise: standard normal, shaped like `x`; drawn if not given.
+            t: `(B,)` times from 0, the data, to 1; by default spread evenly over all noise levels from a random start
+                (Kingma et al., arXiv 2107.00630, appendix I.1), whole steps for a discrete schedule.
+            noise: standard normal, of the shape and dtype of `x`; drawn if not given.
             generator: where times, noise, and what is hidden from the network come from; on the images' device.
 
         Raises:
-            TypeError: if `x` is no floating-point tensor.
-            ValueError: if `x` is empty, has another shape, is not finite or leaves [0, 1]; or if there is not one place
-                for each image.
+            TypeError: if `x` is no floating-point tensor, `t` is not floating point, or noise has another dtype.
+            ValueError: if `x` is empty, has another shape, is not finite or leaves [0, 1]; if there is not one place
+                and one time for each image, or noise has another shape; or (looked at on a CPU only) if a time is NaN
+                or outside of [0, 1].
         """
         self.check(x, condition)
         if not len(x):
@@ -85,8 +87,10 @@ class LeafConditionedDDPM(DDPMNetworks):
             t = self._times(uniform[0])
         if noise is None:
             noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        check_noise(noise, x, "x")
         if self.condition_noise and condition.image is not None:
-            on_image = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            image = condition.image
+            on_image = torch.randn(image.shape, generator=generator, dtype=image.dtype, device=x.device)
             condition = condition.noised(self.condition_noise * uniform[1], on_image)
         if self.coarsen:
             condition = condition.coarser(self.index, uniform[2] < self.coarsen, uniform[3])

@@ -26,7 +26,17 @@ from treediff.diffusion.schedule import NoiseSchedule
 from treediff.diffusion.unet import UNet
 from treediff.diffusion.weighting import Weighting, simple
 from treediff.hub import Pretrained
-from treediff.io import dtype_name, dtype_named, load_into, read_header, require_config, save_model
+from treediff.io import (
+    described_by,
+    dtype_name,
+    dtype_named,
+    load_into,
+    read_header,
+    require_config,
+    require_topology,
+    save_model,
+)
+from treediff.modes import lasting
 from treediff.networks import TreeNetworks
 from treediff.noise import seed_from
 from treediff.topology import TreeTopology
@@ -162,6 +172,7 @@ class DDPMNetworks(Pretrained, nn.Module):
         return {"config": self.config, "topology": topology, "dtype": dtype_name(self.unet.out.weight.dtype)}
 
     @classmethod
+    @lasting()
     def load(cls, path: str | os.PathLike[str], *, model: Self | None = None) -> Self:
         """Read what `save` wrote; every tensor is bit-equal.
 
@@ -185,7 +196,7 @@ class DDPMNetworks(Pretrained, nn.Module):
 
     def check_tree(self, header: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         """Raise ValueError if a header tells of another tree, whose weights may have the same shapes."""
-        found = TreeTopology.from_json(json.dumps(header.get("topology")))
+        found = require_topology(header, path)
         if found != self.index.topology:
             raise ValueError(
                 f"the model in {os.fspath(path)!r} is on another tree, {found}, than the given one, "
@@ -200,15 +211,10 @@ class DDPMNetworks(Pretrained, nn.Module):
             ValueError: if it was built from parts, which no header describes, or the header is damaged.
         """
         config = require_config(header, path)
-        topology = TreeTopology.from_json(json.dumps(header.get("topology")))
-        preset = replace(
-            PresetParts.from_config(config, topology), dtype=dtype_named(header.get("dtype", "float32"), path)
-        )
-        try:
-            settings: dict[str, Any] = vars(preset)
+        topology, dtype = require_topology(header, path), dtype_named(header.get("dtype", "float32"), path)
+        with described_by(path, config):
+            settings: dict[str, Any] = vars(replace(PresetParts.from_config(config, topology), dtype=dtype))
             return cls.for_images(**settings, generator=torch.Generator().manual_seed(0))
-        except TypeError as error:
-            raise ValueError(f"the configuration {config!r} does not describe a model: {error}") from error
 
 
 def _check_parts(unet: UNet, conditioner: Conditioner) -> None:

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from treediff.diffusion.condition import NodeIndex
 from treediff.generation import TreeSample, check_draw
-from treediff.io import dtype_name, dtype_named
+from treediff.io import described_by, dtype_name, dtype_named, require_config, require_topology
 from treediff.layers.blocks import check_positive, check_shape
 from treediff.layers.grouped import grouped_linear
 from treediff.layers.groups import Groups
-from treediff.modes import evaluating
+from treediff.modes import evaluating, lasting
 from treediff.noise import combine_seeds, counter_normal, counter_uniform, seed_from, widest
 from treediff.placement import condition_of
 from treediff.probability import sample_leaf
@@ -154,7 +154,8 @@ class LeafDensity(nn.Module):
         """
         check_positive(components=components, batch_size=batch_size)
         tree_vae.check(images)
-        density = cls(tree_vae.topology, tree_vae.latent, components, device=tree_vae.device, dtype=torch.float32)
+        with lasting():
+            density = cls(tree_vae.topology, tree_vae.latent, components, device=tree_vae.device, dtype=torch.float32)
         seed = seed_from(generator)
         node, z, weights = _paths_of(tree_vae, images, batch_size, seed)
         density.shares.copy_(weights.cpu().double().mean(0))
@@ -246,12 +247,10 @@ class LeafDensity(nn.Module):
         """
         if not isinstance(header, dict) or not header.keys() >= {"components", "latent", "topology"}:
             raise ValueError(f"the header of {os.fspath(path)!r} is damaged: it describes no density, {header!r}")
-        topology = TreeTopology.from_json(json.dumps(header["topology"]))
-        dtype = dtype_named(header.get("dtype"), path)
-        try:
-            return cls(topology, tuple(header["latent"]), header["components"], dtype=dtype)
-        except TypeError as error:
-            raise ValueError(f"the header of {os.fspath(path)!r} describes no density: {error}") from error
+        topology, dtype = require_topology(header, path), dtype_named(header.get("dtype"), path)
+        sizes = require_config({"config": {key: header[key] for key in ("latent", "components")}}, path)
+        with described_by(path, sizes):
+            return cls(topology, tuple(sizes["latent"]), sizes["components"], dtype=dtype)
 
 
 def _paths_of(tree_vae: TreeVAE, images: Tensor, batch_size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from treediff.modes import lasting
 
 __all__ = ["EMA"]
 
@@ -16,7 +19,8 @@ class EMA:
 
     At step `n` the decay is `min(decay, (1 + n) / (10 + n))`, so that the first, useless weights are soon forgotten
     (the rule of TensorFlow's moving averages). Buffers are not averaged: the model keeps its own. Weights in half
-    precision have averages in float32, because a step of a thousandth would be lost.
+    precision have averages in float32, because a step of a thousandth would be lost. An average that is made or used in
+    `torch.inference_mode()` is like any other afterwards.
 
     Args:
         model: the model to follow; parameters that are added to it later are not followed.
@@ -28,6 +32,9 @@ class EMA:
 
     Attributes:
         own: the model's own weights while it has the averaged ones, otherwise None.
+        before_load: functions without arguments that `load_state_dict` calls once a state fits, before it changes
+            anything. Whoever changes averages by hand, as a store does that erases rows, puts one here that raises if
+            an older state would bring back what is gone. A copy of the average begins with none.
 
     Examples:
         >>> model = nn.Linear(2, 1)
@@ -44,7 +51,13 @@ class EMA:
         self.steps = 0
         self.before_load: list[Callable[[], None]] = []
         self.own: dict[str, Tensor] | None = None
-        self.weights = {name: _precise(weight.detach()) for name, weight in model.named_parameters()}
+        self.before_load: list[Callable[[], None]] = []
+        with lasting():
+            self.weights = {name: _precise(weight.detach()) for name, weight in model.named_parameters()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is called knows the original, and nothing of a copy.
+        return {**self.__dict__, "before_load": []}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -62,7 +75,9 @@ class EMA:
     @contextmanager
     def average(self) -> Iterator[None]:
         """Within this context the model has the averaged weights; afterwards its own again, whatever happens."""
-        outer, self.own = self.own, {name: weight.clone() for name, weight in self._now().items()}
+        outer = self.own
+        with lasting():
+            self.own = {name: weight.clone() for name, weight in self._now().items()}
         try:
             self._put(self.weights)
             yield
@@ -95,10 +110,11 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state; nothing is changed unless all of it fits.
+        """Go on from a state; nothing is changed unless all of it fits, and nobody in `before_load` refuses it.
 
         Raises:
-            ValueError: naming the weights that are missing, unknown, or of another shape.
+            ValueError: naming the weights that are missing, unknown, or of another shape. What is raised in
+                `before_load` comes as it is.
         """
         expected = {f"weights.{name}": tuple(weight.shape) for name, weight in self.weights.items()} | {"steps": ()}
         found = {name: tuple(weight.shape) for name, weight in state.items()}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,22 +18,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from treediff.modes import lasting
+from treediff.topology import TreeTopology
+
 __all__ = [
     "FORMAT_VERSION",
+    "described_by",
     "dtype_name",
     "dtype_named",
     "load_into",
     "model_bytes",
+    "parse_json",
     "read_header",
     "read_tensors",
     "require_config",
     "require_fit",
+    "require_topology",
     "save_model",
     "write_file",
 ]
 
 FORMAT_VERSION = 1
 _KEY = "treediff"
+_DEEPEST = 200  # far below where Python gives up, and far above what any file needs
 
 Path = str | os.PathLike[str]
 
@@ -99,7 +106,8 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             yield file
-    except SafetensorError as error:
+    # The last three come from PyTorch, of shapes that safetensors has let pass.
+    except (SafetensorError, OverflowError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{os.fspath(path)!r} is not a whole safetensors file ({error}); it may be damaged, cut short, or of "
             "another kind. Nothing else is tried: pickled files are never read"
@@ -122,11 +130,11 @@ def read_header(path: Path, expected_class: str) -> dict[str, Any]:
             f"{sorted(metadata)}, expected {_KEY!r}"
         )
     try:
-        header = json.loads(metadata[_KEY])
+        header = parse_json(metadata[_KEY])
         version, found_class = header["format"], header["class"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"the header of {os.fspath(path)!r} is damaged ({type(error).__name__}: {error})") from None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:  # to Python True and 1.0 are 1, too
         raise ValueError(
             f"{os.fspath(path)!r} has format version {version}, this treediff reads version {FORMAT_VERSION}; "
             "install the release that wrote it, or a newer one"
@@ -136,16 +144,86 @@ def read_header(path: Path, expected_class: str) -> dict[str, Any]:
     return dict(header)
 
 
+def parse_json(text: str) -> Any:  # noqa: ANN401
+    """Read JSON that nobody vouches for.
+
+    Raises:
+        ValueError: if it is none, or is nested too deeply for what is done with it later.
+    """
+    deep = f"expected JSON nested at most {_DEEPEST} deep, found more"
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError(deep) from None
+    level = [found]
+    for _ in range(_DEEPEST):
+        level = _below(level)
+    if any(isinstance(value, dict | list) for value in level):
+        raise ValueError(deep)
+    return found
+
+
+def _below(level: list[Any]) -> list[Any]:
+    """What the objects and lists among some values of JSON are made of."""
+    lists = [value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list)]
+    return [part for parts in lists for part in parts]
+
+
+@contextmanager
+def described_by(path: Path, *sizes: object) -> Iterator[None]:
+    """Make what a file says; whatever goes wrong becomes a ValueError that names the file.
+
+    Args:
+        path: the file.
+        sizes: parts of its header that say how large something is: no number in them may exceed the bytes of the file,
+            so that a few false digits do not fill the memory.
+
+    Raises:
+        ValueError: if a number does, or what is done here raises an error that a false description may lead to.
+    """
+    name = os.fspath(path)
+    try:
+        _require_sizes(sizes, path)
+        yield
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and repr(name) in str(error):
+            raise
+        raise ValueError(f"{name!r} does not describe a model: {error}") from error
+
+
+def require_topology(header: Mapping[str, Any], path: Path) -> TreeTopology:
+    """The tree in a file's header.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    with described_by(path, header.get("topology")):
+        return TreeTopology.from_json(json.dumps(header.get("topology")))
+
+
+def _require_sizes(sizes: Iterable[object], path: Path) -> None:
+    most, level = os.path.getsize(path), list(sizes)
+    while level:
+        if any(isinstance(number, int | float) and not abs(number) <= most for number in level):
+            raise ValueError(f"a file of {most} bytes names a size beyond its own; it may be damaged, take a backup")
+        level = _below(level)
+
+
 def require_config(header: Mapping[str, Any], path: Path) -> Any:  # noqa: ANN401
     """The configuration in a file's header.
 
     Raises:
-        ValueError: if there is none, because the model was built from parts.
+        ValueError: if there is none, because the model was built from parts; or if it is no object of JSON.
     """
     if header.get("config") is None:
         raise ValueError(
             f"the model in {os.fspath(path)!r} was built from parts, which a file does not hold; build it the same way "
             "and pass it as model="
+        )
+    if not isinstance(header["config"], dict):
+        raise ValueError(
+            f"the header of {os.fspath(path)!r} is damaged: expected a configuration {{name: value}}, found "
+            f"{type(header['config']).__name__}"
         )
     return header["config"]
 
@@ -174,12 +252,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no safetensors file.
     """
-    with _opened(path) as file:
+    with lasting(), _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def load_into(module: nn.Module, path: Path, *, rows: str | None = None, without: tuple[str, ...] = ()) -> None:
     """Fill a module with a file's tensors; all must fit, and nothing is changed unless all do.
+
+    Names, shapes and dtypes are compared before anything is changed. A part of the module may know more and refuse its
+    tensors only when they come, after others have theirs: then those get back what they had, through
+    `load_state_dict`, of which a copy is kept until all is done. Parameters are filled in place, and can be trained
+    afterwards, in whatever mode the caller is; a module that was itself made in `torch.inference_mode()` stays as
+    limited as it was.
 
     Args:
         module: the module.
@@ -189,14 +273,35 @@ def load_into(module: nn.Module, path: Path, *, rows: str | None = None, without
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no safetensors file; or naming the first tensor that is missing, unknown, or of another
-            shape or dtype.
+        ValueError: if it is no safetensors file; naming the first tensor that is missing, unknown, or of another
+            shape or dtype; or with what a part of the module says of its tensors.
     """
     found = read_tensors(path)
     expected = module.state_dict()
     found |= {name: tensor for name, tensor in expected.items() if name.startswith(without)}
-    require_fit(expected, found, "the file does not fit the model", rows=() if rows is None else (rows,))
-    module.load_state_dict(found)
+    misfit = f"{os.fspath(path)!r}: the file does not fit the model"
+    require_fit(expected, found, misfit, rows=() if rows is None else (rows,))
+    limited = any(isinstance(tensor, Tensor) and tensor.is_inference() for tensor in expected.values())
+    with torch.inference_mode(limited), torch.no_grad():
+        try:
+            _load_or_restore(module, found, expected)
+        except RuntimeError as error:
+            raise ValueError(f"{misfit}, which is as it was: {error}") from error
+
+
+def _load_or_restore(module: nn.Module, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    before = {name: value.clone() if isinstance(value, Tensor) else value for name, value in expected.items()}
+    try:
+        module.load_state_dict(found)
+    except BaseException:
+        # Who refused the file's tensors may refuse its own, which it still has.
+        with suppress(RuntimeError, ValueError):
+            module.load_state_dict(before)
+        raise
+    finally:
+        for value in before.values():
+            if isinstance(value, Tensor):
+                value.zero_()  # freed memory keeps what was in it
 
 
 def require_fit(

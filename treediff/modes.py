@@ -1,13 +1,14 @@
-"""Training and evaluation mode."""
+"""Modes that code runs in: training and evaluation, with and without inference mode."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
-__all__ = ["evaluating"]
+__all__ = ["evaluating", "lasting"]
 
 
 @contextmanager
@@ -24,3 +25,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         # By `train`, for a module may tell it to parts that `modules` does not list; those above come first.
         for module, training in modes:
             module.train(training)
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Make tensors that outlive the call, in whatever mode the caller is; also a decorator.
+
+    A tensor made in `torch.inference_mode()` can never be trained with, nor changed in place once that mode is left.
+    Gradients are recorded here only where the caller records them.
+
+    Examples:
+        >>> with torch.inference_mode(), lasting():
+        ...     kept = torch.zeros(2)
+        >>> kept.is_inference()
+        False
+    """
+    records = torch.is_grad_enabled()
+    # Leaving inference mode alone would also turn `no_grad` off.
+    with torch.inference_mode(False), torch.set_grad_enabled(records):
+        yield

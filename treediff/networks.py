@@ -17,9 +17,19 @@ from torch import Tensor, nn
 
 from treediff.checks import check_batch
 from treediff.hub import Pretrained
-from treediff.io import dtype_name, dtype_named, load_into, read_header, require_config, save_model
+from treediff.io import (
+    described_by,
+    dtype_name,
+    dtype_named,
+    load_into,
+    read_header,
+    require_config,
+    require_topology,
+    save_model,
+)
 from treediff.layers.bank import NodeBank
 from treediff.layers.likelihood import Likelihood
+from treediff.modes import lasting
 from treediff.plan import TreePlan
 from treediff.topology import TreeTopology
 
@@ -176,6 +186,7 @@ class TreeNetworks(Pretrained, nn.Module):
         return {"config": self.config, "topology": topology, "dtype": dtype_name(self.dtype)}
 
     @classmethod
+    @lasting()
     def load(cls, path: str | os.PathLike[str], *, model: Self | None = None) -> Self:
         """Read what `save` wrote; every tensor is bit-equal.
 
@@ -193,7 +204,7 @@ class TreeNetworks(Pretrained, nn.Module):
         if model is None:
             model = cls.from_header(header, path)
         else:
-            topology = TreeTopology.from_json(json.dumps(header.get("topology")))
+            topology = require_topology(header, path)
             trial = copy.deepcopy(model)
             trial.become(topology)
             load_into(trial, path)
@@ -209,9 +220,10 @@ class TreeNetworks(Pretrained, nn.Module):
             ValueError: if it was built from parts, which no header describes, or the header is damaged.
         """
         config = require_config(header, path)
-        topology = TreeTopology.from_json(json.dumps(header.get("topology")))
-        model = cls.from_config(config).to(dtype_named(header.get("dtype"), path))
-        model.become(topology)
+        topology, dtype = require_topology(header, path), dtype_named(header.get("dtype"), path)
+        with described_by(path, config):
+            model = cls.from_config(config).to(dtype)
+            model.become(topology)
         return model
 
     @classmethod

@@ -26,7 +26,8 @@ from treediff.density import LeafDensity
 from treediff.diffusion.condition import TreeCondition
 from treediff.generation import TreeSample
 from treediff.hub import Pretrained
-from treediff.io import load_into, read_header, save_model
+from treediff.io import described_by, load_into, read_header, save_model
+from treediff.modes import lasting
 from treediff.noise import seed_from
 from treediff.placement import condition_of, condition_of_sample
 from treediff.treevae import TreeVAE
@@ -245,6 +246,7 @@ class DiffuseTreeVAE(Pretrained, nn.Module):
         save_model(self, path, header)
 
     @classmethod
+    @lasting()
     def load(cls, path: str | os.PathLike[str], *, model: Self | None = None) -> Self:
         """Read what `save` wrote; every tensor is bit-equal.
 
@@ -261,17 +263,23 @@ class DiffuseTreeVAE(Pretrained, nn.Module):
         header = read_header(path, cls.__name__)
         first, second, third = (header.get(part) for part in ("tree_vae", "ddpm", "density"))
         if not isinstance(first, dict) or not isinstance(second, dict):
-            raise ValueError(f"the header of {os.fspath(path)!r} is damaged: it describes no two stages, {header}")
+            raise ValueError(
+                f"the header of {os.fspath(path)!r} is damaged: it describes no two stages, {sorted(header)}"
+            )
         density = LeafDensity.from_header(third, path) if "density" in header else None
         if model is None:
-            model = cls(TreeVAE.from_header(first, path), LeafConditionedDDPM.from_header(second, path), density)
+            stages = TreeVAE.from_header(first, path), LeafConditionedDDPM.from_header(second, path)
+            with described_by(path):
+                model = cls(*stages, density)
             load_into(model, path)
             return model
         model.ddpm.check_tree(second, path)
         if density is not None:
             density.to(model.tree_vae.device)
         # The stages are shared, so this fills the given model too, unless the file does not fit.
-        load_into(cls(model.tree_vae, model.ddpm, density), path)
+        with described_by(path):
+            whole = cls(model.tree_vae, model.ddpm, density)
+        load_into(whole, path)
         model.density = density
         return model
 

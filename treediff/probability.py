@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from treediff.checks import check_noise
 from treediff.topology import TreeTopology
 
 __all__ = [
@@ -95,7 +96,13 @@ def precision_weighted_merge(
 
 
 def reparameterize(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """A sample `mean + exp(logvar / 2) noise` through which gradients flow; `noise` is standard normal."""
+    """A sample `mean + exp(logvar / 2) noise` through which gradients flow; `noise` is standard normal.
+
+    Raises:
+        TypeError: if noise has another dtype than the mean.
+        ValueError: if it has another shape, which might broadcast.
+    """
+    check_noise(noise, mean, "mean")
     return torch.addcmul(mean, torch.exp(0.5 * logvar), noise)
 
 

@@ -294,7 +294,7 @@ class TreeTopology:
             nodes = [(_id(n), *(None if c is None else _id(c) for c in below)) for n, *below in found["nodes"]]
             ids, left, right = zip(*nodes, strict=True)
             next_id = _id(found["next_id"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
                 'expected JSON like {"next_id":3,"nodes":[[0,1,2],[1,null,null],[2,null,null]]}, '
                 f"found {text[:80]!r} ({type(error).__name__}: {error})"

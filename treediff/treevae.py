@@ -94,7 +94,7 @@ class TreeVAE(PresetNetworks):
             the structured result that bounds, clusters and reconstructions are read from.
 
         Raises:
-            TypeError: if `x` or `leaf` has the wrong dtype.
+            TypeError: if `x`, `leaf` or `noise` has the wrong dtype.
             KeyError: if an id in `nodes` is unknown, or one in `leaf` is not that of a leaf to visit.
             ValueError: if `x` has another shape, is not finite, or leaves the range of the data; if `leaf` or `noise`
                 has another shape, `nodes` lacks a parent, or the threshold is no probability below 1.
@@ -130,6 +130,8 @@ class TreeVAE(PresetNetworks):
         shape = (len(rows), *self.latent)
         if noise is None:
             noise = torch.randn(shape, generator=generator, dtype=hats.dtype, device=rows.device)
+        elif not noise.is_floating_point():
+            raise TypeError(f"noise must be standard normal, found {noise.dtype}; draw it with torch.randn")
         elif noise.shape != shape:
             wanted = (visits.batch, len(self.topology), *self.latent)
             if noise.shape != wanted:

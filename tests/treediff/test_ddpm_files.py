@@ -198,7 +198,7 @@ def test_another_class_another_network_and_no_file(tmp_path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Header], Any], str]] = {
     "no config": (lambda h: h.pop("config"), "was built from parts"),
-    "config is a list": (lambda h: h.update(config=[1]), "does not describe a model: 'list' object has no"),
+    "config is a list": (lambda h: h.update(config=[1]), r"expected a configuration \{name: value\}, found list"),
     "unknown setting": (lambda h: h["config"].update(depth=3), "does not describe a model: .*unexpected keyword"),
     "missing setting": (lambda h: h["config"].pop("size"), "does not describe a model: .*missing 1 required"),
     "two trees": (lambda h: h["config"].update(topology=1), "does not describe a model: .*multiple values"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -267,3 +270,82 @@ def test_averages_of_half_precision_move_in_small_steps() -> None:
     with ema.average():
         assert net.weight.dtype == torch.bfloat16 and net.weight.item() == pytest.approx(1.5036, abs=0.005)
     assert net.weight.item() == 2
+
+
+# --- inference mode -----------------------------------------------------------------------------------------
+
+
+def test_in_inference_mode_everything_is_as_ever() -> None:
+    net, plain = module(), EMA(module(), 0.5)
+    state = EMA(module(3), 0.5).state_dict()
+    with torch.inference_mode():
+        ema = EMA(net, 0.5)
+        move(net, 1)
+        ema.update()
+        with ema.average():
+            assert ema.own is not None and not any(weight.is_inference() for weight in ema.own.values())
+        ema.load_state_dict(ema.state_dict())
+    move(plain.model, 1)
+    plain.update()
+    assert same(ema.weights, plain.weights)
+    for each in (*ema.weights.values(), *net.parameters()):
+        assert not each.is_inference()
+        each.detach().add_(0)  # in place, which a tensor of inference mode would refuse
+    net(torch.ones(4, 2).double()).sum().backward()
+    ema.update()
+    with torch.inference_mode():
+        ema.load_state_dict(state)
+    ema.update()
+
+
+def test_a_context_entered_in_inference_mode_can_be_left_outside() -> None:
+    net, ema = trained()
+    before, context = bits(net), ema.average()
+    with torch.inference_mode():
+        context.__enter__()
+    context.__exit__(None, None, None)
+    assert same(bits(net), before)
+
+
+def test_the_average_of_a_model_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        net = nn.Linear(2, 1)
+        ema = EMA(net)
+        ema.update()
+        with ema.average():
+            net(torch.zeros(1, 2))
+    assert not any(weight.is_inference() for weight in ema.weights.values())
+
+
+# --- those who are asked before a state is loaded -----------------------------------------------------------
+
+
+def test_who_is_asked_before_a_load_can_refuse_it() -> None:
+    _, ema = trained()
+    state, asked = {name: value.clone() for name, value in ema.state_dict().items()}, []
+
+    def refuse() -> None:
+        asked.append(ema.steps)
+        raise ValueError("rows of the state were erased")
+
+    ema.update()
+    before = {name: value.clone() for name, value in ema.state_dict().items()}
+    ema.before_load.append(refuse)
+    with pytest.raises(ValueError, match="rows of the state were erased"):
+        ema.load_state_dict(state)
+    assert asked == [3] and same(ema.state_dict(), before)
+    with pytest.raises(ValueError, match="the state does not fit the model"):
+        ema.load_state_dict({})
+    assert asked == [3], "a state that does not fit is nobody's business"
+    ema.before_load[:] = [lambda: asked.append(-1), lambda: asked.append(-2)]
+    ema.load_state_dict(state)
+    assert asked == [3, -1, -2] and same(ema.state_dict(), state)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))])
+def test_a_copy_has_nobody_to_ask(duplicate: Callable[[EMA], EMA]) -> None:
+    _, ema = trained()
+    ema.before_load.append(ema.update)
+    other = duplicate(ema)
+    assert other.before_load == [] and ema.before_load == [ema.update]
+    assert same(other.weights, ema.weights) and other.steps == ema.steps

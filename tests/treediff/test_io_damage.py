@@ -162,7 +162,8 @@ CONFIGURATION = "expected a configuration {name: arguments} of for_images or for
     ("change", "message"),
     [
         ({"config": {}}, f"{CONFIGURATION}{{}}"),
-        ({"config": 3}, f"{CONFIGURATION}3"),
+        ({"config": 3}, "expected a configuration {name: value}, found int"),
+        ({"config": "for_vectors"}, "expected a configuration {name: value}, found str"),
         ({"config": {"__init__": {}}}, f"{CONFIGURATION}{{'__init__': {{}}}}"),
         ({"config": {"for_vectors": {}, "for_images": {}}}, CONFIGURATION),
         ({"config": {"for_vectors": [3]}}, CONFIGURATION),

@@ -63,7 +63,7 @@ class Augment:
         Raises:
             ValueError: if the images do not have four axes, the noise has the wrong shape or comes together
                 with a generator, or a colour step meets a number of channels other than 1 and 3.
-            TypeError: if the images are not floating point.
+            TypeError: if the images or the noise are not floating point.
         """
         check_images(images)
         uniform = self._uniform(images, generator, noise)
@@ -89,6 +89,11 @@ class Augment:
             raise ValueError(
                 f"expected noise of shape {shape}, one row per image and one column per draw; found "
                 f"{tuple(noise.shape)}; make it with torch.rand(len(images), augment.draws)"
+            )
+        if not noise.is_floating_point():
+            raise TypeError(
+                f"expected noise of numbers in [0, 1), found {noise.dtype}; make it with torch.rand(len(images), "
+                "augment.draws)"
             )
         return noise
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from treediff.checks import check_times
 from treediff.layers.attention import check_dropout
 from treediff.layers.blocks import check_positive
 
@@ -100,10 +101,12 @@ class TimestepEmbedding(nn.Module):
         """`(B,)` to `(B, E)`.
 
         Raises:
-            ValueError: if the times are not `(B,)`.
+            TypeError: if the times are not floating point.
+            ValueError: if they are not `(B,)`, or (looked at on a CPU only) not from 0 to 1.
         """
         if t.ndim != 1:
             raise ValueError(f"expected times of shape (B,), one for each image, found {tuple(t.shape)}")
+        check_times(t)
         # In half precision 1000 t would be off by several radians.
         t = t if t.dtype == torch.float64 else t.float()
         steps = torch.arange(self.frequencies, dtype=t.dtype, device=t.device) / self.frequencies

@@ -12,6 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from treediff.checks import check_noise, check_times
+from treediff.modes import lasting
 from treediff.topology import TreeTopology
 
 __all__ = ["NodeIndex", "TreeCondition"]
@@ -135,13 +137,20 @@ class TreeCondition:
 
         Args:
             level: `(B,)` from 0 to 1.
-            noise: standard normal, shaped like the image.
+            noise: standard normal, of the shape and dtype of the image.
 
         Raises:
-            ValueError: if there is no image.
+            TypeError: if the level is not floating point, or noise has another dtype than the image.
+            ValueError: if there is no image, not one level for each row, noise of another shape than the image, or
+                (looked at on a CPU only) a level outside of [0, 1].
         """
+        image = self.require_image()
+        check_noise(noise, image, "image")
+        if level.shape != self.node.shape:
+            raise ValueError(f"level must be one for each of the {len(self)} rows, found {tuple(level.shape)}")
+        check_times(level, "level")
         size = level.view(-1, 1, 1, 1)
-        image = torch.sqrt(1 - size**2) * (2 * self.require_image() - 1) + size * noise
+        image = torch.sqrt(1 - size**2) * (2 * image - 1) + size * noise
         return replace(self, image=(image + 1) / 2, noise_level=level)
 
 
@@ -178,6 +187,7 @@ class NodeIndex(nn.Module):
     sibling: Tensor
     parent: Tensor
 
+    @lasting()
     def __init__(self, topology: TreeTopology, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.topology = topology

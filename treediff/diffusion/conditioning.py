@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from treediff.checks import check_times
 from treediff.diffusion.blocks import TimestepEmbedding
 from treediff.diffusion.condition import NodeIndex, TreeCondition
 from treediff.layers.blocks import check_positive, check_size
@@ -166,7 +167,9 @@ class ReconstructionConcat(Conditioner):
             return Signal(image=image)
         # An image that is not known is as good as nothing but noise.
         level = torch.zeros(len(known), device=known.device) if level is None else level
-        return Signal(vector=self.level(torch.where(known, level, 1.0)), image=image)
+        level = torch.where(known, level, 1.0)
+        check_times(level, "noise_level")
+        return Signal(vector=self.level(level), image=image)
 
 
 class Conditioners(Conditioner):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from treediff.checks import check_times
 from treediff.diffusion.schedule import NoiseSchedule
 
 __all__ = ["CosineSchedule", "CustomSchedule", "LinearSchedule", "ScaledLinearSchedule", "SigmoidSchedule"]
@@ -41,10 +42,12 @@ class LinearSchedule(NoiseSchedule):
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """See the class."""
+        check_times(t)
         return -0.5 * t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
 
     def d_log_alpha(self, t: Tensor) -> Tensor:
         """`-beta(t) / 2`."""
+        check_times(t)
         return -0.5 * (self.beta_min + (self.beta_max - self.beta_min) * t)
 
     def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
@@ -83,11 +86,13 @@ class ScaledLinearSchedule(NoiseSchedule):
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """Minus half of the integral of `beta`."""
+        check_times(t)
         start, slope = self._roots()
         return -0.5 * t * (start**2 + start * slope * t + slope**2 * t**2 / 3)
 
     def d_log_alpha(self, t: Tensor) -> Tensor:
         """`-beta(t) / 2`."""
+        check_times(t)
         start, slope = self._roots()
         return -0.5 * (start + slope * t) ** 2
 
@@ -128,6 +133,7 @@ class CosineSchedule(NoiseSchedule):
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """See the class."""
+        check_times(t)
         start, way = self._angles()
         gone = way * self.end * t
         # Two forms of the same ratio: one keeps its digits near the image, the other near the noise.
@@ -137,6 +143,7 @@ class CosineSchedule(NoiseSchedule):
 
     def d_log_alpha(self, t: Tensor) -> Tensor:
         """`-slope tan(angle)`."""
+        check_times(t)
         _, way = self._angles()
         return -way * self.end / torch.tan(way * (1 - self.end * t))
 
@@ -181,6 +188,7 @@ class SigmoidSchedule(NoiseSchedule):
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """See the class."""
+        check_times(t)
         # g(b) - g(a) = (1 - exp(a - b)) g(b) g(-a); which end it is taken from decides where digits are kept.
         start, way = self._curve()
         logit = start + way * self.end * t
@@ -190,6 +198,7 @@ class SigmoidSchedule(NoiseSchedule):
 
     def d_log_alpha(self, t: Tensor) -> Tensor:
         """By the derivative of the logistic curve."""
+        check_times(t)
         start, way = self._curve()
         logit = start + way * self.end * t
         # g' / (g(1) - g) = slope g(logit) / ((1 - exp(logit - end)) g(end))
@@ -237,14 +246,17 @@ class CustomSchedule(NoiseSchedule):
 
     def log_snr(self, t: Tensor) -> Tensor:
         """The function itself."""
+        check_times(t)
         return self.function(t)
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """`log alpha = -softplus(-log_snr) / 2`."""
+        check_times(t)
         return -0.5 * F.softplus(-self.function(t))
 
     def d_log_alpha(self, t: Tensor) -> Tensor:
         """By autograd, one time apart from the other."""
+        check_times(t)
         with torch.enable_grad():
             times = t.detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.log_alpha(times).sum(), times)

@@ -9,7 +9,9 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from treediff.checks import check_times
 from treediff.diffusion.schedule import NoiseSchedule
+from treediff.modes import lasting
 from treediff.noise import widest
 
 __all__ = ["DiscreteSchedule", "rescale_zero_terminal_snr"]
@@ -44,7 +46,8 @@ class DiscreteSchedule(NoiseSchedule):
                 "betas must be above 0 and below 1, the last one at most 1; "
                 f"found numbers from {betas.min().item():.4g} to {betas.max().item():.4g}"
             )
-        knots = torch.cat([betas.new_zeros(1), 0.5 * torch.log1p(-betas).cumsum(0)])
+        with lasting():
+            knots = torch.cat([betas.new_zeros(1), 0.5 * torch.log1p(-betas).cumsum(0)])
         self._knots = {torch.device("cpu"): knots}
         self.steps = len(betas)
         self.first = 1 / self.steps
@@ -89,11 +92,13 @@ class DiscreteSchedule(NoiseSchedule):
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._knots:
-            self._knots[device] = self._knots[torch.device("cpu")].to(device, widest(device))
+            with torch.inference_mode(False):  # the table is kept
+                self._knots[device] = self._knots[torch.device("cpu")].to(device, widest(device))
         return self._knots[device]
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The knots before and after a time, and how far between them it lies."""
+        check_times(t)
         knots, position = self._table(t.device), t.to(widest(t.device)) * self.steps
         below = position.floor().clamp(0, self.steps - 1).to(torch.int64)
         # A whole step may come out as 6.9999999 or 7.0000001: a float32 time has no more digits.

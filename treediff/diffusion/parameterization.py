@@ -15,6 +15,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from treediff.checks import check_noise
+
 __all__ = ["Prediction", "as_noise", "as_x0", "check_prediction", "target"]
 
 #: 'epsilon' (noise), 'x0' (image) or 'v' (velocity).
@@ -38,18 +40,20 @@ def target(prediction: Prediction, x0: Tensor, noise: Tensor, alpha: Tensor, sig
     Args:
         prediction: 'epsilon', 'x0' or 'v'.
         x0: `(B, *shape)`, clean.
-        noise: the noise that was added.
+        noise: the noise that was added, of the shape and dtype of `x0`.
         alpha: broadcasts with `x0`.
         sigma: broadcasts with `x0`.
 
     Raises:
-        ValueError: if there is no such prediction.
+        TypeError: if noise has another dtype.
+        ValueError: if there is no such prediction, or noise has another shape.
 
     Examples:
         >>> import torch
         >>> target("v", torch.tensor(1.0), torch.tensor(2.0), torch.tensor(0.6), torch.tensor(0.8))
         tensor(0.4000)
     """
+    check_noise(noise, x0, "x0")
     match check_prediction(prediction):
         case "epsilon":
             return noise

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from treediff.checks import check_noise
 from treediff.diffusion.steps import Denoiser, Level, Noise, Progress, Step, levels_at
 
 __all__ = ["DDIMSampler", "DDPMSampler", "DPMSolverSampler", "HeunSampler", "Sampler"]
@@ -58,8 +59,8 @@ class Sampler(ABC):
             `(B, *shape)` at the last time.
 
         Raises:
-            TypeError: if a stochastic sampler is given no noise.
-            ValueError: if times do not decrease from at most 1 to at least 0.
+            TypeError: if a stochastic sampler is given no noise, or noise of another dtype than `x`.
+            ValueError: if times do not decrease from at most 1 to at least 0, or noise has another shape than `x`.
         """
         levels = levels_at(denoiser.schedule, times)
         if self.stochastic and noise is None:
@@ -70,7 +71,7 @@ class Sampler(ABC):
         before: tuple[Level, Tensor] | None = None
         for i, (s, t) in enumerate(pairwise(levels)):
             x0 = denoiser(x, s.t)
-            x = self.step(Step(s, t, x, x0, before, denoiser, partial(noise or _no_noise, i)))
+            x = self.step(Step(s, t, x, x0, before, denoiser, partial(_drawn, noise or _no_noise, i, x)))
             before = s, x0
             if callback is not None:
                 callback(Progress(i + 1, len(levels) - 1, t.t, x, x0))
@@ -223,6 +224,12 @@ class HeunSampler(Sampler):
     def calls(self, steps: int) -> int:
         """Two per step, one for the last."""
         return 2 * steps - 1
+
+
+def _drawn(noise: Noise, index: int, x: Tensor) -> Tensor:
+    drawn = noise(index)
+    check_noise(drawn, x, "x")
+    return drawn
 
 
 def _no_noise(index: int) -> Tensor:

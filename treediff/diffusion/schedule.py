@@ -23,13 +23,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from treediff.checks import check_noise, check_times
+
 __all__ = ["NoiseSchedule"]
 
 
 class NoiseSchedule(ABC):
     """One decreasing function `log alpha(t)` and everything that follows from it.
 
-    Times are tensors of any shape with values in [0, 1], and results have that shape and dtype. A schedule has no
+    Times are floating-point tensors of any shape with values in [0, 1], and results have that shape and dtype. Other
+    dtypes are a TypeError, and other values and NaN a ValueError where they can be looked at for nothing, see
+    `treediff.checks.check_times`; a schedule of your own calls it in `log_alpha` and `d_log_alpha`. A schedule has no
     state: nothing that is called changes it.
     """
 
@@ -52,14 +56,17 @@ class NoiseSchedule(ABC):
 
     def alpha(self, t: Tensor) -> Tensor:
         """What is left of the image."""
+        check_times(t)
         return self.log_alpha(t).exp()
 
     def sigma(self, t: Tensor) -> Tensor:
         """Standard deviation of the noise."""
+        check_times(t)
         return torch.sqrt(-torch.expm1(2 * self.log_alpha(t)))
 
     def log_snr(self, t: Tensor) -> Tensor:
         """`log(alpha^2 / sigma^2)`, decreasing; infinite at `t = 0`."""
+        check_times(t)
         log_alpha_squared = 2 * self.log_alpha(t)
         return log_alpha_squared - torch.log(-torch.expm1(log_alpha_squared))
 
@@ -81,9 +88,22 @@ class NoiseSchedule(ABC):
 
         Args:
             x: `(B, *shape)`, clean.
-            noise: standard normal, shaped like `x`.
-            t: `(B,)`, or one time for all.
+            noise: standard normal, of the shape and dtype of `x`.
+            t: `(B,)`, or one time for all; from 0, the data, to 1.
+
+        Raises:
+            TypeError: if `x` or `t` is not floating point, or noise has another dtype than `x`.
+            ValueError: if noise has another shape than `x`, there is not one time for each row or for all, or a time is
+                NaN or outside of [0, 1] (looked at on a CPU only).
         """
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point, found {x.dtype}; convert images with x.float() / 255")
+        check_noise(noise, x, "x")
+        check_times(t)
+        if isinstance(t, Tensor) and t.ndim and t.shape != x.shape[:1]:
+            raise ValueError(
+                f"expected one time for all rows, a number, or one for each, shape ({len(x)},); found {tuple(t.shape)}"
+            )
         # A time in half precision has too few digits.
         t = torch.as_tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         t = t.view(-1, *[1] * (x.ndim - 1)) if t.ndim else t

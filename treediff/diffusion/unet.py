@@ -140,8 +140,9 @@ class UNet(nn.Module):
             `(B, out_channels, H, W)`.
 
         Raises:
-            ValueError: if a shape does not fit, or tokens are missing or cannot be read.
-            TypeError: if the mask is not boolean.
+            ValueError: if a shape does not fit, tokens are missing or cannot be read, or a time is NaN or outside of
+                [0, 1] (looked at on a CPU only).
+            TypeError: if the mask is not boolean, or the times are not floating point.
         """
         self._check(x, t, vector, tokens, mask)
         embedding = self.time(t)

@@ -17,6 +17,7 @@ from treediff.layers.grouped import apply_parts, parts_of
 from treediff.layers.groups import Groups, check_rows
 from treediff.layers.init import initialize
 from treediff.layers.stacking import Stack, blocks_of, part
+from treediff.modes import lasting
 
 __all__ = ["NodeBank"]
 
@@ -118,6 +119,7 @@ class NodeBank(nn.Module):
 
     # --- nodes come and go --------------------------------------------------------------------------------
 
+    @lasting()
     def add(self, node: int, *, like: int | None = None, generator: torch.Generator | None = None) -> None:
         """Give `node` weights of its own: fresh ones, or a copy of those of the node `like`.
 
@@ -160,6 +162,7 @@ class NodeBank(nn.Module):
         """
         return {name: w[0] for name, w in self._views(self.weights_of(node)[None]).items()}
 
+    @lasting()
     def module(self, node: int) -> nn.Module:
         """The network of one node as a module of its own; a copy, which `assign` writes back.
 

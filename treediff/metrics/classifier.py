@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from treediff.checks import check_batch
 from treediff.hub import Pretrained
-from treediff.io import dtype_name, dtype_named, load_into, read_header, save_model
+from treediff.io import described_by, dtype_name, dtype_named, load_into, read_header, save_model
 from treediff.layers.blocks import check_positive, check_size, norm
 from treediff.layers.init import initialize
+from treediff.modes import lasting
 
 __all__ = ["FeatureClassifier"]
 
@@ -131,6 +132,7 @@ class FeatureClassifier(Pretrained, nn.Module):
         save_model(self, path, {"config": self.config, "dtype": dtype})
 
     @classmethod
+    @lasting()
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote; every tensor is bit-equal, and global random state is left alone.
 
@@ -140,13 +142,9 @@ class FeatureClassifier(Pretrained, nn.Module):
         """
         header = read_header(path, cls.__name__)
         dtype, generator = dtype_named(header.get("dtype"), path), torch.Generator().manual_seed(0)
-        try:
-            model = cls(**header["config"], device="cpu", dtype=dtype, generator=generator)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"the header of {os.fspath(path)!r} does not describe a {cls.__name__} "
-                f"({type(error).__name__}: {error})"
-            ) from None
+        config: Any = header.get("config")
+        with described_by(path, config):
+            model = cls(**config, device="cpu", dtype=dtype, generator=generator)
         load_into(model, path)
         return model
 

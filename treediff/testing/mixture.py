@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from treediff.modes import lasting
+
 __all__ = ["GaussianMixture"]
 
 
@@ -37,7 +39,8 @@ class GaussianMixture:
 
     def __post_init__(self) -> None:
         for name in ("log_weights", "means", "covariances"):
-            object.__setattr__(self, name, getattr(self, name).to(torch.float64))
+            with lasting():
+                object.__setattr__(self, name, getattr(self, name).to(torch.float64))
         found = [tuple(t.shape) for t in (self.log_weights, self.means, self.covariances)]
         k, f = found[1] if len(found[1]) == 2 else (-1, -1)
         if found != [(k,), (k, f), (k, f, f)]:
@@ -47,6 +50,7 @@ class GaussianMixture:
             raise ValueError(f"covariances must be positive definite; those of components {bad} are not")
 
     @cached_property
+    @lasting()
     def _factors(self) -> Tensor:
         """Lower Cholesky factors `(K, F, F)`."""
         factors: Tensor = torch.linalg.cholesky(self.covariances)
