@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from munkey import DurableStore, KeyMemoryTransformer, KeyStore, Projection
-from munkey.search.exact import nearest
 from munkey.search.codes import Screen
+from munkey.search.exact import nearest
 
 WIDTH = 128
 _PAUSE = 0.3  # seconds after which threads have gone to sleep

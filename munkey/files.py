@@ -2,31 +2,31 @@
 
 The file holds weights, memory and, if it is one of the library's own, the key encoder. The same content gives the same
 bytes, whatever was stored and forgotten before. The file that it takes the place of is overwritten. A model with its
-memory on several ranks is a folder, see `munkey.sharded.files`.
+memory on several ranks is a folder, see `munkey.sharded.folder`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from munkey.conv_encoder import ConvEncoder
-from munkey.store.digest import add_tensors
-from munkey.store.file.disk import Disk, write_whole
-from munkey.store.durable import DurableStore
 from munkey.efficientnet import EfficientNetLite0
 from munkey.encoders import KeyEncoder, Projection
-from munkey.presets import Settings, assemble
+from munkey.memory import KeyValueMemory
+from munkey.presets import Presets, Settings, assemble
 from munkey.sharded import ShardedKeyStore
 from munkey.sharded import folder as folders
+from munkey.store.digest import add_tensors, check_secret
+from munkey.store.durable import DurableStore
+from munkey.store.file.disk import Disk, read_whole, write_whole
 from munkey.store.store import KeyStore
-from treediff.io import dtype_name, dtype_named, load_into, model_bytes, read_header, read_tensors, require_config
-
-if TYPE_CHECKING:
-    from munkey.model import KeyMemoryTransformer
+from treediff.io import described_by, dtype_name, dtype_named, fill, model_bytes, parse_model, require_config
+from treediff.modes import lasting
 
 __all__ = ["load", "save"]
 
@@ -41,20 +41,33 @@ _OWN: dict[str, type[KeyEncoder]] = {
 _ENCODER, _ROWS = "key_encoder.", "memory.store."
 
 
-def save(model: KeyMemoryTransformer, path: Path, disk: Disk | None = None) -> None:
+class Savable(Protocol):
+    """The parts of a model that a file holds."""
+
+    key_encoder: KeyEncoder
+    memory: KeyValueMemory
+    config: dict[str, Any] | None
+
+
+M = TypeVar("M", bound=Presets)
+
+
+def save(model: Savable, path: Path, disk: Disk | None = None) -> None:
     """Write a model to a file; see `KeyMemoryTransformer.save`."""
     disk, encoder, store, name = disk or Disk(), model.key_encoder, model.memory.store, os.fspath(path)
     about: dict[str, Any] = {"class": type(encoder).__name__, "config": encoder.config}
     about |= {"fingerprint": encoder.fingerprint()}
-    header = {
+    header: dict[str, Any] = {
         "config": model.config,
         "dtype": dtype_name(store.values.dtype),
         "key_encoder": about,
         "store": {"seed": store.seed, "scale": store.scale, "secret": store.secret.hex()},
     }
     absent = _absent(encoder, rows=isinstance(store, ShardedKeyStore))
-    state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(absent)}
-    header["digest"] = _digest(store.secret, state)
+    state = {key: tensor for key, tensor in cast("nn.Module", model).state_dict().items() if not key.startswith(absent)}
+    if store.log is not None or store.logged:
+        header["store"]["logged"] = True
+    header["digest"] = _digest(store.secret, state, header)
     data = model_bytes(type(model).__name__, state, header)
     if isinstance(store, ShardedKeyStore):
         folders.save(folders.Shard(store.local, store.digest), store.ranks, name, disk, data)
@@ -68,38 +81,87 @@ def _absent(encoder: KeyEncoder, *, rows: bool) -> tuple[str, ...]:
 
 
 def load(
-    cls: type[KeyMemoryTransformer],
+    cls: type[M],
     path: Path,
     key_encoder: KeyEncoder | None,
-    model: KeyMemoryTransformer | None,
-) -> KeyMemoryTransformer:
+    model: M | None,
+    receipts: Path | Literal[False] | None = None,
+) -> M:
     """Read a model from a file; see `KeyMemoryTransformer.load`."""
     rows = ShardedKeyStore.load(path) if os.path.isdir(path) else None
-    path = path if rows is None else folders.model_file(os.fspath(path))
-    header = read_header(path, cls.__name__)
-    key_encoder = _encoder(header, path, key_encoder if model is None else model.key_encoder)
-    secret = bytes.fromhex(header["store"]["secret"])
-    if _digest(secret, read_tensors(path)) != header["digest"]:
-        raise ValueError(f"{os.fspath(path)!r} is damaged: its tensors are not those that were saved; take a backup")
-    if model is None:
-        config = dict(require_config(header, path))
-        inputs, classes = config.pop("inputs"), config.pop("num_classes")
-        settings: Settings = config  # type: ignore[assignment]
-        model = assemble(cls, inputs, classes, key_encoder, settings, None, dtype_named(header["dtype"], path))
-    store = model.memory.store
+    path = os.fspath(path) if rows is None else folders.model_file(os.fspath(path))
+    data = _read(path)
+    try:
+        header, tensors = parse_model(data, path, cls.__name__)
+        made = _made(cls, header, tensors, path, key_encoder, model, rows, receipts)
+    finally:
+        data[:] = bytes(len(data))  # a copy of rows that may be forgotten later
+    if receipts:
+        cast("Savable", made).memory.store.keep_receipts(receipts)
+    return made
+
+
+def _read(path: str) -> bytearray:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no model file at {path!r}")
+    return read_whole(Disk(), path)
+
+
+def _made(
+    cls: type[M],
+    header: dict[str, Any],
+    tensors: dict[str, Tensor],
+    path: str,
+    key_encoder: KeyEncoder | None,
+    model: M | None,
+    rows: ShardedKeyStore | None,
+    receipts: Path | Literal[False] | None,
+) -> M:
+    given = None if model is None else cast("Savable", model)
+    with described_by(path, header.get("config")):
+        about = dict(header["store"])
+        secret = check_secret(bytes.fromhex(about["secret"]))
+        encoder = _encoder(header, path, key_encoder if given is None else given.key_encoder)
+        # In the first release the digest did not cover the header.
+        if header["digest"] not in (_digest(secret, tensors, header), _digest(secret, tensors)):
+            raise ValueError(f"{path!r} is damaged: its content is not what was saved; take a backup")
+        if about.get("logged") and receipts is None:
+            raise ValueError(
+                f"{path!r} was saved beside a log of receipts, without which a restored backup remembers whom it "
+                "forgot; pass the log as receipts=, or receipts=False to load it without one"
+            )
+        if model is None:
+            config = dict(require_config(header, path))
+            inputs, classes = config.pop("inputs"), config.pop("num_classes")
+            settings: Settings = config  # type: ignore[assignment]
+            with lasting():
+                model = assemble(cls, inputs, classes, encoder, settings, None, dtype_named(header["dtype"], path))
+    _fill(model, tensors, path, encoder, rows, secret)
+    if rows is None:
+        store = cast("Savable", model).memory.store
+        store.seed, store.scale, store.secret = about["seed"], about["scale"], secret
+    return model
+
+
+def _fill(
+    model: Any,  # noqa: ANN401 - a Savable and a module
+    tensors: dict[str, Tensor],
+    path: str,
+    encoder: KeyEncoder,
+    rows: ShardedKeyStore | None,
+    secret: bytes,
+) -> None:
+    memory, store = model.memory, model.memory.store
     if rows is not None:
-        model.memory.store.check_replaceable()
+        store.check_replaceable()
     _check_memory(store, secret, in_folder=rows is not None)
     if rows is not None:  # of a lone process all rows, in an ordinary store
-        model.memory.store = rows.local if rows.ranks.size == 1 else cast("KeyStore", rows)
+        memory.store = rows.alone() if rows.ranks.size == 1 else cast("KeyStore", rows)
     try:
-        load_into(model, path, rows=_ROWS, without=_absent(key_encoder, rows=rows is not None))
+        fill(model, tensors, path, rows=_ROWS, without=_absent(encoder, rows=rows is not None))
     except BaseException:
-        model.memory.store = store
+        memory.store = store
         raise
-    if rows is None:
-        store.seed, store.scale, store.secret = header["store"]["seed"], header["store"]["scale"], secret
-    return model
 
 
 def _encoder(header: dict[str, Any], path: Path, given: KeyEncoder | None) -> KeyEncoder:
@@ -139,8 +201,11 @@ def _check_memory(store: KeyStore, secret: bytes, *, in_folder: bool) -> None:
         raise ValueError("the model's memory is spread over ranks; load the file without model=, then call shard()")
 
 
-def _digest(secret: bytes, state: dict[str, Tensor]) -> str:
-    """A keyed digest of tensors by name."""
+def _digest(secret: bytes, state: dict[str, Tensor], header: dict[str, Any] | None = None) -> str:
+    """Return a keyed digest of tensors by name, and of a header but for what is added to it later."""
     digest = hashlib.blake2b(key=secret, digest_size=32)
     add_tensors(digest.update, state)
+    if header is not None:
+        covered = {name: value for name, value in header.items() if name not in ("digest", "format", "class")}
+        digest.update(json.dumps(covered, sort_keys=True).encode())
     return digest.hexdigest()

@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from munkey.checks import as_ids
-from munkey.store.receipts import Receipt
-from munkey.search.exact import Neighbours
-from munkey.search.exact import Search, exact
+from munkey.search.exact import Neighbours, Search, exact
 from munkey.sharded.store import ShardedKeyStore
+from munkey.store.receipts import Receipt
 from munkey.store.store import KeyStore
 from munkey.writer import ValueWriter
 

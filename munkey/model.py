@@ -25,10 +25,10 @@ from munkey.memory import KeyValueMemory, Retrieved
 from munkey.modes import check_exact, check_mode, check_shares
 from munkey.network import ExemplarTransformer
 from munkey.presets import Presets
-from munkey.store.receipts import Receipt
 from munkey.saved import Saved
 from munkey.sharded import ShardedKeyStore
 from munkey.sharded.ranks import Ranks
+from munkey.store.receipts import Receipt
 from treediff import EMA
 
 __all__ = ["KeyMemoryTransformer"]

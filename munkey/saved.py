@@ -9,17 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 from munkey import files
-from munkey.store.file.disk import Disk, wipe
 from munkey.encoders import KeyEncoder
 from munkey.sharded import ShardedKeyStore
+from munkey.store.file.disk import Disk, wipe
 from treediff.hub import Pretrained
 from treediff.hub_repository import MODEL_FILE
-
-if TYPE_CHECKING:
-    from munkey.model import KeyMemoryTransformer
 
 __all__ = ["Saved"]
 
@@ -45,11 +42,16 @@ class Saved(Pretrained):
         Raises:
             OSError: if the file cannot be written; the old one is whole.
         """
-        files.save(self._model(), path)
+        files.save(self._savable(), path)
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], *, key_encoder: KeyEncoder | None = None, model: Self | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        key_encoder: KeyEncoder | None = None,
+        model: Self | None = None,
+        receipts: str | os.PathLike[str] | Literal[False] | None = None,
     ) -> Self:
         """Read what `save` wrote.
 
@@ -57,16 +59,18 @@ class Saved(Pretrained):
             path: the file.
             key_encoder: the encoder that the keys are from; needed unless it is one of the library's own.
             model: a model that was built from parts the same way, to be filled.
+            receipts: a log; what it says is gone is forgotten again, see `KeyStore.keep_receipts`. A model whose memory
+                kept a log is loaded with it, or, if that is meant, without: False.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is damaged or of another kind, does not fit, or its keys are from another encoder.
+            FileNotFoundError: if there is no such file, or no such log.
+            ValueError: if it is damaged or of another kind, does not fit, its keys are from another encoder, or a log
+                is missing.
         """
-        given = None if model is None else model._model()
-        return cast("Self", files.load(cast("type[KeyMemoryTransformer]", cls), path, key_encoder, given))
+        return files.load(cls, path, key_encoder, model, receipts)  # type: ignore[type-var]
 
-    def _model(self) -> KeyMemoryTransformer:
-        return cast("KeyMemoryTransformer", self)
+    def _savable(self) -> files.Savable:
+        return cast("files.Savable", self)
 
     # --- on a hub -----------------------------------------------------------------------------------------
 
@@ -98,7 +102,7 @@ class Saved(Pretrained):
         return {**{name: value for name, value in header.items() if name != "digest"}, "store": store}
 
     def _check_sharing(self, *, push: bool, private: bool | None) -> None:
-        store = self._model().memory.store
+        store = self._savable().memory.store
         if isinstance(store, ShardedKeyStore):
             raise ValueError(
                 "the memory is spread over ranks and saved as a folder of many files, expected one file; call "

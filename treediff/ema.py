@@ -49,7 +49,6 @@ class EMA:
             raise ValueError(f"decay must be at least 0 and below 1, found {decay}")
         self.model, self.decay, self.warm_up = model, decay, warm_up
         self.steps = 0
-        self.before_load: list[Callable[[], None]] = []
         self.own: dict[str, Tensor] | None = None
         self.before_load: list[Callable[[], None]] = []
         with lasting():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
@@ -26,9 +27,11 @@ __all__ = [
     "described_by",
     "dtype_name",
     "dtype_named",
+    "fill",
     "load_into",
     "model_bytes",
     "parse_json",
+    "parse_model",
     "read_header",
     "read_tensors",
     "require_config",
@@ -108,10 +111,14 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     # The last three come from PyTorch, of shapes that safetensors has let pass.
     except (SafetensorError, OverflowError, RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{os.fspath(path)!r} is not a whole safetensors file ({error}); it may be damaged, cut short, or of "
-            "another kind. Nothing else is tried: pickled files are never read"
-        ) from None
+        raise _not_whole(path, error) from None
+
+
+def _not_whole(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{os.fspath(path)!r} is not a whole safetensors file ({error}); it may be damaged, cut short, or of another "
+        "kind. Nothing else is tried: pickled files are never read"
+    )
 
 
 def read_header(path: Path, expected_class: str) -> dict[str, Any]:
@@ -124,6 +131,31 @@ def read_header(path: Path, expected_class: str) -> dict[str, Any]:
     """
     with _opened(path) as file:
         metadata = file.metadata() or {}
+    return _header(metadata, path, expected_class)
+
+
+def parse_model(data: bytearray, path: Path, expected_class: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return header and tensors of a file that was read as a whole, as `read_header` and `read_tensors` do.
+
+    Args:
+        data: all bytes of the file.
+        path: its name, for messages.
+        expected_class: as for `read_header`.
+
+    Raises:
+        ValueError: as there.
+    """
+    content = bytes(data)
+    try:
+        with lasting():
+            tensors = from_bytes(content)
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+    except (SafetensorError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise _not_whole(path, error) from None
+    return _header(metadata, path, expected_class), tensors
+
+
+def _header(metadata: Mapping[str, str], path: Path, expected_class: str) -> dict[str, Any]:
     if _KEY not in metadata:
         raise ValueError(
             f"{os.fspath(path)!r} is a safetensors file that treediff did not write: its metadata has the keys "
@@ -259,6 +291,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def load_into(module: nn.Module, path: Path, *, rows: str | None = None, without: tuple[str, ...] = ()) -> None:
     """Fill a module with a file's tensors; all must fit, and nothing is changed unless all do.
 
+    Arguments and errors are those of `fill`, and:
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no safetensors file.
+    """
+    fill(module, read_tensors(path), path, rows=rows, without=without)
+
+
+def fill(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    *,
+    rows: str | None = None,
+    without: tuple[str, ...] = (),
+) -> None:
+    """Fill a module with a file's tensors; all must fit, and nothing is changed unless all do.
+
     Names, shapes and dtypes are compared before anything is changed. A part of the module may know more and refuse its
     tensors only when they come, after others have theirs: then those get back what they had, through
     `load_state_dict`, of which a copy is kept until all is done. Parameters are filled in place, and can be trained
@@ -267,16 +318,16 @@ def load_into(module: nn.Module, path: Path, *, rows: str | None = None, without
 
     Args:
         module: the module.
-        path: the file.
+        tensors: of the file, by name.
+        path: the name of the file, for messages.
         rows: how the names of tensors begin which may have another number of rows than the module's.
         without: how the names begin of tensors that the file does not hold, and that stay as they are.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no safetensors file; naming the first tensor that is missing, unknown, or of another
-            shape or dtype; or with what a part of the module says of its tensors.
+        ValueError: naming the first tensor that is missing, unknown, or of another shape or dtype; or with what a part
+            of the module says of its tensors.
     """
-    found = read_tensors(path)
+    found = dict(tensors)
     expected = module.state_dict()
     found |= {name: tensor for name, tensor in expected.items() if name.startswith(without)}
     misfit = f"{os.fspath(path)!r}: the file does not fit the model"

@@ -11,7 +11,8 @@ three numbers in turn and then to the position inside the sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 __all__ = ["NoiseStream", "combine_seeds", "counter_normal", "counter_uniform", "seed_from", "widest"]
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_BLOCK = 1 << 14  # numbers at a time, which a cache holds and one thread makes
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
@@ -144,11 +146,37 @@ def counter_normal(
         torch.Size([3, 2, 4])
     """
     dtype = _checked(dtype)
-    bits, wide = _bits(seed, index, draw, math.prod(shape)), widest(index.device)
+    count = math.prod(shape)
+    found = torch.empty(len(index), count, dtype=dtype, device=index.device)
+    size = max(1, _BLOCK // max(1, count)) if index.device.type == "cpu" else max(1, len(index))
+
+    def fill(start: int) -> None:
+        rows = slice(start, start + size)
+        here = draw[rows] if isinstance(draw, Tensor) and draw.ndim else draw
+        found[rows] = _normal(_bits(seed, index[rows], here, count))
+
+    _in_blocks(fill, range(0, len(index), size))
+    return found.view(len(index), *shape)
+
+
+def _normal(bits: Tensor) -> Tensor:
+    wide = widest(bits.device)
     # Half a unit up keeps the logarithm finite.
-    radius = ((_shift_right(bits, 32).to(wide) + 0.5) * 2.0**-32).log().mul(-2).sqrt()
-    angle = (bits & 0xFFFFFFFF).to(wide) * (2.0**-32 * 2 * math.pi)
-    return (radius * angle.cos()).to(dtype).view(len(index), *shape)
+    radius = _shift_right(bits, 32).to(wide).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+    angle = (bits & 0xFFFFFFFF).to(wide).mul_(2.0**-32 * 2 * math.pi)
+    return radius.mul_(angle.cos_())
+
+
+def _in_blocks(fill: Callable[[int], None], starts: range) -> None:
+    """Fill blocks of one tensor, which PyTorch would not divide among threads, by several threads if there are many."""
+    threads = min(torch.get_num_threads(), len(starts) // 4)
+    if threads < 2:
+        for start in starts:
+            fill(start)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(fill, starts):
+            pass
 
 
 @dataclass(frozen=True, eq=False)

@@ -144,9 +144,8 @@ def worst_attack(found: Mapping[str, Attack], oracle: Mapping[str, Attack]) -> s
 
 
 def _in_order(store: KeyStore) -> Tensor:
-    """Rows by id and view, so that nothing depends on where they are."""
-    by_view = store.views[: store.used].argsort(stable=True)
-    return by_view[store.ids[by_view].argsort(stable=True)]
+    """Return the rows by id and view, so that nothing depends on where they are."""
+    return store.order()
 
 
 def _random_tokens(memory: KeyValueMemory, rows: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -1,8 +1,8 @@
 """Nearest keys, exactly: a fast screen in low precision, then float64 for the few rows that may be among the nearest.
 
-Rows that a first look at all keys does not rule out (`munkey.search.bounds`) are looked at in float32, and the few that are
-left are scored in float64, each on its own, so that the result depends neither on the batch nor on where a row stands.
-Ties go to the smaller id, and to its first view.
+Rows that a first pass over all keys does not rule out (`munkey.search.bounds`) are compared in float32, and the few
+that are left are scored in float64, each on its own, so that the result depends neither on the batch nor on where a row
+stands. Ties go to the smaller id, and to its first view.
 
 Letters: `B` queries, `R` rows, `D` width of a key, `k` neighbours.
 """
@@ -16,10 +16,20 @@ import torch
 from torch import Tensor
 
 from munkey.checks import check_width
-from munkey.search.codes import Screen, length_above
 from munkey.search.bounds import Pairs, may_overflow, plain, product, screened
+from munkey.search.codes import Screen, length_above
 
-__all__ = ["Neighbours", "Screen", "Search", "Searchable", "at_least", "check_queries", "exact", "nearest", "pair_scores"]
+__all__ = [
+    "Neighbours",
+    "Screen",
+    "Search",
+    "Searchable",
+    "at_least",
+    "check_queries",
+    "exact",
+    "nearest",
+    "pair_scores",
+]
 
 _PAIRS = 1 << 21  # pairs of a query and a row at a time
 _ROWS_AT_ONCE = 1 << 19  # scores at a time
@@ -53,9 +63,7 @@ class Searchable(Protocol):
 class Search(Protocol):
     """Anything that finds nearest rows of a store."""
 
-    def __call__(
-        self, store: Searchable, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None
-    ) -> Neighbours:
+    def __call__(self, store: Searchable, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
         """Return the `k` nearest rows of each query `(B, D)`, without those of the owner `(B,)` that is left out."""
 
 

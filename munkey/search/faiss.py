@@ -47,9 +47,7 @@ class FaissSearch(Follower):
                 "a FaissSearch holds copies of all keys and cannot erase them; close() it first, then forget"
             )
 
-    def __call__(
-        self, store: Searchable, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None
-    ) -> Neighbours:
+    def __call__(self, store: Searchable, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
         """See `munkey.search.exact.Search`.
 
         Raises:

@@ -586,6 +586,11 @@ class ShardedKeyStore(nn.Module):
             )
         return store
 
+    def alone(self) -> KeyStore:
+        """Return the rows of this rank as a store of its own, which nothing of this one follows any more."""
+        self.local.unfollow(self._near)
+        return self.local
+
     def check_replaceable(self) -> None:
         """Raise ValueError if something would stay behind when another store takes the place of this one."""
         self.local.unfollow(self._near)

@@ -9,7 +9,8 @@ Letters: `M` rows in use, `R` rows there is room for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,17 +18,18 @@ from torch import Tensor
 
 from munkey.store.erase import Scratch
 from munkey.store.receipts import Receipt
+from treediff.modes import lasting
 
 __all__ = ["Added", "Change", "Moved", "Removed", "Replaced", "Step", "long_lived"]
 
 Step = Callable[[], object]
 
 
-class long_lived(torch.inference_mode):  # noqa: N801 - a context manager, named like those of PyTorch
-    """Context in which tensors are made that outlive it: outside of inference mode, and without gradients.
+@contextmanager
+def long_lived() -> Iterator[None]:
+    """Make tensors that outlive the call, without gradients, wherever the caller is; also a decorator.
 
-    A tensor that is made in inference mode cannot be changed outside of it. So whatever a store keeps is made here,
-    wherever the caller is.
+    A tensor that is made in inference mode cannot be changed outside of it. So whatever a store keeps is made here.
 
     Examples:
         >>> with torch.inference_mode(), long_lived():
@@ -35,18 +37,8 @@ class long_lived(torch.inference_mode):  # noqa: N801 - a context manager, named
         >>> kept.is_inference()
         False
     """
-
-    def __init__(self) -> None:
-        super().__init__(mode=False)
-        self._no_grad = torch.no_grad()
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        self._no_grad.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._no_grad.__exit__(*error)
-        super().__exit__(*error)
+    with lasting(), torch.no_grad():
+        yield
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,9 +2,9 @@
 
 `digest = H_s(header, sum over rows of H_s(row) mod 2^256)` with a keyed hash `H_s` under the secret `s` of a store
 (MSet-Add-Hash, Clarke et al., ASIACRYPT 2003). Removing a row subtracts its hash, at a cost that has nothing to do with
-the rows that stay. The hash of each row is kept beside the table, 32 bytes, so a row is hashed once. Without the secret a digest says nothing about a candidate image; a plain hash would let anyone who
-has one find out whether it is stored. It guards against error and against outsiders, not against whoever holds the
-secret.
+the rows that stay. The hash of each row is kept beside the table, 32 bytes, so that a row is hashed once. Without the
+secret a digest says nothing about a candidate image; a plain hash would let anyone who has one find out whether it is
+stored. It guards against error and against outsiders, not against whoever holds the secret.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def hash_rows(secret: bytes, columns: Sequence[Tensor], rows: Tensor | slice | N
             row.update(view[start : start + width])
             found.append(row.digest())
         chunk.zero_()  # a copy of rows that may be forgotten
-    return torch.frombuffer(bytearray(b"".join(found)) or bytearray(HASH), dtype=torch.uint8).view(-1, HASH)[: len(found)]
+    data = bytearray(b"".join(found)) or bytearray(HASH)  # PyTorch takes no empty one
+    return torch.frombuffer(data, dtype=torch.uint8).view(-1, HASH)[: len(found)]
 
 
 def sum_of(hashes: Tensor) -> int:
@@ -95,7 +96,9 @@ def sum_of(hashes: Tensor) -> int:
 
 def _chunks(columns: Sequence[Tensor], rows: Tensor | slice | None) -> Iterator[Tensor]:
     """Copy the bytes of some rows at a time, `(n, bytes)` uint8."""
-    first, stop, _ = (slice(None) if rows is None else rows).indices(len(columns[0])) if not isinstance(rows, Tensor) else (0, len(rows), 1)
+    first, stop = 0, len(columns[0]) if rows is None else len(rows) if isinstance(rows, Tensor) else rows.stop
+    if isinstance(rows, slice):
+        first = rows.start
     for start in range(first, stop, _ROWS):
         part = slice(start, min(stop, start + _ROWS))
         with Scratch() as scratch:

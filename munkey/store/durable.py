@@ -238,6 +238,6 @@ def _check_log(store: KeyStore, path: Path, disk: Disk) -> None:
     known = known_to(gone, dtypes, store.secret, Rows(*(column[: store.used] for column in store.columns)))
     if known:
         raise ValueError(
-            f"the log {os.fspath(path)!r} says that {len(known)} of the ids in this store were forgotten; open the store "
-            "once with this log and without read_only=True, which forgets them"
+            f"the log {os.fspath(path)!r} says that {len(known)} of the ids in this store were forgotten; open the "
+            "store once with this log and without read_only=True, which forgets them"
         )

@@ -6,7 +6,6 @@ Letters: `M` rows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-
 from functools import partial
 
 from torch import Tensor

@@ -99,8 +99,8 @@ def known_to(gone: set[str], dtypes: Mapping[str, set[int]], secret: bytes, rows
         if doubtful and (dtype not in ("", own) or (dtype == "" and half and not known)):
             raise ValueError(
                 f"the log says that ids {some(doubtful)} were forgotten when keys were {dtype or 'of another dtype'}, "
-                f"and here keys are {own}: rounded keys cannot be recognised. Keep the log in a store with the dtype it "
-                "was written with, and convert the store afterwards"
+                f"and here keys are {own}: rounded keys cannot be recognised. Keep the log in a store with the dtype "
+                "it was written with, and convert the store afterwards"
             )
     return sorted(known)
 
@@ -163,7 +163,8 @@ def _verified(data: bytes, name: str, secret: bytes | None) -> Verified:
         events.append(event)
     if not _interrupted(rest, chain):
         raise ValueError(
-            f"line {len(lines) + 1} of {name!r} is no entry of a log; restore the log from a backup, or name another file"
+            f"line {len(lines) + 1} of {name!r} is no entry of a log; restore the log from a backup, or name another "
+            "file"
         )
     return Verified(tuple(events), chain, len(data) - len(rest))
 

@@ -16,7 +16,7 @@ from treediff.noise import counter_normal
 
 __all__ = ["NewRows"]
 
-_ROWS = 4096  # at a time
+_ROWS = 1 << 14  # at a time
 
 
 class NewRows:
@@ -78,5 +78,3 @@ class NewRows:
         columns = [column.new_zeros(self.rows, *column.shape[1:]) for column in like]
         self.write(columns)
         return Rows(*columns)
-
-

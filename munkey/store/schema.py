@@ -7,19 +7,14 @@ Letters: `M` rows, `D` width of a key, `V` width of a value.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, get_type_hints
 
 import torch
 from torch import Tensor
 
 __all__ = ["COLUMNS", "Column", "Rows", "columns_of", "misfit", "order_of"]
-
-
-def _column(dtype: torch.dtype | None, width: str | None = None) -> Any:  # noqa: ANN401
-    return dataclasses.field(metadata={"dtype": dtype, "width": width})
 
 
 @dataclass(frozen=True)
@@ -37,18 +32,20 @@ class Rows:
         values: `(M, V)`.
     """
 
-    ids: Tensor = _column(torch.int64)
-    views: Tensor = _column(torch.int64)
-    labels: Tensor = _column(torch.int64)
-    permanent: Tensor = _column(torch.bool)
-    keys: Tensor = _column(None, "key")
-    values: Tensor = _column(None, "value")
+    ids: Annotated[Tensor, torch.int64]
+    views: Annotated[Tensor, torch.int64]
+    labels: Annotated[Tensor, torch.int64]
+    permanent: Annotated[Tensor, torch.bool]
+    keys: Annotated[Tensor, "key"]
+    values: Annotated[Tensor, "value"]
 
     def __iter__(self) -> Iterator[Tensor]:
         return (getattr(self, name) for name in COLUMNS)
 
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(Rows))
+#: A dtype, or which width a row has in the dtype of the store.
+_KINDS = {name: hint.__metadata__[0] for name, hint in get_type_hints(Rows, include_extras=True).items()}
+COLUMNS = tuple(_KINDS)
 
 
 @dataclass(frozen=True)
@@ -70,10 +67,10 @@ class Column:
 
 def columns_of(key_width: int, value_width: int, dtype: torch.dtype) -> tuple[Column, ...]:
     """Return the columns of a table, in the order of the schema."""
-    widths = {None: (), "key": (key_width,), "value": (value_width,)}
+    widths = {"key": (key_width,), "value": (value_width,)}
     return tuple(
-        Column(field.name, widths[field.metadata["width"]], field.metadata["dtype"] or dtype, not field.metadata["dtype"])
-        for field in dataclasses.fields(Rows)
+        Column(name, (), kind, False) if isinstance(kind, torch.dtype) else Column(name, widths[kind], dtype, True)
+        for name, kind in _KINDS.items()
     )
 
 

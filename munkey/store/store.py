@@ -13,6 +13,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, SupportsIndex, TypeVar
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from munkey.checks import as_ids, check_width, distinct, ordered_ids, some, to_forget
+from munkey.checks import check_width, distinct, ordered_ids, some, to_forget
 from munkey.search.exact import Neighbours, Search, at_least, nearest, pair_scores
 from munkey.store.averages import AverageRows
 from munkey.store.change import Added, Change, Moved, Removed, Replaced, long_lived
@@ -57,7 +58,7 @@ def _in_turn(method: Callable[Concatenate[KeyStore, P], R]) -> Callable[Concaten
             self._check_whole()
             return method(self, *args, **kwargs)
 
-    return call
+    return call  # type: ignore[return-value]
 
 
 class KeyStore(nn.Module):
@@ -489,7 +490,7 @@ class KeyStore(nn.Module):
     @_in_turn
     def remove(self, removal: Removed, receipt: Receipt | None = None) -> None:
         """Carry out what `removal_of` planned, and note a receipt in the log if there is one."""
-        self._commit(Removed(removal.ids, removal.before, removal.after, removal.holes, removal.movers, removal.gone, receipt))
+        self._commit(replace(removal, receipt=receipt))
 
     @_in_turn
     def compact(self) -> None:
@@ -563,6 +564,11 @@ class KeyStore(nn.Module):
     def log(self) -> ReceiptLog | None:
         """The log of receipts that is kept."""
         return None if self._logged is None else self._logged.log
+
+    @property
+    def logged(self) -> bool:
+        """Whether a log of receipts is kept, here or beside the file."""
+        return self._logged is not None or (self._file is not None and self._file.state.logged)
 
     @_in_turn
     def keep_receipts(self, path: str | os.PathLike[str], *, new: bool = False, disk: Disk | None = None) -> Receipt:

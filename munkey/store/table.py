@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from munkey.store.change import Added, Change, Moved, Removed, Replaced, Step, long_lived
+from munkey.store.change import Added, Change, Moved, Removed, Step, long_lived
 from munkey.store.erase import Scratch
 from munkey.store.follower import Follower, Undone
 from munkey.store.schema import Column, columns_of, order_of
@@ -140,9 +140,7 @@ class Table(Follower):
         old = self.columns
         for column in new:
             scratch.unless_kept(column)
-        steps: list[Step] = [
-            self._setter(column.name, tensor) for column, tensor in zip(self.schema, new, strict=True)
-        ]
+        steps: list[Step] = [self._setter(column.name, tensor) for column, tensor in zip(self.schema, new, strict=True)]
         steps.append(self._counter(count, moved=True, rewritten=rewritten))
         return steps + [column.zero_ for column in old]
 
@@ -175,7 +173,5 @@ class Table(Follower):
                 column.zero_()
             self._tensors[name] = new
         shapes = {column.name: column.shape for column in self.schema}
-        self.schema = tuple(
-            Column(c.name, shapes[c.name], self[c.name].dtype, c.own_dtype) for c in self.schema
-        )
+        self.schema = tuple(Column(c.name, shapes[c.name], self[c.name].dtype, c.own_dtype) for c in self.schema)
         self.changes += 1

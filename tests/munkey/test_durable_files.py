@@ -267,7 +267,7 @@ def test_a_store_whose_memory_fell_behind_its_file_says_so(tmp_path: Path, monke
             with pytest.raises(MemoryError):
                 store.compact()
         for act in (lambda: store.forget([1]), store.digest, lambda: list(store), store.state_dict, store.sync):
-            with pytest.raises(RuntimeError, match=r"could not be finished, .* load it again, with DurableStore.open\("):
+            with pytest.raises(RuntimeError, match=r"could not be finished, .* with DurableStore.open\("):
                 act()
     with DurableStore.open(tmp_path / "store") as again:
         again.forget([1])

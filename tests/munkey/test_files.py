@@ -135,7 +135,7 @@ def test_damage_is_seen(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
         KeyMemoryTransformer.load(tmp_path / "cut")
     (tmp_path / "flipped").write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
-    with pytest.raises(ValueError, match="is damaged: its tensors are not those that were saved; take a backup"):
+    with pytest.raises(ValueError, match="is damaged: its content is not what was saved; take a backup"):
         KeyMemoryTransformer.load(tmp_path / "flipped")
     (tmp_path / "foreign").write_bytes(model_bytes("TreeVAE", {"a": torch.zeros(1)}, {}))
     with pytest.raises(ValueError, match="holds a TreeVAE, expected a KeyMemoryTransformer"):

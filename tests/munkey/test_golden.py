@@ -146,4 +146,6 @@ def test_a_model_is_read(tmp_path: Path, name: str) -> None:
     assert model.memory.store.digest() == EXPECTED["model"]["digest"]
     x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(model(x).double(), torch.tensor(EXPECTED["model"]["logits"], dtype=torch.float64), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            model(x).double(), torch.tensor(EXPECTED["model"]["logits"], dtype=torch.float64), rtol=0, atol=1e-6
+        )

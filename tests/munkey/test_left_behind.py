@@ -17,10 +17,10 @@ from rank_pool import RankPool
 
 from munkey import DurableStore, KeyMemoryTransformer, KeyStore, KeyValueMemory, ShardedKeyStore, ValueWriter
 from munkey.audit import erasure_report
-from munkey.store.file.disk import Disk
 from munkey.privacy import private_backward
 from munkey.sharded.ranks import Ranks
 from munkey.store import Follower
+from munkey.store.file.disk import Disk
 
 
 def test_who_is_gone_stays_gone_when_an_older_state_is_loaded(pools: Callable[[int], RankPool], tmp_path: Path) -> None:

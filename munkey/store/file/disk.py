@@ -198,7 +198,7 @@ _PARTIAL, _OLD = ".munkey-partial", ".munkey-old"
 _NUMBER = 16  # hexadecimal digits
 
 
-class replacing:  # noqa: N801 - a context manager, named like those of the standard library
+class replacing:
     """Context that gives a descriptor of a new file, which takes the place of `path`, at once, when it is left.
 
     The new file has a name of its own and is locked, so that several processes can save to one name: each save is
@@ -396,4 +396,3 @@ def read_whole(disk: Disk, path: str) -> bytearray:
                 return data
         finally:
             disk.close(file)
-

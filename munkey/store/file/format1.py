@@ -137,7 +137,7 @@ class _Old:
             for mover, hole in zip(movers, holes, strict=True):
                 row = bytearray(width)
                 self.disk.fill(self.file, start + mover * width, memoryview(row))
-                self.disk.write(self.file, start + hole * width, row)
+                self.disk.write(self.file, start + hole * width, memoryview(row))
                 row[:] = bytes(width)
         self.disk.sync(self.file)
 

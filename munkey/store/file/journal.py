@@ -66,4 +66,3 @@ def clear(disk: Disk, file: int, place: int) -> None:
     """Cut off what is behind the records."""
     if disk.size(file) > place:
         disk.resize(file, place)
-

@@ -218,10 +218,11 @@ class Layout:
     def whole(self, records: Records) -> NDArray[np.bool_]:
         """Return which records `(n,)` are as they were written."""
         written = np.ascontiguousarray(records[:, -_TAG:]).view("<u8").reshape(-1)
-        return np.equal(self.tags(records), written)
+        found: NDArray[np.bool_] = np.equal(self.tags(records), written)
+        return found
 
 
-class described_by:  # noqa: N801 - a context manager, named like those of the standard library
+class described_by:
     """Context in which a description lacks something: its error names the file."""
 
     def __init__(self, path: str) -> None:

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import Enum, auto
-from typing import Any, NoReturn, Self
+from typing import NoReturn, Self
 
 import numpy as np
 import torch
@@ -487,9 +487,7 @@ class StoreFile(Follower):
         state = State.from_bytes(self.disk.read(self.file, _STATE_AT, 64))
         note = read_note(self.disk, self.file, self.layout.size)
         if state is None and (note is None or self.read_only):
-            raise ValueError(
-                f"{self.path!r} is damaged: it does not say how many rows it has; restore a backup"
-            )
+            raise ValueError(f"{self.path!r} is damaged: it does not say how many rows it has; restore a backup")
         if note is not None and (state is None or _same(state, note.before) or _same(state, note.after)):
             self._finish(note, state)
         elif state is not None:
