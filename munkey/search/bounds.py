@@ -12,13 +12,15 @@ of `(q', -o)` and `(k', 1)`: near the offset `o` little is rounded. Of a group o
 A few queries are no work for a processor, which waits for the keys. So they look at keys of one byte per number, in a
 unit of each key's own. The same bound holds, is looser, and rows that pass are cheap to score again for a few.
 
-A processor that has neither looks at the keys themselves, in float32.
+A processor that has neither looks at the keys themselves, in float32; one query it compares with rounded keys all the
+same, since it waits for them and not for the sums.
 
 Letters: `B` queries, `R` rows, `D` width of a key, `k` neighbours, `G` groups of rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -47,6 +49,14 @@ def _bytes_are_exact() -> bool:
     most[::2] = -127
     wide = most.double()
     return all(torch.equal(torch._int_mm(most[:n], most.T).double(), wide[:n] @ wide.T) for n in (1, _FEW))
+
+
+@cache
+def _one_sum_is_whole() -> bool:
+    """Whether PyTorch sums products in bfloat16 with one query in float32 and rounds once, without instructions too."""
+    whole = torch.arange(64 * 1037).mul_(7919).remainder_(31).sub_(15).view(64, 1037).bfloat16()
+    query = torch.arange(1037).mul_(104_729).remainder_(31).sub_(15)[:, None].bfloat16()
+    return torch.equal(whole @ query, (whole.double() @ query.double()).bfloat16())
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +101,10 @@ def screened(queries: Tensor, screen: Screen, k: int) -> Groups | None:
     most = _TOO_MANY * len(screen.rounded) * len(queries) + 16 * k * len(queries)
     few = len(queries) <= _FEW and 1 < queries.shape[1] < _WIDEST
     looks = [_in_bytes] if few and has_fast(torch.int8) and _bytes_are_exact() else []
-    for look in [*looks, _in_bfloat16] if has_fast(torch.bfloat16) else looks:
+    # One query is a pass over the keys, which takes half as long where they are half as wide.
+    if has_fast(torch.bfloat16) or (len(queries) == 1 and _one_sum_is_whole()):
+        looks.append(_in_bfloat16)
+    for look in looks:
         found = look(queries, screen, k)
         if len(found) <= most:
             return found
@@ -151,14 +164,18 @@ class _Error:
     offset: Tensor
     dtype: torch.dtype
 
-    def bound(self, scores: Tensor, width: int, rounding: Tensor, length: Tensor) -> Tensor:
-        """`(G, B)` for some scores, and the greatest roundings and lengths `(G,)` of keys in each group."""
+    def factors(self, width: int, rounding: Tensor, length: Tensor) -> Pairs:
+        """`(G, 3)` and `(3, B)` whose product bounds the error, from the greatest roundings and lengths of groups."""
         # Of the sum: a rounding of each number, with room for more, and what is too small to be held at all.
         own = width * (2.0**-50 if self.dtype == torch.float64 else 2.0**-22)
-        off = torch.outer(rounding, self.length) + torch.outer(length, self.rounding)
-        off.add_(torch.outer(length + rounding, self.length), alpha=own).add_(self.offset, alpha=own)
-        off.add_(4 * width * TINY)
-        return off.add_(scores.abs(), alpha=torch.finfo(self.dtype).eps)  # of the result
+        of_keys = torch.stack([rounding + own * (length + rounding), length, torch.ones_like(length)], 1)
+        return of_keys, torch.stack([self.length, self.rounding, own * self.offset + 4 * width * TINY])
+
+    def shift(self, scores: Tensor, of_keys: Tensor, of_queries: Tensor, sign: int) -> Tensor:
+        """Add the bound to scores `(G, B)`, or take it away, in place."""
+        if self.dtype == torch.bfloat16:  # a rounding of the result; in others there is room for it in that of the sum
+            scores.add_(scores.abs(), alpha=sign * torch.finfo(self.dtype).eps)
+        return scores.addmm_(of_keys.to(scores), of_queries.to(scores), alpha=sign)
 
 
 def _candidates(
@@ -172,18 +189,35 @@ def _candidates(
 ) -> Groups:
     group = max(1, min(16, max(4, _GROUP // keys.shape[1]), len(keys) // (4 * k)))
     best = _best_of_groups(queries, keys, group, unit)
-    slack = error.bound(best, queries.shape[1], *(_greatest(column, group) for column in (rounding, length)))
-    least = _kth_best(best - slack, k)
-    # Not `>=`, so that what overflowed, and is no number, passes.
-    place, query = (~(best.add_(slack) < least)).nonzero(as_tuple=True)
+    factors = error.factors(queries.shape[1], *(_greatest(column, group) for column in (rounding, length)))
+    step = max(1, -(-len(best) // max(1, min(_GROUPS, len(best) // (4 * k)))))
+    least = _kth_best(best, error, factors, step, k)
+    found = [torch.zeros(2, 0, dtype=torch.int64, device=keys.device)]
+    for start, upper in _shifted(best, error, factors, step, 1):
+        # Not `>=`, so that what overflowed, and is no number, passes.
+        found.append(torch.stack((upper < least).logical_not_().nonzero(as_tuple=True)))
+        found[-1][0] += start
+    place, query = torch.cat(found, 1)
     return Groups(place, query, group, len(keys))
 
 
-def _kth_best(lower: Tensor, k: int) -> Tensor:
-    """`(B,)` a bound that at least `k` rows reach, from lower bounds `(G, B)` of groups."""
-    lower = lower.masked_fill(lower.isnan(), -torch.inf)  # what overflowed says nothing
-    lower = _greatest(lower, max(1, min(_GROUPS, len(lower) // (4 * k))))
-    return lower.topk(k, 0).values[-1] if len(lower) >= k else lower.new_full((lower.shape[1],), -torch.inf)
+def _kth_best(best: Tensor, error: _Error, factors: Pairs, step: int, k: int) -> Tensor:
+    """`(B,)` a bound that at least `k` rows reach; of groups that are `step` apart one counts."""
+    lower = best.new_full((min(step, len(best)), best.shape[1]), -torch.inf)
+    for _, some in _shifted(best, error, factors, step, -1):
+        some.nan_to_num_(-torch.inf, torch.inf, -torch.inf)  # what overflowed says nothing
+        for part in some.split(step):
+            torch.maximum(lower[: len(part)], part, out=lower[: len(part)])
+    return lower.topk(k, 0).values[-1] if len(lower) >= k else lower.new_full((best.shape[1],), -torch.inf)
+
+
+def _shifted(best: Tensor, error: _Error, factors: Pairs, step: int, sign: int) -> Iterator[tuple[int, Tensor]]:
+    """Bounds of scores, whole steps at a time, in one piece of memory, so that a cache holds them."""
+    size = step * max(1, _BLOCK // (step * max(1, best.shape[1])))
+    room = best.new_empty(min(size, len(best)), best.shape[1])
+    for start in range(0, len(best), size):
+        scores, of_keys = (rows[start : start + size] for rows in (best, factors[0]))
+        yield start, error.shift(room[: len(scores)].copy_(scores), of_keys, factors[1], sign)
 
 
 def _greatest(rows: Tensor, group: int) -> Tensor:
@@ -200,32 +234,32 @@ def _best_of_groups(queries: Tensor, keys: Tensor, group: int, unit: Tensor | No
     count = -(-len(keys) // group)
     step = max(1, _BLOCK // max(1, len(queries)))
     best = torch.empty(count, len(queries), dtype=torch.promote_types(queries.dtype, torch.float32), device=keys.device)
+    room = queries.new_empty(min(step, count), len(queries))
     for start in range(0, count, step):
         here = best[start : start + step]
         for first in range(start, len(keys), count):
             rows = slice(first, first + len(here))
-            scores = _scores(queries, keys[rows], unit if unit is None else unit[rows])
+            scores = _scores(queries, keys[rows], unit if unit is None else unit[rows], room)
             if first == start:
-                found = scores
+                here.copy_(scores)
             else:  # the last rows may be fewer
-                torch.maximum(found[: len(scores)], scores, out=found[: len(scores)])
-        here[:] = found
+                torch.maximum(here[: len(scores)], scores, out=here[: len(scores)])
     return best
 
 
-def _scores(queries: Tensor, keys: Tensor, unit: Tensor | None) -> Tensor:
+def _scores(queries: Tensor, keys: Tensor, unit: Tensor | None, room: Tensor) -> Tensor:
     """`(R, B)` of some rows, of bytes in units of the queries."""
     if unit is None:
-        return product(keys, queries)
+        return product(keys, queries, room[: len(keys)])
     # Sums of products of bytes are whole numbers, and exact.
     return torch._int_mm(queries, keys.T).T * unit[:, None]
 
 
-def product(keys: Tensor, queries: Tensor) -> Tensor:
+def product(keys: Tensor, queries: Tensor, out: Tensor | None = None) -> Tensor:
     """`(R, B)` dot products in the dtype of the queries."""
     if keys.dtype == queries.dtype:
-        return keys @ queries.T
+        return torch.mm(keys, queries.T, out=out)
     wide = keys.to(queries.dtype)
-    scores = wide @ queries.T
+    scores = torch.mm(wide, queries.T, out=out)
     wide.zero_()  # a copy of rows that may be forgotten later
     return scores

@@ -201,6 +201,13 @@ def test_a_screen_holds_keys_in_bytes_and_what_was_lost(dtype: torch.dtype) -> N
     assert (kept.small_rounding.double() <= lost * 1.01 + 1e-30).all()
 
 
+def bound_of(error: screening._Error, look: Tensor, width: int, rounding: Tensor, length: Tensor) -> Tensor:
+    """How far scores are moved down and up, whichever is less, in float64."""
+    factors = error.factors(width, rounding, length)
+    lower, upper = (error.shift(look.clone(), *factors, sign).double() for sign in (-1, 1))
+    return torch.minimum(upper - look.double(), look.double() - lower)
+
+
 @pytest.mark.parametrize("kind", ["normal", "whole", "unequal", "one number"])
 def test_a_look_at_bytes_is_as_wrong_as_its_bound_says_at_most(kind: str) -> None:
     keys, queries = torch.randn(3000, 50, generator=seeded()), torch.randn(9, 50, generator=seeded(1))
@@ -214,7 +221,7 @@ def test_a_look_at_bytes_is_as_wrong_as_its_bound_says_at_most(kind: str) -> Non
     small, unit, rounding = bytes_of(queries)
     look = screening._best_of_groups(small, kept.small, 1, kept.unit)
     error = screening._Error(length_above(small), rounding / unit, torch.zeros(9), torch.float32)
-    bound = error.bound(look, 50, kept.small_rounding, kept.length).double() * unit
+    bound = bound_of(error, look, 50, kept.small_rounding, kept.length) * unit
     wrong = (keys.double() @ queries.double().T - look.double() * unit).abs()
     assert (wrong <= bound).all()
     assert (wrong / bound).max() > 0.05, "a bound so loose would let everything pass"
@@ -234,6 +241,31 @@ def test_where_sums_of_products_of_bytes_saturate_nobody_looks_at_them(monkeypat
         assert torch.equal(search(keys[:2], keys, torch.arange(500), 4, "screen").ids, right.ids)
     finally:
         screening._bytes_are_exact.cache_clear()
+
+
+def test_where_a_sum_in_bfloat16_is_rounded_on_its_way_nobody_looks_at_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = torch.randn(500, 8, generator=seeded())
+    right = search(keys[:1], keys, torch.arange(500), 4, "float32")
+    monkeypatch.setattr(screening, "_one_sum_is_whole", lambda: False)
+    monkeypatch.setattr(screening, "_in_bfloat16", None)
+    assert torch.equal(search(keys[:1], keys, torch.arange(500), 4, "float32").ids, right.ids)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 40), st.sampled_from([1, 3, 700]), st.sampled_from([1, 64, 2100]), st.sampled_from(DTYPES))
+def test_scores_of_pairs_are_those_of_plain_sums_in_blocks_of_any_size(
+    count: int, width: int, numbers: int, dtype: torch.dtype
+) -> None:
+    generator = seeded(count)
+    keys, queries = (torch.randn(n, width, generator=generator).to(dtype) for n in (9, 5))
+    query, row = (torch.randint(n, (count,), generator=generator) for n in (5, 9))
+    for wide in {torch.float64, torch.promote_types(dtype, torch.float32)}:
+        # A row more, since a sum that is alone is divided among threads.
+        pairs = [torch.cat([column, column.new_zeros(1)]) for column in (query, row)]
+        exact = (queries[pairs[0]].to(wide) * keys[pairs[1]].to(wide)).sum(1)[:count]
+        with patch.object(retrieval, "_SCORED", numbers):
+            found = retrieval.pair_scores(queries, keys, query, row, wide)
+        assert found.dtype == wide and torch.equal(found, exact)
 
 
 def test_a_pair_has_the_same_score_alone() -> None:
@@ -262,25 +294,29 @@ def test_a_look_in_float32_is_as_wrong_as_its_bound_says_at_most(
         if dtype != torch.float16:
             keys, queries = 1e-34 * keys, 1e20 * queries
     keys, queries = keys.to(dtype), queries.to(dtype)
-    seen: list[Tensor] = []
-    bound_of = screening._Error.bound
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    shift = screening._Error.shift
 
-    def spy(self: screening._Error, scores: Tensor, *rest: object) -> Tensor:
+    def spy(self: screening._Error, scores: Tensor, of_keys: Tensor, of_queries: Tensor, sign: int) -> Tensor:
         assert self.dtype == torch.float32
-        seen.extend([scores.clone(), bound_of(self, scores, *rest)])  # type: ignore[arg-type]
-        return seen[1].clone()
+        before = scores.double()
+        seen[sign] = before, (shift(self, scores, of_keys, of_queries, sign).double() - before) * sign
+        return scores
 
-    monkeypatch.setattr(screening._Error, "bound", spy)
+    monkeypatch.setattr(screening, "_BLOCK", 1 << 20)  # all at once
+    monkeypatch.setattr(screening._Error, "shift", spy)
     monkeypatch.setattr(screening, "_GROUP", 1)
     flushing = torch.set_flush_denormal(kind == "tiny")
     try:
         screening.plain(queries, keys, length_above(keys), 750)  # so many that a row is its own group
     finally:
         torch.set_flush_denormal(False)
-    assert flushing and seen[0].shape == (3000, 40)
-    wrong = (keys.double() @ queries.double().T - seen[0]).abs()
-    assert (wrong <= seen[1]).all()
-    assert kind == "tiny" or (wrong / seen[1]).max() > 1e-4, "a bound so loose would let everything pass"
+    assert flushing and len(seen) == 2
+    for scores, bound in seen.values():
+        assert scores.shape == (3000, 40)
+        wrong = (keys.double() @ queries.double().T - scores).abs()
+        assert (wrong <= bound).all()
+        assert kind == "tiny" or (wrong / bound).max() > 1e-4, "a bound so loose would let everything pass"
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5, -300.0])
@@ -293,11 +329,11 @@ def test_a_look_is_as_wrong_as_its_bound_says_at_most(kind: str, offset: float) 
         keys = keys * torch.logspace(-3, 3, 3000)[:, None]
     kept, rounded = Screen.of(keys), queries.bfloat16()
     offsets = torch.full((40,), offset).bfloat16()
-    look = (kept.rounded @ torch.cat([rounded, -offsets[:, None]], 1).T).double()
+    look = (kept.rounded @ torch.cat([rounded, -offsets[:, None]], 1).T).float()
     lost = length_above(queries - rounded.float())
     error = screening._Error(length_above(rounded), lost, offsets.abs().float(), torch.bfloat16)
-    bound = error.bound(look, 51, kept.rounding, kept.length)
-    wrong = (keys.double() @ queries.double().T - offset - look).abs()
+    bound = bound_of(error, look, 51, kept.rounding, kept.length)
+    wrong = (keys.double() @ queries.double().T - offset - look.double()).abs()
     assert (wrong <= bound).all()
     assert (wrong / bound).max() > 0.05, "a bound so loose would let everything pass"
 
@@ -365,6 +401,9 @@ def test_a_screen_narrows_and_where_it_does_not_full_precision_does(monkeypatch:
     for rows in (3, 50):
         search(keys[:rows], keys, torch.arange(20_000), 4, "float32")
     assert looks == [torch.float32, torch.float32], "without instructions for less nobody looks at less"
+    looks.clear()
+    search(keys[:1], keys, torch.arange(20_000), 4, "float32")
+    assert looks == [torch.bfloat16], "but for one query, which is no work"
 
 
 @pytest.mark.parametrize(
