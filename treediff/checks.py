@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["check_batch", "check_noise", "check_times"]
+__all__ = ["check_batch", "check_noise", "check_times", "float_advice"]
 
 _STEP = "step n of T steps, counted from 1, is t = n / T"
 
@@ -35,10 +35,7 @@ def check_batch(
     if not isinstance(x, Tensor):
         raise TypeError(f"expected {what} as a tensor, found {type(x).__name__}; torch.as_tensor(x) makes one")
     if not x.is_floating_point():
-        raise TypeError(
-            f"expected floating-point {what}, found {x.dtype}; convert them with .float(), and divide 8-bit images by "
-            "255"
-        )
+        raise TypeError(f"expected floating-point {what}, found {x.dtype}; convert them with {float_advice(x.dtype)}")
     if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != shape:
         raise ValueError(f"expected {what} of shape (batch, {', '.join(map(str, shape))}), found {tuple(x.shape)}")
     if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
@@ -107,6 +104,15 @@ def _may_look(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0
 
 
+def float_advice(dtype: torch.dtype) -> str:
+    """How images of a dtype become floating-point ones in [0, 1]."""
+    if dtype == torch.bool:
+        return "x.float()"
+    if dtype in (torch.uint8, torch.uint16):
+        return f"x.float() / {255 if dtype == torch.uint8 else 65535}"
+    return "x.float(), and divide images by what white is, 255 for 8 bits and 65535 for 16"
+
+
 def _check_values(x: Tensor, data_range: tuple[float, float] | None, what: str) -> None:
     low, high = (float(v) for v in x.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -114,5 +120,6 @@ def _check_values(x: Tensor, data_range: tuple[float, float] | None, what: str) 
     if data_range is not None and (low < data_range[0] or high > data_range[1]):
         raise ValueError(
             f"{what} must lie in {list(data_range)}, found values from {low:.4g} to {high:.4g}; divide 8-bit images by "
-            "255, and clamp what lies a little outside"
+            "255 and 16-bit ones by 65535, bring images from -1 to 1 to [0, 1] with (x + 1) / 2, and clamp what lies a "
+            "little outside"
         )

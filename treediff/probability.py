@@ -99,10 +99,11 @@ def reparameterize(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
     """A sample `mean + exp(logvar / 2) noise` through which gradients flow; `noise` is standard normal.
 
     Raises:
-        TypeError: if noise has another dtype than the mean.
-        ValueError: if it has another shape, which might broadcast.
+        TypeError: if noise is not floating point, or would widen the dtype of the mean.
+        ValueError: if it has not a number for each number of the sample, so that some would share theirs.
     """
-    check_noise(noise, mean, "mean")
+    shape = torch.broadcast_shapes(mean.shape, logvar.shape, noise.shape)
+    check_noise(noise, mean.detach().expand(shape), "mean")
     return torch.addcmul(mean, torch.exp(0.5 * logvar), noise)
 
 

@@ -14,6 +14,7 @@ from types import FunctionType, ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from munkey.store.schema import Rows
 
@@ -47,14 +48,20 @@ def erasure_report(
     """Look for the keys and values of some rows in all tensors within reach of some objects, and in files.
 
     Whole storages are searched, room that no view shows included, for the rows as they are and rounded to any other of
-    float64, float32, float16 and bfloat16. Rows whose value was never changed from zero, as in
+    float64, float32, float16 and bfloat16. Within reach is what objects refer to, gradients, and what the graph of a
+    kept loss holds for its backward pass: saved tensors, what a function of your own keeps, and what hooks on saved
+    tensors have packed, which are not called. Rows whose value was never changed from zero, as in
     exact mode, are looked for by their keys alone; a row of few different numbers may be found by chance. **The rows
     themselves are a copy of what is to be forgotten**: read them before, look, and delete them.
 
+    Not looked at: memory that is free but not empty, other processes, copies on disk that are not named, tensors that
+    only C++ knows (hooks on the nodes of a graph, caches of a compiled model, tangents of forward-mode derivatives),
+    what is on the meta device, and rows in pieces, transposed, or changed in any other way than by rounding.
+
     Args:
         rows: what `KeyStore.get` said of the instances before they were forgotten.
-        holders: models, optimisers, averages: everything they refer to is searched, what functions enclose included,
-            but for `rows` itself and what modules have by name.
+        holders: models, optimisers, averages, losses: everything they refer to is searched, what functions enclose and
+            graphs save included, but for `rows` itself and what modules have by name.
         files: paths; of a folder everything in it.
 
     Raises:
@@ -70,6 +77,9 @@ def erasure_report(
         >>> _ = store.forget([7])
         >>> erasure_report(rows, holders=[store]).clean
         True
+        >>> loss = (rows.keys.clone() * torch.ones(3, requires_grad=True)).sum()  # kept, and with it its graph
+        >>> erasure_report(rows, holders=[store, loss]).clean
+        False
     """
     pieces = [_forms(row) for column in (rows.keys, rows.values) for row in column if row.any()]
     own = {tensor.untyped_storage().data_ptr() for tensor in (rows.keys, rows.values)}
@@ -93,7 +103,7 @@ def _count(pieces: list[set[bytes]], content: bytes) -> int:
 
 
 def _reachable(*roots: object) -> list[Tensor]:
-    """All tensors that can be reached from some objects, gradients included."""
+    """All tensors that can be reached from some objects, gradients and graphs included."""
     seen: dict[int, object] = {}
     todo = list(roots)
     while todo:
@@ -105,16 +115,59 @@ def _reachable(*roots: object) -> list[Tensor]:
             todo += [thing.__closure__, thing.__defaults__, thing.__kwdefaults__, vars(thing)]
         else:
             todo += gc.get_referents(thing)
-        if isinstance(thing, Tensor) and thing.grad is not None:
-            todo.append(thing.grad)
+        if isinstance(thing, Tensor):
+            todo += _behind(thing)
+        elif isinstance(thing, Node):
+            todo += _saved_by(thing)
     return [thing for thing in seen.values() if isinstance(thing, Tensor)]
+
+
+def _behind(tensor: Tensor) -> list[object]:
+    """The gradient of a tensor, and the node of the graph that made it, neither of which Python sees as its part."""
+    # To ask other tensors for their gradient is a warning.
+    return [tensor.grad if tensor.is_leaf or tensor.retains_grad else None, tensor.grad_fn]
+
+
+def _saved_by(node: Node) -> list[object]:
+    """What a node of a graph holds, and the nodes behind it."""
+    found: list[object] = [behind for behind, _ in node.next_functions]
+    found.append(getattr(node, "variable", None))  # the leaf that a gradient is added to
+    for name in dir(node):
+        if name.startswith("_raw_saved_"):
+            found += _unpacked(node, name)
+    return found
+
+
+def _unpacked(node: Node, name: str) -> list[object]:
+    """Saved tensors, or what a hook has made of them, as they are.
+
+    The attributes without `_raw` check versions, which forgetting in place has changed, and call hooks, which may
+    compute anything anew.
+    """
+    try:
+        saved = getattr(node, name)
+    except RuntimeError:  # a backward pass has let go of them
+        return []
+    each = saved if isinstance(saved, tuple | list) else [saved]
+    return [part for tensor in each for part in (tensor.data, tensor.unpack_hook)]
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The dense tensors that a tensor is made of."""
+    if tensor.is_sparse:
+        return tensor._values(), tensor._indices()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.values(), tensor.crow_indices(), tensor.col_indices()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.values(), tensor.ccol_indices(), tensor.row_indices()
+    return () if tensor.is_meta else (tensor,)
 
 
 def _content(tensors: list[Tensor], without: set[int]) -> bytes:
     """Whole storages, each once."""
     storages = {}
     for tensor in tensors:
-        for part in (tensor._values(), tensor._indices()) if tensor.is_sparse else (tensor,):
+        for part in _parts(tensor):
             storages[part.untyped_storage().data_ptr()] = part.untyped_storage()
     return b"".join(
         torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu().numpy().tobytes()

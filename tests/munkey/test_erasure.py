@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +19,10 @@ from stores import seeded
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from munkey import DurableStore, KeyMemoryTransformer, KeyStore, KeyValueMemory
+from munkey.audit import erasure_report
 from treediff import EMA
 
 
@@ -190,3 +195,105 @@ def test_the_memory_of_the_process_does_not_hold_it_either(tmp_path: Path, act: 
     rounded = keys.bfloat16().view(torch.int16)
     found = [sum(row.numpy().tobytes()[:64] in memory for row in rows) for rows in (keys, rounded, values)]
     assert found == ([20, 20, 20] if act == "pass" else [0, 0, 0])
+
+
+# --- graphs that are kept -----------------------------------------------------------------------------------
+
+
+def test_a_kept_loss_holds_what_was_forgotten_until_it_is_dropped() -> None:
+    built, holders = trained()
+    store = built.memory.store
+    loss = built.loss(images(12), labels(12), ids=range(12), generator=seeded(9))
+    rows = store.get([2, 7])
+    built.forget([2, 7])
+    assert erasure_report(rows, holders=[built, *holders]).clean
+    assert not erasure_report(rows, holders=[built, *holders, loss]).clean
+    assert not erasure_report(rows, holders=[{"history": [loss]}]).clean
+    del loss
+    assert erasure_report(rows, holders=[built, *holders]).clean
+
+
+class Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mine: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x)
+        ctx.mine = mine
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        return 2 * grad, None
+
+
+def hooked(weight: Tensor, row: Tensor) -> Tensor:
+    def unpack(packed: tuple[Tensor]) -> Tensor:
+        raise AssertionError("a look must not call hooks")
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (x.clone(),), unpack):
+        return weight * row
+
+
+GRAPHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a product": lambda weight, row: weight * row,
+    "deep below": lambda weight, row: ((weight * row).sin() + 1).exp().mean(),
+    "very deep": lambda weight, row: functools.reduce(lambda y, _: y + 1, range(3000), weight * row),
+    "a leaf": lambda weight, row: row.requires_grad_().sum(),
+    "a result": lambda weight, row: (weight - weight.detach() + row).relu().sum(),
+    "several": lambda weight, row: torch.stack([weight, torch.addcmul(weight, weight, row)]),
+    "indices": lambda weight, row: (torch.eye(5)[torch.arange(5)] @ row) * weight,
+    "own function": lambda weight, row: Kept.apply(weight * 0 + row, torch.zeros(5)),  # type: ignore[no-untyped-call]
+    "what it keeps": lambda weight, row: Kept.apply(weight, row),  # type: ignore[no-untyped-call]
+    "packed by a hook": hooked,
+    "to be computed again": lambda weight, row: checkpoint(lambda w: (w * row).sin(), weight, use_reentrant=False),
+    "again, in the old way": lambda weight, row: checkpoint(lambda w: (w * row).sin(), weight, use_reentrant=True),
+    "half precision": lambda weight, row: weight.bfloat16() * row.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
+def test_whatever_a_graph_saves_is_found(graph: Callable[[Tensor, Tensor], Tensor]) -> None:
+    store = KeyStore(5, 2)
+    store.add([7, 8], torch.rand(2, 5, generator=seeded(3)) + 0.1)
+    rows, weight = store.get([7]), torch.ones(5, requires_grad=True)
+    kept = graph(weight, store.get([7]).keys[0].clone())
+    store.forget([7])
+    assert erasure_report(rows, holders=[store, weight]).clean
+    assert erasure_report(rows, holders=[kept]).found == {"tensors": 1}
+    del kept
+    assert erasure_report(rows, holders=[store, weight]).clean
+
+
+def test_what_was_erased_in_place_is_erased_in_a_graph_too() -> None:
+    """The graph's own version check would refuse to show it."""
+    store, weight = KeyStore(5, 2), torch.ones(5, requires_grad=True)
+    store.add([7], torch.rand(1, 5, generator=seeded(3)))
+    rows, key = store.get([7]), store.get([7]).keys[0].clone()
+    kept = weight * key
+    assert not erasure_report(rows, holders=[kept]).clean
+    key.zero_()
+    assert erasure_report(rows, holders=[weight]).clean
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.sum().backward()
+
+
+def test_a_graph_that_has_been_walked_back_holds_nothing() -> None:
+    store, weight = KeyStore(5, 2), torch.ones(5, requires_grad=True)
+    store.add([7], torch.rand(1, 5, generator=seeded(3)))
+    rows = store.get([7])
+    kept = Kept.apply(2 * weight * rows.keys[0].clone(), torch.zeros(5)).sum()  # type: ignore[no-untyped-call]
+    assert not erasure_report(rows, holders=[kept]).clean
+    kept.backward()
+    weight.grad = None
+    assert erasure_report(rows, holders=[kept, weight]).clean
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_sparse_tensors_are_searched(layout: torch.layout) -> None:
+    store = KeyStore(5, 2)
+    store.add([7], torch.rand(1, 5, generator=seeded(3)))
+    rows = store.get([7])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that CSR is in beta
+        kept = rows.keys.clone().to_sparse(layout=layout)
+    assert not erasure_report(rows, holders=[kept]).clean
+    assert erasure_report(rows, holders=[torch.empty(3, device="meta")]).clean

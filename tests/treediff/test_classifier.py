@@ -302,7 +302,7 @@ X = torch.full((2, 2, *SIZE), 0.5)
     ("x", "error", "message"),
     [
         (X.numpy(), TypeError, r"expected images as a tensor, found ndarray; torch.as_tensor"),
-        (X.byte(), TypeError, r"floating-point images, found torch.uint8; .* divide 8-bit images by 255"),
+        (X.byte(), TypeError, r"floating-point images, found torch.uint8; convert them with x.float\(\) / 255"),
         (X[0], ValueError, r"images of shape \(batch, 2, 9, 13\), found \(2, 9, 13\)"),
         (X[:, :1], ValueError, r"images of shape \(batch, 2, 9, 13\), found \(2, 1, 9, 13\)"),
         (X.mT, ValueError, r"images of shape \(batch, 2, 9, 13\), found \(2, 2, 13, 9\)"),

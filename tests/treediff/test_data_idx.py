@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gzip
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from datafiles import assert_equal_data, example, idx_bytes, quick, write_idx
+from datafiles import assert_equal_data, example, from_torch, idx_bytes, quick, write_idx, write_npz
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,3 +79,16 @@ def test_a_missing_idx_file(tmp_path: Path) -> None:
     message = rf"one of them {LABELS} or {LABELS}\.gz or .*, found only \['t10k-images-.*can come in"
     with pytest.raises(FileNotFoundError, match=message):
         load_dataset(tmp_path)
+
+
+def test_what_an_idx_file_of_another_dtype_holds_is_said_and_can_come_as_npz(tmp_path: Path) -> None:
+    arrays = example()
+    folder, path = write_idx(tmp_path / "idx", arrays), tmp_path / "mine.npz"
+    floats = (arrays["train_images"] / 255).astype(">f4")
+    header = struct.pack(">4I", 0xD03, *floats.shape)
+    (folder / "train-images-idx3-ubyte").write_bytes(header + floats.tobytes())
+    message = "found 0x0d03; it holds float32, which can come in an .npz file"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_dataset(folder)
+    found = load_dataset(write_npz(path, {**arrays, "train_images": floats}))
+    assert np.array_equal(from_torch(found.train_images)[..., 0], arrays["train_images"])

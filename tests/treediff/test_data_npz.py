@@ -56,8 +56,8 @@ def test_npz_float_images_and_features_are_kept(tmp_path: Path) -> None:
         ({"train_images": np.zeros((6, 3, 32, 32), np.uint8)}, r"channels last.*\(6, 3, 32, 32\); \.tr"),
         ({"train_images": np.zeros(6, np.uint8)}, r"train_images: expected at least one row.*\(6,\)"),
         ({"test_images": np.zeros((0, 5, 4), np.uint8)}, r"test_images: .*found shape \(0, 5, 4\)"),
-        ({"train_images": np.zeros((6, 20), np.uint8)}, r"found uint8 of shape \(6, 20\); reshape flat"),
-        ({"train_images": np.zeros((6, 5, 4), np.int64)}, r"expected uint8 or float images.*found int64"),
+        ({"train_images": np.zeros((6, 20), np.uint8)}, r"found uint8 of shape \(6, 20\); give flat"),
+        ({"train_images": np.zeros((6, 5, 4), np.int64)}, r"expected bool, uint8, uint16 or float images, found int64"),
         ({"train_images": np.full((6, 5, 4), 255.0)}, r"expected pixels in \[0, 1\].*, found 255 to"),
         ({"train_images": np.full((6, 5, 4), -0.1)}, r"found -0\.1 to -0\.1; rescale"),
         ({"train_images": np.full((6, 5, 4), np.nan)}, r"found nan to nan"),
@@ -109,3 +109,59 @@ def test_a_damaged_npz_is_refused_or_harmless(tmp_path: Path, data: st.DataObjec
     else:
         # The checksum has let it pass: only an unused field or a dropped optional key can differ.
         assert np.array_equal(from_torch(found.train_images)[..., 0], example()["train_images"])
+
+
+# --- what says what white is, and what does not ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("bool", 1), ("u1", 255), ("<u2", 65535), (">u2", 65535)])
+def test_pixels_that_say_what_white_is(tmp_path: Path, dtype: str, most: int) -> None:
+    whole = np.linspace(0, most, 6 * 5 * 4).round().reshape(6, 5, 4)
+    arrays = {"train_images": whole.astype(dtype), "test_images": whole[:2].astype(dtype)}
+    found = load_dataset(write_npz(tmp_path / "mine.npz", arrays))
+    assert np.allclose(found.train_images[:, 0], whole / most, atol=1e-6)
+    assert found.train_images.max() == 1 and len(found.train_images.unique()) == len(np.unique(whole))
+
+
+ADVICE = r"; divide by it: images / 255 for pixels from 0 to 255, \(images \+ 1\) / 2 for those from -1 to 1"
+
+
+@pytest.mark.parametrize("dtype", ["i1", "i2", "i4", "i8", "u4", "u8", "f4"])
+@pytest.mark.parametrize("low", [0, -1])
+def test_the_advice_for_other_pixels_gives_the_picture(tmp_path: Path, dtype: str, low: int) -> None:
+    if low and dtype[0] == "u":
+        return
+    most = 1 if low else (127 if dtype == "i1" else 255)
+    pixels = np.linspace(low, most, 120).round().reshape(6, 5, 4)
+    arrays = {"train_images": pixels.astype(dtype), "test_images": pixels[:2].astype(dtype)}
+    message = (
+        "rescale them: images / 255" if dtype == "f4" else f"from {low} to {most}, which do not say what .*{ADVICE}"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_dataset(write_npz(tmp_path / "mine.npz", arrays))
+    rescaled = {name: (images + 1) / 2 if low else images / 255 for name, images in arrays.items()}
+    found = load_dataset(write_npz(tmp_path / "mine.npz", rescaled))
+    assert np.allclose(found.train_images[:, 0], (pixels + 1) / 2 if low else pixels / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "u1", "u2", "i8"])
+def test_the_advice_for_flat_numbers(tmp_path: Path, dtype: str) -> None:
+    flat = {"train_images": np.arange(120).reshape(6, 20).astype(dtype), "test_images": np.ones((2, 20), dtype)}
+    message = r"give flat pixels as images, with \.reshape\(n, H, W\), and features as \.astype\(np\.float32\)"
+    with pytest.raises(ValueError, match=message):
+        load_dataset(write_npz(tmp_path / "mine.npz", flat))
+    features = {name: rows.astype(np.float32) for name, rows in flat.items()}
+    found = load_dataset(write_npz(tmp_path / "mine.npz", features))
+    assert np.array_equal(found.train_images, flat["train_images"].astype(np.float32))
+    if dtype != "i8":
+        pixels = {name: rows.reshape(len(rows), 5, 4) for name, rows in flat.items()}
+        shown = load_dataset(write_npz(tmp_path / "mine.npz", pixels)).train_images
+        most = {"bool": 1, "u1": 255, "u2": 65535}[dtype]
+        assert np.allclose(shown[:, 0], pixels["train_images"].astype(float) / most)
+
+
+@pytest.mark.parametrize("dtype", ["c8", "U3", "M8[s]"])
+def test_what_is_no_real_number(tmp_path: Path, dtype: str) -> None:
+    arrays = {"train_images": np.zeros((6, 5, 4), dtype), "test_images": np.zeros((2, 5, 4), dtype)}
+    with pytest.raises(ValueError, match="train_images: expected real numbers, found "):
+        load_dataset(write_npz(tmp_path / "mine.npz", arrays))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from datafiles import from_torch, write_pictures
@@ -121,8 +123,8 @@ def test_unlike_pictures(tmp_path: Path, mode: str, size: tuple[int, int]) -> No
 
 def test_pictures_that_cannot_be_read_or_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "train" / "ant" / "a.png")
-    other = save(tmp_path / "test" / "ant" / "b.png", "I;16")
-    refused(tmp_path, r"b\.png: expected mode 1/L/P/RGB/RGBA, found I;16; save as RGB", size=8)
+    other = save(tmp_path / "test" / "ant" / "b.png", "LA")
+    refused(tmp_path, r"b\.png: expected mode 1/L/I;16/P/RGB/RGBA, found LA; save it with picture.convert", size=8)
     for content in (b"junk", save(other).read_bytes()[:-30]):
         other.write_bytes(content)
         refused(tmp_path, r"b\.png: expected a picture that Pillow can read, found: ")
@@ -133,7 +135,7 @@ def test_pictures_that_cannot_be_read_or_converted(tmp_path: Path, monkeypatch: 
 
 def test_one_unusual_mode_everywhere_is_refused(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path, mode="P")
-    with pytest.raises(ValueError, match=r"00\.png: expected mode L/RGB/RGBA, found P; save as RGB"):
+    with pytest.raises(ValueError, match=r"00\.png: expected mode 1/L/I;16/RGB/RGBA, found P; save it with"):
         load_dataset(folder)
 
 
@@ -142,3 +144,118 @@ def test_bad_size(tmp_path: Path, size: int | tuple[int, int]) -> None:
     message = rf"size: expected a height and a width of at least 1, found {re.escape(str(size))}"
     with pytest.raises(ValueError, match=message):
         load_dataset(write_pictures(tmp_path), size=size)
+
+
+# --- grey of 16 bits, and modes that are not read -----------------------------------------------------------
+
+
+def depths(shape: tuple[int, int] = (8, 8)) -> npt.NDArray[np.uint16]:
+    """64 greys, of which conversions of Pillow to other modes leave two."""
+    return (np.arange(64).reshape(shape) * 1040).astype(np.uint16)
+
+
+def both_splits(folder: Path, name: str, write: Callable[[Path], object]) -> Path:
+    for part in ("train", "test"):
+        (folder / part / "ant").mkdir(parents=True, exist_ok=True)
+        write(folder / part / "ant" / name)
+    return folder
+
+
+def pgm(path: Path) -> None:
+    path.write_bytes(b"P5\n8 8\n65535\n" + depths().astype(">u2").tobytes())
+
+
+def tif_of_big_ends(path: Path) -> None:
+    Image.frombytes("I;16B", (8, 8), depths().astype(">u2").tobytes()).save(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.png", lambda path: Image.fromarray(depths()).save(path)),
+        ("a.tif", lambda path: Image.fromarray(depths()).save(path)),
+        ("a.tiff", tif_of_big_ends),
+        ("a.pgm", pgm),
+    ],
+)
+def test_grey_of_16_bits_is_kept(tmp_path: Path, name: str, write: Callable[[Path], object]) -> None:
+    folder = both_splits(tmp_path, name, write)
+    expected = torch.from_numpy(depths().astype(np.float32) / np.float32(65535))
+    for size in (None, 8):
+        found = load_dataset(folder, size=size).train_images
+        assert found.shape == (1, 1, 8, 8) and found.dtype == torch.float32
+        torch.testing.assert_close(found[0, 0], expected, atol=1e-6, rtol=0)
+        assert len(found.unique()) == 64
+
+
+def test_grey_of_16_and_of_8_bits_together(tmp_path: Path) -> None:
+    both_splits(tmp_path, "a.png", lambda path: Image.fromarray(depths()).save(path))
+    both_splits(tmp_path, "b.png", lambda path: Image.new("L", (8, 8), 51).save(path))
+    both_splits(tmp_path, "c.png", lambda path: Image.new("1", (8, 8), 1).save(path))
+    deep, grey, white = load_dataset(tmp_path, size=8).train_images[:, 0]
+    torch.testing.assert_close(deep, torch.from_numpy(depths() / 65535).float(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(grey, torch.full((8, 8), 0.2))
+    assert (white == 1).all()
+    refused(tmp_path, r"b\.png: expected mode and \(width, height\) of .*a\.png, \('I;16', \(8, 8\)\), found \('L'")
+
+
+def test_grey_of_16_bits_among_colours_is_rounded_to_8(tmp_path: Path) -> None:
+    both_splits(tmp_path, "a.png", lambda path: Image.fromarray(depths()).save(path))
+    both_splits(tmp_path, "b.png", lambda path: Image.new("RGB", (8, 8), (255, 0, 0)).save(path))
+    grey, red = load_dataset(tmp_path, size=8).train_images
+    torch.testing.assert_close(grey, torch.from_numpy(depths() / 65535).float().expand(3, 8, 8), atol=1 / 500, rtol=0)
+    assert (red[0] == 1).all() and not red[1:].any()
+
+
+def test_grey_of_16_bits_keeps_its_range_when_it_is_made_smaller(tmp_path: Path) -> None:
+    both_splits(tmp_path, "a.png", lambda path: Image.fromarray(depths()).save(path))
+    small = load_dataset(tmp_path, size=2).train_images
+    wide = Image.fromarray((depths() / 65535).astype(np.float32)).resize((2, 2), Image.Resampling.BILINEAR)
+    torch.testing.assert_close(small[0, 0], torch.from_numpy(np.array(wide)), atol=1e-6, rtol=0)
+
+
+def test_pictures_of_one_bit(tmp_path: Path) -> None:
+    both_splits(tmp_path, "a.png", lambda path: Image.fromarray(depths() > 30000).save(path))
+    found = load_dataset(tmp_path).train_images
+    assert torch.equal(found[0, 0], torch.from_numpy(depths() > 30000).float())
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "PA", "CMYK", "YCbCr"])
+def test_the_advice_for_other_modes_keeps_the_picture(tmp_path: Path, mode: str) -> None:
+    shades = Image.fromarray((depths() // 257).astype(np.uint8))
+    plain = np.asarray(shades.convert("RGB"))
+    colours = shades.convert("P" if mode in ("P", "PA") else "RGB")  # the palette of all greys
+    both_splits(tmp_path, "a.tif", lambda path: colours.convert(mode).save(path))
+    with pytest.raises(ValueError, match=rf"found {mode}; save it with picture\.convert\('RGBA?'\)\.save") as caught:
+        load_dataset(tmp_path)
+    to = re.search(r"convert\('(\w+)'\)", str(caught.value))
+    assert to is not None
+    for path in tmp_path.glob("*/ant/a.tif"):
+        with Image.open(path) as picture:
+            picture.convert(to[1]).save(path.with_suffix(".png"))
+        path.unlink()
+    found = load_dataset(tmp_path).train_images[0, :3].permute(1, 2, 0).numpy() * 255
+    assert np.abs(found - plain).max() <= (3 if mode == "YCbCr" else 1.01)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("I", np.int32), ("F", np.float32)])
+def test_the_advice_for_numbers_without_a_range_keeps_the_picture(tmp_path: Path, mode: str, dtype: type) -> None:
+    numbers = (depths().astype(np.float64) * 3 - 7000).astype(dtype)
+    both_splits(tmp_path, "a.tif", lambda path: Image.fromarray(numbers).save(path))
+    with pytest.raises(ValueError, match=rf"found {mode}; its numbers do not say what white is; save it as grey of 16"):
+        load_dataset(tmp_path)
+    for path in tmp_path.glob("*/ant/a.tif"):
+        with Image.open(path) as picture:
+            x = np.asarray(picture, np.float64)
+            Image.fromarray((65535 * (x - x.min()) / np.ptp(x)).round().astype(np.uint16)).save(
+                path.with_suffix(".png")
+            )
+        path.unlink()
+    found = load_dataset(tmp_path).train_images
+    expected = (numbers - numbers.min()) / np.ptp(numbers.astype(np.float64))
+    torch.testing.assert_close(found[0, 0], torch.from_numpy(expected).float(), atol=1e-5, rtol=0)
+
+
+def test_colours_that_only_a_profile_explains(tmp_path: Path) -> None:
+    both_splits(tmp_path, "a.tif", lambda path: Image.new("LAB", (4, 5)).save(path))
+    refused(tmp_path, r"a\.tif: .*found LAB; save it as RGB with PIL\.ImageCms")

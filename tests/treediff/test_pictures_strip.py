@@ -180,8 +180,16 @@ GOOD = torch.full((4, 2, 1, 8, 8), 0.5)
     ("change", "error", "message"),
     [
         ({"path": "a.jpg"}, ValueError, "draw_strip writes PNG files: expected a name that ends in .png, found"),
-        ({"frames": [GOOD[0]] * 4}, TypeError, "frames: expected a float tensor in [0, 1], found list; 8-bit images:"),
-        ({"frames": GOOD.byte()}, TypeError, "frames: expected a float tensor in [0, 1], found torch.uint8; 8-bit"),
+        (
+            {"frames": [GOOD[0]] * 4},
+            TypeError,
+            "frames: expected a float tensor in [0, 1], found list; an array:",
+        ),
+        (
+            {"frames": GOOD.byte()},
+            TypeError,
+            "frames: expected a float tensor in [0, 1], found torch.uint8; conv",
+        ),
         ({"frames": GOOD - 1}, ValueError, "frames: expected values in [0, 1], found -0.5 to -0.5; images from -1 to"),
         ({"frames": GOOD + 1}, ValueError, "found 1.5 to 1.5; images from -1 to 1, such as those a sampler tells its"),
         ({"frames": GOOD / 0}, ValueError, "frames: expected values in [0, 1], found inf to inf; images from -1 to 1"),
@@ -214,7 +222,11 @@ def test_errors_of_strips_teach_and_write_nothing(
     ("change", "error", "message"),
     [
         ({"path": "grid"}, ValueError, "draw_grid writes PNG files: expected a name that ends in .png, found"),
-        ({"images": None}, TypeError, "images: expected a float tensor in [0, 1], found NoneType; 8-bit images:"),
+        (
+            {"images": None},
+            TypeError,
+            "images: expected a float tensor in [0, 1], found NoneType; an array:",
+        ),
         ({"images": GOOD[0]}, ValueError, "images: expected shape (rows, columns, C, H, W) with C 1 or 3, found (2, 1"),
         ({"column_labels": ["a"]}, ValueError, "column_labels: expected one for each column, 2, found 1"),
         ({"row_labels": torch.zeros(5)}, ValueError, "row_labels: expected one for each row, 4, found 5"),

@@ -146,8 +146,12 @@ def test_refined_samples_are_those_of_both_stages() -> None:
 @pytest.mark.parametrize(
     ("refine", "error", "message"),
     [
-        (lambda x: [x], TypeError, "expected a float tensor in [0, 1], found list; 8-bit images: x.float() / 255, a"),
-        (lambda x: x.byte(), TypeError, "expected a float tensor in [0, 1], found torch.uint8; 8-bit images"),
+        (lambda x: [x], TypeError, "expected a float tensor in [0, 1], found list; an array: torch.as_tensor(x), a"),
+        (
+            lambda x: x.byte(),
+            TypeError,
+            "expected a float tensor in [0, 1], found torch.uint8; convert it with x",
+        ),
         (lambda x: x[1:], ValueError, "expected one image for each sample, shape (5, 1, 4, 3), found shape (4, 1, 4"),
         (lambda x: x[:0], ValueError, "found shape (0, 1, 4, 3); refine all of sample.images, in their order"),
         (lambda x: x[:, 0], ValueError, "found shape (5, 4, 3); refine all of sample.images, in their order"),

@@ -174,7 +174,7 @@ NOISY = dict(noise_doors())
 
 @pytest.mark.parametrize("door", NOISY.values(), ids=NOISY)
 def test_noise_is_drawn_for_each_number(door: Callable[[Tensor], object]) -> None:
-    for shape in ((1, 1, 8, 8), (8, 8), (), (4, 1, 1, 1), (4, 8, 8), (5, 1, 8, 8)):
+    for shape in ((1, 1, 8, 8), (8, 8), (), (4, 1, 1, 1), (4, 1, 8, 1)):
         found = re.escape(str(shape))
         message = rf"noise must have the shape of \w+, \(4, 1, 8, 8\), found {found}; draw a number for each"
         with pytest.raises(ValueError, match=message):

@@ -84,9 +84,7 @@ def test_the_ends_of_the_range_belong_to_it_and_vectors_have_none() -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
 def test_numbers_that_are_not_floating_point(door: Callable[[TreeVAE, Tensor], object], dtype: torch.dtype) -> None:
     x = torch.ones(2, 1, 4, 3, dtype=dtype)
-    message = (
-        f"expected floating-point observations, found {dtype}; convert them with .float(), and divide 8-bit images"
-    )
+    message = f"expected floating-point observations, found {dtype}; convert them with x.float()"
     refused(lambda: door(model_of("mlp"), x), TypeError, message)
 
 

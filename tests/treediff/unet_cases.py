@@ -42,7 +42,9 @@ class Case:
         return perturb(self.build(**factory), seed)
 
     def rows(self, batch: int = 4, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        return [normal(batch, *shape, seed=i, dtype=dtype) for i, shape in enumerate(self.inputs)]
+        """Normal numbers, but for times, the only inputs that are one number a row."""
+        drawn = [normal(batch, *shape, seed=i, dtype=dtype) for i, shape in enumerate(self.inputs)]
+        return [rows if rows.ndim > 1 else rows.sigmoid() for rows in drawn]
 
     def call(self, module: nn.Module, rows: list[Tensor]) -> Tensor:
         y: Tensor = module(*rows, *self.extra(len(rows[0])))

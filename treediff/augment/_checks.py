@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor
 
+from treediff.checks import float_advice
+
 
 def check_images(images: Tensor) -> None:
     if images.ndim != 4:
@@ -14,7 +16,9 @@ def check_images(images: Tensor) -> None:
             "give a single image a batch axis with image[None]"
         )
     if not images.is_floating_point():
-        raise TypeError(f"expected float images in [0, 1]; found {images.dtype}; divide bytes by 255")
+        raise TypeError(
+            f"expected float images in [0, 1]; found {images.dtype}; convert them with {float_advice(images.dtype)}"
+        )
 
 
 def check_channels(images: Tensor) -> None:

@@ -15,8 +15,16 @@ Array: TypeAlias = npt.NDArray[Any]
 Split: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 
 
+#: The greatest pixel of each dtype that says what white is.
+_GREATEST = {"bool": 1, "uint8": 255, "uint16": 65535}
+_RESCALE = "images / 255 for pixels from 0 to 255, (images + 1) / 2 for those from -1 to 1"
+
+
 def to_images(array: Array, where: object) -> torch.Tensor:
-    """uint8 or float pixels with channels last, or float features, as float32 with channels first."""
+    """Pixels with channels last, or float features, as float32 with channels first.
+
+    What 1 means is clear of bool, uint8 and uint16; pixels of other integers say nothing of their range.
+    """
     is_image = array.ndim in (3, 4)
     if array.ndim not in (2, 3, 4) or array.size == 0:
         raise ValueError(
@@ -28,22 +36,37 @@ def to_images(array: Array, where: object) -> torch.Tensor:
             f"{where}: expected channels last, (n, H, W, C) with C <= 4, found shape {array.shape}; "
             f".transpose(0, 2, 3, 1) moves channels last"
         )
-    if array.dtype.kind != "f" and not (is_image and array.dtype == np.uint8):
-        raise ValueError(
-            f"{where}: expected uint8 or float images, or float features, found {array.dtype} of shape "
-            f"{array.shape}; reshape flat pixels to (n, H, W), convert with .astype"
-        )
+    most = _GREATEST.get(array.dtype.name) if is_image else None
+    if array.dtype.kind != "f" and most is None:
+        raise ValueError(f"{where}: {_refusal(array, is_image)}")
     if is_image:
         array = np.moveaxis(array.reshape(*array.shape[:3], -1), 3, 1)
     # A float64 beyond float32 becomes infinite, and is reported below.
     with np.errstate(over="ignore"):
         values = array.astype(np.float32, order="C")
-    if array.dtype == np.uint8:
-        values /= 255
+    if most is not None:
+        values /= most
     elif not np.isfinite(values).all() or (is_image and (values.min() < 0 or values.max() > 1)):
-        limits = "pixels in [0, 1] (or uint8)" if is_image else "finite features"
-        raise ValueError(f"{where}: expected {limits}, found {array.min():.4g} to {array.max():.4g}; rescale them")
+        limits = "pixels in [0, 1] (or bool, uint8, uint16)" if is_image else "finite features"
+        advice = f"rescale them: {_RESCALE}" if is_image else "leave out or fill in such rows"
+        raise ValueError(f"{where}: expected {limits}, found {array.min():.4g} to {array.max():.4g}; {advice}")
     return torch.from_numpy(values)
+
+
+def _refusal(array: Array, is_image: bool) -> str:
+    """Why numbers that are no floats do not do, and what to do."""
+    found = f"found {array.dtype} of shape {array.shape}"
+    if array.dtype.kind not in "biu":
+        return f"expected real numbers, {found}"
+    if is_image:
+        return (
+            f"expected bool, uint8, uint16 or float images, {found}, from {array.min()} to {array.max()}, which do not "
+            f"say what white is; divide by it: {_RESCALE}"
+        )
+    return (
+        f"expected float features, {found}; give flat pixels as images, with .reshape(n, H, W), and features as "
+        ".astype(np.float32)"
+    )
 
 
 def to_labels(array: Array, rows: int, where: object) -> torch.Tensor:

@@ -14,6 +14,7 @@ from treediff.data._arrays import Array, Split, to_dataset, to_images, to_labels
 from treediff.data._tools import DAMAGE
 from treediff.data.dataset import ImageDataset
 
+_IDX_KINDS = {0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
 _IDX_DIMENSIONS = {"images": 3, "labels": 1}
 
 
@@ -59,9 +60,10 @@ def _read_idx(path: Path, dimensions: int) -> Array:
     magic = 0x800 + dimensions
     found, *shape = struct.unpack(f">{1 + dimensions}I", data[:start].ljust(start, b"\0"))
     if found != magic:
+        kind = _IDX_KINDS.get(found >> 8)
+        advice = "is this the right file?" if kind is None else f"it holds {kind}, which can come in an .npz file"
         raise ValueError(
-            f"{path}: expected IDX magic number {magic:#06x} (uint8, {dimensions}-D), found {found:#06x}; "
-            f"is this the right file?"
+            f"{path}: expected IDX magic number {magic:#06x} (uint8, {dimensions}-D), found {found:#06x}; {advice}"
         )
     if len(data) != start + math.prod(shape):
         raise ValueError(

@@ -19,6 +19,7 @@ ClassFile: TypeAlias = tuple[str, Path]
 
 _PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _TEST_ONE_IN = 7
+_DEEP = "I;16"
 
 
 def read_pictures(folder: Path, size: int | tuple[int, int] | None, seed: int) -> ImageDataset:
@@ -101,27 +102,63 @@ def _common_mode(pillow: ModuleType, files: Sequence[Path], *, convert: bool) ->
     formats: dict[tuple[str, tuple[int, int]], Path] = {}
     for file in files:
         with _opened(pillow, file) as picture:
-            formats.setdefault((picture.mode, picture.size), file)
+            formats.setdefault((_mode_of(picture), picture.size), file)
     if not convert and len(formats) > 1:
         (this, first), (that, other) = list(formats.items())[:2]
         raise ValueError(
             f"{other}: expected mode and (width, height) of {first}, {this}, found {that}; give "
             f"size=(height, width) to make all alike"
         )
-    understood = ("1", "L", "P", "RGB", "RGBA") if convert else ("L", "RGB", "RGBA")
+    understood = ("1", "L", _DEEP, "P", "RGB", "RGBA") if convert else ("1", "L", _DEEP, "RGB", "RGBA")
     for (mode, _), file in formats.items():
         if mode not in understood:
-            raise ValueError(f"{file}: expected mode {'/'.join(understood)}, found {mode}; save as RGB")
+            raise ValueError(f"{file}: expected mode {'/'.join(understood)}, found {mode}; {_advice(mode)}")
     modes = {mode for mode, _ in formats}
     if not convert:
         return modes.pop()
-    return "L" if modes <= {"1", "L"} else "RGB"
+    if not modes <= {"1", "L", _DEEP}:
+        return "RGB"
+    return _DEEP if _DEEP in modes else "L"
+
+
+def _mode_of(picture: Any) -> str:  # noqa: ANN401
+    """Pillow's mode, with one name for grey of 16 bits in any order of bytes."""
+    deep = picture.mode.startswith(_DEEP) or (picture.mode == "I" and picture.format == "PPM")
+    return _DEEP if deep else str(picture.mode)
+
+
+def _advice(mode: str) -> str:
+    """How to save a picture of a mode that is not read, with nothing lost that can be kept."""
+    if mode in ("I", "F"):
+        return (
+            "its numbers do not say what white is; save it as grey of 16 bits: x = np.asarray(picture, np.float64), "
+            "Image.fromarray((65535 * (x - x.min()) / np.ptp(x)).round().astype(np.uint16)).save('new.png'), with the "
+            "same two numbers for all pictures"
+        )
+    if mode == "LAB":
+        return "save it as RGB with PIL.ImageCms, which knows what its colours mean"
+    return f"save it with picture.convert({'RGB' if mode in ('CMYK', 'HSV', 'YCbCr') else 'RGBA'!r}).save('new.png')"
 
 
 def _read_picture(pillow: ModuleType, file: Path, mode: str, box: tuple[int, int] | None) -> Array:
     with _opened(pillow, file) as picture:
+        if _mode_of(picture) == _DEEP or mode == _DEEP:
+            return _read_deep(pillow, picture, mode, box)
         if box is not None:
             # Pillow warns if a palette with transparency goes to RGB in one step.
             picture = picture.convert("RGBA") if picture.mode == "P" else picture
             picture = picture.convert(mode).resize(box, pillow.Resampling.BILINEAR)
         return np.asarray(picture)
+
+
+def _read_deep(pillow: ModuleType, picture: Any, mode: str, box: tuple[int, int] | None) -> Array:  # noqa: ANN401
+    """Grey of 16 bits, or of 8 among such; Pillow's own conversions to other modes clip all but the darkest."""
+    if _mode_of(picture) == _DEEP:
+        grey = np.asarray(picture).astype(np.uint16)
+    else:
+        grey = np.asarray(picture.convert("L")).astype(np.uint16) * 257  # 255 * 257 = 65535
+    if box is None:
+        return grey
+    wide = pillow.fromarray(grey.astype(np.float32)).resize(box, pillow.Resampling.BILINEAR)
+    pixels: Array = np.asarray(wide).clip(0, 65535) / np.float32(65535)
+    return pixels if mode == _DEEP else np.stack([(pixels * 255).round().astype(np.uint8)] * 3, -1)

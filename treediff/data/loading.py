@@ -25,15 +25,16 @@ def load_dataset(
             * `"digits"`: scikit-learn's 8x8 digits, 1500 to train on and a fixed, stratified 297 to test on;
             * `"mnist"`, `"fashion-mnist"`: IDX files in the folder of that name inside `$TREEDIFF_DATA`, else
               (Fashion-MNIST) those of the Debian package `dataset-fashion-mnist`. `"./mnist"` is a folder;
-            * an `.npz` file with `train_images` and `test_images`: uint8 or float in [0, 1], `(n, H, W)` or
-              `(n, H, W, C)`, or float features `(n, F)`; perhaps `train_labels`, `test_labels` (integers,
-              `(n,)` or `(n, 1)`) and `class_names`. Other keys are not read;
+            * an `.npz` file with `train_images` and `test_images`: bool, uint8 (over 255), uint16 (over 65535) or
+              float in [0, 1], `(n, H, W)` or `(n, H, W, C)`, or float features `(n, F)`; perhaps `train_labels`,
+              `test_labels` (integers, `(n,)` or `(n, 1)`) and `class_names`. Other keys are not read;
             * a folder of the four IDX files, plain or gzip (`train-images-idx3-ubyte`, ...);
             * a folder of pictures in one sub-folder per class, or such folders `train` and `test`; without
               them a hash of class and file name sends about one picture in 7 to the test split.
         size: height and width, or one number for both. Pictures in a folder are resized to it (bilinear, the
-            aspect ratio is not kept) and all converted to grey, or to RGB if one of them has colour. Without
-            it they must have one size and one mode: L, RGB or RGBA.
+            aspect ratio is not kept) and all converted to grey, or to RGB, of 8 bits, if one of them has colour.
+            Without it they must have one size and one mode: 1, L, I;16 (grey of 16 bits), RGB or RGBA. Of colours of
+            16 bits Pillow reads the upper 8.
         split_seed: changes which pictures the hash sends to the test split; other sources do not use it.
 
     Returns:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treediff.checks import check_noise, check_times
+from treediff.checks import check_noise, check_times, float_advice
 
 __all__ = ["NoiseSchedule"]
 
@@ -97,7 +97,7 @@ class NoiseSchedule(ABC):
                 NaN or outside of [0, 1] (looked at on a CPU only).
         """
         if not x.is_floating_point():
-            raise TypeError(f"x must be floating point, found {x.dtype}; convert images with x.float() / 255")
+            raise TypeError(f"x must be floating point, found {x.dtype}; convert it with {float_advice(x.dtype)}")
         check_noise(noise, x, "x")
         check_times(t)
         if isinstance(t, Tensor) and t.ndim and t.shape != x.shape[:1]:

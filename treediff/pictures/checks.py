@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from treediff.checks import float_advice
+
 __all__ = ["check_images"]
 
 
 def check_images(images: Tensor, name: str) -> None:
     """Raise TypeError unless images are a float tensor, and ValueError unless all of it lies in [0, 1]."""
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        found = images.dtype if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor):
         raise TypeError(
-            f"{name}: expected a float tensor in [0, 1], found {found}; 8-bit images: x.float() / 255, a list of "
-            "images: torch.stack(x)"
+            f"{name}: expected a float tensor in [0, 1], found {type(images).__name__}; an array: torch.as_tensor(x), "
+            "a list of images: torch.stack(x)"
         )
+    if not images.is_floating_point():
+        advice = float_advice(images.dtype)
+        raise TypeError(f"{name}: expected a float tensor in [0, 1], found {images.dtype}; convert it with {advice}")
     if not images.numel():
         return
     low, high = (float(value) for value in images.detach().aminmax())

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from treediff.checks import float_advice
 from treediff.modes import evaluating
 from treediff.pictures.layout import spans
 from treediff.pictures.samples import Refine, as_images, draw_samples
@@ -226,9 +227,14 @@ def _check(model: TreeVAE, images: Tensor, least_one: dict[str, int], members: i
             f"pictures need a model of images, (1, height, width) or (3, height, width); this one reads "
             f"observations of shape {model.inputs}; look at such data with model.cluster(x) and model.sample(n)"
         )
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        found = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"expected images as a float tensor in [0, 1], found {found}; 8-bit images: x.float() / 255")
+    if not isinstance(images, Tensor):
+        found = type(images).__name__
+        raise TypeError(f"expected images as a float tensor in [0, 1], found {found}; torch.as_tensor(x) makes one")
+    if not images.is_floating_point():
+        advice = float_advice(images.dtype)
+        raise TypeError(
+            f"expected images as a float tensor in [0, 1], found {images.dtype}; convert them with {advice}"
+        )
     if not len(images):
         raise ValueError("expected at least one image, found none")
 
