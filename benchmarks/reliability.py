@@ -2,12 +2,12 @@
 
     python benchmarks/reliability.py --out docs/results/reliability.json
 
-*Lines*: every change (add, add beyond the room, forget, compact, load) is interrupted before every line of munkey that it
-runs, by KeyboardInterrupt and by MemoryError; in memory, in a file, and in a file with a log. Afterwards the store must
-be before the change or after it, in memory and when its file is opened again, or refuse everything. *Kills*: a child
-process changes a store in a file with a log and is killed (SIGKILL) at a random moment; the store is opened again, and so
-are SQLite and LMDB in the same way. *Bits*: every bit of a file's header and state, and random bits of its rows, of a
-log, a model and a folder, are flipped one at a time; what is read must be what was written, or an error. Every line
+*Lines*: every change (add, add beyond the room, forget, compact, load) is interrupted before every line of munkey that
+it runs, by KeyboardInterrupt and by MemoryError; in memory, in a file, and in a file with a log. Afterwards the store
+must be before the change or after it, in memory and when its file is opened again, or refuse everything. *Kills*: a
+child process changes a store in a file with a log and is killed (SIGKILL) at a random moment; the store is opened
+again, and so are SQLite and LMDB in the same way. *Bits*: bits of a live file, a log, a manifest and a file of rows are
+flipped one at a time; what is read must be what was written, or an error, and nothing else may change. Every line
 printed is one JSON object.
 """
 
