@@ -666,13 +666,13 @@ class KeyStore(nn.Module):
         hint = "; use treediff.EMA, which can follow" if isinstance(held, torch.optim.swa_utils.AveragedModel) else ""
         raise TypeError(f"expected an optimiser of PyTorch or an EMA, found {type(held).__name__}{hint}")
 
-    @_in_turn
     def detach(self, *held: torch.optim.Optimizer | EMA) -> None:
         """Leave out what was attached; it keeps what it has of instances, and forgetting does not reach it any more."""
-        for part in list(self._attached):
-            if any(part.is_of(each) for each in held):
-                part.release()
-                self._attached.remove(part)
+        with self.lock:
+            for part in list(self._attached):
+                if any(part.is_of(each) for each in held):
+                    part.release()
+                    self._attached.remove(part)
 
     @_in_turn
     def follow(self, follower: Follower) -> None:
@@ -680,11 +680,11 @@ class KeyStore(nn.Module):
         if follower not in self._others:
             self._others.append(follower)
 
-    @_in_turn
     def unfollow(self, follower: Follower) -> None:
         """Leave out what `follow` was given."""
-        if follower in self._others:
-            self._others.remove(follower)
+        with self.lock:
+            if follower in self._others:
+                self._others.remove(follower)
 
     def check_replaceable(self) -> None:
         """Raise ValueError if something would stay behind when another store takes the place of this one."""

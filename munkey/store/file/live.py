@@ -332,11 +332,11 @@ class StoreFile(Follower):
         elif isinstance(change, Removed) and len(change.gone):
             self._erase(change)
         elif isinstance(change, Moved) and change.order is not None:
-            self.rebuild(pieces(table.columns, digest.hashes(), change.order), room=change.count)
+            self.rebuild(pieces(table.columns, digest.hashes(), change.order), room=change.count, then=_Stage.CHANGED)
         elif isinstance(change, Replaced):
             rows = [rows.to(column) for rows, column in zip(change.columns, table.columns, strict=True)]
             hashes = hash_rows(self.layout.secret, rows)
-            self.rebuild(pieces(rows, hashes), room=change.count)
+            self.rebuild(pieces(rows, hashes), room=change.count, then=_Stage.CHANGED)
 
     def steps(self, change: Change, scratch: Scratch) -> list[Step]:
         """Return the step that follows rows which go; other changes are followed as they are written."""
@@ -354,7 +354,7 @@ class StoreFile(Follower):
         if self._stage is _Stage.FAILED and isinstance(change, Removed):
             return Undone.STUCK
         stage, self._stage, self.unsure = self._stage, _Stage.NONE, True
-        if isinstance(change, Removed) and stage is not _Stage.NOTING:
+        if not isinstance(change, Added) and stage is not _Stage.NOTING:
             if stage is _Stage.CHANGING:
                 self._move(self._note)
             self.unsure = False
@@ -445,8 +445,13 @@ class StoreFile(Follower):
             with self._some(start, stop) as records:
                 yield records, movers[here] - start, note.holes[here]
 
-    def rebuild(self, parts: Iterable[Part], *, room: int) -> None:
+    def rebuild(self, parts: Iterable[Part], *, room: int, then: _Stage = _Stage.NONE) -> None:
         """Write rows to a new file and put it in the place of this one, whose bytes are overwritten.
+
+        Args:
+            parts: the rows.
+            room: how many rows there is to be room for.
+            then: how far the change is that this is for, once it is done.
 
         Raises:
             OSError: if it cannot be written; then the file is as it was, unless it was about to be replaced: then it
@@ -454,10 +459,10 @@ class StoreFile(Follower):
         """
         self.ready()
         old, file = self.layout, self.file
-        self._write_whole(Layout(old.about, old.names, old.shapes, old.dtypes, room, old.secret), parts, held=file)
+        self._write_whole(Layout(old.about, old.names, old.shapes, old.dtypes, room, old.secret), parts, file, then)
         self.disk.close(file)
 
-    def _write_whole(self, layout: Layout, parts: Iterable[Part], held: int = -1) -> None:
+    def _write_whole(self, layout: Layout, parts: Iterable[Part], held: int = -1, then: _Stage = _Stage.NONE) -> None:
         count = total = 0
         all_hashes = [torch.zeros(0, HASH, dtype=torch.uint8)]
         self._next = replacing(self.disk, self.path, held)
@@ -477,7 +482,7 @@ class StoreFile(Follower):
             kept = torch.zeros(layout.room, HASH, dtype=torch.uint8)
             torch.cat(all_hashes, out=kept[:count])
         self.file, self.layout, self.state, self._hashes = file, layout, state, kept
-        self._next = None
+        self._next, self._stage = None, then
         self.unsure = False
 
     # --- what a note announces ----------------------------------------------------------------------------
