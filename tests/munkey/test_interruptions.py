@@ -81,7 +81,9 @@ def everything(store: KeyStore, optimizer: torch.optim.Optimizer, ema: EMA) -> l
     grad = store.values.grad
     assert grad is not None
     kept = [store.keys, store.values.detach(), grad, ema.weights["rows.values"]]
-    kept += [state for state in optimizer.state[store.values].values() if isinstance(state, torch.Tensor) and state.ndim]
+    kept += [
+        state for state in optimizer.state[store.values].values() if isinstance(state, torch.Tensor) and state.ndim
+    ]
     near = store.nearest(keys_of([1])[0], 30).ids.tolist()
     return [
         [(one, *(tensor[row].tolist() for tensor in kept)) for one, row in rows.items()],
