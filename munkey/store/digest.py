@@ -132,6 +132,7 @@ class Digest(Follower):
         self._hashes: Tensor | None = None
         self._sum, self._version = 0, -1
         self._new: tuple[Added, Tensor] | None = None
+        self._gone: tuple[Tensor, int] | None = None
         self.eager = False
 
     @property
@@ -176,8 +177,10 @@ class Digest(Follower):
         return self._sum
 
     def total_after(self, change: Removed) -> int:
-        """Return the sum once rows are gone."""
-        return (self.total() - sum_of(self._rows(self._table.used)[change.gone.cpu()])) % MODULUS
+        """Return the sum once rows are gone; it is made once for a change."""
+        if self._gone is None or self._gone[0] is not change.gone or not self.known:
+            self._gone = change.gone, (self.total() - sum_of(self.hashes()[change.gone.cpu()])) % MODULUS
+        return self._gone[1]
 
     def total_with(self, change: Added) -> int:
         """Return the sum once rows are there."""
@@ -224,7 +227,7 @@ class Digest(Follower):
 
         def follow() -> None:
             act()
-            self._new = None
+            self._new = self._gone = None
             self._hashes, self._sum, self._version = hashes, total, self._table.values._version
 
         return [follow]

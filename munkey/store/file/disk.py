@@ -99,10 +99,10 @@ class Disk:
 
     def write(self, file: int, start: int, data: bytes | memoryview) -> None:
         """Write bytes to a place."""
-        left = memoryview(data)
-        while left:
-            written = os.pwrite(file, left[: 1 << 30], start)
-            start, left = start + written, left[written:]
+        written = os.pwrite(file, data[: 1 << 30], start)
+        while written < len(data):
+            start, data = start + written, memoryview(data)[written:]
+            written = os.pwrite(file, data[: 1 << 30], start)
 
     def zero(self, file: int, start: int, count: int) -> None:
         """Overwrite a stretch with zeros."""

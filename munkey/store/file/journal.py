@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 from munkey.store.digest import checksum
@@ -34,7 +34,8 @@ class Note:
 
     def to_json(self) -> bytes:
         """Return a line of JSON."""
-        return json.dumps(asdict(self)).encode()
+        states = {"before": vars(self.before), "after": vars(self.after)}
+        return json.dumps({**vars(self), **states}).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:

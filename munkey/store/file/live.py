@@ -254,6 +254,13 @@ class StoreFile(Follower):
     def _put(self, first: int, records: Records) -> None:
         self.disk.write(self.file, self.layout.place(first), np.ascontiguousarray(records).data.cast("B"))
 
+    def _put_each(self, places: Sequence[int], records: Records, chosen: Sequence[bool]) -> None:
+        """Write chosen records to places of their own."""
+        width, data = self.layout.width, memoryview(records.reshape(-1))
+        for at, (place, wanted) in enumerate(zip(places, chosen, strict=True)):
+            if wanted:
+                self.disk.write(self.file, self.layout.place(place), data[at * width : (at + 1) * width])
+
     def _zero(self, first: int, stop: int) -> None:
         if stop > first:
             self.disk.zero(self.file, self.layout.place(first), (stop - first) * self.layout.width)
@@ -423,9 +430,8 @@ class StoreFile(Follower):
         first = note.after.count
         for tail, moving, holes in self._tail(note):
             records = tail[moving]
-            for hole, record, whole in zip(holes, records, self.layout.whole(records), strict=True):
-                if whole:  # else it is in its new place already, and the old one was being overwritten
-                    self._put(hole, record[None])
+            # A record that is not whole is in its new place already, and the old one was being overwritten.
+            self._put_each(holes, records, self.layout.whole(records).tolist())
             records.fill(0)
             stays = np.zeros(len(tail), bool)
             stays[moving] = True
