@@ -94,7 +94,7 @@ class KeyEncoder(Pretrained, nn.Module):
         The bits are those of one machine, device and number of threads; elsewhere keys differ by rounding.
         """
         if self.row_wise:
-            return self._encoded(x, self._full.parts(self._batch, x))
+            return self._encoded(x, self._full.parts(self._batch, x, self.state_dict().values()))
         return self._encoded(x, ((slice(i, i + 1), x[i : i + 1]) for i in range(len(x))))
 
     def _encoded(self, x: Tensor, parts: Iterator[tuple[slice, Tensor]]) -> Tensor:

@@ -14,7 +14,7 @@ Letters: `B` batch, `D` width of a key.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -44,15 +44,16 @@ class FullBatches:
         self.rounds = -(-_NUMBERS // width)
         self.passed: dict[tuple[object, ...], bool] = {}
 
-    def parts(self, encode: Encode, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def parts(self, encode: Encode, x: Tensor, weights: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """Which rows are next, and a batch that begins with them and is to be encoded whole.
 
         Args:
             encode: from `(B, ...)` to `(B, D)`.
             x: `(B, ...)` all inputs.
+            weights: of the encoder, whose layout decides on kernels as well.
         """
         sizes, start = _CPU if x.device.type == "cpu" else _OTHER, 0
-        trial = _Trial(encode, x, sizes[-1])
+        trial = _Trial(encode, x, sizes[-1], weights)
         if len(x) and not self._passed(trial, sizes[-1]):
             sizes = (1,)
         while start < len(x):
@@ -74,9 +75,10 @@ class FullBatches:
 class _Trial:
     """Noise in the shape of some inputs, and what an encoder makes of it."""
 
-    def __init__(self, encode: Encode, x: Tensor, whole: int) -> None:
+    def __init__(self, encode: Encode, x: Tensor, whole: int, weights: Iterable[Tensor]) -> None:
         self.encode, self.x, self.whole = encode, x, whole
-        self.setting = (x.shape[1:], x.dtype, x.device, *_setting())
+        layout = tuple((weight.dtype, weight.device, weight.stride()) for weight in weights)
+        self.setting = (x.shape[1:], x.dtype, x.device, layout, *_setting())
         self.expected: dict[int, Tensor] = {}
 
     def passed(self, size: int, seed: int) -> bool:

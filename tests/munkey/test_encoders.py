@@ -131,6 +131,16 @@ def test_a_trial_is_made_once_for_each_shape_and_setting() -> None:
     assert len(encoder._full.passed) == 3 and all(encoder._full.passed.values())
 
 
+def test_a_trial_is_made_again_for_weights_of_another_kind() -> None:
+    encoder, x = conv(), images(32)
+    encoder.keys(x)
+    encoder.to(memory_format=torch.channels_last).keys(x)
+    encoder.double().keys(x)
+    encoder.load_state_dict({name: 2 * weight for name, weight in encoder.state_dict().items()})
+    encoder.keys(x)
+    assert len(encoder._full.passed) == 3
+
+
 def test_without_row_wise_set_keys_are_those_of_single_inputs() -> None:
     encoder, x = conv(), images(40)
     encoder.row_wise = False
