@@ -27,6 +27,7 @@ import torch
 from treediff.cpu import has_fast
 
 HERE = Path(__file__).parent
+_DATABASES = {"sqlite": "SQLite", "sqlite wal": "SQLite, WAL", "lmdb": "LMDB"}
 _RANKS = ("-m", "torch.distributed.run", "--nproc-per-node")
 
 
@@ -70,9 +71,17 @@ def store(found: dict[str, Any]) -> Iterator[Row]:
         what = f"search, {row['queries']} of {row['rows']:,} x {row['width']} ({row['keys']})"
         yield Row(what, 1000 * row["ours"], "faiss", row["times faster"])
     for row in found["forgetting"]:
-        for place in ("memory", "file"):
-            what = f"forget {row['forgotten']:,} of {row['rows']:,}, in {'a file' if place == 'file' else place}"
-            yield Row(what, 1000 * row[place], "faiss, in memory", row["faiss"] / row[place])
+        what = f"forget {row['forgotten']:,} of {row['rows']:,}, in"
+        yield Row(f"{what} memory", 1000 * row["memory"], "faiss, in memory", row["faiss"] / row["memory"])
+        for peer in (peer for peer in _DATABASES if peer in row):
+            yield Row(f"{what} a file", 1000 * row["file"], _DATABASES[peer], row[peer] / row["file"])
+    for row in found.get("opening", ()):
+        for peer in (peer for peer in _DATABASES if peer in row):
+            yield Row(f"open {row['rows']:,} rows", 1000 * row["ours"], _DATABASES[peer], row[peer] / row["ours"])
+    keys = found.get("keys")
+    if keys:
+        for peer in ("batches of 64", "one at a time"):
+            yield Row("a key of EfficientNet-Lite0", 1000 * keys["keys"], peer, keys[peer] / keys["keys"])
     for name in ("step", "inference"):
         own, without = (found["model"][key] for key in (name, f"{name} without memory"))
         yield Row(f"munkey, {name}", 1000 * own, "without memory", without / own)

@@ -6,8 +6,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+import store
+import store_peers
+import torch
 from record import machine
+from record import store as store_rows
 from scripts import started
+from worlds import seeded
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -37,12 +43,70 @@ def test_forgetting_is_compared_and_goes_on_where_it_stopped(tmp_path: Path) -> 
     assert other.returncode and "holds results of other settings" in other.stderr
 
 
-def test_a_store_is_timed_beside_faiss(tmp_path: Path) -> None:
+def test_a_store_is_timed_beside_others(tmp_path: Path) -> None:
+    """What goes is gone from files, but for LMDB's; neighbours are those of faiss."""
     done = run("store.py", "--quick", "--out", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "out.json").read_text())
-    assert {row["different"] for row in result["searching"]} == {0}
+    assert json.loads(done.stdout.splitlines()[-1]) == result
+    for row in result["searching"]:
+        assert (row["different"], row["recall"]) == (0, 1)
+    assert {row["keys"] for row in result["searching"]} == {"normal", "wide", "tight"}
     assert [row["forgotten"] for row in result["forgetting"]] == [1, 100]
+    for row in result["forgetting"]:
+        beside = {name: row["file"] for name in ("sqlite", "sqlite wal", "lmdb")} | {"faiss": row["memory"]}
+        assert row["times faster"] == {name: pytest.approx(row[name] / ours) for name, ours in beside.items()}
+        assert [row["left"][name] for name in ("file", "sqlite", "sqlite wal")] == [0, 0, 0]
+    (row,) = result["opening"]
+    assert row["times faster"]["sqlite"] == pytest.approx(row["sqlite"] / row["ours"])
+    (row,) = result["adding"]
+    for place in ("memory", "file"):
+        assert row[place]["store bytes"] == 2000 * (3 * 8 + 1 + 2 * 4 * 128)
+        assert row[place]["peak"] >= row[place]["resident"] > 0.5
+    assert result["keys"] is None or result["keys"]["times faster"].keys() == {"batches of 64", "one at a time"}
+    rows = {(row.what, row.peer): row for row in store_rows(result)}
+    assert rows["forget 100 of 2,000, in a file", "LMDB"].faster == result["forgetting"][1]["times faster"]["lmdb"]
+    assert {peer for what, peer in rows if what == "open 2,000 rows"} == {"SQLite", "LMDB"}
+
+
+def test_parts_of_a_store_are_timed_alone(tmp_path: Path) -> None:
+    done = run("store.py", "--quick", "--parts", "opening", "--folder", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]).keys() == {"threads", "opening"}
+    assert list(tmp_path.iterdir()) == [], "nothing stays"
+
+
+@pytest.mark.parametrize("name", store_peers.PEERS)
+def test_databases_hold_the_same_rows(name: str, tmp_path: Path) -> None:
+    """And have forgotten what they are told to when they are opened again."""
+    keys = torch.randn(6000, 8, generator=seeded())
+    peer = store_peers.filled(tmp_path, keys, [name])[name]
+    peer.forget([0, 17, 5999])
+    peer.close()
+    peer.open()
+    ids, labels, own, values = peer.read()
+    peer.close()
+    there = torch.tensor([row for row in range(6000) if row not in (0, 17, 5999)])
+    assert torch.equal(ids, there) and torch.equal(own, keys[there]) and torch.equal(values, own)
+    assert (labels == -1).all()
+
+
+def test_rows_that_are_left_are_found_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = torch.randn(3, 32, generator=seeded())
+    first, _, last = (row.numpy().tobytes() for row in keys)
+    (tmp_path / "file").write_bytes(b"x" * 100 + first + last[:-64])
+    monkeypatch.setattr(store_peers, "_BLOCK", 120)  # within the first key
+    assert store_peers.left(tmp_path, keys) == 2
+
+
+@pytest.mark.parametrize("cosine", [0.8, 0.99])
+def test_clusters_have_the_cosine_they_are_said_to(cosine: float) -> None:
+    """A mixture of 1,000 has about 8 of 8,000 keys in each cluster, which are nearer to one another than to others."""
+    keys = store.unit_keys(8000, 128, cosine=cosine)
+    assert torch.allclose(keys.norm(dim=1), torch.ones(8000))
+    products = keys[:500] @ keys.T
+    same = products[(products > 0.6) & (products < 1 - 1e-5)]
+    assert 500 * 6 < len(same) < 500 * 9 and float(same.mean()) == pytest.approx(cosine, abs=0.01)
 
 
 def test_requests_are_served_one_after_the_other(tmp_path: Path) -> None:

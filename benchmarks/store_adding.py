@@ -1,0 +1,64 @@
+"""What it takes to add rows with drawn values to an empty store, in a process that does nothing else.
+
+    python benchmarks/store_adding.py --rows 1000000 --to file
+
+Rows have 128 + 128 numbers. The bytes of the store are those of its columns, room included; `peak` is the resident
+memory at its highest, `resident` what is resident afterwards, both less what was there before (with the keys that are
+given) and as multiples of these bytes. Linux only. The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from munkey import DurableStore, KeyStore
+
+WIDTH = 128
+
+
+def resident() -> dict[str, int]:
+    """Bytes that are resident, `VmRSS`, and that were at most, `VmHWM`."""
+    # Not getrusage, in which a new process begins with the peak of the one that started it.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    sizes = dict(line.split(":") for line in lines if line.startswith("Vm"))
+    return {name: 1024 * int(sizes[name].split()[0]) for name in ("VmRSS", "VmHWM")}
+
+
+def added(store: KeyStore, rows: int) -> dict[str, float]:
+    """Seconds, bytes, and memory."""
+    keys = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(0))
+    keys /= keys.norm(dim=1, keepdim=True)
+    ids = torch.arange(rows)
+    before = resident()["VmRSS"]
+    start = time.perf_counter()
+    store.add(ids, keys)
+    seconds, after = time.perf_counter() - start, resident()
+    size = sum(column.numel() * column.element_size() for column in store.columns)
+    peak, stays = ((after[name] - before) / size for name in ("VmHWM", "VmRSS"))
+    return {"seconds": seconds, "store bytes": size, "peak": peak, "resident": stays}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--to", choices=("memory", "file"), default="memory")
+    parser.add_argument("--folder", type=Path, help="where the file is made; a temporary folder of the system")
+    args = parser.parse_args()
+    KeyStore(WIDTH, WIDTH).add(range(64), torch.eye(64, WIDTH))  # what is made at first use is there before
+    if args.to == "memory":
+        found = added(KeyStore(WIDTH, WIDTH), args.rows)
+    else:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            with DurableStore.create(f"{folder}/store", WIDTH, WIDTH) as store:
+                found = added(store, args.rows)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
