@@ -17,7 +17,8 @@ FASHION_PAIR := $(RUNS)/fashion-diffusion/model.safetensors
 
 TREES := fashion-mnist-0 fashion-mnist-1 fashion-mnist-20-leaves
 NUMBERS := treevae_step treevae_step_one_thread treevae_vectors digits_starts fashion_diffusion fashion_generation \
-	fashion_conditions sampler_steps unet_step forgetting_fashion forgetting_fashion_exact deletion_requests shadow_models distributed store
+	fashion_conditions sampler_steps unet_step forgetting_fashion forgetting_fashion_exact deletion_requests shadow_models distributed store \
+	reliability
 UNLEARNT := fashion
 OTHER_SETS := cifar-class cifar-cluster cifar-one-percent
 ifdef TREEDIFF_DATA
@@ -140,6 +141,8 @@ $(OUT)/forgetting_cifar_%.json:
 	$(FORGETTING) $(CIFAR_KEYS) --kinds random-10% --set $(SET) --out $@
 $(OUT)/store.json:
 	$(PYTHON) benchmarks/store.py --rounds 7 --out $@
+$(OUT)/reliability.json:
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/reliability.py --out $@
 $(OUT)/distributed.json:
 	OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --nproc-per-node 1 benchmarks/distributed.py --rounds 5 --out $@
 	OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --nproc-per-node 2 benchmarks/distributed.py --rounds 5 --out $@

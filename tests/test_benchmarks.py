@@ -12,6 +12,7 @@ import store_peers
 import torch
 from record import machine
 from record import store as store_rows
+from reliability_table import ATTACKS, filled
 from scripts import started
 from worlds import seeded
 
@@ -164,6 +165,20 @@ def test_speed_is_one_table_beside_the_last_record(tmp_path: Path) -> None:
     assert all(row["ms"] > 0 and row["faster"] > 0 for row in rows)
     page = (tmp_path / "speed.md").read_text()
     assert page.startswith("# Speed\n") and machine() in page and "torch" in machine() and "(an abacus)" in page
+
+
+def test_the_page_of_reliability_has_a_row_for_each_attack_as_it_was_recorded() -> None:
+    folder = BENCHMARKS.parent / "docs" / "results"
+    page, record = (folder / "reliability.md").read_text(encoding="utf-8"), folder / "reliability.json"
+    assert filled(page, json.loads(record.read_text()) if record.exists() else None) == page
+    attacks = [
+        {"attack": attack, **dict(zip(names, row, strict=True)), "trials": 1234, "violation: broken": 7}
+        for attack, (names, rows) in ATTACKS.items()
+        for row in rows
+    ]
+    made = filled(page, {"attacks": attacks})
+    assert made.count("1,234") == made.count("| 7 |") == len(attacks) == 25
+    assert filled(made, {"attacks": attacks}) == made and "| *to be filled* |" not in made
 
 
 def test_every_recorded_result_can_be_made_again() -> None:

@@ -13,7 +13,7 @@ __all__ = ["Receipt"]
 class Receipt:
     """Evidence of one act of forgetting.
 
-    Digests are keyed by the store's secret (see `munkey.digest`), so that whoever sees a receipt cannot test a
+    Digests are keyed by the store's secret (see `munkey.store.digest`), so that whoever sees a receipt cannot test a
     candidate image against it. It speaks of the store and of what was attached to it, not of weights that were trained
     on the instances.
 

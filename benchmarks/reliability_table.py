@@ -1,0 +1,87 @@
+"""Write the numbers of `benchmarks/reliability.py` into its page.
+
+    python benchmarks/reliability_table.py
+
+The tables between the marks of docs/results/reliability.md are made from docs/results/reliability.json; the text around
+them stays. Where there is no result yet, the cells say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+MISSING = "*to be filled*"
+#: One row for each attack, by what names it in the result.
+ATTACKS: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
+    "lines": (
+        ("kind", "change"),
+        [
+            (kind, change)
+            for kind in ("memory", "file", "file and log")
+            for change in ("add", "return", "grow", "forget", "compact", "load")
+        ],
+    ),
+    "kills": (("kind",), [("munkey",), ("SQLite",), ("LMDB",)]),
+    "bits": (("file",), [("live file",), ("log",), ("manifest",), ("rows of a folder",)]),
+}
+COUNTS = {
+    "lines": ("trials", "before", "after", "refuses"),
+    "kills": ("trials", "whole"),
+    "bits": ("bits", "trials", "refused", "read as it was"),
+}
+TITLES = {
+    "lines": ("store", "change", "interruptions", "before", "after", "refuses", "violations"),
+    "kills": ("store", "kills", "whole", "violations"),
+    "bits": ("file", "bits of it", "flipped", "refused", "read as it was", "violations"),
+}
+
+
+def violations(line: dict[str, Any]) -> int:
+    return sum(count for name, count in line.items() if name.startswith("violation"))
+
+
+def table(attack: str, lines: list[dict[str, Any]]) -> str:
+    """Markdown, one row for each attack, done or not."""
+    names, rows = ATTACKS[attack]
+    found = {tuple(line[name] for name in names): line for line in lines if line["attack"] == attack}
+    unknown = found.keys() - set(rows)
+    if unknown:
+        raise SystemExit(f"the result has attacks that the page has no row for: {sorted(unknown)}")
+    text = [" | ".join(TITLES[attack]), " | ".join("---" for _ in TITLES[attack])]
+    for row in rows:
+        line = found.get(row)
+        counts = [MISSING] * (1 + len(COUNTS[attack]))
+        if line is not None:
+            counts = [f"{line.get(name, 0):,}" for name in COUNTS[attack]] + [f"{violations(line):,}"]
+        text.append(" | ".join((*row, *counts)))
+    return "\n".join(f"| {row} |" for row in text)
+
+
+def filled(page: str, result: dict[str, Any] | None) -> str:
+    """The page with its tables made anew."""
+    lines = [] if result is None else result["attacks"]
+    for attack in ATTACKS:
+        begin, end = f"<!-- {attack} -->\n", "<!-- end -->"
+        if page.count(begin) != 1:
+            raise SystemExit(f"expected one mark {begin.strip()!r} in the page, found {page.count(begin)}")
+        text, _, old = page.partition(begin)
+        page = f"{text}{begin}\n{table(attack, lines)}\n\n{end}{old.partition(end)[2]}"
+    return page
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--result", type=Path, default=RESULTS / "reliability.json")
+    parser.add_argument("--page", type=Path, default=RESULTS / "reliability.md")
+    args = parser.parse_args()
+    result = json.loads(args.result.read_text()) if args.result.exists() else None
+    args.page.write_text(filled(args.page.read_text(encoding="utf-8"), result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
