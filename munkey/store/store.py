@@ -136,7 +136,7 @@ class KeyStore(nn.Module):
         self._file: StoreFile | None = None
         self._attached: list[OptimizerRows | AverageRows] = []
         self._others: list[Follower] = []
-        self._torn = False
+        self._torn = self._changing = False
 
     # --- what it holds ------------------------------------------------------------------------------------
 
@@ -314,7 +314,13 @@ class KeyStore(nn.Module):
         return [*first, *own, *self._attached, *self._others]
 
     def _commit(self, change: Change) -> None:
-        commit(change, self._parts, self._tear)
+        if self._changing:  # as a signal handler could, in the thread that holds the lock
+            raise RuntimeError("a change of this store is under way; let it finish, and change the store afterwards")
+        self._changing = True
+        try:
+            commit(change, self._parts, self._tear)
+        finally:
+            self._changing = False
 
     def _check_own(self) -> None:
         """Raise ValueError while the values are those of an average, and their own are elsewhere."""

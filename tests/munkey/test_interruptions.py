@@ -172,3 +172,18 @@ def test_a_change_goes_to_every_follower_in_order() -> None:
     store.unfollow(first)
     store.forget([5])
     assert len(first.seen) == 5 and len(second.seen) == 10
+
+
+def test_a_change_within_a_change_is_refused() -> None:
+    parts = filled()
+
+    class Handler(Failing):
+        def write_ahead(self, change: Change) -> None:
+            parts[0].forget([7])
+
+    before, handler = everything(*parts), Handler("never")
+    parts[0].follow(handler)
+    with pytest.raises(RuntimeError, match="a change of this store is under way; let it finish"):
+        parts[0].forget([3])
+    parts[0].unfollow(handler)
+    assert everything(*parts) == before
