@@ -36,6 +36,7 @@ _BLOCK = 1 << 19  # scores at a time, which a processor's cache holds
 _GROUP = 2048  # numbers of rows of which only the best score is kept, 4 to 16 rows
 _GROUPS = 32  # groups of which one counts for the bound on the k-th best
 _TOO_MANY = 0.01  # share of all pairs beyond which a look in full precision is cheaper than scoring them again
+_ONE_TOO_MANY = 0.1  # the same for one query, whose look in full precision waits for the keys
 _FEW = 16  # queries that look at bytes first
 _WIDEST = 2**17  # key whose products of bytes, of up to 2 ** 14, a sum of 32 bits holds
 
@@ -98,7 +99,8 @@ def screened(queries: Tensor, screen: Screen, k: int) -> Groups | None:
     """Groups that may hold a neighbour; None if no look is faster, too many pass, or numbers are too great."""
     if may_overflow(queries, screen.length):
         return None
-    most = _TOO_MANY * len(screen.rounded) * len(queries) + 16 * k * len(queries)
+    share = _ONE_TOO_MANY if len(queries) == 1 else _TOO_MANY
+    most = share * len(screen.rounded) * len(queries) + 16 * k * len(queries)
     few = len(queries) <= _FEW and 1 < queries.shape[1] < _WIDEST
     looks = [_in_bytes] if few and has_fast(torch.int8) and _bytes_are_exact() else []
     # One query is a pass over the keys, which takes half as long where they are half as wide.

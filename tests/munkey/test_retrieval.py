@@ -404,6 +404,13 @@ def test_a_screen_narrows_and_where_it_does_not_full_precision_does(monkeypatch:
     looks.clear()
     search(keys[:1], keys, torch.arange(20_000), 4, "float32")
     assert looks == [torch.bfloat16], "but for one query, which is no work"
+    looks.clear()
+    alike = torch.arange(20_000) % 1250 < 60  # 60 groups, 5 rows in 100, too many for several queries
+    keys[alike] = keys[0] + keys[alike] / 1e4
+    search(keys[:1], keys, torch.arange(20_000), 4, "float32")
+    assert looks == [torch.bfloat16], "one query scores more of them again before it looks in full precision"
+    search(near[:1], near, torch.arange(20_000), 4, "float32")
+    assert looks == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize(
