@@ -11,12 +11,14 @@ three numbers in turn and then to the position inside the sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from treediff.blocks import in_threads
+from treediff.modes import lasting
 
 __all__ = ["NoiseStream", "combine_seeds", "counter_normal", "counter_uniform", "seed_from", "widest"]
 
@@ -147,7 +149,8 @@ def counter_normal(
     """
     dtype = _checked(dtype)
     count = math.prod(shape)
-    found = torch.empty(len(index), count, dtype=dtype, device=index.device)
+    with lasting():  # threads are in no inference mode
+        found = torch.empty(len(index), count, dtype=dtype, device=index.device)
     size = max(1, _BLOCK // max(1, count)) if index.device.type == "cpu" else max(1, len(index))
 
     def fill(start: int) -> None:
@@ -155,7 +158,7 @@ def counter_normal(
         here = draw[rows] if isinstance(draw, Tensor) and draw.ndim else draw
         found[rows] = _normal(_bits(seed, index[rows], here, count))
 
-    _in_blocks(fill, range(0, len(index), size))
+    in_threads(fill, range(0, len(index), size))
     return found.view(len(index), *shape)
 
 
@@ -165,18 +168,6 @@ def _normal(bits: Tensor) -> Tensor:
     radius = _shift_right(bits, 32).to(wide).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
     angle = (bits & 0xFFFFFFFF).to(wide).mul_(2.0**-32 * 2 * math.pi)
     return radius.mul_(angle.cos_())
-
-
-def _in_blocks(fill: Callable[[int], None], starts: range) -> None:
-    """Fill blocks of one tensor, which PyTorch would not divide among threads, by several threads if there are many."""
-    threads = min(torch.get_num_threads(), len(starts) // 4)
-    if threads < 2:
-        for start in starts:
-            fill(start)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(fill, starts):
-            pass
 
 
 @dataclass(frozen=True, eq=False)

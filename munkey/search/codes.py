@@ -10,10 +10,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from treediff.blocks import in_threads
+from treediff.modes import lasting
+
 __all__ = ["TINY", "Screen", "bytes_of", "length_above"]
 
 _ROWS = 4096  # at a time, in float64
-_NUMBERS = 1 << 18  # at a time, which a cache holds several times
+_NUMBERS = 1 << 15  # at a time, which a cache holds several times and one thread works on
 _WIDTH = 2**13  # up to which sums of squares in float32 are as near as the room for it, in any order
 _DIVIDED = 2.0**-16  # greatest error of a number of up to 127 that was divided
 _VANISHED = 2.0**-62  # greatest number whose square may vanish in float32
@@ -45,9 +48,10 @@ class Screen:
     def of(cls, keys: Tensor) -> Screen:
         """The screen of some keys."""
         count, width = keys.shape
-        rounding, length, unit, small_rounding = torch.empty(4, count, dtype=torch.float32, device=keys.device)
-        rounded = keys.new_empty(count, width + 1, dtype=torch.bfloat16)
-        small = keys.new_empty(count, width, dtype=torch.int8)
+        with lasting():  # threads are in no inference mode
+            rounding, length, unit, small_rounding = torch.empty(4, count, dtype=torch.float32, device=keys.device)
+            rounded = keys.new_empty(count, width + 1, dtype=torch.bfloat16)
+            small = keys.new_empty(count, width, dtype=torch.int8)
         screen = cls(rounded, rounding, length, small, unit, small_rounding)
         screen.write(keys)
         return screen
@@ -61,15 +65,18 @@ class Screen:
         """Be the screen of some keys, as many as there are rows."""
         count, width = keys.shape
         self.rounded[:, -1] = 1
-        size = max(1, _NUMBERS // max(1, width))
+        size = max(1, _NUMBERS // max(1, width)) if keys.device.type == "cpu" else max(1, count)
         # Sums of more numbers than this are too coarse in float32.
         dtype = torch.promote_types(keys.dtype, torch.float32 if width <= _WIDTH else torch.float64)
-        room = torch.empty(2, min(size, count), width, dtype=dtype, device=keys.device)
-        for start in range(0, count, size):
+
+        def write(start: int) -> None:
             part = keys[start : start + size]
             screen = Screen(*(column[start : start + size] for column in self.columns))
-            screen._write_some(part, *room[:, : len(part)])
-        room.zero_()  # copies of rows that may be forgotten later
+            room = torch.empty(2, *part.shape, dtype=dtype, device=keys.device)
+            screen._write_some(part, *room)
+            room.zero_()  # copies of rows that may be forgotten later
+
+        in_threads(write, range(0, count, size))
 
     def _write_some(self, keys: Tensor, scaled: Tensor, lost: Tensor) -> None:
         """Do the same for few, with two pieces of memory of the shape of the keys.

@@ -256,7 +256,7 @@ class StoreFile(Follower):
 
     def _put_each(self, places: Sequence[int], records: Records, chosen: Sequence[bool]) -> None:
         """Write chosen records to places of their own."""
-        width, data = self.layout.width, memoryview(records.reshape(-1))
+        width, data = self.layout.width, records.reshape(-1).data
         for at, (place, wanted) in enumerate(zip(places, chosen, strict=True)):
             if wanted:
                 self.disk.write(self.file, self.layout.place(place), data[at * width : (at + 1) * width])
