@@ -144,7 +144,7 @@ def forgetting(rounds: int, sizes: Sequence[int], where: Path | None) -> Iterato
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
         for count in (count for count in COUNTS if count <= rows // 10):
             turns = min(rounds, max(1, rows // count // 5))
-            parts = [part.sort().values for part in order[1:].split(count)[:turns]]
+            parts = [part.sort().values for part in order[1 : 1 + turns * count].split(count)]
             memory = in_memory(keys, order[:1], parts)
             with tempfile.TemporaryDirectory(dir=where) as folder:
                 file, left = in_files(keys, order[:1], parts, Path(folder))
