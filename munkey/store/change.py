@@ -97,7 +97,7 @@ class Removed:
     def erase(self, rows: Tensor, scratch: Scratch) -> Step:
         """Return the step that overwrites what goes in a tensor `(R, ...)`, with what moves or with zero."""
         holes = self.holes.to(rows.device)
-        moving = scratch(rows[self.movers.to(rows.device)])
+        moving = scratch(rows.index_select(0, self.movers.to(rows.device)))
 
         def overwrite() -> None:
             rows[holes] = moving

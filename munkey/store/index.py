@@ -43,8 +43,9 @@ class Index(Follower):
 
     def missing(self, ids: Iterable[int]) -> list[int]:
         """Return the ids that have no rows."""
-        there = self._first
-        return [instance for instance in ids if instance not in there]
+        wanted = list(ids)
+        unknown = set(wanted).difference(self._first)
+        return [instance for instance in wanted if instance in unknown] if unknown else []
 
     def of(self, instance: int) -> list[int]:
         """Return the rows of one id."""

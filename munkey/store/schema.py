@@ -80,11 +80,16 @@ def order_of(ids: Tensor, views: Tensor) -> Tensor:
     return by_view[ids[by_view].argsort(stable=True)]
 
 
-def misfit(found: Mapping[str, Tensor], columns: tuple[Column, ...]) -> str | None:
+def misfit(found: Mapping[str, Tensor], columns: tuple[Column, ...], *, differ: bool = False) -> str | None:
     """Say what is wrong with rows that come from a state or a file; None if they can be used.
 
     Shapes and kinds of numbers must be those of the columns, the views of an id 0, 1, and so on, each once, keys and
     values finite, and labels at least -1.
+
+    Args:
+        found: the rows by column.
+        columns: what they are to be.
+        differ: whether it is known that no id comes twice.
     """
     rows = len(found["ids"]) if found["ids"].ndim else 0
     for column in columns:
@@ -97,13 +102,15 @@ def misfit(found: Mapping[str, Tensor], columns: tuple[Column, ...]) -> str | No
             return f"expected {column.name} like {column.dtype}, found {got.dtype}"
         if column.dtype.is_floating_point and not _finite(got, column.dtype):
             return "keys and values must be finite"
+    if rows and int(found["labels"].min()) < -1:
+        return f"a label is at least 0, or -1 for none, found {int(found['labels'].min())}"
+    if differ and not found["views"].any():
+        return None
     order = order_of(found["ids"], found["views"])
     ids, views = found["ids"][order], found["views"][order]
     first = torch.searchsorted(ids, ids)
     if not torch.equal(views, torch.arange(rows, device=ids.device) - first):
         return "the views of an id are not 0, 1, ... in some order"
-    if rows and int(found["labels"].min()) < -1:
-        return f"a label is at least 0, or -1 for none, found {int(found['labels'].min())}"
     return None
 
 

@@ -813,7 +813,7 @@ class KeyStore(nn.Module):
     def misfit(self) -> str | None:
         """Say what is wrong with the rows; None if they can be used."""
         rows = dict(zip(COLUMNS, self._table.rows, strict=True))
-        return misfit(rows, self._table.schema)
+        return misfit(rows, self._table.schema, differ=len(self) == self.used)
 
     def extra_repr(self) -> str:
         """Return size and widths."""

@@ -191,14 +191,13 @@ class Layout:
         return records
 
     def read(self, records: Records, columns: Sequence[Tensor], hashes: Tensor) -> None:
-        """Write the content of records into columns `(n, ...)` and hashes `(n, 32)`."""
+        """Write the content of records into contiguous columns `(n, ...)` and hashes `(n, 32)`, on a CPU."""
         at = 0
         for column, width in zip(columns, self.widths, strict=True):
-            part = np.array(records[:, at : at + width], order="C").reshape(-1)
-            column.copy_(torch.from_numpy(part).view(column.dtype).view(column.shape))
-            part.fill(0)  # a copy of rows that may be forgotten later
+            to = column.detach().view(-1).view(torch.uint8).numpy().reshape(-1, width)
+            to[:] = records[:, at : at + width]
             at += width
-        hashes.copy_(torch.from_numpy(records[:, self.hash_at : self.hash_at + HASH]))
+        hashes.numpy()[:] = records[:, self.hash_at : self.hash_at + HASH]
 
     def hashes(self, records: Records) -> Tensor:
         """Return the hashes `(n, 32)` in records."""
@@ -206,13 +205,18 @@ class Layout:
 
     def tags(self, records: Records) -> NDArray[np.uint64]:
         """Return what the tags `(n,)` of records are to be."""
+        words = np.ascontiguousarray(records).view("<u4")[:, : len(self._words)]
         found = np.empty(len(records), "<u8")
-        words = records[:, :-_TAG]
+        mixed = np.empty((min(_CACHED, len(records)), len(self._words)), "<u4")
+        products = np.empty((len(mixed), len(self._words) // 2), "<u8")
         for start in range(0, len(records), _CACHED):
-            mixed = np.array(words[start : start + _CACHED], order="C").view("<u4")
-            mixed += self._words
-            found[start : start + _CACHED] = np.multiply(mixed[:, ::2], mixed[:, 1::2], dtype=np.uint64).sum(1)
-            mixed.fill(0)  # a copy of rows that may be forgotten later
+            part = words[start : start + _CACHED]
+            here, both = mixed[: len(part)], products[: len(part)]
+            np.add(part, self._words, out=here)
+            np.multiply(here[:, ::2], here[:, 1::2], out=both, dtype=np.uint64)
+            both.sum(1, out=found[start : start + _CACHED])
+        for copy in (mixed, products):  # of rows that may be forgotten later
+            copy.fill(0)
         return found
 
     def whole(self, records: Records) -> NDArray[np.bool_]:

@@ -39,6 +39,7 @@ from munkey.store.table import Table
 __all__ = ["StoreFile", "pieces"]
 
 _ROWS = 4096  # at a time
+_BLOCK = 512  # at a time, which a cache holds
 
 #: Rows `(n, ...)` of all columns, and their hashes `(n, 32)`.
 Part = tuple[Sequence[Tensor], Tensor]
@@ -170,18 +171,25 @@ class StoreFile(Follower):
         with long_lived():
             self._hashes = torch.zeros(self.layout.room, HASH, dtype=torch.uint8)
 
-        def read(start: int) -> None:
-            stop = min(start + _ROWS, count)
-            with self._some(start, stop) as records:
+        threads = max(1, min(torch.get_num_threads(), count // _ROWS))
+
+        def read(first: int) -> None:
+            for start in range(first * _BLOCK, count, threads * _BLOCK):
+                stop = min(start + _BLOCK, count)
+                records = buffers[first][: stop - start]
+                self.disk.fill(self.file, self.layout.place(start), records.reshape(-1).data)
                 if not self.layout.whole(records).all():
                     raise self._damaged()
-                with long_lived():
-                    self.layout.read(records, [c[start:stop] for c in columns], self.hashes[start:stop])
+                self.layout.read(records, [c[start:stop] for c in columns], self._hashes[start:stop])
 
         # Reading and checking leave Python's lock alone, so that threads share the work.
-        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-            for _ in pool.map(read, range(0, count, _ROWS)):
-                pass
+        buffers = np.zeros((threads, min(_BLOCK, count), self.layout.width), np.uint8)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                for _ in pool.map(read, range(threads)):
+                    pass
+        finally:
+            buffers.fill(0)  # copies of rows that may be forgotten later
         if sum_of(self.hashes) != self.state.total:
             raise self._damaged()
 
