@@ -198,8 +198,10 @@ def _floating(name: str, rows: Tensor, count: int, width: int, dtype: torch.dtyp
             f"expected {name} of shape ({count}, {width}), or ({count}, P, {width}) for P of each id; found "
             f"{tuple(rows.shape)}"
         )
-    finite = rows.isfinite() & (rows.abs() <= torch.finfo(dtype).max)
-    if not finite.all():
+    low, high = rows.detach().aminmax() if rows.numel() else (rows.new_zeros(()), rows.new_zeros(()))
+    most = torch.finfo(dtype).max
+    if not (-most <= low and high <= most):  # also if one is NaN; only then is memory of the size of the rows needed
+        finite = rows.isfinite() & (rows.abs() <= most)
         bad = (~finite.all(2)).any(1).nonzero().squeeze(1)
         raise ValueError(
             f"{name} must be finite as {dtype}; those of {len(bad)} instances are not, the first is number {bad[0]}"

@@ -23,7 +23,7 @@ from treediff.modes import lasting
 __all__ = ["NoiseStream", "combine_seeds", "counter_normal", "counter_uniform", "seed_from", "widest"]
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_BLOCK = 1 << 14  # numbers at a time, which a cache holds and one thread makes
+_BLOCK = 1 << 15  # numbers at a time, which a cache holds and one thread makes
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
@@ -60,13 +60,28 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    return _mix_(x.clone())
+
+
+def _mix_(x: Tensor) -> Tensor:
+    """Mix in place, with one piece of memory beside."""
+    moved = torch.empty_like(x)
+    for bits, factor in ((30, _MIX_1), (27, _MIX_2), (31, 1)):
+        # As in `_shift_right`.
+        torch.bitwise_right_shift(x, bits, out=moved)
+        x.bitwise_xor_(moved.bitwise_and_((1 << (64 - bits)) - 1))
+        if factor != 1:
+            x.mul_(factor)
+    return x
 
 
 def _bits(seed: int, index: Tensor, draw: int | Tensor, count: int) -> Tensor:
     """`(n, count)` int64 of which all 64 bits are mixed."""
+    return _spread(_keys(seed, index, draw), _positions(count, index.device))
+
+
+def _keys(seed: int, index: Tensor, draw: int | Tensor) -> Tensor:
+    """`(n,)` int64, one for each row."""
     if index.dtype != torch.int64 or index.ndim != 1:
         raise TypeError(f"index must be (n,) int64, found {index.dtype} of shape {tuple(index.shape)}")
     if isinstance(draw, Tensor) and (draw.dtype != torch.int64 or draw.shape not in ((), index.shape)):
@@ -78,9 +93,15 @@ def _bits(seed: int, index: Tensor, draw: int | Tensor, count: int) -> Tensor:
         if not isinstance(number, Tensor) and not -(2**63) <= number < 2**63:
             raise ValueError(f"{name} must fit into 64 bits, from -2**63 to 2**63 - 1, found {number}")
     key = _mix(torch.full_like(index, seed) + _GOLDEN)
-    key = _mix((key ^ _mix(index * _GOLDEN)) + _mix(torch.full_like(index, 1) * draw) + _GOLDEN)
-    position = torch.arange(1, count + 1, device=index.device) * _GOLDEN
-    return _mix(key[:, None] + position)
+    return _mix((key ^ _mix(index * _GOLDEN)) + _mix(torch.full_like(index, 1) * draw) + _GOLDEN)
+
+
+def _positions(count: int, device: torch.device) -> Tensor:
+    return torch.arange(1, count + 1, device=device) * _GOLDEN
+
+
+def _spread(keys: Tensor, positions: Tensor) -> Tensor:
+    return _mix_(keys[:, None] + positions)
 
 
 def _checked(dtype: torch.dtype | None) -> torch.dtype:
@@ -153,10 +174,10 @@ def counter_normal(
         found = torch.empty(len(index), count, dtype=dtype, device=index.device)
     size = max(1, _BLOCK // max(1, count)) if index.device.type == "cpu" else max(1, len(index))
 
+    keys, positions = _keys(seed, index, draw), _positions(count, index.device)
+
     def fill(start: int) -> None:
-        rows = slice(start, start + size)
-        here = draw[rows] if isinstance(draw, Tensor) and draw.ndim else draw
-        found[rows] = _normal(_bits(seed, index[rows], here, count))
+        found[start : start + size] = _normal(_spread(keys[start : start + size], positions))
 
     in_threads(fill, range(0, len(index), size))
     return found.view(len(index), *shape)

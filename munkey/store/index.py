@@ -47,6 +47,12 @@ class Index(Follower):
         unknown = set(wanted).difference(self._first)
         return [instance for instance in wanted if instance in unknown] if unknown else []
 
+    def known(self, ids: Iterable[int]) -> list[int]:
+        """Return the ids that have rows."""
+        wanted = list(ids)
+        known = set(wanted).intersection(self._first)
+        return [instance for instance in wanted if instance in known] if known else []
+
     def of(self, instance: int) -> list[int]:
         """Return the rows of one id."""
         return [self._first[instance], *self._more.get(instance, ())]

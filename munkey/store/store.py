@@ -363,7 +363,7 @@ class KeyStore(nn.Module):
             ValueError: if ids repeat or are there already, or a shape is wrong, or a number is not finite.
         """
         new = self.new_rows(ids, keys, labels, values, permanent=permanent)
-        there = [instance for instance in new.ids if instance in self._index]
+        there = self._index.known(new.ids)
         if there:
             raise ValueError(f"ids {some(there)} are in the store already; use replace to change them")
         self._append(new.ids, new.write, new.rows)
