@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
@@ -88,15 +89,22 @@ def load(
     receipts: Path | Literal[False] | None = None,
 ) -> M:
     """Read a model from a file; see `KeyMemoryTransformer.load`."""
-    rows = ShardedKeyStore.load(path) if os.path.isdir(path) else None
-    path = os.fspath(path) if rows is None else folders.model_file(os.fspath(path))
+    path, rows = os.fspath(path), None
+    if os.path.isdir(path):
+        folder, before = path, None
+        with suppress(OSError, ValueError):  # which all ranks raise together in the next line
+            before = folders.model_file(folder)
+        rows = ShardedKeyStore.load(folder)
+        path = folders.model_file(folder)
+        if path != before:
+            raise ValueError(f"{folder!r} was saved to while it was loaded; load it again")
     data = _read(path)
     try:
         header, tensors = parse_model(data, path, cls.__name__)
         made = _made(cls, header, tensors, path, key_encoder, model, rows, receipts)
     finally:
         data[:] = bytes(len(data))  # a copy of rows that may be forgotten later
-    if receipts:
+    if receipts is not None and receipts is not False:
         cast("Savable", made).memory.store.keep_receipts(receipts)
     return made
 

@@ -28,7 +28,7 @@ from munkey.sharded.placement import may_share, owners
 from munkey.sharded.ranks import Ranks
 from munkey.store.digest import checksum, hash_rows, sum_of
 from munkey.store.erase import Scratch
-from munkey.store.file.disk import Disk, wipe, wipe_leftovers, write_whole
+from munkey.store.file.disk import Disk, give_back, read_whole, wipe, wipe_leftovers, write_whole
 from munkey.store.schema import COLUMNS, Rows
 from munkey.store.store import KeyStore
 from treediff.io import dtype_name, dtype_named, model_bytes, read_header, read_tensors
@@ -66,7 +66,7 @@ def save(shard: Shard, ranks: Ranks, folder: str, disk: Disk, model: bytes | Non
         _save(shard, ranks, folder, disk, model)
     finally:
         if first:
-            disk.close(guard)
+            give_back(disk, guard)
 
 
 def _save(shard: Shard, ranks: Ranks, folder: str, disk: Disk, model: bytes | None) -> None:
@@ -109,11 +109,23 @@ def _prepared(folder: str, disk: Disk, model: bytes | None) -> int:
         raise ValueError(
             f"{folder!r} holds a model, whose weights would be lost; save the model, or choose another folder"
         )
-    guard = disk.open(os.path.join(folder, _LOCK), create=True)
-    if not disk.lock(guard):
-        disk.close(guard)
+    guard = _guard(folder, disk)
+    if guard < 0:
         raise BlockingIOError(f"another process saves to {folder!r} at this moment; save to another folder, or later")
     return guard
+
+
+def _guard(folder: str, disk: Disk) -> int:
+    """Lock a folder; -1 if another process has it. What is locked is the file that has the name then."""
+    path = os.path.join(folder, _LOCK)
+    while True:
+        guard = disk.open(path, create=True)
+        if not disk.lock(guard):
+            disk.close(guard)
+            return -1
+        if disk.is_of(guard, path):
+            return guard
+        give_back(disk, guard)
 
 
 def model_file(folder: str) -> str:
@@ -159,13 +171,14 @@ def _wipe_replaced(disk: Disk, folder: str, manifest: dict[str, Any]) -> None:
     left = [name for name in _others(folder, manifest) if name in named]
     if not left:
         return
-    guard = disk.open(os.path.join(folder, _LOCK), create=True)
+    guard = _guard(folder, disk)
+    if guard < 0:
+        return
     try:
-        # The manifest may have been replaced since it was read.
-        if disk.lock(guard) and _manifest(folder) == manifest:
+        if _manifest(folder) == manifest:  # it may have been replaced since it was read
             _wipe(disk, folder, left)
     finally:
-        disk.close(guard)
+        give_back(disk, guard)
 
 
 def load(folder: str, ranks: Ranks, disk: Disk) -> tuple[KeyStore, str]:
@@ -182,8 +195,17 @@ def load(folder: str, ranks: Ranks, disk: Disk) -> tuple[KeyStore, str]:
         dtype=dtype_named(manifest["dtype"], folder),
     )
     local.values.requires_grad_(manifest["trained"])
-    ranks.agree(lambda: _take(local, folder, manifest["shards"], ranks))
+    ranks.agree(lambda: _take_all(local, folder, manifest, ranks))
     return local, manifest["digest"]
+
+
+def _take_all(local: KeyStore, folder: str, manifest: dict[str, Any], ranks: Ranks) -> None:
+    try:
+        _take(local, folder, manifest["shards"], ranks)
+    except (OSError, ValueError):
+        if _manifest(folder) != manifest:
+            raise ValueError(f"{folder!r} was saved to while it was loaded; load it again") from None
+        raise
 
 
 def _check_files(folder: str, manifest: dict[str, Any]) -> None:
@@ -199,8 +221,7 @@ def _manifest(folder: str) -> dict[str, Any]:
     if not os.path.exists(path):
         raise FileNotFoundError(f"no {_MANIFEST} in {folder!r}; is it a folder that ShardedKeyStore.save wrote?")
     try:
-        with open(path, encoding="utf-8") as file:
-            manifest: dict[str, Any] = json.load(file)
+        manifest: dict[str, Any] = json.loads(read_whole(Disk(), path).decode())
         if manifest["class"] != _CLASS:
             raise KeyError("class")
         if manifest["format"] != _FORMAT:
@@ -208,7 +229,8 @@ def _manifest(folder: str) -> dict[str, Any]:
                 f"{path!r} has format version {manifest['format']}, this munkey reads version {_FORMAT}; install the "
                 "release that wrote it"
             )
-        if manifest.get("checksum", _checksum(manifest)) != _checksum(manifest):
+        # In the first release there was none.
+        if ("replaces" in manifest or "checksum" in manifest) and manifest.get("checksum") != _checksum(manifest):
             raise ValueError(f"{path!r} is damaged: its checksum is another one; restore a backup")
         missing = {"widths", "dtype", "trained", "seed", "scale", "secret", "digest", "shards"} - manifest.keys()
         if missing:

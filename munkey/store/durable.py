@@ -5,7 +5,10 @@ Letters: `D` width of a key, `V` width of a value.
 
 from __future__ import annotations
 
+import math
 import os
+import time
+from contextlib import suppress
 from typing import Literal, Self
 
 import torch
@@ -13,14 +16,17 @@ import torch
 from munkey.store.digest import hash_rows
 from munkey.store.file.disk import Disk
 from munkey.store.file.layout import Layout
-from munkey.store.file.live import StoreFile, pieces
+from munkey.store.file.live import Changing, StoreFile, pieces
 from munkey.store.log import known_to, verify
-from munkey.store.schema import COLUMNS, Rows
+from munkey.store.schema import COLUMNS, Rows, columns_of
 from munkey.store.store import KeyStore
 
 __all__ = ["DurableStore"]
 
 Path = str | os.PathLike[str]
+
+#: Seconds between attempts to read a file that another process is changing.
+_WAITS = tuple(0.001 * 2**attempt for attempt in range(8))
 
 
 class DurableStore(KeyStore):
@@ -138,16 +144,28 @@ class DurableStore(KeyStore):
                 log is opened with it, or, if that is meant, without: False.
             new_log: whether to begin a log where there is none.
             read_only: whether the store is to be searched only: nothing is written, not even what was interrupted, no
-                lock is taken, and another process can change the file meanwhile, which this store does not see.
+                lock is taken, and another process can change the file meanwhile, which this store does not see. A
+                file that is in the midst of a change is read again, some times.
             disk: what reads and writes.
 
         Raises:
             BlockingIOError: if another store has it open, here or in another process.
             FileNotFoundError: if there is no such file, or no log.
             ValueError: if file or log are damaged, cut short, or of another kind; if a log is missing; if an instance
-                is there, in a store that is to be read only, that the log says is gone.
+                is there, in a store that is to be read only, that the log says is gone, or the file stayed in the midst
+                of a change.
         """
         disk = disk or Disk()
+        for wait in _WAITS if read_only else ():
+            with suppress(Changing):
+                return cls._opened(path, receipts, new_log, read_only, disk)
+            time.sleep(wait)
+        return cls._opened(path, receipts, new_log, read_only, disk)
+
+    @classmethod
+    def _opened(
+        cls, path: Path, receipts: Path | Literal[False] | None, new_log: bool, read_only: bool, disk: Disk
+    ) -> Self:
         live = StoreFile.open(os.fspath(path), disk, read_only=read_only)
         try:
             if live.state.logged and receipts is None:
@@ -156,10 +174,13 @@ class DurableStore(KeyStore):
                     "pass the log as receipts=, or receipts=False to open it without one"
                 )
             store = cls._loaded(live)
-            if receipts and read_only:
-                _check_log(store, receipts, disk)
-            elif receipts:
-                store.keep_receipts(receipts, new=new_log, disk=disk)
+            if not read_only:
+                live.settle()
+            if receipts is not None and receipts is not False:
+                if read_only:
+                    _check_log(store, receipts, disk)
+                else:
+                    store.keep_receipts(receipts, new=new_log, disk=disk)
         except BaseException:
             live.close()
             raise
@@ -168,12 +189,13 @@ class DurableStore(KeyStore):
     @classmethod
     def _loaded(cls, live: StoreFile) -> Self:
         layout, about = live.layout, live.layout.about
-        widths = dict(zip(layout.names, layout.shapes, strict=True))
+        wrong = _other_kind(layout)
+        if wrong:
+            raise ValueError(f"{live.path!r} is no store that this library wrote: {wrong}")
+        shapes = dict(zip(layout.names, layout.shapes, strict=True))
         dtypes = dict(zip(layout.names, layout.dtypes, strict=True))
-        if layout.names != COLUMNS or not {"seed", "scale", "trained"} <= about.keys():
-            raise ValueError(f"{live.path!r} holds other columns, {layout.names}, expected {COLUMNS}")
         settings = {"seed": about["seed"], "scale": about["scale"], "secret": layout.secret}
-        store = cls(widths["keys"][0], widths["values"][0], dtype=dtypes["keys"], **settings)
+        store = cls(shapes["keys"][0], shapes["values"][0], dtype=dtypes["keys"], **settings)
         count = live.state.count
         if count:
             store._append((), live.load, count)
@@ -181,6 +203,8 @@ class DurableStore(KeyStore):
             live.load(store._table.rows)
         store._digest.take(live.hashes)
         wrong = store.misfit()
+        if count and int(store.permanent[:count].view(torch.uint8).max()) > 1:
+            wrong = "a truth value is 0 or 1"
         if wrong:
             raise ValueError(f"{live.path!r} is no store that this library wrote: {wrong}")
         store.values.requires_grad_(about["trained"])
@@ -231,6 +255,22 @@ class DurableStore(KeyStore):
         """
         with self.lock:
             self.live.verify()
+
+
+def _other_kind(layout: Layout) -> str | None:
+    """Say what makes a description, although it is whole, no store's; None if it is one."""
+    about, names = layout.about, layout.names
+    if names != COLUMNS:
+        return f"it has columns {names}, expected {COLUMNS}"
+    numbers = type(about.get("seed")) is int and type(about.get("scale")) in (int, float)
+    if not numbers or not math.isfinite(about["scale"]) or type(about.get("trained")) is not bool:
+        return "seed and scale are to be numbers, and trained a truth value"
+    found = {name: (shape, dtype) for name, shape, dtype in zip(names, layout.shapes, layout.dtypes, strict=True)}
+    (key, dtype), (value, _) = found["keys"], found["values"]
+    if len(key) != 1 or len(value) != 1 or min(*key, *value) < 1 or not dtype.is_floating_point:
+        return "keys and values are to be rows of floating-point numbers"
+    expected = {c.name: (c.shape, c.dtype) for c in columns_of(key[0], value[0], dtype)}
+    return None if found == expected else f"its columns are {found}, expected {expected}"
 
 
 def _check_log(store: KeyStore, path: Path, disk: Disk) -> None:

@@ -29,6 +29,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn, Self
 
 import torch
@@ -50,9 +51,10 @@ __all__ = ["LoggedRows", "Mark", "ReceiptLog", "Verified", "known_to", "row_toke
 Path = str | os.PathLike[str]
 
 _ROWS = 4096  # at a time
-_BEGINNING = b'{"chain":"'  # of each line
-#: What an interruption may leave of a line: text, and zeros where a disk had not written yet.
-_PART = re.compile(rb"[\x20-\x7e\x00]*")
+_BEGINNING = b'{"chain":"' + b"#" * 64 + b'","event":{'  # of each line, with any digit for #
+#: What an interruption may leave of a line in a sector of a disk: text, or zeros if it was not written yet.
+_PART = re.compile(rb"[\x20-\x7e]*|\x00*")
+_SECTOR = 512
 
 
 def tokens_of(secret: bytes, ids: Tensor, labels: Tensor, keys: Tensor) -> list[str]:
@@ -161,7 +163,7 @@ def _verified(data: bytes, name: str, secret: bytes | None) -> Verified:
     for number, line in enumerate(lines, 1):
         event, chain = _entry(line, chain, f"line {number} of {name!r}", secret)
         events.append(event)
-    if not _interrupted(rest, chain):
+    if not _interrupted(rest, chain, len(data) - len(rest)):
         raise ValueError(
             f"line {len(lines) + 1} of {name!r} is no entry of a log; restore the log from a backup, or name another "
             "file"
@@ -188,12 +190,15 @@ def _entry(line: bytes, previous: str, where: str, secret: bytes | None) -> tupl
     return event, chain
 
 
-def _interrupted(rest: bytes, chain: str) -> bool:
-    """Return whether bytes behind the last line are what an interruption leaves of one, and not damage."""
+def _interrupted(rest: bytes, chain: str, start: int) -> bool:
+    """Return whether bytes from `start` on, behind the last line, are what an interruption leaves, and not damage."""
     if not rest:
         return True
-    begins = rest[0] == 0 or _BEGINNING.startswith(rest[: len(_BEGINNING)]) or rest.startswith(_BEGINNING)
-    if not begins or not _PART.fullmatch(rest):
+    allowed = (b"\0" + (b"0123456789abcdef" if letter == ord("#") else bytes([letter])) for letter in _BEGINNING)
+    if any(found not in those for found, those in zip(rest, allowed, strict=False)):
+        return False
+    edges = [0, *range(_SECTOR - start % _SECTOR, len(rest), _SECTOR), len(rest)]
+    if not all(_PART.fullmatch(rest[first:stop]) for first, stop in pairwise(edges)):
         return False
     with suppress(ValueError):  # a whole line with another byte in place of its end
         _entry(rest[:-1], chain, "", None)

@@ -598,6 +598,8 @@ class KeyStore(nn.Module):
             ValueError: if a line of the log was changed, or it is of another store or written with other digits, or as
                 for `forget`.
         """
+        if self._file is not None:
+            self._file.ready()  # before anything is written
         self._close_log()
         self._logged = None
         log = ReceiptLog(path, self.secret, new=new, disk=disk)
@@ -823,18 +825,35 @@ class KeyStore(nn.Module):
 
 
 class Lock:
-    """A lock that the thread which holds it can take again, and that a forked process does not inherit."""
+    """A lock that the thread which holds it can take again; in a forked process, only what that thread has is held."""
 
     def __init__(self) -> None:
-        self._lock, self._process = threading.RLock(), os.getpid()
+        self._lock = threading.RLock()
+        _locks.add(self)
+
+    def after_fork(self) -> None:
+        """Free the lock if a thread holds it that the new process does not have."""
+        if self._lock.acquire(blocking=False):
+            self._lock.release()
+        else:
+            self._lock = threading.RLock()
 
     def __enter__(self) -> None:
-        if self._process != os.getpid():  # a thread of the other process may hold it there
-            self._lock, self._process = threading.RLock(), os.getpid()
         self._lock.acquire()
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+
+_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for lock in list(_locks):
+        lock.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def not_there(ids: list[int]) -> KeyError:

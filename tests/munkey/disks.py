@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from munkey.store.file.disk import Disk
 
@@ -161,9 +162,10 @@ class MemoryDisk(Disk):
                     if luck.random() < 0.5:
                         apply(found, start, None)
                     continue
-                for at in range(0, len(new), SECTOR):
+                edges = [start, *range(start - start % SECTOR + SECTOR, start + len(new), SECTOR), start + len(new)]
+                for first, stop in pairwise(edges):
                     if luck.random() < 0.5:
-                        apply(found, start + at, new[at : at + SECTOR])
+                        apply(found, first, new[first - start : stop - start])
             inode.medium = found
         for path, inode in names.items():
             other.inodes.append(Inode(bytearray(inode.medium), bytearray(inode.medium)))
@@ -292,3 +294,13 @@ class MemoryDisk(Disk):
 
     def close(self, file: int) -> None:
         self.unlock(file)
+
+
+class QuickDisk(Disk):
+    """A disk of the system that does not wait for the medium."""
+
+    def sync(self, file: int) -> None:
+        pass
+
+    def sync_folder(self, path: str) -> None:
+        pass

@@ -9,7 +9,17 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["Disk", "Owner", "read_whole", "replacing", "wipe", "wipe_leftovers", "write_whole"]
+__all__ = [
+    "Disk",
+    "Owner",
+    "check_name",
+    "give_back",
+    "read_whole",
+    "replacing",
+    "wipe",
+    "wipe_leftovers",
+    "write_whole",
+]
 
 _ZEROS = 1 << 20
 
@@ -192,6 +202,14 @@ class Disk:
         os.close(file)
 
 
+def give_back(disk: Disk, file: int) -> None:
+    """Unlock and close: a process that was forked meanwhile has the descriptor, too, and would keep the lock."""
+    try:
+        disk.unlock(file)
+    finally:
+        disk.close(file)
+
+
 #: How the names end of a file that is being written, and of one that was replaced: the name of the file it is for, a
 #: number of its own, and this.
 _PARTIAL, _OLD = ".munkey-partial", ".munkey-old"
@@ -214,6 +232,11 @@ class replacing:
         disk: what reads and writes.
         path: the name.
         held: descriptor of the old file, if the caller has it open and locked; the caller closes it afterwards.
+        new: whether there is to be no file of that name yet.
+
+    Raises:
+        FileExistsError: if there is one all the same.
+        FileNotFoundError: if the name no longer leads to the file that is held.
 
     Attributes:
         file: the descriptor; -1 once it was closed after an error.
@@ -221,15 +244,22 @@ class replacing:
 
     file = -1
 
-    def __init__(self, disk: Disk, path: str, held: int = -1) -> None:
-        self.disk, self.path, self.held, self._before = disk, disk.resolve(path), held, held
+    def __init__(self, disk: Disk, path: str, held: int = -1, *, new: bool = False) -> None:
+        self.disk, self.path, self.held, self.new, self._before = disk, disk.resolve(path), held, new, held
+        self._name()
+
+    def _name(self) -> None:
         number = secrets.token_hex(_NUMBER // 2)
         self._partial, self._old = f"{self.path}.{number}{_PARTIAL}", f"{self.path}.{number}{_OLD}"
 
     def __enter__(self) -> int:
         try:
             self.file = self.disk.create(self._partial)
-            self.disk.lock(self.file)
+            # Before it was locked, another save may have taken it for what an interruption left.
+            while not (self.disk.lock(self.file) and self.disk.is_of(self.file, self._partial)):
+                self.release()
+                self._name()
+                self.file = self.disk.create(self._partial)
         except BaseException:
             self._give_up()
             raise
@@ -250,7 +280,11 @@ class replacing:
         disk, path = self.disk, self.path
         disk.sync(self.file)
         with _locked_folder(disk, path):
-            if self._before < 0 and disk.exists(path):
+            if self.held >= 0:
+                check_name(disk, self.held, path)
+            elif self.new and disk.exists(path):
+                raise FileExistsError(f"there is a file {path!r} already; open it, or remove it")
+            elif disk.exists(path):
                 self._before = disk.open(path)
             if self._before >= 0:
                 disk.link(path, self._old)  # a name by which it is found once the other one is gone
@@ -272,12 +306,21 @@ class replacing:
         """Close the new file."""
         file, self.file = self.file, -1
         if file >= 0:
-            self.disk.close(file)
+            give_back(self.disk, file)
 
     def _close_before(self) -> None:
         before, self._before = self._before, self.held
         if before != self.held:
-            self.disk.close(before)
+            give_back(self.disk, before)
+
+
+def check_name(disk: Disk, file: int, path: str) -> None:
+    """Raise FileNotFoundError if a name no longer leads to an open file: another one may be there."""
+    if not disk.is_of(file, path):
+        raise FileNotFoundError(
+            f"the file that was opened as {path!r} was renamed, removed or replaced since, and cannot be written anew "
+            "under that name; close it, and open it by the name it has now"
+        )
 
 
 def _retire(disk: Disk, before: int, old: str, path: str, *, wait: bool) -> None:
@@ -316,6 +359,8 @@ def _locked_folder(disk: Disk, path: str) -> Iterator[None]:
             disk.lock(folder, wait=True)
         yield
     finally:
+        with suppress(OSError):
+            disk.unlock(folder)
         disk.close(folder)
 
 
@@ -343,7 +388,7 @@ def _wipe_leftover(disk: Disk, name: str, path: str) -> None:
             disk.sync(file)
         disk.remove(name)
     finally:
-        disk.close(file)
+        give_back(disk, file)
 
 
 def _is_leftover(end: str) -> bool:
@@ -368,16 +413,16 @@ def wipe(disk: Disk, path: str) -> None:
         disk.lock(file, wait=True)
         disk.zero(file, 0, disk.size(file))
         disk.sync(file)
+        disk.remove(path)  # while it is locked, so that nobody reads zeros
     finally:
-        disk.close(file)
-    disk.remove(path)
+        give_back(disk, file)
 
 
 def write_whole(disk: Disk, path: str, data: bytes) -> None:
     """Put a file with these bytes in the place of `path`, as `replacing` does."""
     with replacing(disk, path) as file:
         disk.write(file, 0, data)
-    disk.close(file)
+    give_back(disk, file)
 
 
 def read_whole(disk: Disk, path: str) -> bytearray:
@@ -395,4 +440,4 @@ def read_whole(disk: Disk, path: str) -> bytearray:
                 disk.fill(file, 0, memoryview(data))
                 return data
         finally:
-            disk.close(file)
+            give_back(disk, file)

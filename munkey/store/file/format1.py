@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from munkey.store.digest import checksum, hash_rows, sum_of
-from munkey.store.file.disk import Disk, replacing, wipe, wipe_leftovers
+from munkey.store.file.disk import Disk, give_back, replacing, wipe, wipe_leftovers
 from munkey.store.file.layout import BLOCK, DTYPES, Layout, State, described_by
-from munkey.store.schema import COLUMNS
+from munkey.store.schema import COLUMNS, columns_of, misfit
 
 __all__ = ["upgrade"]
 
@@ -37,6 +37,7 @@ def upgrade(disk: Disk, path: str, described: dict[str, Any], held: int) -> None
         BlockingIOError: if a store of the first release has it open.
         ValueError: if it is damaged; it is then left as it is.
     """
+    there = disk.exists(path + _LOCK)
     guard = disk.open(path + _LOCK, create=True)
     try:
         if not disk.lock(guard):
@@ -50,13 +51,18 @@ def upgrade(disk: Disk, path: str, described: dict[str, Any], held: int) -> None
         hashes = hash_rows(old.secret, columns)
         if sum_of(hashes) != total:
             raise ValueError(f"{path!r} is damaged: its rows are not those that were written; restore a backup")
+        wrong = misfit(dict(zip(COLUMNS, columns, strict=True)), old.schema)
+        if wrong:
+            raise ValueError(f"{path!r} is no store that this library wrote: {wrong}")
         _write(disk, path, old, columns, hashes, held)
-        if disk.exists(path + _JOURNAL):
+        if old.own(path + _JOURNAL):
             wipe(disk, path + _JOURNAL)
-        disk.remove(path + _LOCK)
+        there = not old.own(path + _LOCK)
         wipe_leftovers(disk, path)
     finally:
-        disk.close(guard)
+        if not there:
+            disk.remove(path + _LOCK)
+        give_back(disk, guard)
 
 
 def _write(disk: Disk, path: str, old: _Old, columns: Sequence[Tensor], hashes: Tensor, held: int) -> None:
@@ -67,7 +73,7 @@ def _write(disk: Disk, path: str, old: _Old, columns: Sequence[Tensor], hashes: 
         disk.write(file, BLOCK, records.data.cast("B"))
         records.fill(0)
         disk.write(file, _STATE_AT, State(len(hashes), sum_of(hashes), len(hashes)).to_bytes())
-    disk.close(file)
+    give_back(disk, file)
     for column in columns:
         column.zero_()  # a copy of rows that may be forgotten later
 
@@ -82,7 +88,10 @@ class _Old:
             self.shapes = tuple(tuple(int(size) for size in shape) for _, shape in described["columns"])
             self.about, self.room = dict(described["about"]), int(described["room"])
             self.secret = bytes.fromhex(self.about.pop("secret"))
-            if len(self.dtypes) != len(COLUMNS):
+            *_, (keys,), (values,) = self.shapes
+            self.schema = columns_of(keys, values, self.dtypes[-1])
+            expected = [(column.shape, column.dtype) for column in self.schema]
+            if list(zip(self.shapes, self.dtypes, strict=True)) != expected or min(keys, values, self.room + 1) < 1:
                 raise KeyError("columns")
         widths = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
         starts = [BLOCK + self.room * sum(widths[:place]) for place in range(len(widths))]
@@ -98,7 +107,21 @@ class _Old:
         data = self.disk.read(self.file, _STATE_AT, 64)
         if checksum(data[:40])[:24] != data[40:]:
             raise ValueError(f"{self.path!r} is damaged: it does not say how many rows it has; restore a backup")
-        return int.from_bytes(data[:8], "little"), int.from_bytes(data[8:40], "little")
+        count, total = int.from_bytes(data[:8], "little"), int.from_bytes(data[8:40], "little")
+        if count > self.room:
+            raise ValueError(f"{self.path!r} is damaged: it says that it has more rows than places; restore a backup")
+        return count, total
+
+    def own(self, name: str) -> bool:
+        """Return whether a file beside it may be the library's: no link, and empty or with notes."""
+        if name not in self.disk.beside(name):
+            return False
+        file = self.disk.open_to_read(name)
+        try:
+            begins = self.disk.read(file, 0, 1)
+            return self.disk.links(file) == 1 and begins in ((b"",) if name.endswith(_LOCK) else (b"", b"{", b"\0"))
+        finally:
+            self.disk.close(file)
 
     def notes(self) -> list[dict[str, Any]]:
         """Return the whole notes of the journal."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
-from munkey.store.digest import checksum
+from munkey.store.digest import MODULUS, checksum
 from munkey.store.file.disk import Disk
 from munkey.store.file.layout import State
 
@@ -32,6 +33,22 @@ class Note:
     holes: Sequence[int] = ()
     movers: Sequence[int] = ()
 
+    def fits(self, room: int) -> bool:
+        """Return whether this can be the note of a change of a file with room for so many rows."""
+        numbers = [n for state in (self.before, self.after) for n in (state.count, state.total, state.tail)]
+        if not all(type(n) is int and 0 <= n < MODULUS for n in (*numbers, *self.holes, *self.movers)):
+            return False
+        before, after = self.before.count, self.after.count
+        if max(before, after, self.before.tail, self.after.tail) > room:
+            return False
+        if self.change == "append":
+            return before <= after and not self.holes and not self.movers
+        places = len(self.holes) == len(self.movers) and all(
+            _ascending([first - 1, *rows, stop])
+            for first, rows, stop in ((0, self.holes, after), (after, self.movers, before))
+        )
+        return self.change == "erase" and after < before and places
+
     def to_json(self) -> bytes:
         """Return a line of JSON."""
         states = {"before": vars(self.before), "after": vars(self.after)}
@@ -41,7 +58,13 @@ class Note:
     def from_json(cls, text: bytes) -> Self:
         """Return what `to_json` wrote."""
         fields: dict[str, Any] = json.loads(text)
-        return cls(**{**fields, "before": State(**fields["before"]), "after": State(**fields["after"])})
+        states = {name: State(**fields[name]) for name in ("before", "after")}
+        rows = {name: list(fields[name]) for name in ("holes", "movers")}
+        return cls(**{**fields, **states, **rows})
+
+
+def _ascending(numbers: Sequence[int]) -> bool:
+    return all(one < other for one, other in pairwise(numbers))
 
 
 def write_note(disk: Disk, file: int, place: int, note: Note) -> None:

@@ -236,7 +236,7 @@ class described_by:
         """Do nothing."""
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, KeyError | TypeError | ValueError | AttributeError):
+        if isinstance(error, KeyError | TypeError | ValueError | AttributeError | RecursionError):
             raise ValueError(
                 f"{self.path!r} is no store: its description lacks something ({error!r}); restore a backup"
             ) from None

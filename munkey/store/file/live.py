@@ -29,20 +29,24 @@ from torch import Tensor
 from munkey.store.change import Added, Change, Moved, Removed, Replaced, Step, long_lived
 from munkey.store.digest import HASH, MODULUS, Digest, hash_rows, sum_of
 from munkey.store.erase import Scratch
-from munkey.store.file.disk import Disk, Owner, replacing, wipe_leftovers
+from munkey.store.file.disk import Disk, Owner, check_name, replacing, wipe_leftovers
 from munkey.store.file.format1 import upgrade
 from munkey.store.file.journal import Note, clear, read_note, write_note
 from munkey.store.file.layout import BLOCK, Layout, Records, State, read_description
 from munkey.store.follower import Follower, Undone
 from munkey.store.table import Table
 
-__all__ = ["StoreFile", "pieces"]
+__all__ = ["Changing", "StoreFile", "pieces"]
 
 _ROWS = 4096  # at a time
 _BLOCK = 512  # at a time, which a cache holds
 
 #: Rows `(n, ...)` of all columns, and their hashes `(n, 32)`.
 Part = tuple[Sequence[Tensor], Tensor]
+
+
+class Changing(ValueError):
+    """A file that was opened to be read was changed meanwhile, so that it has to be read again."""
 
 
 class _Stage(Enum):
@@ -74,6 +78,7 @@ class StoreFile(Follower):
     file = -1
     layout: Layout
     _note: Note
+    _seen: tuple[bytes, Note | None] | None = None  # what a reader found
 
     def __init__(self, path: str, disk: Disk, *, read_only: bool = False) -> None:
         self.path, self.disk, self.owner, self.read_only = path, disk, Owner(), read_only
@@ -105,11 +110,12 @@ class StoreFile(Follower):
 
     @classmethod
     def open(cls, path: str, disk: Disk, *, read_only: bool = False) -> Self:
-        """Return an existing file, once what was interrupted is finished or taken back.
+        """Return an existing file, once what was interrupted is finished or taken back; see also `settle`.
 
         Raises:
             FileNotFoundError: if there is no such file.
             BlockingIOError: if another store has it open, unless it is to be read only.
+            Changing: if it is to be read only, and another process changes it at this moment.
             ValueError: if it is damaged, cut short, or of another kind.
         """
         path = disk.resolve(path)
@@ -129,17 +135,15 @@ class StoreFile(Follower):
                 made._open()
                 described = read_description(disk, made.file, path)
             made.layout = Layout.of(described, disk, made.file, path)
-            if not read_only:
-                wipe_leftovers(disk, path)
             made._recover()
         return made
 
     def _open(self) -> None:
         """Open and lock the file that has the name, not one that is just being replaced."""
         while True:
-            if self.file >= 0:
-                self.disk.close(self.file)
-                self.file = -1
+            file, self.file = self.file, -1
+            if file >= 0:
+                self.disk.close(file)
             self.file = self.disk.open_to_read(self.path) if self.read_only else self.disk.open(self.path)
             if not self.read_only and not self.disk.lock(self.file):
                 raise BlockingIOError(
@@ -152,8 +156,11 @@ class StoreFile(Follower):
     def _closed_on_error(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            changing = isinstance(error, ValueError) and self.file >= 0 and self.moved_on
             self._release()
+            if changing:
+                raise self._changing() from None
             raise
 
     @property
@@ -204,7 +211,33 @@ class StoreFile(Follower):
             if not torch.equal(hash_rows(self.layout.secret, columns), hashes):
                 raise self._damaged()
 
+    @property
+    def moved_on(self) -> bool:
+        """Whether another process has changed or replaced the file since it was opened to be read."""
+        if not self.read_only:
+            return False
+        return not self.disk.is_of(self.file, self.path) or (self._seen is not None and self._look() != self._seen)
+
+    def _look(self) -> tuple[bytes, Note | None]:
+        """Return the state as it is in the file, and the note behind the records."""
+        state = self.disk.read(self.file, _STATE_AT, 64)
+        try:
+            return state, read_note(self.disk, self.file, self.layout.size)
+        except (KeyError, TypeError, ValueError, RecursionError):  # with the right checksum
+            raise ValueError(
+                f"{self.path!r} is damaged: the note of its last change is none that this library wrote; restore a "
+                "backup"
+            ) from None
+
+    def _changing(self) -> Changing:
+        return Changing(
+            f"{self.path!r} is in the midst of a change; read it again when the store that changes it has done so, or "
+            "open it once to be written, which finishes the change"
+        )
+
     def _damaged(self) -> ValueError:
+        if self.moved_on:
+            return self._changing()
         return ValueError(f"{self.path!r} is damaged: its rows are not those that were written; restore a backup")
 
     def follow(self, table: Table, digest: Digest) -> None:
@@ -224,7 +257,7 @@ class StoreFile(Follower):
                 # Not only by closing, as forked processes may share the descriptor.
                 self.disk.unlock(self.file)
             self.disk.close(self.file)
-        if self._next is not None and self._next.file != self.file:
+        if self._next is not None and self._next.file != self.file and self.owner.here:
             self._next.release()  # a file that took the place of the other one when this was interrupted
         self.file, self._next = -1, None
 
@@ -236,6 +269,11 @@ class StoreFile(Follower):
         raise TypeError(
             "a store in a file cannot be pickled, as two would write to one file; save the model, or copy it"
         )
+
+    def settle(self) -> None:
+        """Overwrite what an interruption left, here and beside the file, once it is known that the rows are whole."""
+        wipe_leftovers(self.disk, self.path)
+        self._settle()
 
     def _settle(self) -> None:
         """Leave nothing behind the rows, and no note."""
@@ -399,6 +437,7 @@ class StoreFile(Follower):
         """Note that a log is kept beside the file."""
         self.ready()
         if not self.state.logged:
+            self._settle()  # a note of a change from before would say that there is no log
             self._put_state(replace(self.state, logged=True))
             self.disk.sync(self.file)
 
@@ -468,10 +507,12 @@ class StoreFile(Follower):
             then: how far the change is that this is for, once it is done.
 
         Raises:
+            FileNotFoundError: if the file was renamed or removed since it was opened.
             OSError: if it cannot be written; then the file is as it was, unless it was about to be replaced: then it
                 is to be opened again.
         """
         self.ready()
+        check_name(self.disk, self.file, self.path)
         old, file = self.layout, self.file
         self._write_whole(Layout(old.about, old.names, old.shapes, old.dtypes, room, old.secret), parts, file, then)
         self.disk.close(file)
@@ -479,7 +520,7 @@ class StoreFile(Follower):
     def _write_whole(self, layout: Layout, parts: Iterable[Part], held: int = -1, then: _Stage = _Stage.NONE) -> None:
         count = total = 0
         all_hashes = [torch.zeros(0, HASH, dtype=torch.uint8)]
-        self._next = replacing(self.disk, self.path, held)
+        self._next = replacing(self.disk, self.path, held, new=held < 0)
         with self._next as file:
             layout.write_header(self.disk, file)
             for columns, hashes in parts:
@@ -503,8 +544,12 @@ class StoreFile(Follower):
 
     def _recover(self) -> None:
         """Finish rows that were going; keep rows that were coming if they are whole, or take them back."""
-        state = State.from_bytes(self.disk.read(self.file, _STATE_AT, 64))
-        note = read_note(self.disk, self.file, self.layout.size)
+        self._seen = found, note = self._look()
+        state = State.from_bytes(found)
+        if note is not None and not note.fits(self.layout.room):
+            raise ValueError(
+                f"{self.path!r} is damaged: the note of its last change is of rows it cannot have; restore a backup"
+            )
         if state is None and (note is None or self.read_only):
             raise ValueError(f"{self.path!r} is damaged: it does not say how many rows it has; restore a backup")
         if note is not None and (state is None or _same(state, note.before) or _same(state, note.after)):
@@ -512,8 +557,6 @@ class StoreFile(Follower):
         elif state is not None:
             self.state = state
         self._check_room()
-        if not self.read_only:
-            self._settle()
 
     def _check_room(self) -> None:
         if not self.state.count <= self.layout.room or not self.state.tail <= self.layout.room:
@@ -521,12 +564,9 @@ class StoreFile(Follower):
 
     def _finish(self, note: Note, state: State | None) -> None:
         if self.read_only:
-            if state is None or not _same(state, note.after):
-                raise ValueError(
-                    f"{self.path!r} is in the midst of a change; read it again when the store that changes it has "
-                    "done so, or open it once to be written, which finishes the change"
-                )
-            self.state = state
+            if state is None or not (_same(state, note.after) or note.change == "append"):
+                raise self._changing()
+            self.state = state  # rows that are coming are written behind it
         elif note.change == "erase":
             self._move(note)
         elif self._arrived(note):
