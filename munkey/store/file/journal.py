@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from munkey.store.digest import MODULUS, checksum
 from munkey.store.file.disk import Disk
-from munkey.store.file.layout import State
+from munkey.store.file.layout import BLOCK, State
 
 __all__ = ["Note", "clear", "read_note", "write_note"]
 
@@ -71,7 +71,9 @@ def write_note(disk: Disk, file: int, place: int, note: Note) -> None:
     """Write a note behind the records, over the last one, and wait until it is on the medium."""
     text = note.to_json()
     length = len(text).to_bytes(8, "little")
-    disk.write(file, place, length + checksum(length + text) + text)
+    data = length + checksum(length + text) + text
+    # Whole blocks, so that the file seldom gets another size, which a disk would have to write down, too.
+    disk.write(file, place, data.ljust(-(-len(data) // BLOCK) * BLOCK, b"\0"))
     disk.sync(file)
 
 
