@@ -191,10 +191,16 @@ class Layout:
         return records
 
     def read(self, records: Records, columns: Sequence[Tensor], hashes: Tensor) -> None:
-        """Write the content of records into columns `(n, ...)` and hashes `(n, 32)`."""
+        """Write the content of records into columns `(n, ...)` and hashes `(n, 32)`.
+
+        Raises:
+            ValueError: if a truth value is neither.
+        """
         at = 0
         for column, width in zip(columns, self.widths, strict=True):
             part = np.array(records[:, at : at + width], order="C").reshape(-1)
+            if column.dtype == torch.bool and part.max(initial=0) > 1:
+                raise ValueError("a truth value is 0 or 1")
             column.copy_(torch.from_numpy(part).view(column.dtype).view(column.shape))
             part.fill(0)  # a copy of rows that may be forgotten later
             at += width
