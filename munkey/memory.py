@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from munkey.checks import as_ids
+from munkey.checks import ordered_ids
 from munkey.search.exact import Neighbours, Search, exact
 from munkey.sharded.store import ShardedKeyStore
 from munkey.store.receipts import Receipt
@@ -155,7 +155,7 @@ class KeyValueMemory(nn.Module):
             TypeError: if `k` is not whole.
             ValueError: if it is below 1, or queries or ids are not as they must be.
         """
-        own = None if exclude_ids is None else torch.tensor(as_ids(exclude_ids), device=queries.device)
+        own = None if exclude_ids is None else torch.tensor(ordered_ids(exclude_ids), device=queries.device)
         if own is not None and len(own) != len(queries):
             raise ValueError(f"expected one id to exclude for each of {len(queries)} queries, found {len(own)}")
         scaled = self._together(lambda: self.scaled(queries, "queries"))

@@ -28,7 +28,7 @@ from munkey.sharded.placement import may_share, owners
 from munkey.sharded.ranks import Ranks
 from munkey.store.digest import checksum, hash_rows, sum_of
 from munkey.store.erase import Scratch
-from munkey.store.file.disk import Disk, give_back, read_whole, wipe, wipe_leftovers, write_whole
+from munkey.store.file.disk import Disk, give_back, read_whole, while_whole, wipe, wipe_leftovers, write_whole
 from munkey.store.schema import COLUMNS, Rows
 from munkey.store.store import KeyStore
 from treediff.io import dtype_name, dtype_named, model_bytes, read_header, read_tensors
@@ -256,9 +256,12 @@ def _take(local: KeyStore, folder: str, shards: list[dict[str, Any]], ranks: Ran
 
 
 def _read(local: KeyStore, path: str, shard: dict[str, Any]) -> list[Tensor]:
-    read_header(path, _CLASS)
-    tensors = read_tensors(path)
-    columns = [tensors[name] for name in COLUMNS if name in tensors]
+    def read(_: int) -> list[Tensor]:
+        read_header(path, _CLASS)
+        tensors = read_tensors(path)
+        return [tensors[name].clone() for name in COLUMNS if name in tensors]  # they may be views of the file
+
+    columns = while_whole(Disk(), path, read)
     if len(columns) != len(COLUMNS) or sum_of(hash_rows(local.secret, columns)) != int(shard["hash"], 16):
         raise ValueError(f"{path!r} is damaged: its rows are not those that were saved; restore a backup")
     return columns

@@ -71,6 +71,7 @@ class Removed:
         movers: `(n,)` rows from `after` on that stay, in ascending order; each moves into the hole of its place.
         gone: all rows that go, in ascending order.
         receipt: evidence for a log; None if there is nothing to note, as when an addition is taken back.
+        planned_at: how often the table had changed when this was planned; -1 if that does not matter.
     """
 
     ids: Sequence[int]
@@ -80,6 +81,7 @@ class Removed:
     movers: Tensor
     gone: Tensor
     receipt: Receipt | None = None
+    planned_at: int = -1
 
     @classmethod
     def of(

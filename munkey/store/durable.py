@@ -121,6 +121,8 @@ class DurableStore(KeyStore):
         layout = Layout(about, COLUMNS, tuple(shapes), tuple(dtypes), made.used, made.secret)
         parts = pieces(table.rows, made._digest.hashes())
         made._follow(StoreFile.create(os.fspath(path), layout, parts, disk or Disk()))
+        if store.logged:  # a copy is a backup, which is not to be opened without the log either
+            made.live.keep_log()
         return made
 
     @classmethod
@@ -173,6 +175,7 @@ class DurableStore(KeyStore):
                     f"{live.path!r} keeps a log of receipts, without which a restored backup remembers whom it forgot; "
                     "pass the log as receipts=, or receipts=False to open it without one"
                 )
+            live.recover()
             store = cls._loaded(live)
             if not read_only:
                 live.settle()
@@ -182,7 +185,7 @@ class DurableStore(KeyStore):
                 else:
                     store.keep_receipts(receipts, new=new_log, disk=disk)
         except BaseException:
-            live.close()
+            live.release()
             raise
         return store
 
@@ -203,8 +206,6 @@ class DurableStore(KeyStore):
             live.load(store._table.rows)
         store._digest.take(live.hashes)
         wrong = store.misfit()
-        if count and int(store.permanent[:count].view(torch.uint8).max()) > 1:
-            wrong = "a truth value is 0 or 1"
         if wrong:
             raise ValueError(f"{live.path!r} is no store that this library wrote: {wrong}")
         store.values.requires_grad_(about["trained"])

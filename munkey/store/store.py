@@ -482,6 +482,7 @@ class KeyStore(nn.Module):
     def removal_of(self, known: Sequence[int]) -> Removed:
         """Return what is to happen to the rows of ids that are there; errors as for `forget`."""
         removal = Removed.of(known, self._index.of_all(known), self.used, self._table.device)
+        removal = replace(removal, planned_at=self._table.changes)
         stay = self._table["permanent"][removal.gone]
         if stay.any():
             held = distinct(self._table["ids"][removal.gone[stay]])

@@ -107,6 +107,12 @@ class Table(Follower):
             raise
         return change
 
+    def check(self, change: Change) -> None:
+        """Raise RuntimeError if rows have changed since the change was planned, as a signal handler could do."""
+        planned = change.planned_at if isinstance(change, Removed) else -1
+        if planned not in (-1, self.changes) or (isinstance(change, Added) and change.start != self.used):
+            raise RuntimeError("rows have changed since this change was planned; plan it again")
+
     def undo(self, change: Change) -> Undone:
         """Wipe rows that were staged."""
         if isinstance(change, Added):

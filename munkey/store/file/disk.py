@@ -6,8 +6,9 @@ import errno
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 __all__ = [
     "Disk",
@@ -16,12 +17,14 @@ __all__ = [
     "give_back",
     "read_whole",
     "replacing",
+    "while_whole",
     "wipe",
     "wipe_leftovers",
     "write_whole",
 ]
 
 _ZEROS = 1 << 20
+T = TypeVar("T")
 
 
 class Owner:
@@ -431,13 +434,38 @@ def read_whole(disk: Disk, path: str) -> bytearray:
     Raises:
         FileNotFoundError: if there is no such file.
     """
+
+    def read(file: int) -> bytearray:
+        data = bytearray(disk.size(file))
+        disk.fill(file, 0, memoryview(data))
+        return data
+
+    return while_whole(disk, path, read)
+
+
+def while_whole(disk: Disk, path: str, read: Callable[[int], T]) -> T:
+    """Return what `read` makes of a file that others may replace, but do not overwrite before it returns.
+
+    Args:
+        disk: what reads.
+        path: the name.
+        read: is given the descriptor; what it reads by the name, it reads again if that leads to another file then.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
     while True:
         file = disk.open_to_read(path)
         try:
             disk.lock(file, shared=True, wait=True)
             if disk.is_of(file, path):
-                data = bytearray(disk.size(file))
-                disk.fill(file, 0, memoryview(data))
-                return data
+                try:
+                    found = read(file)
+                except Exception:
+                    if disk.is_of(file, path):
+                        raise
+                    continue
+                if disk.is_of(file, path):
+                    return found
         finally:
             give_back(disk, file)

@@ -191,10 +191,16 @@ class Layout:
         return records
 
     def read(self, records: Records, columns: Sequence[Tensor], hashes: Tensor) -> None:
-        """Write the content of records into contiguous columns `(n, ...)` and hashes `(n, 32)`, on a CPU."""
+        """Write the content of records into contiguous columns `(n, ...)` and hashes `(n, 32)`, on a CPU.
+
+        Raises:
+            ValueError: if a truth value is neither.
+        """
         at = 0
         for column, width in zip(columns, self.widths, strict=True):
             to = column.detach().view(-1).view(torch.uint8).numpy().reshape(-1, width)
+            if column.dtype == torch.bool and records[:, at : at + width].max(initial=0) > 1:
+                raise ValueError("a truth value is 0 or 1")
             to[:] = records[:, at : at + width]
             at += width
         hashes.numpy()[:] = records[:, self.hash_at : self.hash_at + HASH]

@@ -110,7 +110,7 @@ class StoreFile(Follower):
 
     @classmethod
     def open(cls, path: str, disk: Disk, *, read_only: bool = False) -> Self:
-        """Return an existing file, once what was interrupted is finished or taken back; see also `settle`.
+        """Return an existing file as it is; `recover`, then `load`, then `settle` make it ready for changes.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -135,7 +135,7 @@ class StoreFile(Follower):
                 made._open()
                 described = read_description(disk, made.file, path)
             made.layout = Layout.of(described, disk, made.file, path)
-            made._recover()
+            made._read_state()
         return made
 
     def _open(self) -> None:
@@ -158,7 +158,7 @@ class StoreFile(Follower):
             yield
         except BaseException as error:
             changing = isinstance(error, ValueError) and self.file >= 0 and self.moved_on
-            self._release()
+            self.release()
             if changing:
                 raise self._changing() from None
             raise
@@ -187,7 +187,10 @@ class StoreFile(Follower):
                 self.disk.fill(self.file, self.layout.place(start), records.reshape(-1).data)
                 if not self.layout.whole(records).all():
                     raise self._damaged()
-                self.layout.read(records, [c[start:stop] for c in columns], self._hashes[start:stop])
+                try:
+                    self.layout.read(records, [c[start:stop] for c in columns], self._hashes[start:stop])
+                except ValueError as error:
+                    raise ValueError(f"{self.path!r} is no store that this library wrote: {error}") from None
 
         # Reading and checking leave Python's lock alone, so that threads share the work.
         buffers = np.zeros((threads, min(_BLOCK, count), self.layout.width), np.uint8)
@@ -245,13 +248,14 @@ class StoreFile(Follower):
         self._table, self._digest = table, digest
 
     def close(self) -> None:
-        """Overwrite what is left to be, and give the file back; in a forked process, its descriptor alone."""
+        """Overwrite what is left to be, and give the file back; see `release`."""
         if self.file >= 0 and self.owner.here and not self.read_only and not self.unsure:
             with suppress(OSError):  # whoever opens it next does the same
                 self._settle()
-        self._release()
+        self.release()
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Give the file back as it is; in a forked process, its descriptor alone."""
         if self.file >= 0:
             if self.owner.here and not self.read_only:
                 # Not only by closing, as forked processes may share the descriptor.
@@ -263,7 +267,7 @@ class StoreFile(Follower):
 
     def __del__(self) -> None:
         with suppress(Exception):
-            self._release()
+            self.release()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -542,8 +546,7 @@ class StoreFile(Follower):
 
     # --- what a note announces ----------------------------------------------------------------------------
 
-    def _recover(self) -> None:
-        """Finish rows that were going; keep rows that were coming if they are whole, or take them back."""
+    def _read_state(self) -> None:
         self._seen = found, note = self._look()
         state = State.from_bytes(found)
         if note is not None and not note.fits(self.layout.room):
@@ -552,21 +555,22 @@ class StoreFile(Follower):
             )
         if state is None and (note is None or self.read_only):
             raise ValueError(f"{self.path!r} is damaged: it does not say how many rows it has; restore a backup")
-        if note is not None and (state is None or _same(state, note.before) or _same(state, note.after)):
-            self._finish(note, state)
-        elif state is not None:
-            self.state = state
-        self._check_room()
-
-    def _check_room(self) -> None:
+        self.state = state or note.after  # type: ignore[union-attr]
         if not self.state.count <= self.layout.room or not self.state.tail <= self.layout.room:
             raise ValueError(f"{self.path!r} is damaged: it says that it has more rows than places; restore a backup")
 
-    def _finish(self, note: Note, state: State | None) -> None:
+    def recover(self) -> None:
+        """Finish rows that were going; keep rows that were coming if they are whole, or take them back.
+
+        Raises:
+            Changing: if a file that is to be read only is in the midst of a change.
+        """
+        _, note = self._seen  # type: ignore[misc]
+        if note is None or not (_same(self.state, note.before) or _same(self.state, note.after)):
+            return
         if self.read_only:
-            if state is None or not (_same(state, note.after) or note.change == "append"):
+            if not _same(self.state, note.after) and note.change != "append":  # what is coming is written behind
                 raise self._changing()
-            self.state = state  # rows that are coming are written behind it
         elif note.change == "erase":
             self._move(note)
         elif self._arrived(note):
