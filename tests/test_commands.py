@@ -15,7 +15,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
-    f"{folder}/{path.name}" for folder in ("examples", "benchmarks") for path in (ROOT / folder).glob("*.py")
+    f"{folder}/{path.name}"
+    for folder in ("examples", "benchmarks")
+    for path in (ROOT / folder).glob("*.py")
+    if '__name__ == "__main__"' in path.read_text()  # others are what scripts share
 )
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
 TEXTS = [*PAGES, ROOT / "Makefile", *(ROOT / script for script in SCRIPTS)]
