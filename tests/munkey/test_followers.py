@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -265,9 +266,7 @@ def test_a_log(name: str, table: Table, tmp_path: Path) -> None:
         follower = LoggedRows(table, digest, log)
         change = CHANGES[name](table)
         if isinstance(change, Removed):
-            change = Removed(
-                *(getattr(change, field) for field in change.__dataclass_fields__ if field != "receipt"), RECEIPT
-            )
+            change = replace(change, receipt=RECEIPT)
             tokens = row_tokens(table, SECRET, change.gone)
         commit(change, [table, follower, digest], lambda _: None)
         follower.confirm(change)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from munkey import DurableStore, KeyMemoryTransformer, KeyStore, ShardedKeyStore
 from munkey.store.digest import checksum, hash_rows, sum_of
-from munkey.store.file.journal import Note
+from munkey.store.file.journal import Note, note_bytes
 from munkey.store.file.layout import BLOCK, STATE, Layout, State
 from munkey.store.log import ReceiptLog, verify
 from munkey.store.schema import COLUMNS
@@ -236,8 +236,7 @@ def written(
     disk.write(file, BLOCK, layout.records(list(columns.values()), hashes).tobytes())
     disk.write(file, STATE, State(6 if count is None else count, sum_of(hashes), tail).to_bytes())
     if note:
-        length = len(note).to_bytes(8, "little")
-        disk.write(file, layout.size, length + checksum(length + note) + note)
+        disk.write(file, layout.size, note_bytes(note))
     disk.close(file)
 
 

@@ -12,7 +12,9 @@ from munkey.store.digest import MODULUS, checksum
 from munkey.store.file.disk import Disk
 from munkey.store.file.layout import BLOCK, State
 
-__all__ = ["Note", "clear", "read_note", "write_note"]
+__all__ = ["Note", "clear", "note_bytes", "read_note", "write_note"]
+
+_SUM = 32  # bytes of a checksum
 
 
 @dataclass(frozen=True)
@@ -68,24 +70,33 @@ def _ascending(numbers: Sequence[int]) -> bool:
 
 
 def write_note(disk: Disk, file: int, place: int, note: Note) -> None:
-    """Write a note behind the records, over the last one, and wait until it is on the medium."""
-    text = note.to_json()
-    length = len(text).to_bytes(8, "little")
-    data = length + checksum(length + text) + text
-    # Whole blocks, so that the file seldom gets another size, which a disk would have to write down, too.
-    disk.write(file, place, data.ljust(-(-len(data) // BLOCK) * BLOCK, b"\0"))
+    """Write a note behind the records, over the last one, and wait until it is on the medium.
+
+    A note is its length (8 bytes), its text, zeros, and a checksum (32 bytes), in whole blocks: so the file seldom gets
+    another size, which a disk would have to write down, too.
+    """
+    disk.write(file, place, note_bytes(note.to_json()))
     disk.sync(file)
+
+
+def note_bytes(text: bytes) -> bytes:
+    """Return the bytes of a note with a text."""
+    data = len(text).to_bytes(8, "little") + text
+    return data.ljust(_size(len(text)) - _SUM, b"\0") + checksum(data)
 
 
 def read_note(disk: Disk, file: int, place: int) -> Note | None:
     """Return the note behind the records; None if there is none, or not all of it was written."""
-    left = disk.size(file) - place
-    head = disk.read(file, place, 40)
-    length = int.from_bytes(head[:8], "little")
-    if len(head) < 40 or length > left - 40:
+    length = int.from_bytes(disk.read(file, place, 8), "little")
+    if not length or place + _size(length) > disk.size(file):
         return None
-    text = disk.read(file, place + 40, length)
-    return Note.from_json(text) if checksum(head[:8] + text) == head[8:] else None
+    data = disk.read(file, place, _size(length))
+    return Note.from_json(data[8 : 8 + length]) if checksum(data[: 8 + length]) == data[-_SUM:] else None
+
+
+def _size(length: int) -> int:
+    """Return the bytes of a note with a text of some length."""
+    return -(-(8 + length + _SUM) // BLOCK) * BLOCK
 
 
 def clear(disk: Disk, file: int, place: int) -> None:
