@@ -12,7 +12,7 @@ import resource, sys, torch
 torch.set_num_threads(1)
 from munkey import KeyStore
 
-ROWS, WIDTH = 60_000, 32
+ROWS, WIDTH = 20_000, 32
 store = KeyStore(WIDTH, WIDTH)
 keys = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
 store.add(range(ROWS), keys, values=keys)
@@ -51,7 +51,7 @@ except RuntimeError as error:
 @pytest.mark.parametrize("name", ["forget", "compact", "add"])
 def test_a_change_that_has_no_room(name: str) -> None:
     said = []
-    for spare in (1, 6, 14, 24, 400):
+    for spare in (1, 5, 400):
         run = subprocess.run([sys.executable, "-c", CHILD, name, str(spare)], capture_output=True, text=True)
         said.append(run.stdout.strip() or run.stderr[-200:])
     assert all(words in ("whole failed", "whole done", "refuses") for words in said), said
