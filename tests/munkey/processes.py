@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
-_PATIENCE = 60.0  # seconds; only a test that fails waits so long
+_PATIENCE = 30.0  # seconds; only a test that fails waits so long
 
 
 class Child:

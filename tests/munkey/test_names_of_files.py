@@ -131,11 +131,15 @@ def test_another_save_at_any_moment_of_a_save(tmp_path: Path, method: str) -> No
 
 def test_of_two_stores_that_are_created_at_once_one_is(tmp_path: Path) -> None:
     path = tmp_path / "store"
-    first: list[DurableStore] = []
-    with pytest.raises(FileExistsError, match=r"there is a file .* already; open it, or remove it"):
-        DurableStore.create(path, *WIDTHS, disk=Before("create", lambda: first.append(create(path))))
-    before = state(first[0])
-    first[0].close()
+
+    def both() -> object:
+        first: list[DurableStore] = []
+        with pytest.raises(FileExistsError, match=r"there is a file .* already; open it, or remove it"):
+            DurableStore.create(path, *WIDTHS, disk=Before("create", lambda: first.append(create(path))))
+        first[0].close()
+        return state(first[0])
+
+    before = forked(both)
     with DurableStore.open(path) as again:
         assert state(again) == before
     assert os.listdir(tmp_path) == ["store"]
@@ -336,8 +340,12 @@ def test_a_lock_of_a_folder_that_was_exchanged_before_it_was_taken_is_taken_agai
                 second()
             super().write(file, start, data)
 
-    rows.save(tmp_path, disk=Both("lock", exchange))
-    assert len(said) == 1 and "another process saves to" in said[0]
+    def both() -> list[str]:
+        rows.save(tmp_path, disk=Both("lock", exchange))
+        return said
+
+    (refusal,) = forked(both)
+    assert "another process saves to" in refusal
 
 
 # --- file systems ---------------------------------------------------------------------------------------------

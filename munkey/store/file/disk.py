@@ -458,14 +458,13 @@ def while_whole(disk: Disk, path: str, read: Callable[[int], T]) -> T:
         file = disk.open_to_read(path)
         try:
             disk.lock(file, shared=True, wait=True)
-            if disk.is_of(file, path):
-                try:
-                    found = read(file)
-                except Exception:
-                    if disk.is_of(file, path):
-                        raise
-                    continue
+            try:
+                found = read(file)
+            except Exception:
                 if disk.is_of(file, path):
-                    return found
+                    raise
+                continue
+            if disk.is_of(file, path):
+                return found
         finally:
             give_back(disk, file)
