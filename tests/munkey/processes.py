@@ -32,13 +32,15 @@ class Child:
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads that PyTorch may have started
             self.process = os.fork()
         if self.process == 0:
-            try:
-                outcome: tuple[bool, object] = True, act(lambda: os.read(go, 1) and None)
-            except BaseException as error:
-                outcome = False, "".join(traceback.format_exception(error))
-            with open(said, "wb") as pipe:
-                pipe.write(pickle.dumps(outcome))
-            os._exit(0)
+            try:  # whatever happens, it does not go on with the tests
+                try:
+                    outcome = pickle.dumps((True, act(lambda: os.read(go, 1) and None)))
+                except BaseException as error:
+                    outcome = pickle.dumps((False, "".join(traceback.format_exception(error))))
+                with open(said, "wb") as pipe:
+                    pipe.write(outcome)
+            finally:
+                os._exit(0)
         os.close(go)
         os.close(said)
 

@@ -369,7 +369,7 @@ def test_a_bit_of_the_first_block_or_the_note_that_is_flipped_is_seen_or_does_no
     bits = list(range(8 * first, 8 * stop))
     if place == "description":  # white space behind it, now and then
         bits = [bit for bit in bits if bit < 8 * text or bit % 97 == 0]
-    bits = sorted(random.Random(0).sample(bits, min(len(bits), 700)))
+    bits = sorted(random.Random(0).sample(bits, min(len(bits), 400)))
     opened, left = 0, path.with_name("store.munkey-old")
     for bit in bits:
         path.write_bytes(flipped(data, bit))
