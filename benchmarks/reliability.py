@@ -286,15 +286,13 @@ def there_now(kind: str, folder: str) -> tuple[set[int], bool]:
 
 def allowed(notes: list[list[Any]]) -> list[set[int]]:
     """What may be there: the state after the last change that was done, or after the one that was under way."""
-    now, pending = set(IDS), None
+    now, then = set(IDS), set(IDS)
     for what, *more in notes:
         if what == "done":
-            now, pending = (now | set(pending[1]) if pending[0] == "add" else now - set(pending[1])), None
+            now = then
         elif what != "ready":
-            pending = (what, more[0])
-    if pending is None:
-        return [now]
-    return [now, now | set(pending[1]) if pending[0] == "add" else now - set(pending[1])]
+            then = now | set(more[0]) if what == "add" else now - set(more[0])
+    return [now, then]
 
 
 def kills(trials: int) -> None:
