@@ -56,20 +56,18 @@ class Column:
         name: as in `Rows`.
         shape: of one row.
         dtype: of its numbers.
-        own_dtype: whether the dtype is that of the store, which `store.to(dtype)` changes.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    own_dtype: bool
 
 
 def columns_of(key_width: int, value_width: int, dtype: torch.dtype) -> tuple[Column, ...]:
     """Return the columns of a table, in the order of the schema."""
     widths = {"key": (key_width,), "value": (value_width,)}
     return tuple(
-        Column(name, (), kind, False) if isinstance(kind, torch.dtype) else Column(name, widths[kind], dtype, True)
+        Column(name, (), kind) if isinstance(kind, torch.dtype) else Column(name, widths[kind], dtype)
         for name, kind in _KINDS.items()
     )
 

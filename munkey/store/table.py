@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +179,5 @@ class Table(Follower):
             if new.data_ptr() != column.data_ptr():
                 column.zero_()
             self._tensors[name] = new
-        shapes = {column.name: column.shape for column in self.schema}
-        self.schema = tuple(Column(c.name, shapes[c.name], self[c.name].dtype, c.own_dtype) for c in self.schema)
+        self.schema = tuple(replace(column, dtype=self[column.name].dtype) for column in self.schema)
         self.changes += 1

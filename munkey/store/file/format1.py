@@ -15,13 +15,12 @@ from torch import Tensor
 
 from munkey.store.digest import checksum, hash_rows, sum_of
 from munkey.store.file.disk import Disk, give_back, replacing, wipe, wipe_leftovers
-from munkey.store.file.layout import BLOCK, DTYPES, Layout, State, described_by
+from munkey.store.file.layout import BLOCK, DTYPES, STATE, Layout, State, described_by
 from munkey.store.schema import COLUMNS, columns_of, misfit
 
 __all__ = ["upgrade"]
 
 _JOURNAL, _LOCK = ".journal", ".lock"
-_STATE_AT = BLOCK - 64
 
 
 def upgrade(disk: Disk, path: str, described: dict[str, Any], held: int) -> None:
@@ -72,7 +71,7 @@ def _write(disk: Disk, path: str, old: _Old, columns: Sequence[Tensor], hashes: 
         records = layout.records(columns, hashes)
         disk.write(file, BLOCK, records.data.cast("B"))
         records.fill(0)
-        disk.write(file, _STATE_AT, State(len(hashes), sum_of(hashes), len(hashes)).to_bytes())
+        disk.write(file, STATE, State(len(hashes), sum_of(hashes), len(hashes)).to_bytes())
     give_back(disk, file)
     for column in columns:
         column.zero_()  # a copy of rows that may be forgotten later
@@ -104,7 +103,7 @@ class _Old:
 
     def state(self) -> tuple[int, int]:
         """Return the number of rows and the sum of their hashes."""
-        data = self.disk.read(self.file, _STATE_AT, 64)
+        data = self.disk.read(self.file, STATE, 64)
         if checksum(data[:40])[:24] != data[40:]:
             raise ValueError(f"{self.path!r} is damaged: it does not say how many rows it has; restore a backup")
         count, total = int.from_bytes(data[:8], "little"), int.from_bytes(data[8:40], "little")

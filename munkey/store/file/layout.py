@@ -36,7 +36,7 @@ from munkey.store.digest import HASH, checksum
 from munkey.store.file.disk import Disk
 from treediff.io import dtype_name
 
-__all__ = ["BLOCK", "DTYPES", "Layout", "Records", "State", "read_description"]
+__all__ = ["BLOCK", "DTYPES", "STATE", "Layout", "Records", "State", "described_by", "read_description"]
 
 BLOCK = 4096  # bytes: a block of a disk
 STATE = BLOCK - 64  # within one sector, which disks write at once

@@ -32,7 +32,7 @@ from munkey.store.erase import Scratch
 from munkey.store.file.disk import Disk, Owner, check_name, replacing, wipe_leftovers
 from munkey.store.file.format1 import upgrade
 from munkey.store.file.journal import Note, clear, read_note, write_note
-from munkey.store.file.layout import BLOCK, Layout, Records, State, read_description
+from munkey.store.file.layout import STATE, Layout, Records, State, read_description
 from munkey.store.follower import Follower, Undone
 from munkey.store.table import Table
 
@@ -223,7 +223,7 @@ class StoreFile(Follower):
 
     def _look(self) -> tuple[bytes, Note | None]:
         """Return the state as it is in the file, and the note behind the records."""
-        state = self.disk.read(self.file, _STATE_AT, 64)
+        state = self.disk.read(self.file, STATE, 64)
         try:
             return state, read_note(self.disk, self.file, self.layout.size)
         except (KeyError, TypeError, ValueError, RecursionError):  # with the right checksum
@@ -316,7 +316,7 @@ class StoreFile(Follower):
             self.disk.zero(self.file, self.layout.place(first), (stop - first) * self.layout.width)
 
     def _put_state(self, state: State) -> None:
-        self.disk.write(self.file, _STATE_AT, state.to_bytes())
+        self.disk.write(self.file, STATE, state.to_bytes())
         self.state = state
 
     def _parts(self) -> Iterator[Part]:
@@ -534,7 +534,7 @@ class StoreFile(Follower):
                 count, total = count + len(hashes), total + sum_of(hashes)
                 all_hashes.append(hashes)
             state = State(count, total % MODULUS, count, self.state.logged)
-            self.disk.write(file, _STATE_AT, state.to_bytes())
+            self.disk.write(file, STATE, state.to_bytes())
             self.disk.sync(file)
             self.unsure = True  # which file the name leads to is not known from here on
         with long_lived():
@@ -587,9 +587,6 @@ class StoreFile(Follower):
                     return False
                 total += sum_of(self.layout.hashes(records))
         return total % MODULUS == note.after.total
-
-
-_STATE_AT = BLOCK - 64
 
 
 def _same(one: State, other: State) -> bool:
