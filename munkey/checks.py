@@ -95,9 +95,6 @@ def _in_64_bits(ids: list[int]) -> list[int]:
 
 def distinct(ids: Iterable[int] | Tensor) -> list[int]:
     """Ids in ascending order, each once; errors as for `as_ids`."""
-    if isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.ndim == 1:
-        found: list[int] = ids.unique().tolist()
-        return found
     return sorted(set(as_ids(ids)))
 
 

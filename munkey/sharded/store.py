@@ -28,10 +28,11 @@ from munkey.sharded.shared_neighbours import SharedNeighbours
 from munkey.store.change import Added, Removed
 from munkey.store.digest import MODULUS
 from munkey.store.file.disk import Disk
+from munkey.store.lock import Lock
 from munkey.store.log import ReceiptLog, known_to
 from munkey.store.receipts import Receipt
 from munkey.store.schema import COLUMNS, Rows
-from munkey.store.store import KeyStore, Lock, not_there
+from munkey.store.store import KeyStore, not_there
 from treediff import EMA, __version__
 
 __all__ = ["ShardedKeyStore"]

@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from munkey.store.erase import Scratch
@@ -85,25 +88,50 @@ class Removed:
 
     @classmethod
     def of(
-        cls, ids: Sequence[int], rows: Sequence[int], before: int, device: torch.device | str | None = None
+        cls,
+        ids: Sequence[int],
+        rows: Sequence[int],
+        before: int,
+        device: torch.device | str | None = None,
+        planned_at: int = -1,
     ) -> Removed:
         """Plan the removal of rows, without repetition, from the first `before`."""
-        gone = torch.tensor(rows, dtype=torch.int64).sort().values
+        gone = np.sort(np.asarray(rows, np.int64))
         after = before - len(gone)
-        split = int(torch.searchsorted(gone, after))
-        stays = torch.ones(before - after, dtype=torch.bool)
+        split = int(gone.searchsorted(after))
+        stays = np.ones(before - after, bool)
         stays[gone[split:] - after] = False
-        movers = after + stays.nonzero().squeeze(1)
-        return cls(ids, before, after, gone[:split].to(device), movers.to(device), gone.to(device))
+        movers = after + stays.nonzero()[0]
+        holes, moving, every = (torch.from_numpy(numbers).to(device) for numbers in (gone[:split], movers, gone))
+        return cls(ids, before, after, holes, moving, every, planned_at=planned_at)
 
     def erase(self, rows: Tensor, scratch: Scratch) -> Step:
         """Return the step that overwrites what goes in a tensor `(R, ...)`, with what moves or with zero."""
+        if rows.device.type == "cpu" and rows.is_contiguous() and rows.numel():
+            return self._erase_bytes(_in_bytes(rows), scratch)
         holes = self.holes.to(rows.device)
         moving = scratch(rows.index_select(0, self.movers.to(rows.device)))
 
         def overwrite() -> None:
             rows[holes] = moving
             rows[self.after : self.before] = 0
+
+        return overwrite
+
+    @cached_property
+    def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Holes and movers as arrays."""
+        return self.holes.numpy(force=True), self.movers.numpy(force=True)
+
+    def _erase_bytes(self, rows: NDArray[np.void], scratch: Scratch) -> Step:
+        """Do the same for rows `(R,)` of bytes, in a small part of the time if few of them go."""
+        holes, movers = self._places
+        tail, moving = rows[self.after : self.before].view(np.uint8), rows.take(movers)
+        scratch(torch.from_numpy(moving.view(np.uint8)))
+
+        def overwrite() -> None:
+            rows.put(holes, moving)
+            tail.fill(0)
 
         return overwrite
 
@@ -164,6 +192,12 @@ class Replaced:
     def count(self) -> int:
         """Number of rows from then on."""
         return len(self.columns[0])
+
+
+def _in_bytes(rows: Tensor) -> NDArray[np.void]:
+    """Return the same memory as one element of bytes for each row of a contiguous tensor on a CPU."""
+    array = rows.detach().view(torch.uint8).numpy().reshape(-1)
+    return array.view(np.dtype((np.void, array.size // rows.shape[0])))
 
 
 Change = Added | Removed | Moved | Replaced

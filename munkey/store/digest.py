@@ -179,7 +179,8 @@ class Digest(Follower):
     def total_after(self, change: Removed) -> int:
         """Return the sum once rows are gone; it is made once for a change."""
         if self._gone is None or self._gone[0] is not change.gone or not self.known:
-            self._gone = change.gone, (self.total() - sum_of(self.hashes()[change.gone.cpu()])) % MODULUS
+            gone = self.hashes().index_select(0, change.gone.cpu())
+            self._gone = change.gone, (self.total() - sum_of(gone)) % MODULUS
         return self._gone[1]
 
     def total_with(self, change: Added) -> int:

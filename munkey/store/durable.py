@@ -12,11 +12,13 @@ from contextlib import suppress
 from typing import Literal, Self
 
 import torch
+from torch import Tensor
 
 from munkey.store.digest import hash_rows
 from munkey.store.file.disk import Disk
 from munkey.store.file.layout import Layout
-from munkey.store.file.live import Changing, StoreFile, pieces
+from munkey.store.file.live import Changing, StoreFile
+from munkey.store.file.records import pieces
 from munkey.store.log import known_to, verify
 from munkey.store.schema import COLUMNS, Rows, columns_of
 from munkey.store.store import KeyStore
@@ -199,12 +201,9 @@ class DurableStore(KeyStore):
         dtypes = dict(zip(layout.names, layout.dtypes, strict=True))
         settings = {"seed": about["seed"], "scale": about["scale"], "secret": layout.secret}
         store = cls(shapes["keys"][0], shapes["values"][0], dtype=dtypes["keys"], **settings)
-        count = live.state.count
-        if count:
-            store._append((), live.load, count)
-        else:
-            live.load(store._table.rows)
-        store._digest.take(live.hashes)
+        hashes: list[Tensor] = []
+        store._append((), lambda columns: hashes.append(live.load(columns)), live.state.count)
+        store._digest.take(hashes[0])
         wrong = store.misfit()
         if wrong:
             raise ValueError(f"{live.path!r} is no store that this library wrote: {wrong}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import operator
 import os
 import secrets
-import threading
 import time
 import warnings
 import weakref
@@ -33,6 +32,7 @@ from munkey.store.file.live import StoreFile
 from munkey.store.follower import Follower, commit
 from munkey.store.gradients import GradientRows
 from munkey.store.index import Index
+from munkey.store.lock import Lock
 from munkey.store.log import LoggedRows, ReceiptLog, row_tokens, tokens_of
 from munkey.store.neighbours import NeighbourTables
 from munkey.store.new import NewRows
@@ -171,8 +171,8 @@ class KeyStore(nn.Module):
 
     def row_bytes(self) -> int:
         """Return how many bytes `forget` overwrites for each row that goes."""
-        kept = [tensor for part in self._parts for tensor in part.kept()]
-        size = sum(tensor[:1].numel() * tensor.element_size() if len(tensor) else 0 for tensor in kept)
+        kept = [tensor for part in self._parts for tensor in part.kept() if tensor.shape[0]]
+        size = sum(tensor.numel() // tensor.shape[0] * tensor.element_size() for tensor in kept)
         return size + (0 if self._file is None else self._file.layout.width)
 
     def __len__(self) -> int:
@@ -481,11 +481,11 @@ class KeyStore(nn.Module):
 
     def removal_of(self, known: Sequence[int]) -> Removed:
         """Return what is to happen to the rows of ids that are there; errors as for `forget`."""
-        removal = Removed.of(known, self._index.of_all(known), self.used, self._table.device)
-        removal = replace(removal, planned_at=self._table.changes)
-        stay = self._table["permanent"][removal.gone]
+        table = self._table
+        removal = Removed.of(known, self._index.of_all(known), self.used, table.device, planned_at=table.changes)
+        stay = table["permanent"].index_select(0, removal.gone)
         if stay.any():
-            held = distinct(self._table["ids"][removal.gone[stay]])
+            held = distinct(table["ids"][removal.gone[stay]])
             raise ValueError(
                 f"ids {some(held)} are there for good: weights were trained on them, and would not forget them with "
                 "their rows; train anew without them"
@@ -823,38 +823,6 @@ class KeyStore(nn.Module):
         return (
             f"{len(self._index)} instances, {self.used} rows, key_width={self.widths[0]}, value_width={self.widths[1]}"
         )
-
-
-class Lock:
-    """A lock that the thread which holds it can take again; in a forked process, only what that thread has is held."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        _locks.add(self)
-
-    def after_fork(self) -> None:
-        """Free the lock if a thread holds it that the new process does not have."""
-        if self._lock.acquire(blocking=False):
-            self._lock.release()
-        else:
-            self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
-_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for lock in list(_locks):
-        lock.after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 def not_there(ids: list[int]) -> KeyError:

@@ -210,14 +210,14 @@ def test_an_error_of_the_disk_loses_nothing(filled: Path, tmp_path: Path, name: 
         except OSError as error:
             assert error.errno == code
         disk.at = -1
-        if not store.live.broken:  # whatever went wrong, it still forgets
+        if not store.live.unsure:  # whatever went wrong, it still forgets
             store.forget([1], missing="ignore")
             usable += 1
         store.close()
         with DurableStore.open(folder / "store") as again:
-            assert set(again) in ends if store.live.broken else set(again) == set(store) in [end - {1} for end in ends]
+            assert set(again) in ends if store.live.unsure else set(again) == set(store) in [end - {1} for end in ends]
         everything = b"".join(path.read_bytes() for path in folder.iterdir())
-        assert store.live.broken or not any(piece in everything for piece in gone)
+        assert store.live.unsure or not any(piece in everything for piece in gone)
         shutil.rmtree(folder)
         at += 1
     assert at > 5 and usable > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -56,6 +57,28 @@ def test_a_store_in_memory_goes_on_in_a_file(tmp_path: Path) -> None:
         assert state(again) == state(store)
     with pytest.raises(FileExistsError):
         DurableStore.copy_of(store, tmp_path / "store")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_forgetting_while_the_file_has_other_values(filled: Path, tmp_path: Path, damaged: bool) -> None:
+    """Hashes of rows that go are then those in the file, whose records are checked first."""
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "store"
+    with DurableStore.open(path) as store:
+        untrained = copy.deepcopy(store)
+        train(store)
+        if damaged:
+            damage(path, 4096 + 20, b"x")  # of the first row, which goes
+            before = state(store)
+            with pytest.raises(ValueError, match="is damaged: its rows are not those that were written"):
+                store.forget([0, 7])
+            assert state(store) == before
+            return
+        store.forget([0, 7])
+        store.verify()
+    untrained.forget([0, 7])
+    with DurableStore.open(path) as again:
+        assert state(again) == state(untrained)
 
 
 def test_a_copy_that_fails_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -23,26 +23,22 @@ from typing import NoReturn, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from munkey.store.change import Added, Change, Moved, Removed, Replaced, Step, long_lived
+from munkey.store.change import Added, Change, Moved, Removed, Replaced
 from munkey.store.digest import HASH, MODULUS, Digest, hash_rows, sum_of
-from munkey.store.erase import Scratch
 from munkey.store.file.disk import Disk, Owner, check_name, replacing, wipe_leftovers
 from munkey.store.file.format1 import upgrade
 from munkey.store.file.journal import Note, clear, read_note, write_note
-from munkey.store.file.layout import STATE, Layout, Records, State, read_description
+from munkey.store.file.layout import STATE, Layout, State, read_description
+from munkey.store.file.records import Part, RecordFile, pieces
 from munkey.store.follower import Follower, Undone
 from munkey.store.table import Table
 
-__all__ = ["Changing", "StoreFile", "pieces"]
+__all__ = ["Changing", "StoreFile"]
 
-_ROWS = 4096  # at a time
-_BLOCK = 512  # at a time, which a cache holds
-
-#: Rows `(n, ...)` of all columns, and their hashes `(n, 32)`.
-Part = tuple[Sequence[Tensor], Tensor]
+_BLOCK = 512  # rows at a time, which a cache holds
+_LOADED = 4096  # rows from which on a thread is worth while
 
 
 class Changing(ValueError):
@@ -83,7 +79,6 @@ class StoreFile(Follower):
     def __init__(self, path: str, disk: Disk, *, read_only: bool = False) -> None:
         self.path, self.disk, self.owner, self.read_only = path, disk, Owner(), read_only
         self.state = State(0, 0, 0)
-        self._hashes = torch.zeros(0, HASH, dtype=torch.uint8)
         self.unsure = False
         self._table: Table | None = None
         self._digest: Digest | None = None
@@ -163,45 +158,39 @@ class StoreFile(Follower):
                 raise self._changing() from None
             raise
 
-    @property
-    def hashes(self) -> Tensor:
-        """Hashes `(M, 32)` of the rows as they are in the file."""
-        return self._hashes[: self.state.count]
-
-    def load(self, columns: Sequence[Tensor]) -> None:
-        """Read all rows into columns `(M, ...)`, and check every one of them.
+    def load(self, columns: Sequence[Tensor]) -> Tensor:
+        """Read all rows into columns `(M, ...)`, and check every one of them; return their hashes `(M, 32)`.
 
         Raises:
             ValueError: if a row is not what was written.
         """
-        count = self.state.count
-        with long_lived():
-            self._hashes = torch.zeros(self.layout.room, HASH, dtype=torch.uint8)
-
-        threads = max(1, min(torch.get_num_threads(), count // _ROWS))
+        count, layout = self.state.count, self.layout
+        hashes = torch.zeros(count, HASH, dtype=torch.uint8)
+        threads = max(1, min(torch.get_num_threads(), count // _LOADED))
 
         def read(first: int) -> None:
             for start in range(first * _BLOCK, count, threads * _BLOCK):
                 stop = min(start + _BLOCK, count)
                 records = buffers[first][: stop - start]
-                self.disk.fill(self.file, self.layout.place(start), records.reshape(-1).data)
-                if not self.layout.whole(records).all():
+                self.disk.fill(self.file, layout.place(start), records.reshape(-1).data)
+                if not layout.whole(records).all():
                     raise self._damaged()
                 try:
-                    self.layout.read(records, [c[start:stop] for c in columns], self._hashes[start:stop])
+                    layout.read(records, [c[start:stop] for c in columns], hashes[start:stop])
                 except ValueError as error:
                     raise ValueError(f"{self.path!r} is no store that this library wrote: {error}") from None
 
         # Reading and checking leave Python's lock alone, so that threads share the work.
-        buffers = np.zeros((threads, min(_BLOCK, count), self.layout.width), np.uint8)
+        buffers = np.zeros((threads, min(_BLOCK, count), layout.width), np.uint8)
         try:
             with ThreadPoolExecutor(threads) as pool:
                 for _ in pool.map(read, range(threads)):
                     pass
         finally:
             buffers.fill(0)  # copies of rows that may be forgotten later
-        if sum_of(self.hashes) != self.state.total:
+        if sum_of(hashes) != self.state.total:
             raise self._damaged()
+        return hashes
 
     def verify(self) -> None:
         """Hash every row in the file, and compare with what was written.
@@ -283,71 +272,24 @@ class StoreFile(Follower):
         """Leave nothing behind the rows, and no note."""
         count, tail = self.state.count, self.state.tail
         if tail > count or self.disk.size(self.file) > self.layout.size:
-            self._zero(count, tail)
+            self._records.zero(count, tail)
             self.disk.sync(self.file)
             self._put_state(replace(self.state, tail=count))
             clear(self.disk, self.file, self.layout.size)
             self.disk.sync(self.file)
 
-    # --- records ------------------------------------------------------------------------------------------
+    @property
+    def _records(self) -> RecordFile:
+        return RecordFile(self.disk, self.file, self.layout, self._damaged)
 
-    @contextmanager
-    def _some(self, start: int, stop: int) -> Iterator[Records]:
-        """Give the records of some rows, a copy that is overwritten when the context is left."""
-        data = bytearray((stop - start) * self.layout.width)
-        try:
-            self.disk.fill(self.file, self.layout.place(start), memoryview(data))
-            yield np.frombuffer(data, np.uint8).reshape(-1, self.layout.width)
-        finally:
-            data[:] = bytes(len(data))
-
-    def _put(self, first: int, records: Records) -> None:
-        self.disk.write(self.file, self.layout.place(first), np.ascontiguousarray(records).data.cast("B"))
-
-    def _put_each(self, places: Sequence[int], records: Records, chosen: Sequence[bool]) -> None:
-        """Write chosen records to places of their own."""
-        width, data = self.layout.width, records.reshape(-1).data
-        for at, (place, wanted) in enumerate(zip(places, chosen, strict=True)):
-            if wanted:
-                self.disk.write(self.file, self.layout.place(place), data[at * width : (at + 1) * width])
-
-    def _zero(self, first: int, stop: int) -> None:
-        if stop > first:
-            self.disk.zero(self.file, self.layout.place(first), (stop - first) * self.layout.width)
+    def _parts(self) -> Iterator[Part]:
+        return self._records.parts(self.state.count, self.state.total)
 
     def _put_state(self, state: State) -> None:
         self.disk.write(self.file, STATE, state.to_bytes())
         self.state = state
 
-    def _parts(self) -> Iterator[Part]:
-        """Give all rows in the file, some at a time, once they are checked.
-
-        Raises:
-            ValueError: if a row is not what was written, as when something else wrote to the file.
-        """
-        total = 0
-        for start in range(0, self.state.count, _ROWS):
-            stop = min(start + _ROWS, self.state.count)
-            with self._some(start, stop) as records, Scratch() as scratch:
-                columns = [
-                    scratch(torch.zeros(stop - start, *shape, dtype=dtype))
-                    for shape, dtype in zip(self.layout.shapes, self.layout.dtypes, strict=True)
-                ]
-                hashes = torch.zeros(stop - start, HASH, dtype=torch.uint8)
-                self.layout.read(records, columns, hashes)
-                total += sum_of(hashes)
-                if not self.layout.whole(records).all() or not torch.equal(hashes, self.hashes[start:stop]):
-                    raise self._damaged()
-                yield columns, hashes
-        if total % MODULUS != self.state.total:
-            raise self._damaged()
-
     # --- changes ------------------------------------------------------------------------------------------
-
-    @property
-    def broken(self) -> bool:
-        """Whether a change failed half way."""
-        return self.unsure
 
     def _usable(self) -> None:
         if self.file < 0:
@@ -395,12 +337,6 @@ class StoreFile(Follower):
             hashes = hash_rows(self.layout.secret, rows)
             self.rebuild(pieces(rows, hashes), room=change.count, then=_Stage.CHANGED)
 
-    def steps(self, change: Change, scratch: Scratch) -> list[Step]:
-        """Return the step that follows rows which go; other changes are followed as they are written."""
-        if not isinstance(change, Removed) or not len(change.gone):
-            return []
-        return [change.erase(self._hashes, scratch)]
-
     def undo(self, change: Change) -> Undone:
         """Take back rows that were coming; finish rows that were going once the note about them is written.
 
@@ -418,7 +354,7 @@ class StoreFile(Follower):
             return Undone.FORWARD
         before = self._note.before
         if isinstance(change, Added):
-            self._zero(change.start, change.stop)
+            self._records.zero(change.start, change.stop)
             self._put_state(replace(before, tail=change.stop))
         clear(self.disk, self.file, self.layout.size)
         self.disk.sync(self.file)
@@ -454,53 +390,33 @@ class StoreFile(Follower):
         after = replace(self.state, count=stop, total=total, tail=stop)
 
         def write() -> None:
-            for (rows, some), first in zip(pieces(columns, hashes), range(count, stop, _ROWS), strict=True):
-                records = self.layout.records(rows, some)
-                self._put(first, records)
-                records.fill(0)  # a copy of rows that may be forgotten later
+            self._records.put_rows(count, pieces(columns, hashes))
             self._put_state(after)
             self.disk.sync(self.file)
-            self._hashes[count:stop] = hashes
 
         self._carry_out(Note("append", self.state, after), write)
 
     def _erase(self, change: Removed) -> None:
-        total = (self.state.total - sum_of(self.hashes[change.gone.cpu()])) % MODULUS
-        after = replace(self.state, count=change.after, total=total, tail=change.before)
-        note = Note("erase", self.state, after, change.holes.tolist(), change.movers.tolist())
-        for tail, moving, _ in self._tail(note):
-            if not self.layout.whole(tail[moving]).all():
-                raise self._damaged()
+        holes, movers = change.holes.tolist(), change.movers.tolist()
+        self._records.check_movers(change.before, change.after, movers)
+        after = replace(self.state, count=change.after, total=self._total_after(change), tail=change.before)
+        note = Note("erase", self.state, after, holes, movers)
         self._carry_out(note, lambda: self._move(note))
 
-    def _move(self, note: Note) -> None:
-        """Move rows into the holes, and overwrite what goes.
+    def _total_after(self, change: Removed) -> int:
+        """Return the sum of the hashes in the file once rows are gone."""
+        digest: Digest = self._digest  # type: ignore[assignment]
+        if digest.known and digest.total() == self.state.total:
+            return digest.total_after(change)
+        # Values were trained since they were written.
+        return (self.state.total - self._records.total_of_some(change.gone.tolist())) % MODULUS
 
-        Rows that move are there twice until the last line, so that they can be moved again.
-        """
-        first = note.after.count
-        for tail, moving, holes in self._tail(note):
-            records = tail[moving]
-            # A record that is not whole is in its new place already, and the old one was being overwritten.
-            self._put_each(holes, records, self.layout.whole(records).tolist())
-            records.fill(0)
-            stays = np.zeros(len(tail), bool)
-            stays[moving] = True
-            tail[~stays] = 0
-            self._put(first, tail)
-            first += len(tail)
+    def _move(self, note: Note) -> None:
+        records = self._records
+        records.move(note)
         self._put_state(note.after)
         self.disk.sync(self.file)
-        self._zero(note.after.count, note.after.tail)
-
-    def _tail(self, note: Note) -> Iterator[tuple[Records, NDArray[np.int64], Sequence[int]]]:
-        """Give the records behind the rows that stay, some at a time: those that move, and their holes."""
-        movers = np.asarray(note.movers, np.int64)
-        for start in range(note.after.count, note.before.count, _ROWS):
-            stop = min(start + _ROWS, note.before.count)
-            here = slice(*np.searchsorted(movers, (start, stop)).tolist())
-            with self._some(start, stop) as records:
-                yield records, movers[here] - start, note.holes[here]
+        records.zero(note.after.count, note.after.tail)
 
     def rebuild(self, parts: Iterable[Part], *, room: int, then: _Stage = _Stage.NONE) -> None:
         """Write rows to a new file and put it in the place of this one, whose bytes are overwritten.
@@ -523,24 +439,18 @@ class StoreFile(Follower):
 
     def _write_whole(self, layout: Layout, parts: Iterable[Part], held: int = -1, then: _Stage = _Stage.NONE) -> None:
         count = total = 0
-        all_hashes = [torch.zeros(0, HASH, dtype=torch.uint8)]
         self._next = replacing(self.disk, self.path, held, new=held < 0)
         with self._next as file:
             layout.write_header(self.disk, file)
+            records = RecordFile(self.disk, file, layout, self._damaged)
             for columns, hashes in parts:
-                records = layout.records(columns, hashes)
-                self.disk.write(file, layout.place(count), records.data.cast("B"))
-                records.fill(0)  # a copy of rows that may be forgotten later
+                records.put_rows(count, [(columns, hashes)])
                 count, total = count + len(hashes), total + sum_of(hashes)
-                all_hashes.append(hashes)
             state = State(count, total % MODULUS, count, self.state.logged)
             self.disk.write(file, STATE, state.to_bytes())
             self.disk.sync(file)
             self.unsure = True  # which file the name leads to is not known from here on
-        with long_lived():
-            kept = torch.zeros(layout.room, HASH, dtype=torch.uint8)
-            torch.cat(all_hashes, out=kept[:count])
-        self.file, self.layout, self.state, self._hashes = file, layout, state, kept
+        self.file, self.layout, self.state = file, layout, state
         self._next, self._stage = None, then
         self.unsure = False
 
@@ -580,26 +490,9 @@ class StoreFile(Follower):
 
     def _arrived(self, note: Note) -> bool:
         """Return whether all rows that were coming are there."""
-        total = note.before.total
-        for start in range(note.before.count, note.after.count, _ROWS):
-            with self._some(start, min(start + _ROWS, note.after.count)) as records:
-                if not self.layout.whole(records).all():
-                    return False
-                total += sum_of(self.layout.hashes(records))
-        return total % MODULUS == note.after.total
+        coming = self._records.total(note.before.count, note.after.count)
+        return coming is not None and (note.before.total + coming) % MODULUS == note.after.total
 
 
 def _same(one: State, other: State) -> bool:
     return (one.count, one.total) == (other.count, other.total)
-
-
-def pieces(columns: Sequence[Tensor], hashes: Tensor, order: Tensor | None = None) -> Iterator[Part]:
-    """Give rows and hashes some at a time, in an order if there is one."""
-    count = len(hashes)
-    for start in range(0, count, _ROWS):
-        part = slice(start, min(start + _ROWS, count))
-        if order is None:
-            yield [column[part] for column in columns], hashes[part]
-            continue
-        with Scratch() as scratch:
-            yield [scratch(column[order[part]]) for column in columns], hashes[order[part].cpu()]

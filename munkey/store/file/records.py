@@ -1,0 +1,188 @@
+"""The records of an open file: how they are read, checked, written, and moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from munkey.store.digest import HASH, MODULUS, sum_of
+from munkey.store.erase import Scratch
+from munkey.store.file.disk import Disk
+from munkey.store.file.journal import Note
+from munkey.store.file.layout import Layout, Records
+
+__all__ = ["Part", "RecordFile", "pieces"]
+
+_ROWS = 4096  # at a time
+
+#: Rows `(n, ...)` of all columns, and their hashes `(n, 32)`.
+Part = tuple[Sequence[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """Records in a file, each in its place.
+
+    Args:
+        disk: what reads and writes.
+        file: the descriptor.
+        layout: of the file.
+        damaged: returns the error of a record that is not what was written.
+    """
+
+    disk: Disk
+    file: int
+    layout: Layout
+    damaged: Callable[[], ValueError]
+
+    @contextmanager
+    def some(self, start: int, stop: int) -> Iterator[Records]:
+        """Give the records of some rows, a copy that is overwritten when the context is left."""
+        data = bytearray((stop - start) * self.layout.width)
+        try:
+            self.disk.fill(self.file, self.layout.place(start), memoryview(data))
+            yield np.frombuffer(data, np.uint8).reshape(-1, self.layout.width)
+        finally:
+            data[:] = bytes(len(data))
+
+    def put(self, first: int, records: Records) -> None:
+        """Write records one after another."""
+        self.disk.write(self.file, self.layout.place(first), np.ascontiguousarray(records).data.cast("B"))
+
+    def put_rows(self, first: int, parts: Iterator[Part] | Sequence[Part]) -> None:
+        """Write rows one after another."""
+        for columns, hashes in parts:
+            records = self.layout.records(columns, hashes)
+            self.put(first, records)
+            records.fill(0)  # a copy of rows that may be forgotten later
+            first += len(hashes)
+
+    def zero(self, first: int, stop: int) -> None:
+        """Overwrite rows with zeros."""
+        if stop > first:
+            self.disk.zero(self.file, self.layout.place(first), (stop - first) * self.layout.width)
+
+    def parts(self, count: int, total: int) -> Iterator[Part]:
+        """Give the first rows, some at a time, once they are checked.
+
+        Args:
+            count: how many.
+            total: the sum of their hashes.
+
+        Raises:
+            ValueError: if a row is not what was written, as when something else wrote to the file.
+        """
+        for start in range(0, count, _ROWS):
+            stop = min(start + _ROWS, count)
+            with self.some(start, stop) as records, Scratch() as scratch:
+                columns = [
+                    scratch(torch.zeros(stop - start, *shape, dtype=dtype))
+                    for shape, dtype in zip(self.layout.shapes, self.layout.dtypes, strict=True)
+                ]
+                hashes = torch.zeros(stop - start, HASH, dtype=torch.uint8)
+                self.layout.read(records, columns, hashes)
+                total -= sum_of(hashes)
+                if not self.layout.whole(records).all():
+                    raise self.damaged()
+                yield columns, hashes
+        if total % MODULUS:
+            raise self.damaged()
+
+    def total(self, start: int, stop: int) -> int | None:
+        """Return the sum of the hashes of some rows; None if one is not what was written."""
+        total = 0
+        for first in range(start, stop, _ROWS):
+            with self.some(first, min(first + _ROWS, stop)) as records:
+                if not self.layout.whole(records).all():
+                    return None
+                total += sum_of(self.layout.hashes(records))
+        return total % MODULUS
+
+    # --- rows that go -------------------------------------------------------------------------------------
+
+    def total_of_some(self, rows: Sequence[int]) -> int:
+        """Return the sum of the hashes of rows here and there.
+
+        Raises:
+            ValueError: if a record is not what was written.
+        """
+        total = 0
+        for start in range(0, len(rows), _ROWS):
+            with self._each(rows[start : start + _ROWS]) as records:
+                if not self.layout.whole(records).all():
+                    raise self.damaged()
+                total += sum_of(self.layout.hashes(records))
+        return total % MODULUS
+
+    def check_movers(self, before: int, after: int, movers: Sequence[int]) -> None:
+        """Raise ValueError if one of the rows from `after` on that move is not what was written."""
+        for tail, moving, _ in self._tail(before, after, movers, movers):
+            if not self.layout.whole(tail[moving]).all():
+                raise self.damaged()
+
+    def move(self, note: Note) -> None:
+        """Move rows into the holes, and overwrite those that go.
+
+        Rows that move are there twice afterwards, so that they can be moved again.
+        """
+        first = note.after.count
+        for tail, moving, holes in self._tail(note.before.count, first, note.holes, note.movers):
+            records = tail[moving]
+            # A record that is not whole is in its new place already, and the old one was being overwritten.
+            self._put_each(holes, records, self.layout.whole(records).tolist())
+            records.fill(0)
+            if len(moving) < len(tail):
+                stays = np.zeros(len(tail), bool)
+                stays[moving] = True
+                tail[~stays] = 0
+                self.put(first, tail)
+            first += len(tail)
+
+    def _tail(
+        self, before: int, after: int, holes: Sequence[int], movers: Sequence[int]
+    ) -> Iterator[tuple[Records, NDArray[np.int64], Sequence[int]]]:
+        """Give the records from `after` on, some at a time: which of them move, and into which holes."""
+        places = np.asarray(movers, np.int64)
+        for start in range(after, before, _ROWS):
+            stop = min(start + _ROWS, before)
+            here = slice(*np.searchsorted(places, (start, stop)).tolist())
+            with self.some(start, stop) as records:
+                yield records, places[here] - start, holes[here]
+
+    @contextmanager
+    def _each(self, rows: Sequence[int]) -> Iterator[Records]:
+        """Give the records of rows here and there, as `some` does."""
+        width = self.layout.width
+        data = bytearray(len(rows) * width)
+        view = memoryview(data)
+        try:
+            for at, row in enumerate(rows):
+                self.disk.fill(self.file, self.layout.place(row), view[at * width : (at + 1) * width])
+            yield np.frombuffer(data, np.uint8).reshape(-1, width)
+        finally:
+            data[:] = bytes(len(data))
+
+    def _put_each(self, places: Sequence[int], records: Records, chosen: Sequence[bool]) -> None:
+        """Write chosen records to places of their own."""
+        width, data = self.layout.width, records.reshape(-1).data
+        for at, (place, wanted) in enumerate(zip(places, chosen, strict=True)):
+            if wanted:
+                self.disk.write(self.file, self.layout.place(place), data[at * width : (at + 1) * width])
+
+
+def pieces(columns: Sequence[Tensor], hashes: Tensor, order: Tensor | None = None) -> Iterator[Part]:
+    """Give rows and hashes some at a time, in an order if there is one."""
+    count = len(hashes)
+    for start in range(0, count, _ROWS):
+        part = slice(start, min(start + _ROWS, count))
+        if order is None:
+            yield [column[part] for column in columns], hashes[part]
+            continue
+        with Scratch() as scratch:
+            yield [scratch(column[order[part]]) for column in columns], hashes[order[part].cpu()]
