@@ -18,6 +18,7 @@ from torch import Tensor
 from munkey.checks import check_width
 from munkey.search.bounds import Pairs, may_overflow, plain, product, screened
 from munkey.search.codes import Screen, length_above
+from munkey.search.scores import pair_scores
 
 __all__ = [
     "Neighbours",
@@ -28,12 +29,10 @@ __all__ = [
     "check_queries",
     "exact",
     "nearest",
-    "pair_scores",
 ]
 
 _PAIRS = 1 << 21  # pairs of a query and a row at a time
 _ROWS_AT_ONCE = 1 << 19  # scores at a time
-_SCORED = 1 << 18  # numbers at a time that are scored again, which a cache holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,29 +209,6 @@ def _ranked(
     best = Neighbours(none, none.clone(), torch.full_like(none, -torch.inf, dtype=torch.float64), candidates)
     best.ids[query, place], best.rows[query, place], best.scores[query, place] = ids[row], row, scores
     return best
-
-
-def pair_scores(
-    queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """`(n,)` dot products, each summed in the same order whatever else is in the batch."""
-    size = max(2, _SCORED // max(1, keys.shape[1]))
-    own = keys.new_empty(max(2, min(size, len(row))), keys.shape[1])
-    wide = [own, torch.empty_like(own)] if dtype == own.dtype else [own.to(dtype) for _ in range(2)]
-    scores = torch.empty(len(row), dtype=dtype, device=keys.device)
-    for found, *pair in zip(scores.split(size), query.split(size), row.split(size), strict=True):
-        if len(found) == 1:  # a sum that is alone is divided among threads
-            pair = [numbers.expand(2) for numbers in pair]
-        parts = [room[: len(pair[0])] for room in (own, *wide)]
-        for source, numbers, part in zip((queries, keys), pair, parts[1:], strict=True):
-            if dtype == own.dtype:
-                torch.index_select(source, 0, numbers, out=part)
-            else:
-                part.copy_(torch.index_select(source, 0, numbers, out=parts[0]))
-        found.copy_(parts[1].mul_(parts[2]).sum(1)[: len(found)])
-    for room in (own, *wide):  # of rows that may be forgotten later
-        room.zero_()
-    return scores
 
 
 def check_queries(queries: Tensor, keys: Tensor) -> None:

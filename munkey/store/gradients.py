@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from munkey.store.erase import Scratch
 from munkey.store.follower import Follower
 from munkey.store.table import Table
 
-__all__ = ["GradientRows"]
+__all__ = ["GradientRows", "gradient_check"]
 
 
 class GradientRows(Follower):
@@ -63,3 +64,23 @@ def _renumbered(grad: Tensor, renumber: Callable[[Tensor], Tensor], room: int) -
     if summed is not grad:
         summed._values().zero_()
     return left
+
+
+def gradient_check(table: Table, attached: bool) -> Callable[[Tensor], None]:
+    """Return a hook that refuses a gradient for rows that are elsewhere now."""
+    read_at = table.changes
+
+    def check(_: Tensor) -> None:
+        if table.moved_at > read_at:
+            raise RuntimeError(
+                "rows have gone, moved or got more room since this loss was computed, so its gradient would fall on "
+                "other rows; compute the loss again"
+            )
+        if not attached:
+            warnings.warn(
+                "values of a store are trained by an optimiser the store does not know; what it keeps of an instance "
+                "would not be forgotten. Tell the store: store.attach(optimizer)",
+                stacklevel=2,
+            )
+
+    return check

@@ -9,7 +9,6 @@ import operator
 import os
 import secrets
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from munkey.checks import check_width, distinct, ordered_ids, some, to_forget
-from munkey.search.exact import Neighbours, Search, at_least, nearest, pair_scores
+from munkey.search.exact import Neighbours, Search, at_least, nearest
+from munkey.search.scores import pair_scores
 from munkey.store.averages import AverageRows
 from munkey.store.change import Added, Change, Moved, Removed, Replaced, long_lived
 from munkey.store.codes import Codes
@@ -30,7 +30,7 @@ from munkey.store.erase import Scratch
 from munkey.store.file.disk import Disk
 from munkey.store.file.live import StoreFile
 from munkey.store.follower import Follower, commit
-from munkey.store.gradients import GradientRows
+from munkey.store.gradients import GradientRows, gradient_check
 from munkey.store.index import Index
 from munkey.store.lock import Lock
 from munkey.store.log import LoggedRows, ReceiptLog, row_tokens, tokens_of
@@ -259,7 +259,7 @@ class KeyStore(nn.Module):
         self._check_whole()
         read = F.embedding(rows, self.values, sparse=sparse)
         if read.requires_grad and not torch.compiler.is_compiling():
-            read.register_hook(_gradient_check(self._table, bool(self.optimizers)))
+            read.register_hook(gradient_check(self._table, bool(self.optimizers)))
         return read
 
     def _require(self, ids: Sequence[int]) -> None:
@@ -846,23 +846,3 @@ def _clear(digest: weakref.ref[Digest]) -> None:
     found = digest()
     if found is not None:
         found.clear()
-
-
-def _gradient_check(table: Table, attached: bool) -> Callable[[Tensor], None]:
-    """Return a hook that refuses a gradient for rows that are elsewhere now."""
-    read_at = table.changes
-
-    def check(_: Tensor) -> None:
-        if table.moved_at > read_at:
-            raise RuntimeError(
-                "rows have gone, moved or got more room since this loss was computed, so its gradient would fall on "
-                "other rows; compute the loss again"
-            )
-        if not attached:
-            warnings.warn(
-                "values of a store are trained by an optimiser the store does not know; what it keeps of an instance "
-                "would not be forgotten. Tell the store: store.attach(optimizer)",
-                stacklevel=2,
-            )
-
-    return check

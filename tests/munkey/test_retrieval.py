@@ -16,6 +16,7 @@ from torch import Tensor
 from munkey.search import bounds as screening
 from munkey.search import codes as screen
 from munkey.search import exact as retrieval
+from munkey.search import scores as scores_of
 from munkey.search.codes import Screen, bytes_of, length_above
 from munkey.search.exact import Neighbours, nearest
 
@@ -263,8 +264,8 @@ def test_scores_of_pairs_are_those_of_plain_sums_in_blocks_of_any_size(
         # A row more, since a sum that is alone is divided among threads.
         pairs = [torch.cat([column, column.new_zeros(1)]) for column in (query, row)]
         exact = (queries[pairs[0]].to(wide) * keys[pairs[1]].to(wide)).sum(1)[:count]
-        with patch.object(retrieval, "_SCORED", numbers):
-            found = retrieval.pair_scores(queries, keys, query, row, wide)
+        with patch.object(scores_of, "_SCORED", numbers):
+            found = scores_of.pair_scores(queries, keys, query, row, wide)
         assert found.dtype == wide and torch.equal(found, exact)
 
 
@@ -274,8 +275,8 @@ def test_a_pair_has_the_same_score_alone() -> None:
     torch.set_num_threads(2)
     try:
         rows = torch.arange(8)
-        together = retrieval.pair_scores(queries, keys, rows, rows)
-        alone = torch.cat([retrieval.pair_scores(queries, keys, row, row) for row in rows.split(1)])
+        together = scores_of.pair_scores(queries, keys, rows, rows)
+        alone = torch.cat([scores_of.pair_scores(queries, keys, row, row) for row in rows.split(1)])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(together, alone)
@@ -362,7 +363,7 @@ def test_scores_depend_neither_on_the_batch_nor_on_the_place(look: str) -> None:
 
 @pytest.fixture
 def few_pairs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module, name, value in ((retrieval, "_PAIRS", 300), (retrieval, "_SCORED", 64), (screening, "_BLOCK", 100)):
+    for module, name, value in ((retrieval, "_PAIRS", 300), (scores_of, "_SCORED", 64), (screening, "_BLOCK", 100)):
         monkeypatch.setattr(module, name, value)
     yield
 
