@@ -54,7 +54,7 @@ COUNTS = (1, 100, 10_000)  # of ids that are forgotten at once
 SETS = ((60_000, 768), (0, WIDTH))  # rows and width of keys that are searched; 0 is the most of --rows
 COSINES = {"normal": None, "wide": 0.8, "tight": 0.99}
 CLUSTERS = 1000
-_PAUSE = 0.3  # seconds after which threads have gone to sleep
+_pause = 0.3  # seconds after which threads have gone to sleep; none if little is tried
 _ROWS = 1 << 16  # keys that are drawn at a time
 _LOOKED_FOR = 4  # keys in files
 
@@ -77,7 +77,7 @@ def in_turns(acts: Mapping[str, Callable[[], object]], rounds: int) -> Times:
     taken: dict[str, list[float]] = {name: [] for name in acts}
     for _ in range(rounds):
         for name, act in acts.items():
-            time.sleep(_PAUSE)
+            time.sleep(_pause)
             act()
             taken[name].append(seconds(act))
     return {name: statistics.median(values) for name, values in taken.items()}
@@ -91,7 +91,7 @@ def each_once(
     for part in parts:
         for name, act in acts.items():
             settle()
-            time.sleep(_PAUSE)
+            time.sleep(_pause)
             taken[name].append(seconds(act, part))
     return {name: statistics.median(values) for name, values in taken.items()}
 
@@ -348,7 +348,9 @@ def modelling(rounds: int, rows: int) -> Times:
 
 def main() -> None:
     """The parts that are asked for, one after the other."""
+    global _pause
     args = options()
+    _pause *= not args.quick
     most = max(args.rows)
     sets = [(2000, 16)] if args.quick else [(rows or most, width) for rows, width in SETS]
     parts: dict[str, Callable[[], object]] = {
