@@ -61,15 +61,20 @@ def table(attack: str, lines: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {row} |" for row in text)
 
 
+def put(page: str, name: str, text: str) -> str:
+    """The page with another text between a mark of some name and the next end."""
+    begin, end = f"<!-- {name} -->\n", "<!-- end -->"
+    if page.count(begin) != 1:
+        raise SystemExit(f"expected one mark {begin.strip()!r} in the page, found {page.count(begin)}")
+    before, _, old = page.partition(begin)
+    return f"{before}{begin}\n{text}\n\n{end}{old.partition(end)[2]}"
+
+
 def filled(page: str, result: dict[str, Any] | None) -> str:
     """The page with its tables made anew."""
     lines = [] if result is None else result["attacks"]
     for attack in ATTACKS:
-        begin, end = f"<!-- {attack} -->\n", "<!-- end -->"
-        if page.count(begin) != 1:
-            raise SystemExit(f"expected one mark {begin.strip()!r} in the page, found {page.count(begin)}")
-        text, _, old = page.partition(begin)
-        page = f"{text}{begin}\n{table(attack, lines)}\n\n{end}{old.partition(end)[2]}"
+        page = put(page, attack, table(attack, lines))
     return page
 
 

@@ -140,7 +140,7 @@ $(OUT)/forgetting_cifar_no_memory.json: SET := drop_input=0 drop_exemplar=1
 $(OUT)/forgetting_cifar_%.json:
 	$(FORGETTING) $(CIFAR_KEYS) --kinds random-10% --set $(SET) --out $@
 $(OUT)/store.json:
-	$(PYTHON) benchmarks/store.py --rounds 7 --out $@
+	$(PYTHON) benchmarks/store.py --rounds 5 --out $@
 $(OUT)/reliability.json:
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/reliability.py --out $@
 $(OUT)/distributed.json:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import store
 import store_peers
+import store_table
 import torch
 from record import machine
 from record import store as store_rows
@@ -179,6 +180,14 @@ def test_the_page_of_reliability_has_a_row_for_each_attack_as_it_was_recorded() 
     made = filled(page, {"attacks": attacks})
     assert made.count("1,234") == made.count("| 7 |") == len(attacks) == 25
     assert filled(made, {"attacks": attacks}) == made and "| *to be filled* |" not in made
+
+
+def test_the_tables_of_the_store_are_those_that_were_recorded() -> None:
+    folder = BENCHMARKS.parent / "docs" / "results"
+    page, result = (folder / "munkey.md").read_text(encoding="utf-8"), json.loads((folder / "store.json").read_text())
+    assert store_table.filled(page, result) == page
+    result["forgetting"][0]["sqlite"] = 0.001234
+    assert "| 1.23 |" in store_table.filled(page, result)
 
 
 def test_every_recorded_result_can_be_made_again() -> None:
