@@ -13,6 +13,7 @@ __all__ = [
     "NO_LABEL",
     "as_ids",
     "check_labels",
+    "check_no_label_is_missing",
     "check_rows",
     "check_width",
     "distinct",
@@ -126,10 +127,7 @@ def _whole(instance: object) -> int:
 
 
 def check_labels(labels: Tensor, count: int, classes: int) -> None:
-    """Raise TypeError or ValueError unless labels are `(count,)` int64 numbers from 0 to `classes - 1`.
-
-    Cross-entropy leaves out a label of -100 without a word.
-    """
+    """Raise TypeError or ValueError unless labels are `(count,)` int64 numbers from 0 to `classes - 1`."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be an int64 tensor, found {found}; use torch.as_tensor(labels).long()")
@@ -137,11 +135,17 @@ def check_labels(labels: Tensor, count: int, classes: int) -> None:
         raise ValueError(f"expected one label for each of {count} inputs, found {tuple(labels.shape)}")
     if not count:
         return
-    low, high = (int(bound) for bound in labels.aminmax())
-    if low < 0:
-        raise ValueError(f"a label is at least 0, found {low}; leave out inputs that have no label")
+    check_no_label_is_missing(labels)
+    high = int(labels.max())
     if high >= classes:
         raise ValueError(f"expected labels below {classes}, found {high}")
+
+
+def check_no_label_is_missing(labels: Tensor) -> None:
+    """Raise ValueError if a label is below 0: cross-entropy leaves out one of -100 without a word."""
+    low = int(labels.min()) if labels.numel() else 0
+    if low < 0:
+        raise ValueError(f"a label is at least 0, found {low}; leave out inputs that have no label")
 
 
 def some(ids: Sequence[int], most: int = 5) -> str:

@@ -89,8 +89,12 @@ class KeyValueMemory(nn.Module):
         *,
         permanent: bool = False,
     ) -> None:
-        """Store new instances; arguments and errors as for `KeyStore.add`, and ValueError for a key of length 0."""
-        scaled = self._together(lambda: self.scaled(keys, "keys"))
+        """Store new instances; arguments and errors as for `KeyStore.add`.
+
+        Raises:
+            ValueError: if a key has length 0, or a label is of no class that the writer knows, too.
+        """
+        scaled = self._together(lambda: self._to_store(keys, labels))
         try:
             self.store.add(ids, scaled, labels, values, permanent=permanent)
         finally:
@@ -100,6 +104,11 @@ class KeyValueMemory(nn.Module):
     def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
         """Erase instances; see `KeyStore.forget`."""
         return self.store.forget(ids, missing=missing)
+
+    def _to_store(self, keys: Tensor, labels: Tensor | None) -> Tensor:
+        if self.writer is not None:
+            self.writer.check(labels)
+        return self.scaled(keys, "keys")
 
     def scaled(self, x: Tensor, name: str) -> Tensor:
         """Keys or queries as the store has them.

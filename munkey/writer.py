@@ -52,6 +52,18 @@ class ValueWriter(nn.Module):
         self.of_key = nn.Linear(key_width, value_width, device=device, dtype=dtype)
         self.of_label = nn.Embedding(classes + 1, value_width, device=device, dtype=dtype)
 
+    @property
+    def classes(self) -> int:
+        """`n`."""
+        return self.of_label.num_embeddings - 1
+
+    def check(self, labels: Tensor | None) -> None:
+        """Raise ValueError if a label is of no class."""
+        if labels is not None and labels.numel() and int(labels.max()) >= self.classes:
+            raise ValueError(
+                f"expected labels below {self.classes}, the classes of the writer, found {int(labels.max())}"
+            )
+
     def forward(self, keys: Tensor, labels: Tensor) -> Tensor:
         """See the class."""
         values: Tensor = self.of_key(keys) + self.of_label(labels + 1)

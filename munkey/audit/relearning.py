@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from munkey.checks import check_no_label_is_missing
+
 __all__ = ["relearning_curve", "steps_to_reach"]
 
 
@@ -39,7 +41,7 @@ def relearning_curve(
         generator: draws the batches; seed 0 if not given.
 
     Raises:
-        ValueError: if there is no instance, or not one label for each.
+        ValueError: if there is no instance, or not one label of at least 0 for each.
 
     Examples:
         >>> model, x = torch.nn.Linear(2, 2), torch.eye(2)
@@ -50,6 +52,7 @@ def relearning_curve(
     """
     if not len(x) or labels.shape != x.shape[:1]:
         raise ValueError(f"expected instances with one label each, found {len(x)} and {tuple(labels.shape)}")
+    check_no_label_is_missing(labels)
     generator = generator or torch.Generator().manual_seed(0)
     curve = [_mean_loss(model, x, labels)]
     for _ in range(steps):

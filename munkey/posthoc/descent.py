@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from munkey.checks import check_width
+from munkey.checks import check_no_label_is_missing, check_width
 from treediff.data import batches
 
 __all__ = [
@@ -204,6 +204,7 @@ def check_examples(**sets: Examples) -> None:
             )
         if labels.dtype != torch.int64:
             raise TypeError(f"expected labels of torch.int64, found {labels.dtype}")
+        check_no_label_is_missing(labels)
 
 
 def cross_entropy(model: nn.Module, batch: Examples) -> Tensor:

@@ -116,6 +116,8 @@ def test_labels_must_suit_inputs() -> None:
     for x, y in ((torch.ones(3, 2), labels(2)), (torch.ones(0, 2), labels(0))):
         with pytest.raises(ValueError, match="expected instances with one label each, found"):
             relearning_curve(model, x, y, optimizer=optimizer, steps=1)
+    with pytest.raises(ValueError, match="a label is at least 0, found -100"):
+        relearning_curve(model, torch.ones(3, 2), torch.tensor([0, 1, -100]), optimizer=optimizer, steps=1)
 
 
 def test_relearning_is_a_loop_of_steps() -> None:

@@ -281,6 +281,7 @@ def test_every_method_says_what_is_wrong_and_changes_nothing(method: Callable[..
         ((RETAIN, empty), ValueError, "expected inputs (n, ...) to forget and labels (n,), found (0, 6) and (0,)"),
         ((RETAIN, (FORGET[0], LABELS)), ValueError, "to forget and labels (n,), found (2, 6) and (6,)"),
         ((RETAIN, (FORGET[0], FORGET[1].int())), TypeError, "expected labels of torch.int64, found torch.int32"),
+        ((RETAIN, (FORGET[0], torch.full_like(FORGET[1], -100))), ValueError, "a label is at least 0, found -100"),
     ):
         with pytest.raises(error, match=re.escape(message)):
             method(model, *sets, optimizer=sgd(model), steps=1)
