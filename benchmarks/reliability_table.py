@@ -8,12 +8,10 @@ them stays. Where there is no result yet, the cells say so.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
+from tables import Row, markdown, put, rewrite
+
 MISSING = "*to be filled*"
 #: One row for each attack, by what names it in the result.
 ATTACKS: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
@@ -51,23 +49,14 @@ def table(attack: str, lines: list[dict[str, Any]]) -> str:
     unknown = found.keys() - set(rows)
     if unknown:
         raise SystemExit(f"the result has attacks that the page has no row for: {sorted(unknown)}")
-    text = [" | ".join(TITLES[attack]), " | ".join("---" for _ in TITLES[attack])]
+    text: list[Row] = []
     for row in rows:
         line = found.get(row)
         counts = [MISSING] * (1 + len(COUNTS[attack]))
         if line is not None:
             counts = [f"{line.get(name, 0):,}" for name in COUNTS[attack]] + [f"{violations(line):,}"]
-        text.append(" | ".join((*row, *counts)))
-    return "\n".join(f"| {row} |" for row in text)
-
-
-def put(page: str, name: str, text: str) -> str:
-    """The page with another text between a mark of some name and the next end."""
-    begin, end = f"<!-- {name} -->\n", "<!-- end -->"
-    if page.count(begin) != 1:
-        raise SystemExit(f"expected one mark {begin.strip()!r} in the page, found {page.count(begin)}")
-    before, _, old = page.partition(begin)
-    return f"{before}{begin}\n{text}\n\n{end}{old.partition(end)[2]}"
+        text.append((*row, *counts))
+    return markdown(TITLES[attack], text)
 
 
 def filled(page: str, result: dict[str, Any] | None) -> str:
@@ -80,12 +69,7 @@ def filled(page: str, result: dict[str, Any] | None) -> str:
 
 def main() -> None:
     """Write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--result", type=Path, default=RESULTS / "reliability.json")
-    parser.add_argument("--page", type=Path, default=RESULTS / "reliability.md")
-    args = parser.parse_args()
-    result = json.loads(args.result.read_text()) if args.result.exists() else None
-    args.page.write_text(filled(args.page.read_text(encoding="utf-8"), result), encoding="utf-8")
+    rewrite(__doc__, "reliability.json", "reliability.md", filled)
 
 
 if __name__ == "__main__":

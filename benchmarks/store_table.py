@@ -8,20 +8,9 @@ stays.
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from reliability_table import RESULTS, put
-
-Row = Sequence[object]
-
-
-def markdown(titles: Row, rows: Iterator[Row]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+from tables import markdown, put, rewrite
 
 
 def ms(seconds: float) -> str:
@@ -82,8 +71,10 @@ def adding(result: dict[str, Any]) -> str:
 TABLES = {f.__name__: f for f in (searching, forgetting, opening, adding)}
 
 
-def filled(page: str, result: dict[str, Any]) -> str:
+def filled(page: str, result: dict[str, Any] | None) -> str:
     """The page with its tables made anew."""
+    if result is None:
+        raise SystemExit("there is no result; make one with benchmarks/store.py")
     for name, table in TABLES.items():
         page = put(page, name, table(result))
     return page
@@ -91,12 +82,7 @@ def filled(page: str, result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--result", type=Path, default=RESULTS / "store.json")
-    parser.add_argument("--page", type=Path, default=RESULTS / "munkey.md")
-    args = parser.parse_args()
-    page = args.page.read_text(encoding="utf-8")
-    args.page.write_text(filled(page, json.loads(args.result.read_text())), encoding="utf-8")
+    rewrite(__doc__, "store.json", "munkey.md", filled)
 
 
 if __name__ == "__main__":

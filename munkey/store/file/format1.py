@@ -16,6 +16,7 @@ from torch import Tensor
 from munkey.store.digest import checksum, hash_rows, sum_of
 from munkey.store.file.disk import Disk, give_back, replacing, wipe, wipe_leftovers
 from munkey.store.file.layout import BLOCK, DTYPES, STATE, Layout, State, described_by
+from munkey.store.file.records import RecordFile, pieces
 from munkey.store.schema import COLUMNS, columns_of, misfit
 
 __all__ = ["upgrade"]
@@ -49,7 +50,7 @@ def upgrade(disk: Disk, path: str, described: dict[str, Any], held: int) -> None
         columns = old.rows(count)
         hashes = hash_rows(old.secret, columns)
         if sum_of(hashes) != total:
-            raise ValueError(f"{path!r} is damaged: its rows are not those that were written; restore a backup")
+            raise old.damaged()
         wrong = misfit(dict(zip(COLUMNS, columns, strict=True)), old.schema)
         if wrong:
             raise ValueError(f"{path!r} is no store that this library wrote: {wrong}")
@@ -68,9 +69,7 @@ def _write(disk: Disk, path: str, old: _Old, columns: Sequence[Tensor], hashes: 
     layout = Layout(old.about, COLUMNS, old.shapes, old.dtypes, old.room, old.secret)
     with replacing(disk, path, held) as file:
         layout.write_header(disk, file)
-        records = layout.records(columns, hashes)
-        disk.write(file, BLOCK, records.data.cast("B"))
-        records.fill(0)
+        RecordFile(disk, file, layout, old.damaged).put_rows(0, pieces(columns, hashes))
         disk.write(file, STATE, State(len(hashes), sum_of(hashes), len(hashes)).to_bytes())
     give_back(disk, file)
     for column in columns:
@@ -100,6 +99,10 @@ class _Old:
                 f"{path!r} has {disk.size(file)} bytes, expected {BLOCK + self.room * sum(widths)}; it was cut short, "
                 "or written to; restore a backup"
             )
+
+    def damaged(self) -> ValueError:
+        """Return the error that says that rows are not those that were written."""
+        return ValueError(f"{self.path!r} is damaged: its rows are not those that were written; restore a backup")
 
     def state(self) -> tuple[int, int]:
         """Return the number of rows and the sum of their hashes."""

@@ -409,7 +409,10 @@ class StoreFile(Follower):
         if digest.known and digest.total() == self.state.total:
             return digest.total_after(change)
         # Values were trained since they were written.
-        return (self.state.total - self._records.total_of_some(change.gone.tolist())) % MODULUS
+        gone = self._records.total(change.gone.tolist())
+        if gone is None:
+            raise self._damaged()
+        return (self.state.total - gone) % MODULUS
 
     def _move(self, note: Note) -> None:
         records = self._records
@@ -490,7 +493,7 @@ class StoreFile(Follower):
 
     def _arrived(self, note: Note) -> bool:
         """Return whether all rows that were coming are there."""
-        coming = self._records.total(note.before.count, note.after.count)
+        coming = self._records.total(range(note.before.count, note.after.count))
         return coming is not None and (note.before.total + coming) % MODULUS == note.after.total
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from munkey.store.file.layout import Layout, Records
 __all__ = ["Part", "RecordFile", "pieces"]
 
 _ROWS = 4096  # at a time
+
+#: Row numbers, one after another or here and there.
+Numbers = TypeVar("Numbers", range, Sequence[int])
 
 #: Rows `(n, ...)` of all columns, and their hashes `(n, 32)`.
 Part = tuple[Sequence[Tensor], Tensor]
@@ -42,12 +46,17 @@ class RecordFile:
     damaged: Callable[[], ValueError]
 
     @contextmanager
-    def some(self, start: int, stop: int) -> Iterator[Records]:
-        """Give the records of some rows, a copy that is overwritten when the context is left."""
-        data = bytearray((stop - start) * self.layout.width)
+    def some(self, rows: Sequence[int]) -> Iterator[Records]:
+        """Give the records of rows, a copy that is overwritten when the context is left; a range is read at once."""
+        width = self.layout.width
+        data = bytearray(len(rows) * width)
+        left = memoryview(data)
         try:
-            self.disk.fill(self.file, self.layout.place(start), memoryview(data))
-            yield np.frombuffer(data, np.uint8).reshape(-1, self.layout.width)
+            for stretch in [rows] if isinstance(rows, range) else [range(row, row + 1) for row in rows]:
+                size = len(stretch) * width
+                self.disk.fill(self.file, self.layout.place(stretch.start), left[:size])
+                left = left[size:]
+            yield np.frombuffer(data, np.uint8).reshape(-1, width)
         finally:
             data[:] = bytes(len(data))
 
@@ -78,14 +87,13 @@ class RecordFile:
         Raises:
             ValueError: if a row is not what was written, as when something else wrote to the file.
         """
-        for start in range(0, count, _ROWS):
-            stop = min(start + _ROWS, count)
-            with self.some(start, stop) as records, Scratch() as scratch:
+        for rows in _split(range(count)):
+            with self.some(rows) as records, Scratch() as scratch:
                 columns = [
-                    scratch(torch.zeros(stop - start, *shape, dtype=dtype))
+                    scratch(torch.zeros(len(rows), *shape, dtype=dtype))
                     for shape, dtype in zip(self.layout.shapes, self.layout.dtypes, strict=True)
                 ]
-                hashes = torch.zeros(stop - start, HASH, dtype=torch.uint8)
+                hashes = torch.zeros(len(rows), HASH, dtype=torch.uint8)
                 self.layout.read(records, columns, hashes)
                 total -= sum_of(hashes)
                 if not self.layout.whole(records).all():
@@ -94,31 +102,17 @@ class RecordFile:
         if total % MODULUS:
             raise self.damaged()
 
-    def total(self, start: int, stop: int) -> int | None:
-        """Return the sum of the hashes of some rows; None if one is not what was written."""
+    def total(self, rows: Sequence[int]) -> int | None:
+        """Return the sum of the hashes of rows; None if a record is not what was written."""
         total = 0
-        for first in range(start, stop, _ROWS):
-            with self.some(first, min(first + _ROWS, stop)) as records:
+        for part in _split(rows):
+            with self.some(part) as records:
                 if not self.layout.whole(records).all():
                     return None
                 total += sum_of(self.layout.hashes(records))
         return total % MODULUS
 
     # --- rows that go -------------------------------------------------------------------------------------
-
-    def total_of_some(self, rows: Sequence[int]) -> int:
-        """Return the sum of the hashes of rows here and there.
-
-        Raises:
-            ValueError: if a record is not what was written.
-        """
-        total = 0
-        for start in range(0, len(rows), _ROWS):
-            with self._each(rows[start : start + _ROWS]) as records:
-                if not self.layout.whole(records).all():
-                    raise self.damaged()
-                total += sum_of(self.layout.hashes(records))
-        return total % MODULUS
 
     def check_movers(self, before: int, after: int, movers: Sequence[int]) -> None:
         """Raise ValueError if one of the rows from `after` on that move is not what was written."""
@@ -149,24 +143,10 @@ class RecordFile:
     ) -> Iterator[tuple[Records, NDArray[np.int64], Sequence[int]]]:
         """Give the records from `after` on, some at a time: which of them move, and into which holes."""
         places = np.asarray(movers, np.int64)
-        for start in range(after, before, _ROWS):
-            stop = min(start + _ROWS, before)
-            here = slice(*np.searchsorted(places, (start, stop)).tolist())
-            with self.some(start, stop) as records:
-                yield records, places[here] - start, holes[here]
-
-    @contextmanager
-    def _each(self, rows: Sequence[int]) -> Iterator[Records]:
-        """Give the records of rows here and there, as `some` does."""
-        width = self.layout.width
-        data = bytearray(len(rows) * width)
-        view = memoryview(data)
-        try:
-            for at, row in enumerate(rows):
-                self.disk.fill(self.file, self.layout.place(row), view[at * width : (at + 1) * width])
-            yield np.frombuffer(data, np.uint8).reshape(-1, width)
-        finally:
-            data[:] = bytes(len(data))
+        for rows in _split(range(after, before)):
+            here = slice(*np.searchsorted(places, (rows.start, rows.stop)).tolist())
+            with self.some(rows) as records:
+                yield records, places[here] - rows.start, holes[here]
 
     def _put_each(self, places: Sequence[int], records: Records, chosen: Sequence[bool]) -> None:
         """Write chosen records to places of their own."""
@@ -174,6 +154,12 @@ class RecordFile:
         for at, (place, wanted) in enumerate(zip(places, chosen, strict=True)):
             if wanted:
                 self.disk.write(self.file, self.layout.place(place), data[at * width : (at + 1) * width])
+
+
+def _split(rows: Numbers) -> Iterator[Numbers]:
+    """Give rows some at a time."""
+    for start in range(0, len(rows), _ROWS):
+        yield rows[start : start + _ROWS]
 
 
 def pieces(columns: Sequence[Tensor], hashes: Tensor, order: Tensor | None = None) -> Iterator[Part]:
