@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from munkey import DurableStore, KeyMemoryTransformer, KeyStore, Projection
 from munkey.presets import patch_for
-from treediff.cpu import tune_cpu
+from treediff.core.cpu import tune_cpu
 from treediff.data import load_dataset
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share

@@ -28,10 +28,10 @@ from torch.nn import functional as F
 
 from munkey import KeyMemoryTransformer, Projection, ShardedKeyStore
 from treediff import DiffuseTreeVAE, LeafConditionedDDPM, Stage, TreeTopology, TreeVAE
-from treediff.cpu import tune_cpu
-from treediff.distributed import World, data_parallel, start
+from treediff.core.cpu import tune_cpu
+from treediff.core.distributed import World, data_parallel, start
 from treediff.layers import KLAnnealing
-from treediff.placement import condition_of
+from treediff.pipeline.conditions import condition_of
 
 
 def seconds(act: Callable[[], object], rounds: int) -> float:

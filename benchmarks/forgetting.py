@@ -34,10 +34,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from munkey import KeyMemoryTransformer
-from munkey.aggregation import AGGREGATIONS
 from munkey.audit import area_under_curve, average_gap
+from munkey.readout.aggregate import AGGREGATIONS
 from munkey.search.exact import nearest
-from treediff.cpu import tune_cpu
+from treediff.core.cpu import tune_cpu
 from treediff.data import load_dataset
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from treediff.cpu import has_fast
+from treediff.core.cpu import has_fast
 
 HERE = Path(__file__).parent
 _DATABASES = {"sqlite": "SQLite", "sqlite wal": "SQLite, WAL", "lmdb": "LMDB"}

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from treediff import DiffuseTreeVAE
-from treediff.cpu import has_fast, tune_cpu
+from treediff.core.cpu import has_fast, tune_cpu
 from treediff.data import load_dataset
 from treediff.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, Sampler
 from treediff.metrics import FeatureClassifier, FeatureStatistics, frechet_bootstrap, frechet_distance

@@ -33,8 +33,8 @@ from munkey.audit import (
     membership_scores,
     rmia_scores,
 )
-from treediff.checkpoint import read_checkpoint, save_checkpoint
-from treediff.cpu import tune_cpu
+from treediff.core.checkpoint import read_checkpoint, save_checkpoint
+from treediff.core.cpu import tune_cpu
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
 from unlearning.models import Bench

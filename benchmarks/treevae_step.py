@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from treediff import Stage, TreeGrowth, TreeVAE
-from treediff.cpu import tune_cpu
+from treediff.core.cpu import tune_cpu
 from treediff.data import load_dataset
 from treediff.layers import KLAnnealing
 from treediff.metrics import leaf_perplexity

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from treediff import TreeGrowth, TreeVAE
-from treediff.cpu import tune_cpu
+from treediff.core.cpu import tune_cpu
 from treediff.data import ImageDataset, load_dataset
 from treediff.metrics import ari, cluster_accuracy, dendrogram_purity, leaf_purity, nmi
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from treediff import EMA
-from treediff.cpu import tune_cpu
+from treediff.core.cpu import tune_cpu
 from treediff.diffusion import DDIMSampler, LinearSchedule, UNet, uniform
 
 SIZE = 32

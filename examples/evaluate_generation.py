@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from treediff import DiffuseTreeVAE
-from treediff.cpu import has_fast, tune_cpu
+from treediff.core.cpu import has_fast, tune_cpu
 from treediff.data import load_dataset
 from treediff.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, Sampler
 from treediff.metrics import (

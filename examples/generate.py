@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from treediff import DiffuseTreeVAE
-from treediff.cpu import tune_cpu
+from treediff.core.cpu import tune_cpu
+from treediff.core.distributed import World, start
 from treediff.data import load_dataset
 from treediff.diffusion import Progress
-from treediff.distributed import World, start
 from treediff.pictures import draw_grid
 
 Draw = Callable[[dict[str, Any], slice], Any]

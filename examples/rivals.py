@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from munkey import KeyEncoder, KeyStore, KeyValueMemory, Projection
-from munkey.transformer import ImageTokens, TransformerBlock
+from munkey.readout.tokens import ImageTokens
+from munkey.readout.transformer import TransformerBlock
 from treediff.augment import Augment
 from treediff.data import batches, load_dataset
 

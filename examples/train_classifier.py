@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from treediff.augment import Augment, RandomAffine, RandomFlip
-from treediff.cpu import has_fast, tune_cpu
+from treediff.core.cpu import has_fast, tune_cpu
+from treediff.core.progress import Progress
 from treediff.data import batches, load_dataset
 from treediff.metrics import FeatureClassifier
-from treediff.progress import Progress
 
 
 def train(model: FeatureClassifier, images: Tensor, labels: Tensor, args: argparse.Namespace) -> None:

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from treediff import EMA, DiffuseTreeVAE, LeafConditionedDDPM, LeafDensity, TreeVAE
-from treediff.cpu import has_fast, tune_cpu
+from treediff.core.cpu import has_fast, tune_cpu
+from treediff.core.distributed import data_parallel, start
+from treediff.core.long_run import LongRun
 from treediff.data import ImageDataset, batches, load_dataset
-from treediff.distributed import data_parallel, start
-from treediff.generation import TreeSample
-from treediff.long_run import LongRun
 from treediff.pictures import draw_tree, summarize_tree, write_html
-from treediff.placement import condition_of, condition_of_sample
+from treediff.pipeline.conditions import condition_of, condition_of_sample
+from treediff.treevae.prior import TreeSample
 
 
 def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace, run: LongRun) -> EMA:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from munkey import ConvEncoder
-from munkey.encoders import FITTED_ON
+from munkey.encoders.base import FITTED_ON
 from treediff.augment import Augment, ColorJitter, RandomAffine, RandomFlip, RandomResizedCrop
-from treediff.cpu import has_fast, tune_cpu
+from treediff.core.cpu import has_fast, tune_cpu
+from treediff.core.progress import Progress
 from treediff.data import batches, load_dataset
 from treediff.layers import ProjectionHead, nt_xent
-from treediff.progress import Progress
 
 
 def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> None:

@@ -34,10 +34,10 @@ from munkey import (
 )
 from munkey.checkpoints import WipedCheckpoints
 from treediff.augment import Augment, RandomAffine, RandomFlip
-from treediff.cpu import has_fast, tune_cpu
+from treediff.core.cpu import has_fast, tune_cpu
+from treediff.core.distributed import World, data_parallel, start
+from treediff.core.long_run import LongRun
 from treediff.data import batches, load_dataset
-from treediff.distributed import World, data_parallel, start
-from treediff.long_run import LongRun
 
 
 def train(

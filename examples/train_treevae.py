@@ -22,10 +22,10 @@ from torch import Tensor
 
 from treediff import Stage, TreeContrast, TreeGrowth, TreeTopology, TreeVAE
 from treediff.augment import Augment, RandomAffine, cifar_augment
-from treediff.cpu import tune_cpu
+from treediff.core.cpu import tune_cpu
+from treediff.core.distributed import data_parallel, start
+from treediff.core.long_run import LongRun
 from treediff.data import ImageDataset, load_dataset
-from treediff.distributed import data_parallel, start
-from treediff.long_run import LongRun
 from treediff.metrics import (
     ari,
     cluster_accuracy,

@@ -24,7 +24,7 @@ from unlearning.report import BY_DESIGN, NAMES, picture, table
 from unlearning.task import Task
 
 from munkey.audit import average_gap
-from treediff.cpu import tune_cpu
+from treediff.core.cpu import tune_cpu
 
 RATES = [3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3]
 #: Methods after the fact, and what is tried of each.

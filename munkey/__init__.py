@@ -4,18 +4,20 @@
 what it forgets.
 """
 
-from munkey.aggregation import Ensemble, RankMix, SoftmaxMix
-from munkey.conv_encoder import ConvEncoder
-from munkey.efficientnet import EfficientNetLite0
-from munkey.encoders import KeyEncoder, ModuleEncoder, Projection
-from munkey.memory import KeyValueMemory, Retrieved
+from munkey.audit.pathways import PathwayAccuracies, pathway_accuracies
+from munkey.encoders.base import KeyEncoder
+from munkey.encoders.conv import ConvEncoder
+from munkey.encoders.efficientnet import EfficientNetLite0
+from munkey.encoders.module import ModuleEncoder
+from munkey.encoders.projection import Projection
+from munkey.memory import KeyValueMemory
 from munkey.model import KeyMemoryTransformer
-from munkey.network import ExemplarTransformer
-from munkey.pathways import PathwayAccuracies, pathway_accuracies
+from munkey.readout.aggregate import Ensemble, RankMix, Retrieved, SoftmaxMix
+from munkey.readout.transformer import ExemplarTransformer
+from munkey.readout.writer import ValueWriter
 from munkey.search.faiss import FaissSearch
 from munkey.sharded import ShardedKeyStore
 from munkey.store import DurableStore, KeyStore, Receipt, Rows
-from munkey.writer import ValueWriter
 
 __all__ = [
     "ConvEncoder",

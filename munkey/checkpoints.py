@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 
 from munkey.store.file.disk import Disk, wipe, wipe_leftovers, write_whole
-from treediff.checkpoint import CheckpointFiles
+from treediff.core.checkpoint import CheckpointFiles
 
 __all__ = ["WipedCheckpoints"]
 
 
 class WipedCheckpoints(CheckpointFiles):
-    """Checkpoints that are overwritten before they go; for `treediff.long_run.LongRun(..., files=WipedCheckpoints())`.
+    """Checkpoints that are overwritten before they go; for `treediff.core.long_run.LongRun(..., files=WipedCheckpoints())`.
 
     An interrupted run leaves its checkpoint: go on with it, or let `remove` take it away. Rows are saved by id and
     view, moments of an optimiser as they are: call `model.memory.store.compact()` whenever rows came or went, so that

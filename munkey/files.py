@@ -15,9 +15,10 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
-from munkey.conv_encoder import ConvEncoder
-from munkey.efficientnet import EfficientNetLite0
-from munkey.encoders import KeyEncoder, Projection
+from munkey.encoders.base import KeyEncoder
+from munkey.encoders.conv import ConvEncoder
+from munkey.encoders.efficientnet import EfficientNetLite0
+from munkey.encoders.projection import Projection
 from munkey.memory import KeyValueMemory
 from munkey.presets import Presets, Settings, assemble
 from munkey.sharded import ShardedKeyStore
@@ -26,8 +27,8 @@ from munkey.store.digest import add_tensors, check_secret
 from munkey.store.durable import DurableStore
 from munkey.store.file.disk import Disk, read_whole, write_whole
 from munkey.store.store import KeyStore
-from treediff.io import described_by, dtype_name, dtype_named, fill, model_bytes, parse_model, require_config
-from treediff.modes import lasting
+from treediff.core.io import described_by, dtype_name, dtype_named, fill, model_bytes, parse_model, require_config
+from treediff.core.modes import lasting
 
 __all__ = ["load", "save"]
 

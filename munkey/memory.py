@@ -6,41 +6,21 @@ Letters: `B` queries, `D` width of a key, `V` width of a value, `k` neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from munkey.checks import ordered_ids
+from munkey.readout.aggregate import Retrieved
+from munkey.readout.writer import ValueWriter
 from munkey.search.exact import Neighbours, Search, exact
 from munkey.sharded.store import ShardedKeyStore
+from munkey.store.checks import ordered_ids
 from munkey.store.receipts import Receipt
 from munkey.store.store import KeyStore
-from munkey.writer import ValueWriter
 
-__all__ = ["KeyValueMemory", "Retrieved", "Search"]
-
-
-@dataclass(frozen=True, eq=False)
-class Retrieved:
-    """What a memory holds near some queries, the nearest first.
-
-    Args:
-        tokens: `(B, k, V)` values; the null token where there were fewer than `k` rows.
-        scores: `(B, k)` similarities; `-inf` where there is no row.
-        ids: `(B, k)` owners; -1 where there is no row, which may be an owner's id as well.
-    """
-
-    tokens: Tensor
-    scores: Tensor
-    ids: Tensor
-
-    @property
-    def there(self) -> Tensor:
-        """`(B, k)` bool, whether there is a row."""
-        return self.scores > -torch.inf
+__all__ = ["KeyValueMemory", "Search"]
 
 
 class KeyValueMemory(nn.Module):

@@ -18,16 +18,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from munkey.aggregation import Aggregation, Ensemble
-from munkey.checks import check_labels, check_width, ordered_ids
-from munkey.encoders import KeyEncoder
-from munkey.memory import KeyValueMemory, Retrieved
+from munkey.encoders.base import KeyEncoder
+from munkey.memory import KeyValueMemory
 from munkey.modes import check_exact, check_mode, check_shares
-from munkey.network import ExemplarTransformer
 from munkey.presets import Presets
+from munkey.readout.aggregate import Aggregation, Ensemble, Retrieved
+from munkey.readout.transformer import ExemplarTransformer
 from munkey.saved import Saved
 from munkey.sharded import ShardedKeyStore
 from munkey.sharded.ranks import Ranks
+from munkey.store.checks import check_labels, check_width, ordered_ids
 from munkey.store.receipts import Receipt
 from treediff import EMA
 

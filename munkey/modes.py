@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from munkey.encoders import KeyEncoder
+from munkey.encoders.base import KeyEncoder
 from munkey.memory import KeyValueMemory
 from munkey.store.store import KeyStore
 

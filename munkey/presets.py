@@ -7,14 +7,14 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import torch
 
-from munkey.aggregation import AGGREGATIONS
-from munkey.checks import check_width
-from munkey.encoders import KeyEncoder
+from munkey.encoders.base import KeyEncoder
 from munkey.memory import KeyValueMemory
-from munkey.network import ExemplarTransformer
+from munkey.readout.aggregate import AGGREGATIONS
+from munkey.readout.tokens import ImageTokens, VectorTokens
+from munkey.readout.transformer import ExemplarTransformer, TransformerBlock
+from munkey.readout.writer import ValueWriter
+from munkey.store.checks import check_width
 from munkey.store.store import KeyStore
-from munkey.transformer import ImageTokens, TransformerBlock, VectorTokens
-from munkey.writer import ValueWriter
 
 __all__ = ["Presets", "Settings", "assemble", "patch_for"]
 

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Self, cast
 
 from munkey import files
-from munkey.encoders import KeyEncoder
+from munkey.encoders.base import KeyEncoder
 from munkey.sharded import ShardedKeyStore
 from munkey.store.file.disk import Disk, wipe
-from treediff.hub import Pretrained
-from treediff.hub_repository import MODEL_FILE
+from treediff.core.hub import Pretrained
+from treediff.core.hub_repository import MODEL_FILE
 
 __all__ = ["Saved"]
 
@@ -84,7 +84,7 @@ class Saved(Pretrained):
         Args:
             repo_id: 'user/name'.
             private: whether a new repository is private; must be said. A repository that exists stays what it is.
-            **settings: `commit_message`, `token`, `branch`, `create_pr`, as for `treediff.hub.Pretrained.push_to_hub`.
+            **settings: `commit_message`, `token`, `branch`, `create_pr`, as for `treediff.core.hub.Pretrained.push_to_hub`.
 
         Returns:
             the address of the commit.

@@ -14,7 +14,7 @@ from scripts import started
 from worlds import seeded
 
 from treediff import DiffuseTreeVAE, LeafConditionedDDPM, TreeTopology, TreeVAE
-from treediff.cpu import has_fast
+from treediff.core.cpu import has_fast
 from treediff.data import load_dataset
 from treediff.diffusion import DDIMSampler, UNet
 from treediff.metrics import FeatureClassifier, FeatureStatistics, frechet_distance

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from munkey import KeyMemoryTransformer
 from treediff import TreeTopology, TreeVAE
-from treediff.distributed import World
-from treediff.long_run import LongRun
+from treediff.core.distributed import World
+from treediff.core.long_run import LongRun
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = {

@@ -5,18 +5,18 @@
 and `DiffuseTreeVAE` is both stages as one.
 """
 
-from treediff.contrast import TreeContrast
-from treediff.ddpm import LeafConditionedDDPM
-from treediff.density import LeafDensity
+from treediff.core.ema import EMA
 from treediff.diffusion import TreeCondition
-from treediff.ema import EMA
-from treediff.growth import TreeGrowth
-from treediff.pipeline import DiffuseTreeVAE
-from treediff.policies import LeafStatistics
-from treediff.posterior import ELBO, TreePosterior
-from treediff.stage import Stage
-from treediff.topology import TreeTopology
-from treediff.treevae import TreeVAE
+from treediff.diffusion.ddpm import LeafConditionedDDPM
+from treediff.growth.growth import TreeGrowth
+from treediff.growth.policy import LeafStatistics
+from treediff.growth.stage import Stage
+from treediff.pipeline.density import LeafDensity
+from treediff.pipeline.model import DiffuseTreeVAE
+from treediff.tree.topology import TreeTopology
+from treediff.treevae.contrast import TreeContrast
+from treediff.treevae.model import TreeVAE
+from treediff.treevae.posterior import ELBO, TreePosterior
 
 __version__ = "0.1.0.dev0"
 

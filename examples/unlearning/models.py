@@ -21,8 +21,8 @@ from train_munkey import train
 from unlearning.task import Task
 
 from munkey import DurableStore, KeyMemoryTransformer, pathway_accuracies, posthoc
+from munkey.posthoc.privacy import poisson_batches, private_backward
 from munkey.presets import patch_for
-from munkey.privacy import poisson_batches, private_backward
 from treediff.augment import Augment
 
 

@@ -25,7 +25,7 @@ from munkey.audit import (
     membership_scores,
     relearning_curve,
 )
-from treediff.checkpoint import read_checkpoint, save_checkpoint
+from treediff.core.checkpoint import read_checkpoint, save_checkpoint
 from treediff.data import load_dataset
 
 

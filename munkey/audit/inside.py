@@ -23,7 +23,7 @@ from munkey.audit.references import classifier_scores, confidence_features
 from munkey.memory import KeyValueMemory
 from munkey.model import KeyMemoryTransformer
 from munkey.store.store import KeyStore
-from treediff.modes import evaluating
+from treediff.core.modes import evaluating
 
 __all__ = ["InsideView", "inside_attacks", "inside_view", "worst_attack"]
 

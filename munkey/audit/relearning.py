@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from munkey.checks import check_no_label_is_missing
+from munkey.store.checks import check_no_label_is_missing
 
 __all__ = ["relearning_curve", "steps_to_reach"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from munkey.checks import check_width
 from munkey.posthoc.descent import Examples, check_examples, cross_entropy, descend, draws
-from treediff.modes import evaluating
+from munkey.store.checks import check_width
+from treediff.core.modes import evaluating
 
 __all__ = ["adversarial_examples", "amun"]
 

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from munkey.checks import check_width
 from munkey.posthoc.descent import Examples, check_examples, cross_entropy, weights_of
+from munkey.store.checks import check_width
+from treediff.core.modes import evaluating
 from treediff.data import batches
-from treediff.modes import evaluating
 
 __all__ = ["importance", "ssd"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from munkey.checks import check_no_label_is_missing, check_width
+from munkey.store.checks import check_no_label_is_missing, check_width
 from treediff.data import batches
 
 __all__ = [

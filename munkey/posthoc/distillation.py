@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from munkey.posthoc.descent import Examples, descend, draws
-from treediff.modes import evaluating
+from treediff.core.modes import evaluating
 
 __all__ = ["bad_teacher", "scrub"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from munkey.posthoc.descent import Examples, check_examples, cross_entropy, descend, draws, weights_of
-from treediff.modes import evaluating
+from treediff.core.modes import evaluating
 
 __all__ = ["random_labels", "sal_un", "saliency", "wrong_labels"]
 

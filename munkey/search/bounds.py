@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from munkey.search.codes import TINY, Screen, bytes_of, length_above
-from treediff.cpu import has_fast
+from treediff.core.cpu import has_fast
 
 __all__ = ["Groups", "Pairs", "may_overflow", "plain", "product", "screened"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from treediff.blocks import in_threads
-from treediff.modes import lasting
+from treediff.core.modes import lasting
+from treediff.core.threads import in_threads
 
 __all__ = ["TINY", "Screen", "bytes_of", "length_above"]
 

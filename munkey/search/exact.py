@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from munkey.checks import check_width
 from munkey.search.bounds import Pairs, may_overflow, plain, product, screened
 from munkey.search.codes import Screen, length_above
 from munkey.search.scores import pair_scores
+from munkey.store.checks import check_width
 
 __all__ = [
     "Neighbours",

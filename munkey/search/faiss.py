@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from munkey.checks import check_width
 from munkey.search.exact import Neighbours, Searchable
 from munkey.store.change import Change, Removed, Replaced
+from munkey.store.checks import check_width
 from munkey.store.follower import Follower
 from munkey.store.store import KeyStore
 

@@ -31,7 +31,7 @@ from munkey.store.erase import Scratch
 from munkey.store.file.disk import Disk, give_back, read_whole, while_whole, wipe, wipe_leftovers, write_whole
 from munkey.store.schema import COLUMNS, Rows
 from munkey.store.store import KeyStore
-from treediff.io import dtype_name, dtype_named, model_bytes, read_header, read_tensors
+from treediff.core.io import dtype_name, dtype_named, model_bytes, read_header, read_tensors
 
 __all__ = ["Shard", "load", "model_file", "save"]
 

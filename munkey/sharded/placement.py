@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from munkey.checks import some
-from treediff.noise import counter_uniform
+from munkey.store.checks import some
+from treediff.core.noise import counter_uniform
 
 __all__ = ["check_place", "may_share", "owners"]
 

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from munkey.checks import check_width, ordered_ids, some, to_forget
 from munkey.search.exact import Neighbours, Search, check_queries, exact
 from munkey.sharded import folder as folders
 from munkey.sharded.packing import pack, unpack
@@ -26,6 +25,7 @@ from munkey.sharded.placement import check_place, owners
 from munkey.sharded.ranks import Ranks, Route
 from munkey.sharded.shared_neighbours import SharedNeighbours
 from munkey.store.change import Added, Removed
+from munkey.store.checks import check_width, ordered_ids, some, to_forget
 from munkey.store.digest import MODULUS
 from munkey.store.file.disk import Disk
 from munkey.store.lock import Lock

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from munkey.store.erase import Scratch
 from munkey.store.receipts import Receipt
-from treediff.modes import lasting
+from treediff.core.modes import lasting
 
 __all__ = ["Added", "Change", "Moved", "Removed", "Replaced", "Step", "long_lived"]
 

@@ -35,8 +35,8 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
-from munkey.checks import some
 from munkey.store.change import Added, Change, Removed
+from munkey.store.checks import some
 from munkey.store.digest import Digest, keyed_hash
 from munkey.store.erase import Scratch
 from munkey.store.file.disk import Disk, Owner
@@ -44,7 +44,7 @@ from munkey.store.follower import Follower, Undone
 from munkey.store.receipts import Receipt
 from munkey.store.schema import Rows
 from munkey.store.table import Table
-from treediff.io import dtype_name
+from treediff.core.io import dtype_name
 
 __all__ = ["LoggedRows", "Mark", "ReceiptLog", "Verified", "known_to", "row_tokens", "tokens_of", "verify"]
 

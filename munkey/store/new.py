@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from munkey.checks import check_rows
+from munkey.store.checks import check_rows
 from munkey.store.schema import COLUMNS, Column, Rows
-from treediff.noise import counter_normal
+from treediff.core.noise import counter_normal
 
 __all__ = ["NewRows"]
 

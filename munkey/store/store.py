@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from munkey.checks import check_width, distinct, ordered_ids, some, to_forget
 from munkey.search.exact import Neighbours, Search, at_least, nearest
 from munkey.search.scores import pair_scores
 from munkey.store.averages import AverageRows
 from munkey.store.change import Added, Change, Moved, Removed, Replaced, long_lived
+from munkey.store.checks import check_width, distinct, ordered_ids, some, to_forget
 from munkey.store.codes import Codes
 from munkey.store.digest import MODULUS, Digest, hash_rows, sum_of
 from munkey.store.erase import Scratch

@@ -14,7 +14,7 @@ from stores import SECRET, WIDTHS, keys_of, seeded
 from torch import Tensor
 
 from munkey import KeyMemoryTransformer, KeyStore, KeyValueMemory, ShardedKeyStore
-from treediff.distributed import World, data_parallel
+from treediff.core.distributed import World, data_parallel
 
 Operation = tuple[str, list[int]]
 

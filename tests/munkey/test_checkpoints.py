@@ -16,8 +16,8 @@ from torch import Tensor
 from munkey import KeyStore
 from munkey.checkpoints import WipedCheckpoints
 from treediff import EMA
-from treediff.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
-from treediff.long_run import LongRun
+from treediff.core.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from treediff.core.long_run import LongRun
 
 OLD, NEW = b"old" * 1000, b"new" * 700
 

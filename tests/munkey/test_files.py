@@ -15,7 +15,7 @@ from disks import FailingDisk, Killed
 from torch import nn
 
 from munkey import ConvEncoder, DurableStore, KeyMemoryTransformer, ModuleEncoder, Projection, files
-from treediff.io import model_bytes, read_header, read_tensors
+from treediff.core.io import model_bytes, read_header, read_tensors
 
 
 @pytest.mark.parametrize("settings", [{}, {"mode": "exact"}, {"aggregation": "softmax"}, {"aggregation": "rank"}])

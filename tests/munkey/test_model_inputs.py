@@ -18,7 +18,8 @@ from munkey import (
     Projection,
     ValueWriter,
 )
-from munkey.transformer import TransformerBlock, VectorTokens
+from munkey.readout.tokens import VectorTokens
+from munkey.readout.transformer import TransformerBlock
 
 
 def parts(**changes: object) -> dict[str, object]:

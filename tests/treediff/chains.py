@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from treediff.core.noise import NoiseStream
 from treediff.diffusion.parameterization import as_x0
 from treediff.diffusion.samplers import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, Sampler
 from treediff.diffusion.schedule import NoiseSchedule
-from treediff.noise import NoiseStream
 from treediff.testing import GaussianMixture
 
 SAMPLERS: dict[str, Sampler] = {

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from worlds import seeded
 
 from treediff import EMA
-from treediff.distributed import ALONE, World, data_parallel, start
-from treediff.long_run import LongRun
+from treediff.core.distributed import ALONE, World, data_parallel, start
+from treediff.core.long_run import LongRun
 
 EPOCHS, BATCHES = 3, 4  # in each of two stages
 STEPS = 2 * EPOCHS * BATCHES

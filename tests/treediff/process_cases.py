@@ -19,9 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from worlds import seeded
 
 from treediff import TreeContrast, TreeGrowth, TreeVAE
-from treediff.distributed import World, data_parallel, start
-from treediff.posterior import TreePosterior
-from treediff.visits import Visits
+from treediff.core.distributed import World, data_parallel, start
+from treediff.tree.visits import Visits
+from treediff.treevae.posterior import TreePosterior
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from treediff.topology import TreeTopology
+from treediff.tree.topology import TreeTopology
 
 # No deadline: the first call into torch may be slow, and somebody else may be using the machine.
 quick = settings(deadline=None, max_examples=40)

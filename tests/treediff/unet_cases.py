@@ -7,11 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treediff.diffusion.blocks import AdaGroupNorm, TimestepEmbedding, UNetBlock
-from treediff.diffusion.map_attention import CrossAttention2d, SelfAttention2d
-from treediff.diffusion.resampling import Downsample2d, Upsample2d
-from treediff.diffusion.unet import UNet
-from treediff.diffusion.unet_layers import UNetLayer
+from treediff.diffusion.unet import UNet, UNetLayer
+from treediff.diffusion.unet_blocks import (
+    AdaGroupNorm,
+    CrossAttention2d,
+    Downsample2d,
+    SelfAttention2d,
+    TimestepEmbedding,
+    UNetBlock,
+    Upsample2d,
+)
 
 MASK = torch.tensor([[True, False, True], [True, True, True], [False, False, False], [False, True, False]])
 

@@ -14,7 +14,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from treediff.testing import GaussianTree
-from treediff.topology import TreeTopology
+from treediff.tree.topology import TreeTopology
 
 Array = npt.NDArray[np.float64]
 UNEVEN = TreeTopology.balanced(2).split(4).prune(3).prune(5)  # pass-throughs at 1 and 2

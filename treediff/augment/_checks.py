@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from treediff.checks import float_advice
+from treediff.core.checks import float_advice
 
 
 def check_images(images: Tensor) -> None:

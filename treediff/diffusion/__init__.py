@@ -6,26 +6,22 @@ a tree into what the *U-Net* is told.
 """
 
 from treediff.diffusion.condition import NodeIndex, TreeCondition
-from treediff.diffusion.conditioning import (
+from treediff.diffusion.conditioners import (
     Conditioner,
     Conditioners,
+    LatentEmbedding,
     LeafWeightsEmbedding,
     NodeEmbedding,
+    PathEncoder,
+    PathTokens,
     ReconstructionConcat,
     Signal,
 )
-from treediff.diffusion.continuous import (
-    CosineSchedule,
-    CustomSchedule,
-    LinearSchedule,
-    ScaledLinearSchedule,
-    SigmoidSchedule,
-)
+from treediff.diffusion.denoiser import Denoiser, Progress
 from treediff.diffusion.discrete import DiscreteSchedule, rescale_zero_terminal_snr
 from treediff.diffusion.grids import karras, quadratic, trailing, uniform
 from treediff.diffusion.guidance import ClippedDenoiser, GuidedDenoiser
 from treediff.diffusion.parameterization import as_noise, as_x0, target
-from treediff.diffusion.paths import LatentEmbedding, PathEncoder, PathTokens
 from treediff.diffusion.samplers import (
     DDIMSampler,
     DDPMSampler,
@@ -33,8 +29,14 @@ from treediff.diffusion.samplers import (
     HeunSampler,
     Sampler,
 )
-from treediff.diffusion.schedule import NoiseSchedule
-from treediff.diffusion.steps import Denoiser, Progress
+from treediff.diffusion.schedule import (
+    CosineSchedule,
+    CustomSchedule,
+    LinearSchedule,
+    NoiseSchedule,
+    ScaledLinearSchedule,
+    SigmoidSchedule,
+)
 from treediff.diffusion.unet import UNet
 from treediff.diffusion.weighting import min_snr, simple
 

@@ -12,9 +12,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from treediff.checks import check_noise, check_times
-from treediff.modes import lasting
-from treediff.topology import TreeTopology
+from treediff.core.checks import check_noise, check_times
+from treediff.core.modes import lasting
+from treediff.tree.topology import TreeTopology
 
 __all__ = ["NodeIndex", "TreeCondition"]
 

@@ -9,10 +9,10 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from treediff.checks import check_times
+from treediff.core.checks import check_times
+from treediff.core.modes import lasting
+from treediff.core.noise import widest
 from treediff.diffusion.schedule import NoiseSchedule
-from treediff.modes import lasting
-from treediff.noise import widest
 
 __all__ = ["DiscreteSchedule", "rescale_zero_terminal_snr"]
 
@@ -79,7 +79,7 @@ class DiscreteSchedule(NoiseSchedule):
             ValueError: if it is below 1.
 
         Examples:
-            >>> from treediff.diffusion.continuous import CosineSchedule
+            >>> from treediff.diffusion.schedule import CosineSchedule
             >>> DiscreteSchedule.sampled(CosineSchedule(end=1.0), 4).alpha(torch.tensor([0.5, 1.0]))
             tensor([0.7027, 0.0120])
         """

@@ -49,7 +49,7 @@ def trailing(schedule: NoiseSchedule, steps: int, *, start: float = 1.0) -> Tens
     Arguments and errors are those of `uniform`.
 
     Examples:
-        >>> from treediff.diffusion.continuous import LinearSchedule
+        >>> from treediff.diffusion.schedule import LinearSchedule
         >>> trailing(LinearSchedule(), 4)
         tensor([1.0000, 0.7500, 0.5000, 0.2500, 0.0000], dtype=torch.float64)
     """
@@ -86,7 +86,7 @@ def karras(schedule: NoiseSchedule, steps: int, *, start: float = 1.0, rho: floa
             `sigma / alpha` is infinite.
 
     Examples:
-        >>> from treediff.diffusion.continuous import LinearSchedule
+        >>> from treediff.diffusion.schedule import LinearSchedule
         >>> karras(LinearSchedule(), 3)
         tensor([1.0000, 0.5921, 0.0010, 0.0000], dtype=torch.float64)
     """

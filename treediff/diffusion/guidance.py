@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from treediff.diffusion.denoiser import Denoiser
 from treediff.diffusion.schedule import NoiseSchedule
-from treediff.diffusion.steps import Denoiser
 
 __all__ = ["ClippedDenoiser", "GuidedDenoiser", "check_guidance"]
 

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from treediff.checks import check_noise
+from treediff.core.checks import check_noise
 
 __all__ = ["Prediction", "as_noise", "as_x0", "check_prediction", "target"]
 

@@ -12,15 +12,21 @@ from typing import Any
 
 import torch
 
-from treediff.diffusion.conditioning import Conditioner, Conditioners, NodeEmbedding, ReconstructionConcat
-from treediff.diffusion.continuous import CosineSchedule, LinearSchedule, SigmoidSchedule
+from treediff.diffusion.conditioners import (
+    Conditioner,
+    Conditioners,
+    LatentEmbedding,
+    NodeEmbedding,
+    PathEncoder,
+    PathTokens,
+    ReconstructionConcat,
+)
 from treediff.diffusion.discrete import DiscreteSchedule
 from treediff.diffusion.parameterization import check_prediction
-from treediff.diffusion.paths import LatentEmbedding, PathEncoder, PathTokens
-from treediff.diffusion.schedule import NoiseSchedule
+from treediff.diffusion.schedule import CosineSchedule, LinearSchedule, NoiseSchedule, SigmoidSchedule
 from treediff.diffusion.unet import UNet
 from treediff.diffusion.weighting import min_snr, simple
-from treediff.topology import TreeTopology
+from treediff.tree.topology import TreeTopology
 
 __all__ = ["CONDITIONS", "SCHEDULES", "PresetParts", "preset_parts"]
 

@@ -22,8 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from treediff.checks import check_noise
-from treediff.diffusion.steps import Denoiser, Level, Noise, Progress, Step, levels_at
+from treediff.core.checks import check_noise
+from treediff.diffusion.denoiser import Denoiser, Level, Noise, Progress, Step, levels_at
 
 __all__ = ["DDIMSampler", "DDPMSampler", "DPMSolverSampler", "HeunSampler", "Sampler"]
 
@@ -52,7 +52,7 @@ class Sampler(ABC):
                 `times[0]` on them.
             times: `(steps + 1,)`, decreasing; see `treediff.diffusion.grids`.
             noise: from the index of a step to standard normal noise shaped like `x`, such as a
-                `treediff.noise.NoiseStream`; needed by stochastic samplers only.
+                `treediff.core.noise.NoiseStream`; needed by stochastic samplers only.
             callback: told of each step, for progress and pictures; what it returns is ignored.
 
         Returns:

@@ -1,15 +1,16 @@
 """The layers a TreeVAE is made of, each a small module of its own."""
 
-from treediff.layers.annealing import KLAnnealing
-from treediff.layers.bank import NodeBank
-from treediff.layers.blocks import BottomUpBlock, GaussianHead, LatentTransition, Router
+from treediff.core.groups import Groups
+from treediff.growth.annealing import KLAnnealing
 from treediff.layers.contrastive import ProjectionHead, decision_nt_xent, nt_xent
 from treediff.layers.decoders import ConvDecoder, MLPDecoder, PatchDecoder, ResidualDecoder
 from treediff.layers.encoders import ConvEncoder, MLPEncoder, ResidualBlock, ResidualEncoder
-from treediff.layers.grouped import grouped_call, grouped_linear
-from treediff.layers.groups import Groups
+from treediff.layers.grouped.bank import NodeBank
+from treediff.layers.grouped.call import grouped_call, grouped_linear
+from treediff.layers.heads import BottomUpBlock, GaussianHead, LatentTransition
 from treediff.layers.init import initialize
 from treediff.layers.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood
+from treediff.layers.router import Router
 
 __all__ = [
     "BernoulliLikelihood",

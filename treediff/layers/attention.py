@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from treediff.layers.blocks import check_positive
+from treediff.core.checks import check_positive
 
 __all__ = ["Attention"]
 

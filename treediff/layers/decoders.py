@@ -1,7 +1,7 @@
 """From a leaf's latent to the raw output that a likelihood reads. One decoder per leaf.
 
 Each takes a latent of shape `(D,)` or `(D, h, w)` and returns one observation. They are built from layers
-that compute all leaves at once (see `treediff.layers.grouped`), except `ResidualBlock`, which goes from leaf to
+that compute all leaves at once (see `treediff.layers.grouped.call`), except `ResidualBlock`, which goes from leaf to
 leaf.
 """
 
@@ -15,16 +15,9 @@ import torch
 from einops.layers.torch import Rearrange
 from torch import nn
 
-from treediff.layers.blocks import (
-    Shape,
-    check_numbers,
-    check_positive,
-    check_shape,
-    check_size,
-    norm,
-    stack,
-)
+from treediff.core.checks import Shape, check_numbers, check_positive, check_shape, check_size
 from treediff.layers.encoders import ResidualBlock
+from treediff.layers.hidden import norm, stack
 
 __all__ = ["ConvDecoder", "MLPDecoder", "PatchDecoder", "ResidualDecoder"]
 

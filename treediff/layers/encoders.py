@@ -13,15 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from treediff.layers.blocks import (
-    Shape,
-    check_numbers,
-    check_positive,
-    check_shape,
-    check_size,
-    norm,
-    stack,
-)
+from treediff.core.checks import Shape, check_numbers, check_positive, check_shape, check_size
+from treediff.layers.hidden import norm, stack
 
 __all__ = ["ConvEncoder", "MLPEncoder", "ResidualBlock", "ResidualEncoder"]
 

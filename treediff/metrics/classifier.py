@@ -9,12 +9,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from treediff.checks import check_batch
-from treediff.hub import Pretrained
-from treediff.io import described_by, dtype_name, dtype_named, load_into, read_header, save_model
-from treediff.layers.blocks import check_positive, check_size, norm
+from treediff.core.checks import check_batch, check_positive, check_size
+from treediff.core.hub import Pretrained
+from treediff.core.io import described_by, dtype_name, dtype_named, load_into, read_header, save_model
+from treediff.core.modes import lasting
+from treediff.layers.hidden import norm
 from treediff.layers.init import initialize
-from treediff.modes import lasting
 
 __all__ = ["FeatureClassifier"]
 
@@ -127,7 +127,7 @@ class FeatureClassifier(Pretrained, nn.Module):
         return ", ".join(f"{name}={value}" for name, value in self.config.items())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights and configuration to one safetensors file; see `treediff.io`."""
+        """Write weights and configuration to one safetensors file; see `treediff.core.io`."""
         dtype = dtype_name(self.last.weight.dtype)
         save_model(self, path, {"config": self.config, "dtype": dtype})
 

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from treediff._assignment import Counts, best_assignment
-from treediff._metric_inputs import Ids, as_ids, as_probabilities, children_first, count_table
+from treediff.metrics._assignment import Counts, best_assignment
+from treediff.metrics._inputs import Ids, as_ids, as_probabilities, children_first, count_table
 
 __all__ = [
     "ari",

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from treediff._metric_inputs import SUM_TOLERANCE, Ids, as_array, as_ids
-from treediff.layers.blocks import check_positive
+from treediff.core.checks import check_positive
+from treediff.metrics._inputs import SUM_TOLERANCE, Ids, as_array, as_ids
 
 __all__ = ["ClusterSpecificity", "ReturnRate", "cluster_specificity", "return_rate"]
 

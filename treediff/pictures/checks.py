@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from treediff.checks import float_advice
+from treediff.core.checks import float_advice
 
 __all__ = ["check_images"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from treediff.topology import TreeTopology
+from treediff.tree.topology import TreeTopology
 
 __all__ = ["columns", "spans"]
 

@@ -11,11 +11,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from treediff.generation import TreeSample
-from treediff.noise import seed_from
+from treediff.core.noise import seed_from
 from treediff.pictures.checks import check_images
 from treediff.pictures.summary import Images
-from treediff.treevae import TreeVAE
+from treediff.treevae.model import TreeVAE
+from treediff.treevae.prior import TreeSample
 
 __all__ = ["Refine", "as_images", "draw_samples"]
 

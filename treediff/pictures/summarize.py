@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from treediff.checks import float_advice
-from treediff.modes import evaluating
+from treediff.core.checks import float_advice
+from treediff.core.modes import evaluating
 from treediff.pictures.layout import spans
 from treediff.pictures.samples import Refine, as_images, draw_samples
 from treediff.pictures.summary import Ints, NodeSummary, TreeSummary
-from treediff.treevae import TreeVAE
+from treediff.treevae.model import TreeVAE
 
 __all__ = ["summarize_tree"]
 

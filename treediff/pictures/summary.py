@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from treediff.topology import TreeTopology
+from treediff.tree.topology import TreeTopology
 
 __all__ = ["Images", "Ints", "NodeSummary", "TreeSummary"]
 

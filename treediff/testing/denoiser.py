@@ -22,7 +22,7 @@ class ExactDenoiser:
         schedule: the noise schedule.
 
     Examples:
-        >>> from treediff.diffusion.continuous import LinearSchedule
+        >>> from treediff.diffusion.schedule import LinearSchedule
         >>> point = GaussianMixture(torch.zeros(1), torch.ones(1, 2), 1e-6 * torch.eye(2)[None])
         >>> ExactDenoiser(point, LinearSchedule())(torch.zeros(1, 2), 0.9)
         tensor([[1.0000, 1.0000]], dtype=torch.float64)

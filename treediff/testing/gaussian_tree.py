@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from treediff.diffusion.schedule import NoiseSchedule
-from treediff.probability import leaf_log_probs
 from treediff.testing._nodes import checked_copies, require_nodes
 from treediff.testing.denoiser import ExactDenoiser
 from treediff.testing.mixture import GaussianMixture
-from treediff.topology import TreeTopology
+from treediff.tree.probability import leaf_log_probs
+from treediff.tree.topology import TreeTopology
 
 __all__ = ["GaussianTree"]
 
@@ -244,7 +244,7 @@ class GaussianTree:
             KeyError: if there is no such node.
 
         Examples:
-            >>> from treediff.diffusion.continuous import LinearSchedule
+            >>> from treediff.diffusion.schedule import LinearSchedule
             >>> world = GaussianTree.random(TreeTopology.balanced(1), latent=2, features=3)
             >>> world.denoiser(LinearSchedule(), node=1)(torch.zeros(4, 3), 0.5).shape
             torch.Size([4, 3])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from treediff.testing._nodes import require_nodes
-from treediff.topology import TreeTopology
+from treediff.tree.topology import TreeTopology
 
 __all__ = ["same_hierarchy"]
 

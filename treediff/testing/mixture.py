@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from treediff.modes import lasting
+from treediff.core.modes import lasting
 
 __all__ = ["GaussianMixture"]
 

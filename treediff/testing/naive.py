@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from treediff.posterior import ELBO
-from treediff.treevae import TreeVAE
+from treediff.treevae.model import TreeVAE
+from treediff.treevae.posterior import ELBO
 
 __all__ = ["NaiveTreeVAE"]
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from munkey.store.digest import HASH, checksum
 from munkey.store.file.disk import Disk
-from treediff.io import dtype_name
+from treediff.core.io import dtype_name
 
 __all__ = ["BLOCK", "DTYPES", "STATE", "Layout", "Records", "State", "described_by", "read_description"]
 

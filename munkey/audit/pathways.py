@@ -1,0 +1,67 @@
+"""How much each pathway of a classifier knows.
+
+The paper's Pathway Sensitivity Score is built on the accuracy of the image pathway alone; its formula is not known to
+us, so none is given here, only the accuracies themselves.
+
+Letters: `B` inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from munkey.model import KeyMemoryTransformer
+from treediff.core.modes import evaluating
+
+__all__ = ["PathwayAccuracies", "pathway_accuracies"]
+
+
+@dataclass(frozen=True)
+class PathwayAccuracies:
+    """Shares of inputs that are classified rightly, from 0 to 1; NaN where there is no input.
+
+    Args:
+        full: with input and neighbours.
+        input: with the null exemplar in place of neighbours.
+        memory: with neighbours alone; the input is seen by the key encoder only.
+    """
+
+    full: float
+    input: float
+    memory: float
+
+
+@torch.no_grad()
+def pathway_accuracies(
+    model: KeyMemoryTransformer,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    keys: Tensor | None = None,
+    batch_size: int = 256,
+) -> PathwayAccuracies:
+    """Accuracies on some inputs, in eval mode.
+
+    Args:
+        model: the classifier.
+        x: `(B, ...)` inputs.
+        labels: `(B,)` int64.
+        keys: `(B, D)` what the model's key encoder makes of the inputs, if it is at hand.
+        batch_size: how many are classified at a time.
+
+    Raises:
+        ValueError: if there is not one label for each input.
+    """
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"expected one label for each of {len(x)} inputs, found {tuple(labels.shape)}")
+    right = torch.zeros(3, device=x.device)
+    with evaluating(model):
+        for rows in torch.arange(len(x)).split(batch_size):
+            queries = model.key_encoder(x[rows]) if keys is None else keys[rows]
+            for row, settings in enumerate(({}, {"use_memory": False}, {"use_input": False})):
+                logits = model(x[rows], keys=queries, **settings)
+                right[row] += (logits.argmax(1) == labels[rows]).sum()
+    return PathwayAccuracies(*(right.double() / len(x)).tolist())

@@ -1,0 +1,101 @@
+"""Projections as key encoders: random weights, or principal components."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from munkey.encoders.base import KeyEncoder
+from munkey.store.checks import check_width
+from treediff.core.noise import counter_normal
+
+__all__ = ["Projection"]
+
+
+class Projection(KeyEncoder):
+    """`(x - mean) W` on flattened inputs: random, or principal components.
+
+    Args:
+        mean: `(n,)`.
+        weight: `(n, D)`.
+        fitted_on: one of `FITTED_ON`.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Examples:
+        >>> Projection.random((1, 28, 28), 64)(torch.rand(3, 1, 28, 28)).shape
+        torch.Size([3, 64])
+    """
+
+    row_wise = True
+    mean: Tensor
+    weight: Tensor
+
+    def __init__(self, mean: Tensor, weight: Tensor, *, fitted_on: str) -> None:
+        if mean.ndim != 1 or weight.ndim != 2 or len(mean) != len(weight):
+            raise ValueError(
+                f"expected a mean (n,) and weights (n, D), found {tuple(mean.shape)}, {tuple(weight.shape)}"
+            )
+        super().__init__(weight.shape[1], fitted_on)
+        self.config["inputs"] = len(mean)
+        # Contiguous, as they come back from a file: products of a transposed matrix are rounded otherwise.
+        self.register_buffer("mean", mean.contiguous())
+        self.register_buffer("weight", weight.contiguous())
+
+    def encode(self, x: Tensor) -> Tensor:
+        """See the class."""
+        x = x.flatten(1)
+        if x.shape[1] != len(self.mean):
+            raise ValueError(
+                f"this projection takes inputs of {len(self.mean)} numbers each, found {x.shape[1]}; it was made for "
+                "other data, or for images of another size"
+            )
+        return (x - self.mean) @ self.weight
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """See the base class."""
+        count = config["inputs"]
+        return cls(torch.zeros(count), torch.zeros(count, config["width"]), fitted_on=config["fitted_on"])
+
+    @classmethod
+    def random(cls, inputs: tuple[int, ...], width: int, *, seed: int = 0) -> Self:
+        """Independent normal weights of variance `1 / n`: distances are kept up to a factor (Johnson, Lindenstrauss).
+
+        Raises:
+            TypeError: if the width is not whole.
+            ValueError: if it is below 1.
+        """
+        check_width(key_width=width)
+        count = math.prod(inputs)
+        weight = counter_normal(seed, torch.arange(count), (width,), dtype=torch.float32) / math.sqrt(count)
+        return cls(torch.full((count,), 0.5), weight, fitted_on="nothing")
+
+    @classmethod
+    def principal(cls, x: Tensor, width: int, *, fitted_on: str) -> Self:
+        """The first principal components of some inputs, each direction with its sign fixed.
+
+        Args:
+            x: `(N, ...)`, what to fit to.
+            width: how many.
+            fitted_on: what these are to the model: one of `FITTED_ON`.
+
+        Raises:
+            TypeError: if the width is not whole.
+            ValueError: if it is below 1, or above what the inputs span.
+        """
+        check_width(key_width=width)
+        rows = x.flatten(1).double()
+        if width > min(rows.shape):
+            raise ValueError(
+                f"{tuple(rows.shape)} inputs have at most {min(rows.shape)} components, found width={width}"
+            )
+        mean = rows.mean(0)
+        _, directions = torch.linalg.eigh((rows - mean).T @ (rows - mean))
+        weight = directions[:, -width:].flip(1)
+        weight = weight * weight.gather(0, weight.abs().argmax(0, keepdim=True)).sign()
+        return cls(mean.to(x.dtype), weight.to(x.dtype), fitted_on=fitted_on)

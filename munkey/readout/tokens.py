@@ -1,0 +1,112 @@
+"""Tokens of an input: patches of an image, or linear maps of a vector."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from munkey.store.checks import check_width
+from treediff.core.checks import check_batch
+
+__all__ = ["ImageTokens", "VectorTokens"]
+
+
+class ImageTokens(nn.Module):
+    """An image as one token per patch, with learned positions (ViT, Dosovitskiy et al., arXiv 2010.11929, eq. 1).
+
+    Args:
+        size: height and width, or one number for both.
+        channels: 1 for grey, 3 for colour.
+        patch: height and width of a patch; must divide the size.
+        width: `W`.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Shapes:
+        `(B, C, H, W)` in [0, 1] to `(B, S, W)`.
+
+    Raises:
+        TypeError: if a number is not whole.
+        ValueError: if a number is below 1, or patches do not fill the image.
+
+    Examples:
+        >>> ImageTokens(size=28, channels=1, patch=7, width=8)(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 16, 8])
+    """
+
+    def __init__(
+        self,
+        size: int | tuple[int, int],
+        channels: int,
+        patch: int,
+        width: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        height, breadth = (size, size) if isinstance(size, int) else size
+        check_width(height=height, width=breadth, channels=channels, patch=patch, token_width=width)
+        if height % patch or breadth % patch:
+            raise ValueError(f"patches must fill the image; {patch} does not divide {height} and {breadth}")
+        self.inputs, self.patch, self.width = (channels, height, breadth), patch, width
+        self.count = (height // patch) * (breadth // patch)
+        self.embed = nn.Linear(channels * patch**2, width, device=device, dtype=dtype)
+        self.position = nn.Parameter(0.02 * torch.randn(self.count, width, device=device, dtype=dtype))
+
+    def check(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless these are images as the class says."""
+        check_batch(x, self.inputs, self.embed.weight.dtype, (0.0, 1.0), "images")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        patches = rearrange(2 * x - 1, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
+        tokens: Tensor = self.embed(patches) + self.position
+        return tokens
+
+
+class VectorTokens(nn.Module):
+    """A vector (a row of a table, features of a text) as a few tokens.
+
+    Args:
+        features: numbers of a vector.
+        count: how many tokens.
+        width: `W`.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Shapes:
+        `(B, features)` to `(B, S, W)`.
+
+    Raises:
+        TypeError: if a number is not whole.
+        ValueError: if a number is below 1.
+
+    Examples:
+        >>> VectorTokens(features=5, count=3, width=8)(torch.rand(2, 5)).shape
+        torch.Size([2, 3, 8])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        count: int,
+        width: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_width(features=features, count=count, token_width=width)
+        self.inputs, self.count, self.width = (features,), count, width
+        self.embed = nn.Linear(features, count * width, device=device, dtype=dtype)
+
+    def check(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless these are vectors as the class says."""
+        check_batch(x, self.inputs, self.embed.weight.dtype, None, "vectors")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        tokens: Tensor = rearrange(self.embed(x), "b (s w) -> b s w", s=self.count)
+        return tokens

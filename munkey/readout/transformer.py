@@ -1,0 +1,144 @@
+"""A small vision transformer in parts: tokens of an image or a vector, and pre-norm blocks.
+
+Only LayerNorm, so that rows of a batch do not know of each other and no running statistic remembers an instance.
+
+Letters: `B` batch, `C H W` image, `S` tokens, `W` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from munkey.readout.tokens import ImageTokens, VectorTokens
+from munkey.store.checks import check_width
+from treediff.layers.attention import Attention
+
+__all__ = ["ExemplarTransformer", "TransformerBlock"]
+
+
+class TransformerBlock(nn.Module):
+    """`x + Attention(norm(x))`, then `x + MLP(norm(x))`.
+
+    Args:
+        width: `W`.
+        heads: of the attention.
+        expansion: width of the hidden layer of the MLP, in units of `width`.
+        dropout: share of what both add that is dropped, in training only.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Shapes:
+        `(B, S, W)` to `(B, S, W)`.
+
+    Raises:
+        TypeError: if a number is not whole.
+        ValueError: if a number is below 1, or heads do not divide the width.
+
+    Source: Xiong et al. (arXiv 2002.04745), pre-norm.
+
+    Examples:
+        >>> TransformerBlock(8, heads=2)(torch.zeros(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int = 4,
+        expansion: int = 4,
+        dropout: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_width(expansion=expansion)
+        factory: Any = {"device": device, "dtype": dtype}
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width, **factory), nn.LayerNorm(width, **factory)
+        self.attention = Attention(width, heads=heads, **factory)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, expansion * width, **factory), nn.GELU(), nn.Linear(expansion * width, width, **factory)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        changed: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return changed
+
+
+class ExemplarTransformer(nn.Module):
+    """Logits for an input and a value: `head(norm(blocks([start, input tokens, exemplar])[0]))`.
+
+    The exemplar token is a linear map of the value; its bias is the type embedding. It knows nothing of a memory, and
+    each pair of input and value is on its own. The paper (arXiv 2603.15033) says that an exemplar token is appended;
+    how a value becomes one is a choice of ours.
+
+    Args:
+        tokens: from inputs to tokens, `ImageTokens` or `VectorTokens`.
+        blocks: the transformer.
+        value_width: `V`.
+        num_classes: `n`.
+
+    Shapes:
+        tokens `(B, S, W)` and values `(B, m, V)` to `(B, m, n)`.
+
+    Raises:
+        TypeError: if a number is not whole.
+        ValueError: if a number is below 1.
+
+    Examples:
+        >>> tokens = ImageTokens(size=8, channels=1, patch=2, width=16)
+        >>> network = ExemplarTransformer(tokens=tokens, blocks=[TransformerBlock(16, 2)], value_width=4, num_classes=3)
+        >>> network(tokens(torch.rand(5, 1, 8, 8)), torch.randn(5, 2, 4)).shape
+        torch.Size([5, 2, 3])
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens: ImageTokens | VectorTokens,
+        blocks: Iterable[TransformerBlock],
+        value_width: int,
+        num_classes: int,
+    ) -> None:
+        super().__init__()
+        check_width(value_width=value_width, num_classes=num_classes)
+        self.tokens, self.blocks = tokens, nn.ModuleList(blocks)
+        width = tokens.width
+        factory: Any = {"device": tokens.embed.weight.device, "dtype": tokens.embed.weight.dtype}
+        self.start = nn.Parameter(0.02 * torch.randn(width, **factory))
+        self.null_input = nn.Parameter(0.02 * torch.randn(tokens.count, width, **factory))
+        self.exemplar = nn.Linear(value_width, width, **factory)
+        self.norm, self.head = nn.LayerNorm(width, **factory), nn.Linear(width, num_classes, **factory)
+
+    @property
+    def value_width(self) -> int:
+        """`V`, numbers of a value."""
+        return self.exemplar.in_features
+
+    @property
+    def num_classes(self) -> int:
+        """`n`."""
+        return self.head.out_features
+
+    def features(self, inputs: Tensor, values: Tensor) -> Tensor:
+        """`(B, m, W)` what the head is given; arguments as for `forward`."""
+        batch, many = values.shape[:2]
+        exemplars = self.exemplar(values).flatten(0, 1)[:, None]
+        rows = inputs.repeat_interleave(many, 0)
+        x = torch.cat([self.start.expand(len(rows), 1, -1), rows, exemplars], 1)
+        for block in self.blocks:
+            x = block(x)
+        features: Tensor = self.norm(x[:, 0]).unflatten(0, (batch, many))
+        return features
+
+    def forward(self, inputs: Tensor, values: Tensor) -> Tensor:
+        """`(B, m, n)` logits for an input's tokens `(B, S, W)` beside each of its values `(B, m, V)`, one at a time."""
+        logits: Tensor = self.head(self.features(inputs, values))
+        return logits

@@ -1,0 +1,164 @@
+"""Whether images, times and noise suit what is done with them; one place, so that all say the same.
+
+What can be told from a shape or a dtype is always checked. Values of tensors are looked at on a CPU only, and not while
+PyTorch compiles: elsewhere a look would stop an accelerator's stream, or a graph, at every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_batch", "check_noise", "check_times", "float_advice"]
+
+_STEP = "step n of T steps, counted from 1, is t = n / T"
+Shape = tuple[int, ...]
+
+
+def check_batch(
+    x: object, shape: tuple[int, ...], dtype: torch.dtype, data_range: tuple[float, float] | None, what: str
+) -> Tensor:
+    """The batch itself, once it suits a model; values are looked at on a CPU only.
+
+    Args:
+        x: what was given.
+        shape: of one row.
+        dtype: of the weights; autocast allows others.
+        data_range: least and greatest value, both allowed; None for any finite one.
+        what: 'images' or 'observations', for messages.
+
+    Raises:
+        TypeError: if `x` is no tensor, not floating point, or of another dtype than the weights.
+        ValueError: if it has another shape, is not finite, or leaves the range.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected {what} as a tensor, found {type(x).__name__}; torch.as_tensor(x) makes one")
+    if not x.is_floating_point():
+        raise TypeError(f"expected floating-point {what}, found {x.dtype}; convert them with {float_advice(x.dtype)}")
+    if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != shape:
+        raise ValueError(f"expected {what} of shape (batch, {', '.join(map(str, shape))}), found {tuple(x.shape)}")
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"expected {what} of the dtype of the weights, {dtype}, found {x.dtype}; convert them with .to({dtype}), "
+            "or the model with model.to(x.dtype)"
+        )
+    if _may_look(x):
+        _check_values(x, data_range, what)
+    return x
+
+
+def check_times(t: Tensor | float, name: str = "t") -> None:
+    """Raise unless times, or levels of noise, lie in [0, 1]; those of a tensor are looked at on a CPU only.
+
+    Args:
+        t: a number, or a tensor of any shape.
+        name: for messages.
+
+    Raises:
+        TypeError: if a tensor is not floating point.
+        ValueError: if a time is NaN or outside of [0, 1].
+    """
+    if not isinstance(t, Tensor):
+        low, high = t, t
+    elif not t.is_floating_point():
+        raise TypeError(f"{name} must be floating point, from 0 to 1, found {t.dtype}; {_STEP}")
+    elif not _may_look(t):
+        return
+    else:
+        low, high = (float(value) for value in t.detach().aminmax())
+    if not (low >= 0 and high <= 1):  # true of NaN, too
+        raise ValueError(
+            f"{name} must lie in [0, 1], where 0 is the data and 1 is nothing but noise, found {low:.4g} to "
+            f"{high:.4g}; {_STEP}"
+        )
+
+
+def check_noise(noise: Tensor, like: Tensor, what: str) -> None:
+    """Raise unless there is a number of its own for each number that noise is put on.
+
+    Args:
+        noise: what was given.
+        like: what it is put on.
+        what: that tensor, for messages.
+
+    Raises:
+        TypeError: if it is not floating point, or (but for autocast) would widen the dtype.
+        ValueError: if it has another shape, which might broadcast, as one noise for all images does.
+    """
+    if noise.shape != like.shape:
+        raise ValueError(
+            f"noise must have the shape of {what}, {tuple(like.shape)}, found {tuple(noise.shape)}; draw a number for "
+            f"each: torch.randn_like({what})"
+        )
+    widens = torch.promote_types(noise.dtype, like.dtype) != like.dtype
+    if not noise.is_floating_point() or (widens and not torch.is_autocast_enabled(like.device.type)):
+        raise TypeError(
+            f"noise must have the dtype of {what}, {like.dtype}, found {noise.dtype}; draw it as "
+            f"torch.randn_like({what}), or convert floating-point noise with .to({like.dtype})"
+        )
+
+
+def _may_look(x: Tensor) -> bool:
+    """Whether there are values that can be looked at without waiting for them."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0
+
+
+def float_advice(dtype: torch.dtype) -> str:
+    """How images of a dtype become floating-point ones in [0, 1]."""
+    if dtype == torch.bool:
+        return "x.float()"
+    if dtype in (torch.uint8, torch.uint16):
+        return f"x.float() / {255 if dtype == torch.uint8 else 65535}"
+    return "x.float(), and divide images by what white is, 255 for 8 bits and 65535 for 16"
+
+
+def _check_values(x: Tensor, data_range: tuple[float, float] | None, what: str) -> None:
+    low, high = (float(v) for v in x.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{what} must be finite, found NaN or infinity; clean or mask the data first")
+    if data_range is not None and (low < data_range[0] or high > data_range[1]):
+        raise ValueError(
+            f"{what} must lie in {list(data_range)}, found values from {low:.4g} to {high:.4g}; divide 8-bit images by "
+            "255 and 16-bit ones by 65535, bring images from -1 to 1 to [0, 1] with (x + 1) / 2, and clamp what lies a "
+            "little outside"
+        )
+
+
+def check_shape(name: str, shape: Shape) -> Shape:
+    """A feature shape is `(D,)` or `(D, h, w)`, all positive."""
+    shape = check_numbers(name, shape)
+    if len(shape) not in (1, 3):
+        raise ValueError(f"{name} must be (width,) or (channels, height, width), found {shape}")
+    return shape
+
+
+def check_numbers(name: str, numbers: Sequence[int], *, some: bool = True) -> Shape:
+    """Sizes or widths: a tuple of whole numbers from 1 on, and not an empty one where there must be `some`."""
+    if isinstance(numbers, int):
+        raise TypeError(f"{name} must be a tuple of numbers, found {numbers}; write ({numbers},) for one")
+    if not isinstance(numbers, Sequence) or not all(isinstance(number, Integral) for number in numbers):
+        raise TypeError(f"{name} must be a tuple of whole numbers, found {numbers!r}")
+    numbers = tuple(numbers)
+    if min(numbers, default=0 if some else 1) < 1:
+        raise ValueError(f"{name} must hold numbers of at least 1, found {numbers}")
+    return numbers
+
+
+def check_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
+    """A size is `(height, width)`."""
+    if len(numbers := check_numbers(name, size)) != 2:
+        raise ValueError(f"{name} must be (height, width), found {numbers}")
+    return numbers[0], numbers[1]
+
+
+def check_positive(**numbers: int) -> None:
+    """Counts and widths are whole numbers and begin at 1."""
+    for name, number in numbers.items():
+        if not isinstance(number, Integral):
+            raise TypeError(f"{name} must be a whole number, found {number!r}")
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, found {number}")

@@ -1,0 +1,433 @@
+"""The residual block of the U-Net, and what it is made of.
+
+Letters: `B` batch, `C h w` feature map, `E` embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from treediff.core.checks import check_positive, check_times
+from treediff.layers.attention import Attention, check_dropout
+
+__all__ = [
+    "AdaGroupNorm",
+    "CrossAttention2d",
+    "Downsample2d",
+    "SelfAttention2d",
+    "TimestepEmbedding",
+    "UNetBlock",
+    "Upsample2d",
+    "ZeroConv2d",
+    "ZeroLinear",
+]
+
+
+def groups_of(channels: int) -> int:
+    """The number of groups of a norm: 16 channels in each where 16 divides their number, else more.
+
+    Fewer do not fill the vector registers of a CPU: with two channels in a group, as 32 groups of 64 channels have it,
+    PyTorch's GroupNorm takes many times as long on channels_last maps, in bfloat16 above all.
+    """
+    return math.gcd(channels, max(1, channels // 16))
+
+
+def layer_flops(layer: nn.Linear | nn.Conv2d, positions: int = 1) -> int:
+    """Multiplications and additions of a layer that is applied at so many positions."""
+    return 2 * layer.weight.numel() * positions
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero, so that a residual branch which ends in it starts as nothing."""
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set weight and bias to zero; nothing is drawn from the generator."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+class ZeroConv2d(nn.Conv2d):
+    """A convolution that starts at zero, like `ZeroLinear`."""
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set weight and bias to zero; nothing is drawn from the generator."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+class TimestepEmbedding(nn.Module):
+    r"""Time to a vector: sinusoids, then Linear, SiLU, Linear.
+
+        s_i = cos(1000 t f_i), s_{F+i} = sin(1000 t f_i), f_i = 10000^(-i/F), i = 0 ... F-1
+
+    Args:
+        embedding: width `E` of the vector.
+        frequencies: their number `F`.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Shapes:
+        `(B,)` times from 0 to 1, to `(B, E)`.
+
+    Raises:
+        ValueError: if a number is below 1.
+        TypeError: if a number is not whole.
+
+    Source: DDPM (arXiv 2006.11239), appendix B, with time from 0 to 1 in place of 0 to 1000.
+
+    Examples:
+        >>> TimestepEmbedding(16)(torch.tensor([0.0, 0.5, 1.0])).shape
+        torch.Size([3, 16])
+    """
+
+    def __init__(
+        self,
+        embedding: int,
+        frequencies: int = 32,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: Any = {"device": device, "dtype": dtype}
+        check_positive(embedding=embedding, frequencies=frequencies)
+        self.frequencies = frequencies
+        self.hidden = nn.Linear(2 * frequencies, embedding, **factory)
+        self.out = nn.Linear(embedding, embedding, **factory)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """`(B,)` to `(B, E)`.
+
+        Raises:
+            TypeError: if the times are not floating point.
+            ValueError: if they are not `(B,)`, or (looked at on a CPU only) not from 0 to 1.
+        """
+        if t.ndim != 1:
+            raise ValueError(f"expected times of shape (B,), one for each image, found {tuple(t.shape)}")
+        check_times(t)
+        # In half precision 1000 t would be off by several radians.
+        t = t if t.dtype == torch.float64 else t.float()
+        steps = torch.arange(self.frequencies, dtype=t.dtype, device=t.device) / self.frequencies
+        angles = 1000 * t[:, None] * torch.exp(-math.log(10000) * steps)
+        waves = torch.cat((angles.cos(), angles.sin()), dim=1)
+        embedding: Tensor = self.out(F.silu(self.hidden(waves.to(self.hidden.weight.dtype))))
+        return embedding
+
+    def flops(self) -> int:
+        """Multiplications and additions for one time."""
+        return layer_flops(self.hidden) + layer_flops(self.out)
+
+    def extra_repr(self) -> str:
+        """The number of frequencies."""
+        return f"frequencies={self.frequencies}"
+
+
+class AdaGroupNorm(nn.Module):
+    """GroupNorm whose scale and shift come from an embedding; it starts as a plain norm.
+
+        [scale, shift] = W e + b        y = norm(x) (1 + scale) + shift
+
+    Args:
+        channels: of the map.
+        embedding: width `E` of the embedding.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Shapes:
+        `(B, C, h, w)` and `(B, E)` to `(B, C, h, w)`.
+
+    Raises:
+        ValueError: if a number is below 1.
+        TypeError: if a number is not whole.
+
+    Source: Dhariwal and Nichol (arXiv 2105.05233), section 3.
+
+    Examples:
+        >>> AdaGroupNorm(32, 16)(torch.zeros(2, 32, 5, 4), torch.zeros(2, 16)).shape
+        torch.Size([2, 32, 5, 4])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        embedding: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(channels=channels, embedding=embedding)
+        self.norm = nn.GroupNorm(groups_of(channels), channels, affine=False)
+        self.project = ZeroLinear(embedding, 2 * channels, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Normalise `(B, C, h, w)`, then scale and shift as the embedding `(B, E)` says."""
+        scale, shift = self.project(embedding)[:, :, None, None].chunk(2, dim=1)
+        return torch.addcmul(shift, self.norm(x), 1 + scale)
+
+
+class UNetBlock(nn.Module):
+    """Residual block: norm, SiLU, convolution, adaptive norm, SiLU, dropout, convolution, added to the input.
+
+    It starts as its skip: the identity, or a 1x1 convolution where the number of channels changes.
+
+    Args:
+        inputs: channels in.
+        outputs: channels out.
+        embedding: width `E` of the embedding, which is taken as it comes: apply SiLU to it once, for all blocks.
+        dropout: share of the numbers that is dropped in training.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Shapes:
+        `(B, inputs, h, w)` and `(B, E)` to `(B, outputs, h, w)`.
+
+    Raises:
+        ValueError: if a number is below 1, or `dropout` is not in [0, 1).
+        TypeError: if a number is not whole.
+
+    Source: Dhariwal and Nichol (arXiv 2105.05233), section 3.
+
+    Examples:
+        >>> UNetBlock(16, 32, embedding=8)(torch.zeros(2, 16, 5, 4), torch.zeros(2, 8)).shape
+        torch.Size([2, 32, 5, 4])
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        embedding: int,
+        dropout: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: Any = {"device": device, "dtype": dtype}
+        check_positive(inputs=inputs, outputs=outputs)
+        self.norm1 = nn.GroupNorm(groups_of(inputs), inputs, **factory)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, **factory)
+        self.norm2 = AdaGroupNorm(outputs, embedding, **factory)
+        self.dropout = nn.Dropout(check_dropout(dropout))
+        self.conv2 = ZeroConv2d(outputs, outputs, 3, padding=1, **factory)
+        self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, **factory)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """`(B, inputs, h, w)` and `(B, E)` to `(B, outputs, h, w)`."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h, embedding))))
+        y: Tensor = self.skip(x) + h
+        return y
+
+    def flops(self, positions: int) -> int:
+        """Multiplications and additions for one map of so many positions."""
+        convolutions = [layer for layer in self.children() if isinstance(layer, nn.Conv2d)]
+        return sum(layer_flops(layer, positions) for layer in convolutions) + layer_flops(self.norm2.project)
+
+
+class SelfAttention2d(nn.Module):
+    """Every position of a map reads from all positions; norm, attention, added to the input.
+
+    The output projection starts at zero, so the block starts as the identity.
+
+    Args:
+        channels: of the map.
+        heads: of the attention; must divide the channels.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Shapes:
+        `(B, C, h, w)` to `(B, C, h, w)`.
+
+    Raises:
+        ValueError: if a number is below 1, or `heads` does not divide `channels`.
+        TypeError: if a number is not whole.
+
+    Examples:
+        >>> SelfAttention2d(32)(torch.zeros(2, 32, 5, 4)).shape
+        torch.Size([2, 32, 5, 4])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int = 4,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention = _attention(channels, None, heads, device=device, dtype=dtype)
+        self.norm = nn.GroupNorm(groups_of(channels), channels, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, h, w)` to `(B, C, h, w)`."""
+        return x + _to_map(self.attention(_to_tokens(self.norm(x))), x)
+
+    def flops(self, positions: int) -> int:
+        """Multiplications and additions for one map of so many positions."""
+        return self.attention.flops(positions)
+
+
+class CrossAttention2d(nn.Module):
+    """Every position of a map reads from given tokens; norm, attention, added to the input.
+
+    The output projection starts at zero, so the block starts as the identity.
+
+    Args:
+        channels: of the map.
+        context: width of the tokens.
+        heads: of the attention; must divide the channels.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Shapes:
+        `(B, C, h, w)` and `(B, S, context)` to `(B, C, h, w)`.
+
+    Raises:
+        ValueError: if a number is below 1, or `heads` does not divide `channels`.
+        TypeError: if a number is not whole.
+
+    Examples:
+        >>> CrossAttention2d(32, context=6)(torch.zeros(2, 32, 5, 4), torch.zeros(2, 3, 6)).shape
+        torch.Size([2, 32, 5, 4])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        context: int,
+        heads: int = 4,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention = _attention(channels, context, heads, device=device, dtype=dtype)
+        self.norm = nn.GroupNorm(groups_of(channels), channels, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`(B, C, h, w)`, `(B, S, context)` and `(B, S)`, True = may be attended to, to `(B, C, h, w)`."""
+        return x + _to_map(self.attention(_to_tokens(self.norm(x)), tokens, mask), x)
+
+    def flops(self, positions: int, tokens: int) -> int:
+        """Multiplications and additions for one map of so many positions that read so many tokens."""
+        return self.attention.flops(positions, tokens)
+
+
+def _attention(channels: int, context: int | None, heads: int, **factory: Any) -> Attention:  # noqa: ANN401
+    attention = Attention(channels, context, heads, **factory)
+    attention.out = ZeroLinear(channels, channels, **factory)
+    return attention
+
+
+def _to_tokens(x: Tensor) -> Tensor:
+    """`(B, C, h, w)` to `(B, h * w, C)`: a view of a channels_last map."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _to_map(tokens: Tensor, like: Tensor) -> Tensor:
+    """`(B, h * w, C)` to `(B, C, h, w)`, channels_last."""
+    rows: Tensor = tokens.unflatten(1, like.shape[2:])
+    return rows.permute(0, 3, 1, 2)
+
+
+class Downsample2d(nn.Module):
+    """A strided 3x3 convolution that halves a map, rounded up.
+
+    Args:
+        channels: of the map.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Shapes:
+        `(B, C, h, w)` to `(B, C, ceil(h / 2), ceil(w / 2))`.
+
+    Raises:
+        ValueError: if `channels` is below 1.
+        TypeError: if `channels` is no whole number.
+
+    Examples:
+        >>> Downsample2d(8)(torch.zeros(2, 8, 7, 4)).shape
+        torch.Size([2, 8, 4, 2])
+    """
+
+    def __init__(
+        self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        check_positive(channels=channels)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, h, w)` to `(B, C, ceil(h / 2), ceil(w / 2))`."""
+        y: Tensor = self.conv(x)
+        return y
+
+    def flops(self, positions: int) -> int:
+        """Multiplications and additions for one map of so many positions after it."""
+        return layer_flops(self.conv, positions)
+
+
+class Upsample2d(nn.Module):
+    """Nearest-neighbour doubling of a map, a 3x3 convolution, and a cut to the size that is wanted.
+
+    Args:
+        channels: of the map.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Shapes:
+        `(B, C, h, w)` to `(B, C, H, W)`, where `H` is `2h` or `2h - 1`, and `W` likewise.
+
+    Raises:
+        ValueError: if `channels` is below 1.
+        TypeError: if `channels` is no whole number.
+
+    Examples:
+        >>> Upsample2d(8)(torch.zeros(2, 8, 4, 2), size=(7, 4)).shape
+        torch.Size([2, 8, 7, 4])
+    """
+
+    def __init__(
+        self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        check_positive(channels=channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """`(B, C, h, w)` to `(B, C, *size)`.
+
+        Raises:
+            ValueError: if the size is not twice that of `x`, or one less.
+        """
+        height, width = size
+        if -(-height // 2) != x.shape[2] or -(-width // 2) != x.shape[3]:
+            raise ValueError(
+                f"a map of {x.shape[2]}x{x.shape[3]} is doubled to {2 * x.shape[2]}x{2 * x.shape[3]} and may lose one "
+                f"row and one column; found the size {height}x{width}"
+            )
+        y = F.conv_transpose2d(x, self._kernel(), self.conv.bias, stride=2, padding=1)
+        return y[:, :, :height, :width]
+
+    def _kernel(self) -> Tensor:
+        """Doubling and convolution in one: weights `(C, C, 4, 4)` of a transposed convolution of stride 2.
+
+        On the doubled map neighbouring weights meet the same pixel. Added up first, they are multiplied once: 16
+        products for a pixel of `x` and its four copies, in place of 36.
+        """
+        eye = torch.eye(3, device=self.conv.weight.device, dtype=self.conv.weight.dtype)
+        pairs = F.pad(eye, (0, 0, 0, 1)) + F.pad(eye, (0, 0, 1, 0))  # rows of weights w0, w0 + w1, w1 + w2, w2
+        kernel: Tensor = torch.einsum("pi,qj,oxij->xopq", pairs.flip(0), pairs.flip(0), self.conv.weight)
+        return kernel
+
+    def flops(self, positions: int) -> int:
+        """Multiplications and additions for one map of so many positions before it."""
+        return 2 * 16 * self.conv.in_channels * self.conv.out_channels * positions

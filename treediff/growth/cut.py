@@ -1,0 +1,312 @@
+"""The split of a leaf begins here: its rows are cut in two where they lie thin, and its router learns the cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from treediff.core.modes import evaluating
+from treediff.layers.router import Router
+from treediff.treevae.model import TreeVAE
+
+__all__ = ["Augmentation", "cut_router", "nearest_neighbours", "normalized_cut"]
+
+# A tile of distances that stays in a core's cache while it is made, reduced over views and searched.
+_COLUMNS, _TILE = 4096, 128 * 9 * 4096
+
+
+class Augmentation(Protocol):
+    """Changes that a cluster should not depend on; everything in `treediff.augment` is one."""
+
+    def __call__(self, x: Tensor, /, *, generator: torch.Generator | None = None) -> Tensor:
+        """A changed copy of every row."""
+        ...
+
+
+@torch.no_grad()
+def cut_router(
+    model: TreeVAE,
+    node: int,
+    x: Tensor,
+    *,
+    on: str = "inputs",
+    augment: Augmentation | None = None,
+    views: int = 8,
+    min_share: float = 0.05,
+    batch_size: int = 1024,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Fit a node's posterior router to a normalised cut of some rows.
+
+    A posterior router of a class of your own is left as it is.
+
+    Args:
+        model: the model.
+        node: a node with two children.
+        x: `(n, *model.inputs)`, rows that belong to the node.
+        on: where they are cut, on the 'inputs' as they are or on the 'features' that the router sees.
+        augment: changes that a cluster should not depend on; None for none.
+        views: changed copies of each row that the cut looks at, if there is `augment`.
+        min_share: the smaller side holds at least this share of the rows.
+        batch_size: rows at a time.
+        generator: where changes and the fit's batches come from.
+
+    Raises:
+        KeyError: if the node has no router.
+        ValueError: if `on` is neither, or there are fewer than two rows; see `normalized_cut`.
+    """
+    if on not in ("inputs", "features"):
+        raise ValueError(f"on must be 'inputs' or 'features', found {on!r}")
+    router = model.posterior_routers.module(node)
+    if not isinstance(router, Router):
+        return
+    depth = model.topology.depth(node)
+
+    def features(rows: Tensor) -> Tensor:
+        with evaluating(model):
+            return torch.cat([model.features(part)[depth] for part in rows.split(batch_size)])
+
+    def looks() -> Iterator[Tensor]:
+        for change in [augment] * views if augment is not None else []:
+            changed = torch.cat([change(part, generator=generator) for part in x.split(batch_size)])
+            yield changed if on == "inputs" else features(changed)
+
+    seen = features(x)
+    left = normalized_cut(x if on == "inputs" else seen, views=looks(), min_share=min_share)
+    router.fit(seen, left, generator=generator)
+    model.posterior_routers.assign(node, router)
+
+
+class _Graph(NamedTuple):
+    """Edges `(i, j)` of a symmetric graph, each listed both ways."""
+
+    i: Tensor
+    j: Tensor
+    weight: Tensor
+    nodes: int
+
+    def times(self, x: Tensor) -> Tensor:
+        """The matrix of weights times a vector."""
+        return torch.zeros_like(x).index_add_(0, self.i, self.weight * x[self.j])
+
+
+def normalized_cut(
+    points: Tensor,
+    *,
+    views: Iterable[Tensor] = (),
+    neighbours: int = 10,
+    min_share: float = 0.05,
+    components: int = 48,
+) -> Tensor:
+    """Split points into two clusters by a normalised cut of the graph that joins each to its nearest neighbours.
+
+    The cut seeks the two sides `A`, `B` with the least `cut(A, B) / vol(A) + cut(A, B) / vol(B)`: few and weak edges
+    between them, many inside. The relaxed solution is the second eigenvector of the normalised graph, thresholded where
+    the quotient is least. An edge weighs as much as its ends' neighbourhoods overlap, `|N_i & N_j| / |N_i | N_j|`.
+    Unlike k-means, which halves the widest direction and may cut through a class, it goes through gaps whatever the
+    shape of the two sides.
+
+    Args:
+        points: `(n, ...)`, flattened behind the first axis and projected on their principal components.
+        views: the same points under changes that a cluster should not depend on, such as small shifts of an image; a
+            point's neighbours are those that any of its views comes near. One at a time is looked at, so that a
+            generator of views saves memory.
+        neighbours: edges that each point sends.
+        min_share: the smaller side holds at least this share of the points.
+        components: how many principal components are kept, where there are more dimensions.
+
+    Returns:
+        `(n,)` booleans, one side True. Which one is arbitrary, but the same points give the same answer.
+
+    Raises:
+        ValueError: if there are fewer than two points, a point is not finite, a view has another shape, or a setting is
+            out of range.
+
+    Cost: `n^2 (1 + views)` distances in at most `components` dimensions.
+
+    Source: Shi and Malik, "Normalized cuts and image segmentation" (2000), eq. 2 and 11; weights by shared neighbours:
+    Jarvis and Patrick, "Clustering using a similarity measure based on shared near neighbors" (1973).
+
+    Examples:
+        >>> normalized_cut(torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1]]), neighbours=2).tolist() in (
+        ...     [True, True, True, False, False], [False, False, False, True, True]
+        ... )
+        True
+    """
+    if neighbours < 1 or components < 1 or not 0 <= min_share <= 0.5:
+        raise ValueError(
+            "neighbours and components must be at least 1, and min_share between 0 and 0.5; found "
+            f"{neighbours}, {components} and {min_share}"
+        )
+    if len(points) < 2:
+        raise ValueError(f"two clusters need at least 2 points, found {len(points)}")
+    flat = _flat(points)
+    # Squared distances of points far from the origin would lose their digits.
+    mean = flat.mean(0)
+    flat = flat - mean
+    basis = _principal(flat, components)
+
+    def project(centred: Tensor) -> Tensor:
+        return centred if basis is None else centred @ basis
+
+    known, looks = project(flat), []
+    for view in views:
+        if view.shape != points.shape:
+            raise ValueError(f"views have the shape of the points, {tuple(points.shape)}; found {tuple(view.shape)}")
+        looks.append(project(_flat(view) - mean))
+    index = nearest_neighbours(known, min(neighbours, len(known) - 1), views=looks)
+    return _bisect(_graph(index.cpu(), known.cpu().double()), min_share).to(points.device)
+
+
+def _flat(points: Tensor) -> Tensor:
+    if not bool(points.isfinite().all()):
+        raise ValueError("points must be finite, found NaN or infinity")
+    return points.detach().flatten(1).float()
+
+
+def _principal(points: Tensor, components: int) -> Tensor | None:
+    """`(D, components)`, an orthonormal basis of where centred points vary most, by subspace iteration."""
+    if points.shape[1] <= components:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(points.shape[1], components, generator=generator).to(points)
+    for _ in range(8):
+        basis = torch.linalg.qr(points.T @ (points @ basis)).Q
+    return basis
+
+
+def _graph(index: Tensor, points: Tensor) -> _Graph:
+    """Edges to neighbours, weighed by the neighbours shared; and a faint pull between all."""
+    n, k = index.shape
+    i = torch.arange(n).repeat_interleave(k)
+    hoods = torch.cat([torch.arange(n)[:, None], index], 1)
+    shared = torch.cat(
+        [
+            (hoods[rows][:, None, :, None] == hoods[index[rows]][:, :, None, :]).sum((2, 3))
+            for rows in torch.arange(n).split(4096)
+        ]
+    )
+    overlap = (shared / (2 * (k + 1) - shared)).double().flatten()
+    # Clusters far apart hang together by no edge, and then any grouping of them would cost nothing. A pull between
+    # points at random, far too faint to matter elsewhere, makes the widest gap the cheapest.
+    pulls = 8
+    one = torch.arange(n).repeat_interleave(pulls)
+    other = (one + torch.randint(1, n, one.shape, generator=torch.Generator().manual_seed(0))) % n
+    away = (points[one] - points[other]).square().sum(1)
+    pull = 1e-3 / pulls * torch.exp(-away / away.mean().clamp_min(torch.finfo(away.dtype).tiny))
+    ends = torch.cat([torch.stack([i, index.flatten()]), torch.stack([one, other])], 1)
+    weight = 0.5 * torch.cat([overlap, pull])
+    return _Graph(ends.flatten(), ends.flip(0).flatten(), weight.repeat(2), n)
+
+
+def _second_eigenvector(graph: _Graph, root: Tensor, steps: int = 120) -> Tensor:
+    """Of `D^-1/2 W D^-1/2`, whose first is `root`, the square root of the degrees: Lanczos, reorthogonalised."""
+    # The first eigenvector is known and says nothing. Taken away, it cannot hide among the indicators of
+    # components that hang together by nothing.
+    steps = min(steps, graph.nodes - 1)
+    basis = root.new_empty(steps + 1, graph.nodes)
+    basis[0] = root / root.norm()
+    normalised = graph._replace(weight=graph.weight / (root[graph.i] * root[graph.j]))
+    x = torch.randn(graph.nodes, generator=torch.Generator().manual_seed(0), dtype=root.dtype)
+    diagonal: list[Tensor] = []
+    off: list[Tensor] = []
+    for step in range(1, steps + 1):
+        known = basis[:step]
+        for _ in range(2):
+            x = x - known.T @ (known @ x)
+        length = x.norm()
+        if diagonal and length < 1e-10:
+            break
+        off.append(length)
+        basis[step] = x / length
+        x = normalised.times(basis[step])
+        diagonal.append(basis[step] @ x)
+    small = torch.diag(torch.stack(diagonal))
+    if len(off) > 1:
+        beside = torch.stack(off[1:])
+        small += torch.diag(beside, 1) + torch.diag(beside, -1)
+    largest: Tensor = torch.linalg.eigh(small).eigenvectors[:, -1]
+    return largest @ basis[1 : len(diagonal) + 1]
+
+
+def _bisect(graph: _Graph, min_share: float) -> Tensor:
+    """The two sides of a graph."""
+    n = graph.nodes
+    degree = graph.times(torch.ones(n, dtype=graph.weight.dtype))
+    root = degree.sqrt()
+    order = (_second_eigenvector(graph, root) / root).argsort(stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(n)
+    # Edge (i, j) is cut by the thresholds from the lower of its ranks up to the higher; each is listed twice.
+    low, high = torch.minimum(rank[graph.i], rank[graph.j]), torch.maximum(rank[graph.i], rank[graph.j])
+    change = torch.zeros(n, dtype=degree.dtype).index_add_(0, low, graph.weight).index_add_(0, high, -graph.weight)
+    cut, volume = 0.5 * change.cumsum(0), degree[order].cumsum(0)
+    quotient = (cut / volume + cut / (degree.sum() - volume))[:-1]
+    least = min(n // 2, max(1, math.ceil(min_share * n)))
+    first = least - 1 + int(quotient[least - 1 : n - least].argmin())
+    side = torch.zeros(n, dtype=torch.bool)
+    side[order[first + 1 :]] = True
+    return side
+
+
+def nearest_neighbours(points: Tensor, count: int, *, views: Sequence[Tensor] = ()) -> Tensor:
+    """The nearest other points of every point, by exact search.
+
+    With views, `d(i, j) = min over v of ||view_v(i) - points_j||`, the points themselves being one of the views: an
+    image is then as near to another as its nearest shifted, turned or otherwise changed copy.
+
+    Args:
+        points: `(n, D)` floats.
+        count: `k`, how many neighbours of each.
+        views: further looks at the same points, each `(n, D)`.
+
+    Returns:
+        `(n, k)` indices, nearest first; no point is its own neighbour.
+
+    Raises:
+        ValueError: if `count` is not between 1 and n - 1, or shapes do not fit.
+
+    Cost: `n^2 (1 + views)` distances, in tiles; memory `O(n (1 + views) D)`.
+
+    Examples:
+        >>> nearest_neighbours(torch.tensor([[0.0], [1.0], [3.0], [7.0]]), 1).squeeze(1).tolist()
+        [1, 0, 1, 2]
+    """
+    n = len(points)
+    if points.ndim != 2 or not 1 <= count < n:
+        raise ValueError(
+            f"{count} nearest neighbours need points of shape (n, D) with n > {count} >= 1, found {tuple(points.shape)}"
+        )
+    if any(view.shape != points.shape for view in views):
+        shapes = [tuple(view.shape) for view in views]
+        raise ValueError(f"views have the shape of the points, {tuple(points.shape)}; found {shapes}")
+    # -|q - p|^2 / 2 as one product, (q, -|q|^2 / 2, 1) with (p, 1, -|p|^2 / 2): larger is nearer.
+    queries = torch.stack([_with_norm(view, norm_first=True) for view in (points, *views)])
+    keys = _with_norm(points, norm_first=False).T.contiguous()
+    step = max(1, _TILE // (_COLUMNS * len(queries)))
+    return torch.cat([_search(queries[:, a : a + step], keys, count, a) for a in range(0, n, step)])
+
+
+def _with_norm(points: Tensor, *, norm_first: bool) -> Tensor:
+    norm = -0.5 * points.square().sum(1, keepdim=True)
+    return torch.cat([points, norm, torch.ones_like(norm)] if norm_first else [points, torch.ones_like(norm), norm], 1)
+
+
+def _search(queries: Tensor, keys: Tensor, count: int, first: int) -> Tensor:
+    """Neighbours of `(V, B, D + 2)` queries, the first of which is point number `first`."""
+    views, rows, _ = queries.shape
+    stacked = queries.flatten(0, 1)
+    near, index = [], []
+    for start in range(0, keys.shape[1], _COLUMNS):
+        block = keys[:, start : start + _COLUMNS]
+        nearness = (stacked @ block).view(views, rows, -1).amax(0)
+        best = nearness.topk(min(count + 1, nearness.shape[1]))
+        near.append(best.values)
+        index.append(best.indices + start)
+    found = torch.cat(index, 1).gather(1, torch.cat(near, 1).topk(count + 1).indices)
+    own = found == torch.arange(first, first + rows, device=found.device)[:, None]
+    return found.gather(1, own.int().argsort(dim=1, stable=True)[:, :count])

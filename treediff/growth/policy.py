@@ -1,0 +1,137 @@
+"""Which leaf a growing tree splits next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from treediff.core.distributed import ALONE, World
+from treediff.core.modes import evaluating
+from treediff.core.noise import combine_seeds
+from treediff.treevae.model import TreeVAE
+
+__all__ = ["POLICIES", "LeafStatistics", "Policy", "Survey", "best_leaf"]
+
+
+@dataclass(frozen=True, eq=False)
+class LeafStatistics:
+    """What a policy may look at when it chooses the leaf to split; one entry per leaf, in the topology's order.
+
+    Args:
+        rows: how many rows belong to the leaf (see `TreeGrowth.members`).
+        share: mean probability of the leaf over all rows.
+        loss: mean negative ELBO of the leaf's rows, in nats; nan without rows.
+        entropy: mean entropy of `P(leaf | x)` over the leaf's rows, in nats; nan without rows.
+    """
+
+    rows: Tensor
+    share: Tensor
+    loss: Tensor
+    entropy: Tensor
+
+
+Policy = Callable[[LeafStatistics], Tensor]
+POLICIES: dict[str, Policy] = {
+    "largest": lambda leaves: leaves.rows.double(),
+    "highest_loss": lambda leaves: leaves.loss.double(),
+    "highest_entropy": lambda leaves: leaves.entropy.double(),
+}
+
+
+def best_leaf(policy: Policy, statistics: LeafStatistics, leaves: Sequence[int], allowed: Tensor) -> int | None:
+    """The leaf with the best score among those that are allowed; None if there is none.
+
+    Args:
+        policy: gives a score to each leaf.
+        statistics: what it looks at.
+        leaves: `K` node ids, in the order of the statistics.
+        allowed: `(K,)` of booleans.
+
+    Raises:
+        TypeError: if the policy returns no tensor.
+        ValueError: if it does not give one score to each leaf, or gives nan to one that is allowed.
+    """
+    score = policy(statistics)
+    if not isinstance(score, Tensor):
+        raise TypeError(f"a policy returns a tensor with a score for each leaf, found {score!r}")
+    if score.shape != statistics.rows.shape:
+        raise ValueError(
+            f"a policy returns one score for each of the {len(statistics.rows)} leaves, found shape "
+            f"{tuple(score.shape)}"
+        )
+    score = torch.where(allowed, score.cpu().double(), -math.inf)
+    if score.isnan().any():
+        bad = leaves[int(score.isnan().long().argmax())]
+        raise ValueError(f"a policy gave nan to leaf {bad}, which has rows; give -inf to leaves not to be split")
+    best = int(score.argmax())
+    return leaves[best] if score[best] > -math.inf else None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Looks at all rows in eval mode, batch by batch; of several processes each looks at a share, and all see the same.
+
+    Letters: `n` rows, `K` leaves.
+
+    Args:
+        model: the model as it is.
+        batch_size: rows at a time.
+        seeds: whole numbers, for the latents that a bound is taken with.
+        world: the processes that share the rows.
+
+    Examples:
+        >>> model = TreeVAE.for_vectors(4, generator=torch.Generator().manual_seed(0))
+        >>> survey, data = Survey(model, batch_size=8), torch.rand(20, 4)
+        >>> torch.equal(survey.reach(data, model.topology.leaves[0]), survey.leaf_probs(data)[:, 0])
+        True
+    """
+
+    model: TreeVAE
+    batch_size: int = 1024
+    seeds: tuple[int, ...] = (0,)
+    world: World = ALONE
+
+    @torch.no_grad()
+    def leaf_probs(self, data: Tensor) -> Tensor:
+        """`P(leaf | x)` of every row, `(n, K)`, on the CPU."""
+        with evaluating(self.model):
+            parts = self.world.map(lambda x: self.model.leaf_log_probs(x).exp().cpu(), data.split(self.batch_size))
+        return torch.cat(parts)
+
+    def reach(self, data: Tensor, node: int) -> Tensor:
+        """`P(node | x)` of every row, `(n,)`; raises KeyError if there is no such node."""
+        tree = self.model.topology
+        below = [tree.leaves.index(leaf) for leaf in tree.leaves_under(node)]
+        return self.leaf_probs(data)[:, below].sum(1)
+
+    @torch.no_grad()
+    def negative_elbo(self, data: Tensor) -> Tensor:
+        """One draw of every row's negative bound in nats, `(n,)`, on the CPU."""
+
+        def negative(rows: Tensor) -> Tensor:
+            seed = combine_seeds(*self.seeds, int(rows[0]))
+            elbo = self.model.elbo(data[rows], generator=torch.Generator(data.device).manual_seed(seed)).elbo
+            return -elbo.cpu()
+
+        with evaluating(self.model):
+            return torch.cat(self.world.map(negative, torch.arange(len(data)).split(self.batch_size)))
+
+    def statistics(self, data: Tensor, probs: Tensor, members: Tensor, *, losses: bool = True) -> LeafStatistics:
+        """What a policy may look at.
+
+        Args:
+            data: all rows.
+            probs: `(n, K)`, their `leaf_probs`.
+            members: `(n, K)`, whether each belongs to each leaf.
+            losses: whether the policy asks for them; they take most of the time, and are 0 without.
+        """
+        belongs = members.double()
+        rows = belongs.sum(0)
+        entropy = torch.special.entr(probs.double()).sum(1)
+        loss = self.negative_elbo(data).double() if losses else torch.zeros(len(data), dtype=torch.float64)
+        mean = belongs / rows
+        return LeafStatistics(rows.long(), probs.mean(0), loss @ mean, entropy @ mean)

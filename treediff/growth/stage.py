@@ -1,0 +1,133 @@
+"""One stretch of training: what trains, on which rows, towards which loss; the loop is yours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from treediff.core.noise import combine_seeds
+from treediff.data import batches
+from treediff.growth.annealing import KLAnnealing
+from treediff.treevae.contrast import TreeContrast
+from treediff.treevae.model import TreeVAE
+from treediff.treevae.posterior import elbo_of
+
+__all__ = ["Stage"]
+
+
+@dataclass
+class Stage:
+    """One stretch of training, for a loop of your own.
+
+    Making one sets `requires_grad` throughout the model.
+
+    Args:
+        model: the model that trains.
+        kind: 'initial', 'settle', 'subtree', 'intermediate' or 'final'; see `TreeGrowth`.
+        index: how many stages came before.
+        epochs: how long to train.
+        rows: `(n,)` row indices of the data to train on.
+        annealing: the weight of the KL terms over the stage's epochs.
+        split: id of the leaf that was split, in a settle or subtree stage.
+        above: rows reach the split node with at least this probability.
+        threshold: nodes that an image reaches with less probability are visited by chance and weighted up in return, so
+            that the loss stays right on average; 0 visits all. Contrastive terms count everyone in any case.
+        seed: for the order of rows.
+    """
+
+    model: TreeVAE
+    kind: str
+    index: int
+    epochs: int
+    rows: Tensor
+    annealing: KLAnnealing
+    split: int | None = None
+    above: float = 0.0
+    threshold: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        trained = {id(p) for p in self.parameters()}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+            if not parameter.requires_grad:
+                # What the last stage left behind would still move it, in an optimiser of all parameters.
+                parameter.grad = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains: everything; or the split node's routers and children; or, to settle, these without the cut."""
+        model, split = self.model, self.split
+        if split is None:
+            return list(model.parameters())
+        children = model.topology.children(split)
+        banks = (model.heads, model.transitions, model.decoders)
+        routers = [model.prior_routers.weights_of(split)]
+        if self.kind != "settle":
+            routers.append(model.posterior_routers.weights_of(split))
+        return [
+            *routers,
+            *(bank.weights_of(child) for bank in banks for child in children),
+        ]
+
+    def kl_weight(self, epoch: float) -> float:
+        """Weight of the KL terms at an epoch of this stage, counted from 0; fractions are fine."""
+        return self.annealing(epoch)
+
+    def batches(self, epoch: int, batch_size: int) -> Iterator[Tensor]:
+        """Index tensors that cover `rows` once, in an order that depends on the seed, the stage and the epoch."""
+        generator = torch.Generator().manual_seed(combine_seeds(self.seed, self.index, epoch))
+        for picked in batches(len(self.rows), batch_size, generator=generator):
+            yield self.rows[picked]
+
+    def loss(
+        self,
+        x: Tensor,
+        kl_weight: float = 1.0,
+        *,
+        view: Tensor | None = None,
+        contrast: TreeContrast | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The scalar to minimise for a batch of observations.
+
+        In a settle or subtree stage only the path to the split node and its two children run, and only the terms that
+        the children and the split's decision take part in count, each weighted by the probability of reaching them.
+
+        Args:
+            x: `(B, *inputs)`, what is reconstructed.
+            kl_weight: weight of the KL terms.
+            view: `(B, *inputs)`, a second look at each observation, which only the encoder and the routers see. TreeVAE
+                reconstructs both views: that is the mean of two losses, with `x` and `view` once in each place.
+            contrast: the terms that join `x` and `view`; in a settle or subtree stage only the one of the split's turn.
+            generator: where the noise of the latents, and chance below the threshold, come from.
+
+        Raises:
+            ValueError: if `x` or `view` is not what the model takes, their shapes differ, or only one of `view` and
+                `contrast` is given.
+        """
+        model, split = self.model, self.split
+        nodes = None if split is None else (*model.topology.path(split), *model.topology.children(split))
+        model.check(x)
+        if (view is None) != (contrast is None) or (view is not None and view.shape != x.shape):
+            found = "none" if view is None else tuple(view.shape)
+            raise ValueError(
+                f"view and contrast go together, and a view has the shape of x, {tuple(x.shape)}; found a view of "
+                f"{found} and {'no ' if contrast is None else 'a '}contrast"
+            )
+        if view is not None:
+            model.check(view)
+        both = model.features(x if view is None else torch.cat([x, view]))
+        ladder = both[:, : len(x)]
+        chance = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device) if self.threshold else None
+        visits = model.route(ladder, nodes=nodes, threshold=self.threshold, chance=chance)
+        posterior = model.latents(ladder, visits, generator=generator)
+        depth = None if split is None else model.topology.depth(split)
+        loss = elbo_of(model, posterior, x, from_depth=depth).loss(kl_weight)
+        if contrast is None:
+            return loss
+        # Every row is compared with all others at every router, so all decide, and the threshold leaves none out.
+        extra: Tensor = contrast(both, model.route(both, nodes=nodes), split=split)
+        return loss + extra

@@ -1,0 +1,291 @@
+"""One network per node: stored by node, computed together.
+
+Letters: `T` rows, `G` groups (the nodes asked for), `P` numbers in one node's weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from treediff.core.groups import Groups, check_rows
+from treediff.core.modes import lasting
+from treediff.layers.grouped._stack import Stack, blocks_of, part
+from treediff.layers.grouped.call import apply_parts, parts_of
+from treediff.layers.init import initialize
+
+__all__ = ["NodeBank"]
+
+# Every weight starts on a multiple of this, so that views into packed weights stay aligned for grouped
+# products.
+_ALIGNMENT = 8
+
+
+class _Packed(NamedTuple):
+    """The stacked weights of some nodes, and how to tell that they have not changed since."""
+
+    weights: list[Tensor]
+    state: list[tuple[int, int]]
+    flat: Tensor
+
+
+class NodeBank(nn.Module):
+    """Copies of a template network, one per node id, each stored as one flat parameter named by the id.
+
+    The parameter of a node is the only truth about it: freezing a node is `requires_grad`, adding a node
+    touches no other, and a file lists weights by stable id. `forward` stacks the nodes asked for and computes
+    all their rows in one `grouped_call`.
+
+    Args:
+        template: the network that every node gets a copy of; it maps `(rows, ...)` to `(rows, ...)`, row by
+            row. It is copied without its weights, so it may live on the meta device.
+        device: where weights of new nodes live; the template's, unless that is meta.
+        dtype: what they are stored as; the template's by default.
+        block: on a CPU, about how many rows to compute at a time, for networks whose activations are many times their
+            input: what does not fit into a cache takes longer. All at once if not given.
+
+    Raises:
+        ValueError: if the template has buffers, such as the running statistics of a batch norm, which would
+            couple the rows of a batch; or if it uses one weight in two places.
+
+    Examples:
+        >>> bank = NodeBank(nn.Linear(4, 2))
+        >>> bank.add(0), bank.add(7)
+        (None, None)
+        >>> rows = torch.ones(3, 4)
+        >>> bank(rows, Groups(torch.tensor([0, 0, 1]), count=2), nodes=[0, 7]).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        template: nn.Module,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        block: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.block = block
+        names = [name for name, _ in template.named_buffers()]
+        if names:
+            raise ValueError(
+                f"a per-node network must not keep buffers, found {names}; use LayerNorm or GroupNorm in "
+                "place of a norm over the batch"
+            )
+        parameters = dict(template.named_parameters(remove_duplicate=False))
+        shared = sorted(parameters.keys() - dict(template.named_parameters()).keys())
+        if shared:
+            raise ValueError(
+                f"a per-node network must not use one weight in two places, found {shared} used before under "
+                "another name; give each layer its own"
+            )
+        found = next((p for p in parameters.values() if not p.is_meta), torch.empty(0))
+        stored = dtype or next((p.dtype for p in parameters.values()), found.dtype)
+        self._factory: dict[str, Any] = {"device": torch.device(device or found.device), "dtype": stored}
+        self._names = tuple(parameters)
+        # What each weight looks like, and how much room it takes.
+        self._sizes = [(p.shape, p.numel() + -p.numel() % _ALIGNMENT) for p in parameters.values()]
+        # In a tuple, so that the template's own weights are not registered as this module's.
+        self._template = (copy.deepcopy(template).to("meta", stored).train(),)
+        self._parts = parts_of(self.template)
+        self._packed: _Packed | None = None
+
+    @property
+    def template(self) -> nn.Module:
+        """The structure of one node's network, without weights."""
+        return self._template[0]
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """Ids of the nodes that have weights here, in the order in which they were added."""
+        return tuple(int(name) for name in self._parameters)
+
+    def extra_repr(self) -> str:
+        """Nodes and numbers per node; then the template."""
+        size = sum(shape.numel() for shape, _ in self._sizes)
+        return f"nodes={list(self.nodes)}, parameters_per_node={size},\ntemplate={self.template}"
+
+    def train(self, mode: bool = True) -> NodeBank:
+        """As for any module; the template, of which a dropout may be part, is told too."""
+        self._packed = None
+        self.template.train(mode)
+        return super().train(mode)
+
+    # --- nodes come and go --------------------------------------------------------------------------------
+
+    @lasting()
+    def add(self, node: int, *, like: int | None = None, generator: torch.Generator | None = None) -> None:
+        """Give `node` weights of its own: fresh ones, or a copy of those of the node `like`.
+
+        Raises:
+            ValueError: if the node has weights already.
+            KeyError: if there is no node `like`.
+            TypeError: if the template has a layer that cannot be given fresh weights, see `initialize`.
+        """
+        if str(node) in self._parameters:
+            raise ValueError(f"node {node} has weights already; remove it first to start afresh")
+        flat = self._fresh(generator) if like is None else self.weights_of(like).detach().clone()
+        self.register_parameter(str(node), nn.Parameter(flat))
+
+    def remove(self, node: int) -> None:
+        """Drop the weights of `node`.
+
+        Raises:
+            KeyError: if it has none.
+        """
+        self.weights_of(node)
+        delattr(self, str(node))
+        self._packed = None
+
+    def weights_of(self, node: int) -> nn.Parameter:
+        """The flat parameter `(P,)` of one node.
+
+        Raises:
+            KeyError: if it has none.
+        """
+        found = self._parameters.get(str(node))
+        if found is None:
+            raise KeyError(f"node {node!r} has no weights here; those that have are {list(self.nodes)}")
+        return found
+
+    def named_weights(self, node: int) -> dict[str, Tensor]:
+        """One node's weights as views by the template's names; writing into them changes the node.
+
+        Raises:
+            KeyError: if the node has no weights.
+        """
+        return {name: w[0] for name, w in self._views(self.weights_of(node)[None]).items()}
+
+    @lasting()
+    def module(self, node: int) -> nn.Module:
+        """The network of one node as a module of its own; a copy, which `assign` writes back.
+
+        Raises:
+            KeyError: if the node has no weights.
+        """
+        weights = self.named_weights(node)
+        module = copy.deepcopy(self.template).to_empty(device=self._factory["device"])
+        module.load_state_dict(weights)
+        return module
+
+    @torch.no_grad()
+    def assign(self, node: int, module: nn.Module) -> None:
+        """Overwrite one node's weights with those of a module built like the template.
+
+        Raises:
+            KeyError: if the node has no weights.
+            ValueError: if the module is built otherwise; nothing is changed then.
+        """
+        views = self.named_weights(node)
+        given = dict(module.named_parameters())
+        for name in sorted(views.keys() | given.keys()):
+            want, got = (tuple(own[name].shape) if name in own else None for own in (views, given))
+            if want != got:
+                raise ValueError(
+                    f"the module is not built like the template: {name!r} should have shape {want}, found "
+                    f"{got} (None is no such weight)"
+                )
+        for name, parameter in given.items():
+            views[name].copy_(parameter)
+
+    def _fresh(self, generator: torch.Generator | None) -> Tensor:
+        module = copy.deepcopy(self.template).to_empty(device=self._factory["device"])
+        initialize(module, generator=generator)
+        flat = torch.zeros(sum(size for _, size in self._sizes), **self._factory)
+        views = self._views(flat[None])
+        for name, parameter in module.named_parameters():
+            views[name][0].copy_(parameter.detach())
+        return flat
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, groups: Groups, nodes: Sequence[int]) -> Tensor:
+            """`forward`, as a type checker should see it."""
+
+    # --- computing ----------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, groups: Groups, nodes: Sequence[int]) -> Tensor:
+        """Apply to each row the network of its node.
+
+        Args:
+            x: `(T, ...)`, rows sorted by group.
+            groups: the groups of the rows; group `g` is `nodes[g]`.
+            nodes: ids, one per group.
+
+        Returns:
+            `(T, ...)`.
+
+        Raises:
+            KeyError: if a node has no weights.
+            ValueError: if `nodes` is empty, or rows, groups and nodes do not belong together.
+        """
+        check_rows(x, len(nodes), groups)
+        # Looking at the sizes of groups would stop an accelerator's stream.
+        if self.block is None or len(x) <= 2 * self.block or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return apply_parts(self._parts, self._stacked(nodes), x, groups)
+        results, start, group = [], 0, 0
+        for rows, count in blocks_of(groups.sizes, self.block):
+            own = Groups(groups.index[start : start + rows] - group, count)
+            weights = self._stacked(nodes[group : group + count])
+            results.append(apply_parts(self._parts, weights, x[start : start + rows], own))
+            start, group = start + rows, group + count
+        return torch.cat(results)
+
+    def _stacked(self, nodes: Sequence[int]) -> dict[str, Tensor]:
+        """The weights of several nodes by the template's names, each with a leading axis `G`."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._views(self.packed(nodes))
+        self._packed = None
+        views = Stack.apply(self._sizes, *self._weights_of_all(nodes))  # type: ignore[no-untyped-call, unused-ignore]
+        return dict(zip(self._names, views, strict=True))
+
+    def packed(self, nodes: Sequence[int]) -> Tensor:
+        """The flat weights of several nodes, stacked: `(G, P)`.
+
+        In eval mode without gradients they are kept for the next call, until a weight is replaced or changed
+        in place. Two ways of changing a weight escape PyTorch's own bookkeeping, and so this one: writing
+        into `parameter.data`, and the fused optimisers. After either, `eval()` or `train()` makes sure.
+
+        Raises:
+            KeyError: if a node has no weights.
+            ValueError: if `nodes` is empty.
+        """
+        weights = self._weights_of_all(nodes)
+        if torch.compiler.is_compiling():
+            return torch.stack(weights)
+        if self.training or torch.is_grad_enabled() or any(w.is_inference() for w in weights):
+            self._packed = None
+            return torch.stack(weights)
+        # Every in-place change of a tensor raises its version; giving it other data moves its pointer.
+        state = [(w._version, w.data_ptr()) for w in weights]
+        kept = self._packed
+        if kept is None or kept.state != state or not all(map(operator.is_, kept.weights, weights)):
+            kept = self._packed = _Packed(weights, state, torch.stack(weights))
+        return kept.flat
+
+    def _weights_of_all(self, nodes: Sequence[int]) -> list[Tensor]:
+        if not nodes:
+            raise ValueError("expected at least one node; without one there is no network to apply")
+        return [self.weights_of(node) for node in nodes]
+
+    def _views(self, flat: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self._names, part(flat, self._sizes), strict=True))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NodeBank:
+        """What `.to`, `.double` and their like do; nodes that are added later follow."""
+        self._packed = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = fn(torch.empty(0, **self._factory))
+        self._factory = {"device": moved.device, "dtype": moved.dtype}
+        self.template.to(moved.dtype)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy packs its own weights."""
+        return {**self.__dict__, "_packed": None}

@@ -1,0 +1,172 @@
+"""Many copies of one small network, each applied to its own rows, in one call.
+
+A tree has a router, a head and a decoder *per node*. Looping over nodes costs a few hundred tiny operations
+per node; running every node on every image computes results that nobody reads. Here the rows of a batch are
+sorted by node and each layer is computed for all nodes at once: the cost follows the rows that exist, not the
+nodes.
+
+`grouped_call` runs an ordinary `nn.Module` (the *template*) with a different set of weights for each group of
+rows. Linear layers, 2d convolutions, layer and group norms are computed for all groups together, see
+`treediff.layers.grouped._steps`; a layer without parameters simply runs on all rows; any other module runs in a loop over
+groups, which is right and slow. So do convolutions with `groups` other than 1, with padding that is a word or not
+zeros, and transposed ones with an output padding as large as the stride.
+
+Letters: `T` rows in all, `G` groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from treediff.core.groups import Groups, check_rows
+from treediff.layers.grouped._chain import Link, Step, run
+from treediff.layers.grouped._steps import STEPS
+
+__all__ = ["grouped_call", "grouped_linear"]
+
+_LINEAR = {weights: Link(STEPS[nn.Linear.forward], nn.Identity(), weights) for weights in (1, 2)}
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
+    """A linear layer per group: `y[t] = weight[g] x[t] + bias[g]` where `g` is the group of row `t`.
+
+    Args:
+        x: `(T, ..., in_features)`, sorted by group; a row may hold several vectors.
+        weight: `(G, out_features, in_features)`.
+        bias: `(G, out_features)` or None.
+        groups: the groups of the rows.
+
+    Returns:
+        `(T, ..., out_features)`.
+
+    Raises:
+        ValueError: if rows, weights and groups do not belong together.
+
+    Examples:
+        >>> groups = Groups(torch.tensor([0, 1, 1]), count=2)
+        >>> grouped_linear(torch.ones(3, 4), torch.ones(2, 1, 4), torch.tensor([[0.0], [1.0]]), groups)
+        tensor([[4.],
+                [5.],
+                [5.]])
+    """
+    check_rows(x, len(weight), groups)
+    weights = [weight] if bias is None else [weight, bias]
+    return run([_LINEAR[len(weights)]], weights, x, groups)
+
+
+def _each_group(module: nn.Module, weights: Mapping[str, Tensor], x: Tensor, groups: Groups) -> Tensor:
+    """The plain loop: one call of the module per group. Slow, obvious, right for any module."""
+
+    def call(g: int, rows: Tensor) -> Tensor:
+        own = {key: value[g] for key, value in weights.items()}
+        result: Tensor = torch.func.functional_call(module, own, (rows,))
+        return result
+
+    parts = [call(g, rows) for g, rows in enumerate(x.split(groups.sizes)) if len(rows)]
+    return torch.cat(parts) if parts else call(0, x)
+
+
+def step_of(module: nn.Module) -> Step | None:
+    """How to compute all groups of a module together, if anyone knows."""
+    if is_parametrized(module):
+        return None
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        # What lies past the last patch is out of reach of `fold`.
+        within = all(e < s for e, s in zip(module.output_padding, module.stride, strict=True))
+        if not (plain and within):
+            return None
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is None:
+        return None  # without weights it simply runs
+    # Looked up by what runs, so that a subclass which changes `forward` is never mistaken for its parent.
+    return STEPS.get(type(module).forward)
+
+
+class Part(NamedTuple):
+    """Some layers of a template that follow each other.
+
+    Attributes:
+        modules: a chain of layers, or one that no step is known for.
+        links: how a chain runs; empty if it is none.
+        names: what the template calls the weights, by what the layers call them.
+    """
+
+    modules: list[nn.Module]
+    links: list[Link]
+    names: list[tuple[str, str]]
+
+
+def parts_of(module: nn.Module) -> list[Part]:
+    """A network as chains of layers, as long as they can be; a `Sequential` is looked into, however deep."""
+    parts: list[Part] = []
+    for layer, prefix in _layers(module, ""):
+        step = step_of(layer)
+        names = [(name, prefix + name) for name, _ in layer.named_parameters(remove_duplicate=False)]
+        if step is None or not parts or not parts[-1].links:
+            parts.append(Part([], [], []))
+        parts[-1].modules.append(layer)
+        parts[-1].names.extend(names)
+        if step is not None:
+            parts[-1].links.append(Link(step, layer, len(names)))
+    return parts
+
+
+def _layers(module: nn.Module, prefix: str) -> list[tuple[nn.Module, str]]:
+    """The layers that run one after the other, each with what stands before the names of its weights."""
+    if type(module).forward is not nn.Sequential.forward or is_parametrized(module):
+        return [(module, prefix)]
+    # Not `named_children`, which leaves out a layer that stands in the network a second time.
+    children = [(child, f"{prefix}{name}.") for name, child in module._modules.items() if child is not None]
+    return [layer for child, name in children for layer in _layers(child, name)]
+
+
+def apply_parts(parts: Sequence[Part], weights: Mapping[str, Tensor], x: Tensor, groups: Groups) -> Tensor:
+    """`grouped_call` of a network whose parts are known."""
+    for modules, links, names in parts:
+        if links:
+            x = run(links, [weights[full] for _, full in names], x, groups)
+        elif names:
+            x = _each_group(modules[0], {name: weights[full] for name, full in names}, x, groups)
+        else:
+            x = modules[0](x)
+    return x
+
+
+def grouped_call(module: nn.Module, weights: Mapping[str, Tensor], x: Tensor, groups: Groups) -> Tensor:
+    """Apply `module` to every row of `x`, with the weights of the row's group.
+
+    Equal, to rounding, to `torch.cat([functional_call(module, weights of g, rows of g) for g in groups])`.
+
+    Args:
+        module: the template. Its own weights are not used, only its structure. It must treat rows
+            independently (no batch norm).
+        weights: by the template's parameter names, each with a leading axis `G`.
+        x: `(T, ...)`, sorted by group.
+        groups: the groups of the rows.
+
+    Returns:
+        `(T, ...)`, the module's output for each row.
+
+    Raises:
+        ValueError: if rows, weights and groups do not belong together, or the template has weights that are
+            not given.
+
+    Examples:
+        >>> template = nn.Sequential(nn.Linear(2, 1), nn.ReLU())
+        >>> weights = {"0.weight": torch.zeros(2, 1, 2), "0.bias": torch.tensor([[-3.0], [9.0]])}
+        >>> grouped_call(template, weights, torch.ones(2, 2), Groups(torch.tensor([0, 1]), count=2))
+        tensor([[0.],
+                [9.]])
+    """
+    parts = parts_of(module)
+    missing = [part.modules[0] for part in parts if not weights.keys() >= {full for _, full in part.names}]
+    if missing:
+        raise ValueError(f"there are no weights for {missing[0]}; a layer must not stand in a network twice")
+    for weight in weights.values():
+        check_rows(x, len(weight), groups)
+    return apply_parts(parts, weights, x, groups)

@@ -1,0 +1,100 @@
+"""Routers: the decision at a node."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from treediff.core.checks import Shape, check_shape
+from treediff.layers.hidden import stack
+
+__all__ = ["Router"]
+
+
+class Router(nn.Sequential):
+    """The decision at a node: features or a latent in, the logit of going **left** out.
+
+    Hidden layers with LayerNorm and SiLU on the flattened input, then one number. The same class serves the
+    posterior router `q(c | d)` (TreeVAE, arXiv 2306.08984, eq. 5) and the prior router `p(c | z)` (eq. 2).
+
+    Args:
+        inputs: shape of one instance, `(D,)` or `(D, h, w)`.
+        hidden: widths of the hidden layers.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Shapes:
+        `(B, *inputs)` to `(B,)`.
+
+    Raises:
+        ValueError: if a shape or a width has numbers below 1, or is no shape at all.
+        TypeError: if a shape is given as one number.
+
+    Examples:
+        >>> Router((8,))(torch.zeros(3, 8)).shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        inputs: Shape,
+        hidden: Sequence[int] = (128,),
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: Any = {"device": device, "dtype": dtype}
+        flat = (math.prod(check_shape("inputs", inputs)),)
+        layers = stack(flat, hidden, **factory)
+        layers["logit"] = nn.Linear([*flat, *hidden][-1], 1, **factory)
+        layers["squeeze"] = nn.Flatten(0)
+        super().__init__(OrderedDict(flatten=nn.Flatten(1), **layers))
+
+    def fit(
+        self,
+        x: Tensor,
+        left: Tensor,
+        *,
+        confidence: float = 0.98,
+        steps: int = 150,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Learn a given cut of some inputs into two, by cross-entropy.
+
+        A router that learns along with the children it serves soon sends everything to the one that happens to be
+        ahead. Children that begin with a share of the inputs each learn different things from the first step.
+
+        Args:
+            x: `(n, *inputs)`, what the router will see.
+            left: `(n,)` booleans, which of them go left.
+            confidence: probability aimed at for the side an input is on, above 1/2 and below 1.
+            steps: of AdamW, on up to 1024 inputs each.
+            generator: where the choice of inputs comes from, a CPU generator.
+
+        Raises:
+            ValueError: if there is no input, or not one boolean for each; or if the confidence is out of range.
+        """
+        if not len(x) or left.shape != x.shape[:1]:
+            raise ValueError(
+                f"a cut needs at least one input and one boolean for each; found {len(x)} inputs and booleans of shape "
+                f"{tuple(left.shape)}"
+            )
+        if not 0.5 < confidence < 1:
+            raise ValueError(f"confidence must be above 0.5 and below 1, found {confidence}")
+        x = x.detach()
+        target = torch.where(left, confidence, 1 - confidence).to(x)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=1e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps + 1)
+        with torch.enable_grad():
+            for _ in range(steps):
+                rows = torch.randint(len(x), (min(len(x), 1024),), generator=generator).to(x.device)
+                loss = nn.functional.binary_cross_entropy_with_logits(self(x[rows]), target[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()

@@ -1,0 +1,288 @@
+"""Both stages as one thing that generates: a TreeVAE finds the place, a diffusion model draws what belongs there.
+
+`z_0 ~ N(0, I)` is handed down the tree to a leaf, the leaf's decoder makes a blurry image of it, and the diffusion
+model turns noise into a sharp one under that condition (Diffuse-TreeVAE, arXiv 2407.06124; TreeDiffusion, arXiv
+2410.16910). One path is walked and one decoder runs per image.
+
+The second stage is trained on what the posterior says of images and generates from what the prior says. Three things
+bring the two nearer: latents from a `LeafDensity`, noise on the condition, and prior paths in training.
+
+Letters: `B` images, `K` leaves, `C H W` image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from treediff.core.hub import Pretrained
+from treediff.core.io import described_by, load_into, read_header, save_model
+from treediff.core.modes import lasting
+from treediff.core.noise import seed_from
+from treediff.diffusion.condition import TreeCondition
+from treediff.diffusion.ddpm import LeafConditionedDDPM
+from treediff.pipeline.conditions import condition_of, condition_of_sample
+from treediff.pipeline.density import LeafDensity
+from treediff.treevae.model import TreeVAE
+from treediff.treevae.prior import TreeSample
+
+__all__ = ["DiffuseTreeVAE", "Refined"]
+
+
+@dataclass(frozen=True, eq=False)
+class Refined:
+    """Images of both stages.
+
+    Args:
+        images: `(B, C, H, W)` in [0, 1], drawn by the diffusion model.
+        coarse: `(B, C, H, W)`, what the leaf's decoder made of the same latents.
+        leaf: `(B,)` node id of each image's leaf.
+    """
+
+    images: Tensor
+    coarse: Tensor
+    leaf: Tensor
+
+
+class DiffuseTreeVAE(Pretrained, nn.Module):
+    """A TreeVAE and a diffusion model on its tree.
+
+    Args:
+        tree_vae: the first stage.
+        ddpm: the second, for the same tree and images.
+        density: where the latents of images lie; `generate` draws from it in place of the prior. Also later, as an
+            attribute.
+
+    Raises:
+        ValueError: if they have different trees, latents or images.
+
+    Examples:
+        >>> from treediff import TreeTopology
+        >>> tree_vae = TreeVAE.for_images(size=8, latent=4, topology=TreeTopology.balanced(1))
+        >>> model = DiffuseTreeVAE(tree_vae, LeafConditionedDDPM.for_tree(tree_vae, width=16))
+        >>> model.generate(3, node=2, steps=2).images.shape
+        torch.Size([3, 1, 8, 8])
+    """
+
+    density: LeafDensity | None
+
+    def __init__(self, tree_vae: TreeVAE, ddpm: LeafConditionedDDPM, density: LeafDensity | None = None) -> None:
+        super().__init__()
+        if tree_vae.topology != ddpm.index.topology:
+            raise ValueError(
+                f"both stages must have one tree, found {tree_vae.topology} and {ddpm.index.topology}; a tree that "
+                "grows or is pruned needs a new second stage"
+            )
+        images = (ddpm.unet.out_channels, *ddpm.unet.size)
+        if tree_vae.inputs != images:
+            raise ValueError(f"both stages must have images of one shape, found {tree_vae.inputs} and {images}")
+        if density is not None:
+            density.check(tree_vae)
+        self.tree_vae, self.ddpm, self.density = tree_vae, ddpm, density
+
+    def loss(self, x: Tensor, *, prior_share: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+        """The second stage's loss on images whose leaf and latents come from the posterior of the first, frozen one.
+
+        Args:
+            x: `(B, C, H, W)` in [0, 1].
+            prior_share: share of the images whose latents below the root come from the prior; see `condition_of`.
+            generator: where all randomness comes from.
+
+        Raises:
+            TypeError: if `x` is no floating-point tensor.
+            ValueError: if `x` is not what the model takes, or the share is out of range.
+        """
+        condition = condition_of(self.tree_vae, x, prior_share=prior_share, generator=generator)
+        return self.ddpm.loss(x, condition, generator=generator)
+
+    def generate(
+        self,
+        n: int,
+        *,
+        node: int | None = None,
+        leaf: int | None = None,
+        latents: str | None = None,
+        temperature: float = 1.0,
+        first_index: int = 0,
+        generator: torch.Generator | None = None,
+        **sampling: Any,  # noqa: ANN401
+    ) -> Refined:
+        """Draw images, from the root or through a node.
+
+        Image `i` depends on the generator's seed and on `first_index + i` only.
+
+        Args:
+            n: how many.
+            node: id of a node that every path passes; the root by default.
+            leaf: the same for a leaf, and refuses any other node.
+            latents: what leaf and latents are drawn from: the 'prior', or the model's 'density'; by default the density
+                if there is one.
+            temperature: factor on the standard deviation of every latent.
+            first_index: index of the first image, to continue a series.
+            generator: gives the seed.
+            **sampling: settings of `LeafConditionedDDPM.sample`.
+
+        Raises:
+            KeyError: if there is no such node, or it is no leaf.
+            ValueError: if both a node and a leaf are given, there are no such latents, or a setting is out of range.
+        """
+        if leaf is not None:
+            if node is not None:
+                raise ValueError(f"give a node or a leaf, found node={node} and leaf={leaf}")
+            if leaf not in self.tree_vae.topology.leaves:
+                raise KeyError(f"node {leaf} is not a leaf; the leaves are {list(self.tree_vae.topology.leaves)}")
+            node = leaf
+        seed = seed_from(generator)
+        drawn = self._drawer(latents)(
+            n, node=node, temperature=temperature, first_index=first_index, generator=_seeded(seed)
+        )
+        condition = condition_of_sample(drawn, self.tree_vae.topology)
+        images = self.ddpm.sample(condition, first_index=first_index, generator=_seeded(seed), **sampling)
+        return Refined(images, drawn.images, drawn.leaf)
+
+    def _drawer(self, latents: str | None) -> Callable[..., TreeSample]:
+        """What draws from the tree."""
+        if latents is None:
+            latents = "prior" if self.density is None else "density"
+        if latents not in ("prior", "density"):
+            raise ValueError(f"latents must be 'prior' or 'density', found {latents!r}")
+        if latents == "prior":
+            return self.tree_vae.sample
+        if self.density is None:
+            raise ValueError(
+                "this model has no density to draw latents from; fit one: "
+                "model.density = LeafDensity.fit(model.tree_vae, images)"
+            )
+        return partial(self.density.sample, self.tree_vae)
+
+    @torch.no_grad()
+    def generate_tree(
+        self,
+        n: int,
+        *,
+        temperature: float = 1.0,
+        first_index: int = 0,
+        generator: torch.Generator | None = None,
+        **sampling: Any,  # noqa: ANN401
+    ) -> Refined:
+        """Draw `n` roots from the prior and follow each to every leaf: the same thing seen by every cluster.
+
+        Returns images of shape `(n, K, C, H, W)` in the order of the topology's leaves, and leaves `(n, K)`. Column `k`
+        holds the pictures of `generate(n, leaf=topology.leaves[k], latents="prior")` for the same generator state.
+        """
+        seed = seed_from(generator)
+        drawn = self.tree_vae.sample_leaves(
+            n, temperature=temperature, first_index=first_index, generator=_seeded(seed)
+        )
+        columns = []
+        leaves = self.tree_vae.topology.leaves
+        for k, leaf in enumerate(leaves):
+            place = torch.full((n,), leaf, device=drawn.z.device)
+            condition = TreeCondition(place, z=drawn.z[:, k], image=drawn.images[:, k])
+            columns.append(self.ddpm.sample(condition, first_index=first_index, generator=_seeded(seed), **sampling))
+        return Refined(torch.stack(columns, 1), drawn.images, torch.tensor(leaves, device=drawn.z.device).expand(n, -1))
+
+    @torch.no_grad()
+    def refine(
+        self,
+        x: Tensor,
+        *,
+        leaf: str | Tensor = "sample",
+        first_index: int = 0,
+        generator: torch.Generator | None = None,
+        **sampling: Any,  # noqa: ANN401
+    ) -> Refined:
+        """Draw images that belong where given images belong.
+
+        Args:
+            x: `(B, C, H, W)` in [0, 1].
+            leaf: 'sample' for a leaf drawn from `P(leaf | x)`, 'argmax' for the most probable one, or `(B,)` leaf ids;
+                'all' for every leaf in turn, which gives images `(B, K, C, H, W)`, in each column those of its id.
+            first_index: index of the first image.
+            generator: gives the seed.
+            **sampling: settings of `LeafConditionedDDPM.sample`.
+
+        Raises:
+            ValueError: if `leaf` is another word, or `x` is not what the model takes.
+            KeyError: if an id is not that of a leaf.
+        """
+        seed = seed_from(generator)
+        if isinstance(leaf, str) and leaf == "all":
+            return self._refine_all(x, first_index, seed, sampling)
+        return self._refine(x, leaf, first_index, seed, sampling)
+
+    def _refine(self, x: Tensor, leaf: str | Tensor, first_index: int, seed: int, sampling: dict[str, Any]) -> Refined:
+        condition = condition_of(self.tree_vae, x, leaf=leaf, first_index=first_index, generator=_seeded(seed))
+        images = self.ddpm.sample(condition, first_index=first_index, generator=_seeded(seed), **sampling)
+        return Refined(images, condition.require_image(), condition.node)
+
+    def _refine_all(self, x: Tensor, first_index: int, seed: int, sampling: dict[str, Any]) -> Refined:
+        columns = []
+        for leaf in self.tree_vae.topology.leaves:
+            everywhere = torch.full((len(x),), leaf, device=x.device)
+            columns.append(self._refine(x, everywhere, first_index, seed, sampling))
+        return Refined(
+            torch.stack([column.images for column in columns], 1),
+            torch.stack([column.coarse for column in columns], 1),
+            torch.stack([column.leaf for column in columns], 1),
+        )
+
+    # --- files --------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write both stages, and the density if there is one, to one safetensors file; see `treediff.core.io`.
+
+        Each stage can also be saved alone.
+        """
+        header = {"tree_vae": self.tree_vae.header(), "ddpm": self.ddpm.header()}
+        if self.density is not None:
+            header["density"] = self.density.header()
+        save_model(self, path, header)
+
+    @classmethod
+    @lasting()
+    def load(cls, path: str | os.PathLike[str], *, model: Self | None = None) -> Self:
+        """Read what `save` wrote; every tensor is bit-equal.
+
+        Args:
+            path: the file.
+            model: a model on the same tree to fill, if a stage was built from parts of your own; its density gives way
+                to the file's, or to none. It stays as it was if the file does not fit.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged, foreign, of another version, or does not fit; or if a stage was built
+                from parts and no model is given.
+        """
+        header = read_header(path, cls.__name__)
+        first, second, third = (header.get(part) for part in ("tree_vae", "ddpm", "density"))
+        if not isinstance(first, dict) or not isinstance(second, dict):
+            raise ValueError(
+                f"the header of {os.fspath(path)!r} is damaged: it describes no two stages, {sorted(header)}"
+            )
+        density = LeafDensity.from_header(third, path) if "density" in header else None
+        if model is None:
+            stages = TreeVAE.from_header(first, path), LeafConditionedDDPM.from_header(second, path)
+            with described_by(path):
+                model = cls(*stages, density)
+            load_into(model, path)
+            return model
+        model.ddpm.check_tree(second, path)
+        if density is not None:
+            density.to(model.tree_vae.device)
+        # The stages are shared, so this fills the given model too, unless the file does not fit.
+        with described_by(path):
+            whole = cls(model.tree_vae, model.ddpm, density)
+        load_into(whole, path)
+        model.density = density
+        return model
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

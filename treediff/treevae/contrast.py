@@ -1,0 +1,142 @@
+"""The contrastive terms of a TreeVAE: two views of an image should look alike and take the same turns.
+
+TreeVAE (arXiv 2306.08984) adds them to the negative ELBO on colour images, where reconstruction alone groups pictures
+by their background. The losses themselves are in `treediff.layers.contrastive`; here they meet
+the ladder and the routers.
+
+Letters: `B` pairs of views, so `2B` rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from treediff.core.distributed import ALONE, World
+from treediff.core.modes import evaluating
+from treediff.layers.contrastive import ProjectionHead, decision_nt_xent, nt_xent
+from treediff.layers.init import initialize
+from treediff.tree.visits import Visits
+
+if TYPE_CHECKING:
+    from treediff.treevae.model import TreeVAE
+
+__all__ = ["TreeContrast"]
+
+
+class TreeContrast(nn.Module):
+    """`weight * mean over levels of NT-Xent(features) + decision_weight * sum over routers of NT-Xent(decisions)`.
+
+    Features pass through a projection head per level of the ladder; both are thrown away after training. A router's
+    term counts each view by the probability with which it reaches the router.
+
+    Give it to `Stage.loss` together with a second view of the batch, and train its parameters along with the stage's.
+
+    Args:
+        model: the TreeVAE whose ladder is projected; only shapes are read.
+        weight: of the term on features against the negative ELBO in nats; 100 in TreeVAE.
+        decision_weight: of the term on decisions, `weight` by default as in TreeVAE. It prefers halves: where clusters
+            differ in size it can move a good cut, and 0 leaves routers to the ELBO.
+        temperature: of the term on features; the one on decisions has 1.
+        hidden: width of the heads' hidden layer.
+        out_features: width of their output.
+        generator: where initial weights come from.
+        world: the processes that share a batch; pairs of all of them are told apart.
+
+    Raises:
+        ValueError: if a weight is negative or not finite, or a width is below 1.
+
+    Source: TreeVAE (arXiv 2306.08984), section on contrastive losses, with the weights of its reference implementation.
+
+    Examples:
+        >>> from treediff import TreeTopology, TreeVAE
+        >>> model = TreeVAE.for_images(size=8, channels=3, topology=TreeTopology.balanced(1))
+        >>> contrast = TreeContrast(model)
+        >>> ladder = model.features(torch.rand(6, 3, 8, 8))
+        >>> contrast(ladder, model.route(ladder)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        model: TreeVAE,
+        *,
+        weight: float = 100.0,
+        decision_weight: float | None = None,
+        temperature: float = 0.5,
+        hidden: int = 512,
+        out_features: int = 64,
+        generator: torch.Generator | None = None,
+        world: World = ALONE,
+    ) -> None:
+        super().__init__()
+        self.weight, self.temperature, self.world = weight, temperature, world
+        self.decision_weight = weight if decision_weight is None else decision_weight
+        for name in ("weight", "decision_weight"):
+            if not 0 <= (found := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, found {found}")
+        with evaluating(model), torch.no_grad():
+            ladder = model.features(torch.zeros(1, *model.inputs, device=model.device, dtype=model.dtype))
+        with torch.device("meta"):
+            heads = [ProjectionHead(in_features=d[0].numel(), hidden=hidden, out_features=out_features) for d in ladder]
+        self.heads = nn.ModuleList(heads).to_empty(device=model.device).to(model.dtype)
+        initialize(self.heads, generator=generator)
+
+    def extra_repr(self) -> str:
+        """Weights and temperature."""
+        return f"weight={self.weight}, decision_weight={self.decision_weight}, temperature={self.temperature}"
+
+    def forward(self, ladder: Tensor, visits: Visits, *, split: int | None = None) -> Tensor:
+        """The weighted sum of both terms, a scalar in nats.
+
+        Args:
+            ladder: `model.features(x)` for `2B` rows, the first views before the second ones.
+            visits: `model.route(ladder)`, without a threshold.
+            split: id of a routed node whose decision alone counts, with the features left out: the term of a stage that
+                trains nothing else.
+
+        Raises:
+            ValueError: if the number of rows is odd, `visits` belongs to other rows, or decisions count and a threshold
+                left out some of them.
+        """
+        rows = len(ladder[0])
+        if rows % 2 or visits.batch != rows:
+            raise ValueError(
+                "expected the first views and then the second views of the same images, as torch.cat((first, second)), "
+                f"and the visits of these rows; found {rows} rows and visits of {visits.batch}"
+            )
+        if not rows:
+            return ladder[0].sum()
+        total = ladder[0].new_zeros(())
+        if self.decision_weight:
+            total = self.decision_weight * self._decisions(visits, split)
+        if split is None:
+            pairs = [self._pairs(head(d)) for head, d in zip(self.heads, ladder, strict=True)]
+            losses = [nt_xent(first, second, temperature=self.temperature) for first, second in pairs]
+            total = total + self.weight * torch.stack(losses).mean()
+        return total
+
+    def _decisions(self, visits: Visits, split: int | None) -> Tensor:
+        plan, routed = visits.plan, visits.routed
+        if not visits.dense:
+            raise ValueError(
+                "decisions are compared among all rows, so every row must visit every node; found "
+                f"{visits.starts[-1]} visits of {visits.batch} rows to {len(plan.nodes)} nodes; leave out threshold="
+            )
+        columns = plan.ids(plan.routed)
+        logits, reach = (
+            visits.table(routed, values, plan.routed_rank, len(columns), 0.0)
+            for values in (visits.logits, visits.log_reach[routed].exp())
+        )
+        if split is not None:
+            chosen = columns.index(split)
+            logits, reach = logits[:, chosen : chosen + 1], reach[:, chosen : chosen + 1]
+        return decision_nt_xent(*self._pairs(logits), weights=torch.stack(self._pairs(reach)))
+
+    def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second views of all processes."""
+        first, second = x.chunk(2)
+        return self.world.gather(first), self.world.gather(second)

@@ -1,0 +1,197 @@
+"""What a TreeVAE believes about a batch, found in one traversal and read in many ways.
+
+Letters: `B` batch, `T` visits, `R` visits to routed nodes, `L` visits to leaves, `N` nodes, `K` leaves, `D` latent.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from treediff.layers.grouped._gaussians import kl
+from treediff.tree.probability import bernoulli_kl_with_logits, gaussian_log_prob, sample_leaf
+from treediff.tree.visits import Visits
+
+if TYPE_CHECKING:
+    from treediff.treevae.model import TreeVAE
+
+__all__ = ["ELBO", "TreePosterior", "elbo_of", "iwae"]
+
+
+@dataclass(frozen=True, eq=False)
+class TreePosterior:
+    """Latents, Gaussians, decisions and reach probabilities of every visit.
+
+    Args:
+        visits: which image is at which node, with `log_reach` and the posterior routers' `logits`.
+        z: `(T, D, ...)` a sample of each visited node's latent.
+        posterior: `(T, 2D, ...)` mean and log-variance of `q(z_i | z_parent, x)`.
+        prior: `(T, 2D, ...)` mean and log-variance of `p(z_i | z_parent)`; 0 at the root.
+        prior_logits: `(R,)` what the prior routers `p(c | z)` say at the routed visits.
+    """
+
+    visits: Visits
+    z: Tensor
+    posterior: Tensor
+    prior: Tensor
+    prior_logits: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """`(T, D, ...)` of the posterior."""
+        return self.posterior.chunk(2, 1)[0]
+
+    @property
+    def logvar(self) -> Tensor:
+        """`(T, D, ...)` of the posterior."""
+        return self.posterior.chunk(2, 1)[1]
+
+    @property
+    def prior_mean(self) -> Tensor:
+        """`(T, D, ...)` of the prior."""
+        return self.prior.chunk(2, 1)[0]
+
+    @property
+    def prior_logvar(self) -> Tensor:
+        """`(T, D, ...)` of the prior."""
+        return self.prior.chunk(2, 1)[1]
+
+    def leaf_log_probs(self) -> Tensor:
+        """`log P(leaf | x)`, `(B, K)` in the order of the topology's leaves; -inf where a visit was left out."""
+        return leaf_log_probs_of(self.visits)
+
+    def latents(self, node: int) -> Tensor:
+        """The latents `(B, D, ...)` at one node; NaN for images that did not visit it.
+
+        Raises:
+            KeyError: if there is no such node.
+        """
+        plan = self.visits.plan
+        plan.topology.path(node)
+        here = self.visits.node == (plan.nodes.index(node) if node in plan.nodes else -1)
+        z = self.z.new_full((self.visits.batch, *self.z.shape[1:]), math.nan)
+        return z.index_put((self.visits.image[here],), self.z[here])
+
+    def kl_nodes(self) -> Tensor:
+        """`(T,)` analytic KL of each visit's posterior from its prior, not yet weighted by the reach, in nats."""
+        return kl(self.posterior, self.prior)
+
+    def kl_decisions(self) -> Tensor:
+        """`(R,)` KL of each decision's posterior from its prior, not yet weighted, in nats."""
+        return bernoulli_kl_with_logits(self.visits.logits, self.prior_logits)
+
+    def log_ratio_nodes(self) -> Tensor:
+        """`(T,)` `log p(z_i | z_parent) - log q(z_i | z_parent, x)` at the sample, in nats."""
+        prior = gaussian_log_prob(self.z, self.prior_mean, self.prior_logvar)
+        return prior - gaussian_log_prob(self.z, self.mean, self.logvar)
+
+
+def leaf_log_probs_of(visits: Visits) -> Tensor:
+    """`(B, K)` log-probabilities of the leaves from the visits alone."""
+    leaves, plan = visits.at_leaves(), visits.plan
+    return visits.table(leaves, visits.log_reach[leaves], plan.leaf_rank, len(plan.leaves), -math.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class ELBO:
+    """The evidence lower bound of each image, term by term, in nats, all `(B,)` (TreeVAE, arXiv 2306.08984, eq. 9).
+
+    Args:
+        reconstruction: `sum over leaves of P(leaf | x) (-log p(x | z_leaf))`.
+        kl_root: `KL(q(z_0 | x) || N(0, I))`.
+        kl_nodes: sum over the other nodes of `P(i | x) KL(q(z_i | z_parent, x) || p(z_i | z_parent))`.
+        kl_decisions: sum over routed nodes of `P(i | x) KL(q(c_i | x) || p(c_i | z_i))`.
+    """
+
+    reconstruction: Tensor
+    kl_root: Tensor
+    kl_nodes: Tensor
+    kl_decisions: Tensor
+
+    @property
+    def kl(self) -> Tensor:
+        """The three KL terms together."""
+        return self.kl_root + self.kl_nodes + self.kl_decisions
+
+    @property
+    def elbo(self) -> Tensor:
+        """The bound itself; higher is better."""
+        return -(self.reconstruction + self.kl)
+
+    def loss(self, kl_weight: float = 1.0) -> Tensor:
+        """What training minimises: the mean over images of `reconstruction + kl_weight * kl`, a scalar."""
+        return torch.mean(self.reconstruction + kl_weight * self.kl)
+
+
+def elbo_of(model: TreeVAE, posterior: TreePosterior, x: Tensor, *, from_depth: int | None = None) -> ELBO:
+    """The evidence lower bound from a posterior that was found for `x`; see `TreeVAE.elbo`.
+
+    With `from_depth` only decisions at that depth or below count, and KLs of nodes below it: the part of the bound
+    that a split at that depth takes part in.
+    """
+    visits, root = posterior.visits, posterior.visits.batch
+    reach = visits.reach()
+    nodes = reach * posterior.kl_nodes()
+    decisions = reach[visits.routed] * posterior.kl_decisions()
+    leaves = visits.at_leaves()
+    log_prob = leaf_log_likelihood(model, posterior, x, leaves)
+    kl_root, first = nodes[:root], root
+    if from_depth is not None:
+        first = visits.starts[from_depth + 1]
+        decisions = decisions * (visits.routed >= visits.starts[from_depth])
+        kl_root = torch.zeros_like(kl_root)
+    return ELBO(
+        reconstruction=visits.per_image(-reach[leaves] * log_prob, leaves),
+        kl_root=kl_root,
+        kl_nodes=visits.per_image(nodes[first:], torch.arange(first, len(nodes), device=nodes.device)),
+        kl_decisions=visits.per_image(decisions, visits.routed),
+    )
+
+
+def leaf_log_likelihood(model: TreeVAE, posterior: TreePosterior, x: Tensor, leaves: Tensor) -> Tensor:
+    """`log p(x | z_leaf)` in nats at some leaf visits `(L,)`."""
+    output = model.decode_visits(posterior, leaves)
+    return model.likelihood.log_prob(output, x.index_select(0, posterior.visits.image[leaves]))
+
+
+def iwae(
+    model: TreeVAE, x: Tensor, samples: int, *, chunk: int = 64, generator: torch.Generator | None = None
+) -> Tensor:
+    """The importance-weighted bound, `(B,)` in nats; see `TreeVAE.iwae`."""
+    if not (isinstance(samples, Integral) and isinstance(chunk, Integral)):
+        raise TypeError(f"samples and chunk must be integers, found {samples!r} and {chunk!r}")
+    if samples < 1 or chunk < 1:
+        raise ValueError(f"samples and chunk must be at least 1, found {samples} and {chunk}")
+    features = model.features(x)
+    everyone = model.route(features)  # once: a decision is the same for every sample
+    log_probs = leaf_log_probs_of(everyone)
+    total = x.new_full((len(x),), -math.inf)
+    for start in range(0, samples, chunk):
+        k = min(chunk, samples - start)
+        uniform = torch.rand(len(x) * k, generator=generator, dtype=x.dtype, device=x.device)
+        leaf = sample_leaf(log_probs.repeat_interleave(k, 0), uniform)
+        posterior = model.latents(
+            features.repeat_interleave(k, 1), everyone.repeated(k).along(leaf), generator=generator
+        )
+        weights = _log_weights(model, posterior, x.repeat_interleave(k, 0), leaf).view(len(x), k)
+        total = torch.logaddexp(total, weights.logsumexp(1))
+    return total - math.log(samples)
+
+
+def _log_weights(model: TreeVAE, posterior: TreePosterior, x: Tensor, leaf: Tensor) -> Tensor:
+    """`(B,)` log importance weights of one path, to leaves by rank, and one set of latents per row."""
+    visits = posterior.visits
+    sign = torch.where(visits.turns_left(leaf), 1.0, -1.0).to(x.dtype)
+    decisions = F.logsigmoid(sign * posterior.prior_logits) - F.logsigmoid(sign * visits.logits)
+    leaves = visits.at_leaves()
+    return (
+        visits.per_image(posterior.log_ratio_nodes())
+        + visits.per_image(decisions, visits.routed)
+        + visits.per_image(leaf_log_likelihood(model, posterior, x, leaves), leaves)
+    )
