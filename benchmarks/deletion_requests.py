@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 from munkey import DurableStore, KeyMemoryTransformer, KeyStore, Projection
 from munkey.presets import patch_for
-from treediff.core.cpu import tune_cpu
 from treediff.data import load_dataset
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
@@ -55,7 +54,12 @@ class Data:
     def munkey(self, **settings: Any) -> KeyMemoryTransformer:  # noqa: ANN401
         channels, height, width = self.shape
         return KeyMemoryTransformer.for_images(
-            self.classes, channels, (height, width), self.encoder, sparse=True, **settings
+            classes=self.classes,
+            channels=channels,
+            size=(height, width),
+            key_encoder=self.encoder,
+            sparse=True,
+            **settings,
         )
 
     def remembered_by(self, model: Any, ids: Tensor) -> None:  # noqa: ANN401
@@ -173,7 +177,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    tune_cpu()
+    torch.set_flush_denormal(True)
     data = Data(args.data, args.key_width)
     result = {"data": data.name, "instances": len(data.ids), "key width": args.key_width}
     result |= {"service": service(data, args.rounds), "requests": requests(data, args.requests, args.epochs)}

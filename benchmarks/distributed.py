@@ -28,7 +28,6 @@ from torch.nn import functional as F
 
 from munkey import KeyMemoryTransformer, Projection, ShardedKeyStore
 from treediff import DiffuseTreeVAE, LeafConditionedDDPM, Stage, TreeTopology, TreeVAE
-from treediff.core.cpu import tune_cpu
 from treediff.core.distributed import World, data_parallel, start
 from treediff.layers import KLAnnealing
 from treediff.pipeline.conditions import condition_of
@@ -75,7 +74,7 @@ def models(world: World, batch: int, rounds: int) -> dict[str, float]:
         condition = condition_of(tree, x)
     ddpm_loss = data_parallel(ddpm.loss, ddpm)
     encoder = Projection.random((1, 28, 28), 64)
-    classifier = KeyMemoryTransformer.for_images(10, 1, 28, encoder, sparse=True)
+    classifier = KeyMemoryTransformer.for_images(classes=10, channels=1, size=28, key_encoder=encoder, sparse=True)
     classifier.shard()
     classifier.remember(own, x[own], labels[own])
     values = torch.optim.SparseAdam([classifier.memory.store.values], lr=1e-2)
@@ -142,7 +141,7 @@ def main() -> None:
     parser.add_argument("--store", action="store_true", help="only what is sent for the store, no times")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    tune_cpu()
+    torch.set_flush_denormal(True)
     if not dist.is_torchelastic_launched():
         raise SystemExit("start it with torchrun, see --help")
     dist.init_process_group("gloo")

@@ -37,7 +37,6 @@ from munkey import KeyMemoryTransformer
 from munkey.audit import area_under_curve, average_gap
 from munkey.readout.aggregate import AGGREGATIONS
 from munkey.search.exact import nearest
-from treediff.core.cpu import tune_cpu
 from treediff.data import load_dataset
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
@@ -125,7 +124,12 @@ def trained(task: Task, ids: Tensor, seed: int, args: argparse.Namespace) -> Key
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = KeyMemoryTransformer.for_images(
-            task.classes, channels, (height, width), task.encoder, seed=seed, **settings
+            classes=task.classes,
+            channels=channels,
+            size=(height, width),
+            key_encoder=task.encoder,
+            seed=seed,
+            **settings,
         )
     everyone, ids = ids, task.stay if args.permanent else ids
     model.remember(ids, task.images[ids], task.labels[ids], keys=task.keys[ids], permanent=args.permanent > 0)
@@ -270,7 +274,7 @@ def main() -> None:
     parser.add_argument("--also", nargs="*", default=[], type=setting, metavar="NAME=VALUE", help="see above")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    tune_cpu()
+    torch.set_flush_denormal(True)
     task = Task(args)
     about = {name: value for name, value in vars(args).items() if name not in ("out", "data", "seeds", "kinds", "keys")}
     about = {"data": task.name, **about, "encoder": Path(args.encoder).name, "fitted on": task.encoder.fitted_on}

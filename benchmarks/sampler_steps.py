@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from treediff import DiffuseTreeVAE
-from treediff.core.cpu import has_fast, tune_cpu
+from treediff.core.cpu import has_fast
 from treediff.data import load_dataset
 from treediff.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, Sampler
 from treediff.metrics import FeatureClassifier, FeatureStatistics, frechet_bootstrap, frechet_distance
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    tune_cpu()
+    torch.set_flush_denormal(True)
     data = load_dataset(args.data)
     images = data.train_images[-args.holdout :] if args.holdout else data.test_images
     model, classifier = DiffuseTreeVAE.load(args.model).eval(), FeatureClassifier.load(args.classifier).eval()

@@ -34,7 +34,6 @@ from munkey.audit import (
     rmia_scores,
 )
 from treediff.core.checkpoint import read_checkpoint, save_checkpoint
-from treediff.core.cpu import tune_cpu
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
 from unlearning.models import Bench
@@ -132,7 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     args.forget = "random:0.1"  # other sets are drawn here
-    tune_cpu()
+    torch.set_flush_denormal(True)
     task = Task(argparse.Namespace(**{**vars(args), "out": args.work}))
     shadows = Shadows(task, args)
     results: dict[str, dict[str, Any]] = {}

@@ -314,7 +314,9 @@ def modelling(rounds: int, rows: int) -> Times:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(rows, 1, 28, 28, generator=generator)
     labels = torch.randint(10, (rows,), generator=generator)
-    model = KeyMemoryTransformer.for_images(10, 1, 28, Projection.random((1, 28, 28), WIDTH), sparse=True)
+    model = KeyMemoryTransformer.for_images(
+        classes=10, channels=1, size=28, key_encoder=Projection.random((1, 28, 28), WIDTH), sparse=True
+    )
     ids = torch.arange(rows)
     model.memory.remember(ids, model.key_encoder(images), labels)
     values = model.memory.store.values

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from treediff import Stage, TreeGrowth, TreeVAE
-from treediff.core.cpu import tune_cpu
 from treediff.data import load_dataset
 from treediff.layers import KLAnnealing
 from treediff.metrics import leaf_perplexity
@@ -115,7 +114,7 @@ def row(kind: str, leaves: int, trees: Path, images: Tensor, rounds: int) -> dic
     take_turns({"step": ours}, 1)
     memory = peak() - before
     naive, fresh = NaiveTreeVAE(model), copy.deepcopy(model)
-    for bank in (fresh.posterior_routers, fresh.prior_routers):
+    for bank in (fresh.banks.posterior_routers, fresh.banks.prior_routers):
         for node in bank.nodes:
             torch.nn.init.zeros_(bank.weights_of(node))  # a router that knows nothing sends everything everywhere
 
@@ -187,7 +186,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    tune_cpu()
+    torch.set_flush_denormal(True)
     images = load_dataset(args.data).train_images
     if args.row:
         print(json.dumps(row(args.row[0], int(args.row[1]), args.trees, images, args.rounds)))

@@ -28,7 +28,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from treediff import TreeGrowth, TreeVAE
-from treediff.core.cpu import tune_cpu
 from treediff.data import ImageDataset, load_dataset
 from treediff.metrics import ari, cluster_accuracy, dendrogram_purity, leaf_purity, nmi
 
@@ -125,7 +124,7 @@ def compare(x: Splits, labels: Tensor, seed: int, args: argparse.Namespace) -> l
         start = time.perf_counter()
         initial = torch.Generator().manual_seed(seed)
         size = {"latent": args.latent, "width": args.width, "likelihood": args.likelihood}
-        model = TreeVAE.for_vectors(x[0].shape[1], generator=initial, **size)
+        model = TreeVAE.for_vectors(features=x[0].shape[1], generator=initial, **size)
         if method == "treevae":
             growth = TreeGrowth(
                 model,
@@ -170,7 +169,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file")
     args = parser.parse_args()
     # Weights that no row reaches leave Adam with moments too small for a CPU to multiply at full speed.
-    tune_cpu()
+    torch.set_flush_denormal(True)
 
     plain: dict[str, Splits] = {}
     if args.data == "bbc-news":

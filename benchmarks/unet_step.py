@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from treediff import EMA
-from treediff.core.cpu import tune_cpu
 from treediff.diffusion import DDIMSampler, LinearSchedule, UNet, uniform
 
 SIZE = 32
@@ -203,7 +202,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    tune_cpu()
+    torch.set_flush_denormal(True)
     if args.memory:
         name, batch, layout = args.memory
         runner = Runner(name, int(batch), bool(int(layout)))

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from treediff import DiffuseTreeVAE
-from treediff.core.cpu import has_fast, tune_cpu
+from treediff.core.cpu import has_fast
 from treediff.data import load_dataset
 from treediff.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, Sampler
 from treediff.metrics import (
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="do not multiply in bfloat16")
     parser.add_argument("--batch-size", type=int, default=250)
     args = parser.parse_args()
-    tune_cpu()
+    torch.set_flush_denormal(True)
 
     data, model = load_dataset(args.data, size=args.size), DiffuseTreeVAE.load(args.model).eval()
     model.ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]

@@ -22,7 +22,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from treediff import DiffuseTreeVAE
-from treediff.core.cpu import tune_cpu
 from treediff.core.distributed import World, start
 from treediff.data import load_dataset
 from treediff.diffusion import Progress
@@ -126,7 +125,7 @@ def main() -> None:
     parser.add_argument("--away-from", default="root", choices=["root", "parent", "sibling"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    tune_cpu()
+    torch.set_flush_denormal(True)
     args.world = start()
     args.out.mkdir(parents=True, exist_ok=True)
 

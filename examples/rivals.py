@@ -21,7 +21,7 @@ from munkey import KeyEncoder, KeyStore, KeyValueMemory, Projection
 from munkey.readout.tokens import ImageTokens
 from munkey.readout.transformer import TransformerBlock
 from treediff.augment import Augment
-from treediff.data import batches, load_dataset
+from treediff.data import load_dataset
 
 
 class Features(nn.Module):
@@ -188,7 +188,7 @@ def fit(
     bar = tqdm(total=steps, desc=type(model).__name__, mininterval=1.0)
     model.train()
     for _ in range(epochs):
-        for rows in batches(len(ids), batch_size, generator=generator):
+        for rows in torch.randperm(len(ids), generator=generator).split(batch_size):
             own = ids[rows]
             x = images[own] if augment is None else augment(images[own], generator=generator)
             optimizer.zero_grad()

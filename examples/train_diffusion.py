@@ -5,7 +5,7 @@
     python examples/train_diffusion.py --tree examples/trees/fashion-mnist.safetensors --data fashion-mnist \
         --out runs/fashion-diffusion --epochs 12
     torchrun --nproc-per-node 2 examples/train_diffusion.py             # on two processes
-    python examples/train_diffusion.py --resume                         # goes on where Ctrl-C stopped the first one
+    python examples/train_diffusion.py --resume                         # goes on with a run that was interrupted
 
 Everything is here: copy it and change what you like. The last line printed is one JSON object with the results.
 """
@@ -14,65 +14,77 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from treediff import EMA, DiffuseTreeVAE, LeafConditionedDDPM, LeafDensity, TreeVAE
-from treediff.core.cpu import has_fast, tune_cpu
-from treediff.core.distributed import data_parallel, start
-from treediff.core.long_run import LongRun
-from treediff.data import ImageDataset, batches, load_dataset
+from treediff.core.checkpoint import read_checkpoint, save_checkpoint
+from treediff.core.cpu import has_fast
+from treediff.core.distributed import World, data_parallel, start
+from treediff.core.noise import combine_seeds
+from treediff.data import ImageDataset, load_dataset
 from treediff.pictures import draw_tree, summarize_tree, write_html
 from treediff.pipeline.conditions import condition_of, condition_of_sample
 from treediff.treevae.prior import TreeSample
 
 
-def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace, run: LongRun) -> EMA:
-    """A plain PyTorch loop over the second stage; the first one stays as it is."""
-    ddpm, world, steps = model.ddpm, run.world, args.epochs * -(-len(images) // args.batch_size)
+def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace, world: World) -> EMA:
+    """A plain PyTorch loop over the second stage, with a checkpoint between two epochs; the first stage is frozen."""
+    ddpm, steps, path = model.ddpm, -(-len(images) // args.batch_size), args.out / "checkpoint.safetensors"
     optimizer = torch.optim.Adam(ddpm.parameters(), lr=args.learning_rate, fused=True)
-    rise = max(0.05, 1.5 / (steps + 1))  # OneCycleLR divides by zero if that is one step
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=rise)
+    total = args.epochs * steps + 1
+    rise = max(0.05, 1.5 / total)  # OneCycleLR divides by zero if that is one step
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=total, pct_start=rise)
     ema = EMA(ddpm, decay=args.ema)
-    order = torch.Generator().manual_seed(args.seed)
-    generator = world.own(order)
     loss_of = data_parallel(ddpm.loss, ddpm)
-    parts = {
-        "settings": settings_of(args),
-        "images": len(images),
-        "model": model,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "ema": ema,
-        "order": order,
-        "noise": generator,
-        "dropout": torch.default_generator,
-    }
-    running = 0.0
-    for rows in run.steps(
-        "diffusion", args.epochs, lambda _: batches(len(images), args.batch_size, generator=order), parts
-    ):
-        x = images[world.share(rows)]
-        condition = condition_of(model.tree_vae, x, prior_share=args.prior_share, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16) and not args.float32):
-            loss = loss_of(x, condition, generator=generator)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(ddpm.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        ema.update()
-        running += 0.01 * (loss.item() - running) if running else loss.item()
-        run.measured(loss=running)
+    parts = {"settings": settings_of(args), "images": len(images), "model": model}
+    parts |= {"optimizer": optimizer, "schedule": schedule, "ema": ema}
+    first = 0
+    if args.resume:
+        saved = read_checkpoint(path)
+        first = saved["epoch"]
+        saved.fill(parts | {"epoch": first})
+    bar = tqdm(total=args.epochs * steps, initial=first * steps, disable=args.quiet or not world.first)
+    written, running = time.monotonic(), 0.0
+    for epoch in range(first, args.epochs):
+        # A seed for each epoch: a run that goes on draws what it would have drawn.
+        order = torch.Generator().manual_seed(combine_seeds(args.seed, epoch))
+        generator = world.own(order)
+        torch.manual_seed(combine_seeds(args.seed, epoch, world.rank))  # of dropout
+        for rows in torch.randperm(len(images), generator=order).split(args.batch_size):
+            x = images[world.share(rows)]
+            condition = condition_of(model.tree_vae, x, prior_share=args.prior_share, generator=generator)
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16) and not args.float32):
+                loss = loss_of(x, condition, generator=generator)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(ddpm.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            ema.update()
+            running += 0.01 * (loss.item() - running) if running else loss.item()
+            bar.update()
+            bar.set_postfix(loss=f"{running:.4f}", refresh=False)
+        if world.first and time.monotonic() - written >= args.save_every:
+            save_checkpoint(path, parts | {"epoch": epoch + 1})
+            written = time.monotonic()
+    bar.close()
     return ema
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What decides how a run goes."""
-    return {name: value for name, value in vars(args).items() if name not in ("out", "tree", "resume", "quiet")}
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("out", "tree", "resume", "save_every", "quiet")
+    }
 
 
 def build(tree: TreeVAE, args: argparse.Namespace) -> DiffuseTreeVAE:
@@ -84,9 +96,7 @@ def build(tree: TreeVAE, args: argparse.Namespace) -> DiffuseTreeVAE:
         "blocks": args.blocks,
         "dropout": args.dropout,
     }
-    with torch.random.fork_rng():
-        torch.manual_seed(args.seed)
-        ddpm = LeafConditionedDDPM.for_tree(tree, **settings)
+    ddpm = LeafConditionedDDPM.for_tree(tree, generator=torch.Generator().manual_seed(args.seed), **settings)
     # About a tenth faster on a CPU in bfloat16.
     return DiffuseTreeVAE(tree, ddpm.to(memory_format=torch.channels_last))  # type: ignore[call-overload, unused-ignore]
 
@@ -108,6 +118,15 @@ def picture(model: DiffuseTreeVAE, data: ImageDataset, out: Path, seed: int) -> 
     )
     draw_tree(summary, out / "tree.png")
     write_html(summary, out / "tree.html", title=f"{data.name}: a tree of clusters")
+
+
+@torch.no_grad()
+def gflop(model: DiffuseTreeVAE) -> float:
+    """Floating-point operations of the network for one image, in 1e9; a multiplication and an addition are two."""
+    x = torch.zeros(1, *model.tree_vae.inputs)
+    with FlopCounterMode(display=False) as counter:
+        model.ddpm(x, torch.ones(1), condition_of(model.tree_vae, x))
+    return counter.get_total_flops() / 1e9
 
 
 def main() -> None:
@@ -132,10 +151,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    parser.add_argument("--save-every", type=float, default=30.0, help="least seconds between two checkpoints")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    tune_cpu()
+    torch.set_flush_denormal(True)
     world = start()
     if not args.tree.exists():
         raise SystemExit(f"there is no tree at {args.tree}; grow one with examples/train_treevae.py, or pass --tree")
@@ -144,18 +164,19 @@ def main() -> None:
     images = data.train_images[: len(data.train_images) - args.holdout]
     args.epochs = args.epochs or (1 if args.quick else max(1, 120_000 // len(images)))
     model = build(TreeVAE.load(args.tree).eval(), args)
-    with LongRun(args.out / "checkpoint.safetensors", resume=args.resume, world=world, show=not args.quiet) as run:
-        model.density = LeafDensity.fit(model.tree_vae, images, generator=torch.Generator().manual_seed(args.seed))
-        ema = train(model, images, args, run)
-        seconds = run.seconds
-        if not world.first:
-            return
-        model.eval()
-        with ema.average():
-            model.save(args.out / "model.safetensors")
-            picture(model, data, args.out, args.seed)
+    start_time = time.perf_counter()
+    model.density = LeafDensity.fit(model.tree_vae, images, generator=torch.Generator().manual_seed(args.seed))
+    ema = train(model, images, args, world)
+    seconds = time.perf_counter() - start_time
+    if not world.first:
+        return
+    model.eval()
+    with ema.average():
+        model.save(args.out / "model.safetensors")
+        (args.out / "checkpoint.safetensors").unlink(missing_ok=True)
+        picture(model, data, args.out, args.seed)
     parameters = sum(weight.numel() for weight in model.ddpm.parameters())
-    about = {"data": data.name, "seconds": seconds, "parameters": parameters, "gflop": model.ddpm.unet.flops() / 1e9}
+    about = {"data": data.name, "seconds": seconds, "parameters": parameters, "gflop": gflop(model)}
     result = settings_of(args) | about
     (args.out / "results.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result))

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from munkey import ConvEncoder
 from munkey.encoders.base import FITTED_ON
 from treediff.augment import Augment, ColorJitter, RandomAffine, RandomFlip, RandomResizedCrop
-from treediff.core.cpu import has_fast, tune_cpu
-from treediff.core.progress import Progress
-from treediff.data import batches, load_dataset
+from treediff.core.cpu import has_fast
+from treediff.data import load_dataset
 from treediff.layers import ProjectionHead, nt_xent
 
 
@@ -38,9 +38,11 @@ def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> Non
     crop = RandomResizedCrop(scale=(0.4, 1.0))
     augment = Augment(crop, RandomFlip(), ColorJitter()) if images.shape[1] == 3 else Augment(crop, moved)
     generator = torch.Generator().manual_seed(args.seed)
-    progress = Progress("encoder", steps, show=not args.quiet)
+    bar = tqdm(total=steps, desc="encoder", disable=args.quiet)
     for _ in range(args.epochs):
-        for rows in batches(len(images), args.batch_size, generator=generator, drop_last=True):
+        for rows in torch.randperm(len(images), generator=generator).split(args.batch_size):
+            if len(rows) < args.batch_size:
+                continue  # a smaller batch has other contrasts
             views = [augment(images[rows], generator=generator) for _ in range(2)]
             with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
                 first, second = head(encoder.encode(torch.cat(views))).float().chunk(2)
@@ -49,8 +51,8 @@ def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> Non
             loss.backward()
             optimizer.step()
             schedule.step()
-            progress.update(loss=loss)
-    progress.close()
+            bar.update()
+    bar.close()
 
 
 def main() -> None:
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    tune_cpu()
+    torch.set_flush_denormal(True)
 
     data = load_dataset(args.data, size=args.size)
     images = data.train_images[: args.rows]

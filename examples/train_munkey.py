@@ -3,7 +3,7 @@
     python examples/train_munkey.py                                        # real handwritten digits, half a minute
     python examples/train_munkey.py --data fashion-mnist --out runs/munkey-fashion --epochs 10
     python examples/train_munkey.py --mode exact --permanent 0.5           # weights see half of the images only
-    python examples/train_munkey.py --resume                               # goes on where Ctrl-C stopped the first one
+    python examples/train_munkey.py --resume                               # goes on with a run that was interrupted
 
     python examples/forget.py --label 3                                    # afterwards: forget all threes
 
@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from munkey import (
     ConvEncoder,
@@ -32,12 +34,13 @@ from munkey import (
     Projection,
     pathway_accuracies,
 )
-from munkey.checkpoints import WipedCheckpoints
+from munkey.io import WipedCheckpoints
 from treediff.augment import Augment, RandomAffine, RandomFlip
-from treediff.core.cpu import has_fast, tune_cpu
-from treediff.core.distributed import World, data_parallel, start
-from treediff.core.long_run import LongRun
-from treediff.data import batches, load_dataset
+from treediff.core.checkpoint import Checkpoint, read_checkpoint
+from treediff.core.cpu import has_fast
+from treediff.core.distributed import ALONE, World, data_parallel, start
+from treediff.core.noise import combine_seeds
+from treediff.data import load_dataset
 
 
 def train(
@@ -52,35 +55,53 @@ def train(
     value_rate: float = 1e-2,
     augment: Augment | None = None,
     seed: int = 0,
-    run: LongRun | None = None,
-    parts: dict[str, Any] | None = None,
+    world: World = ALONE,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    save_every: float = 30.0,
+    settings: dict[str, Any] | None = None,
+    quiet: bool = True,
 ) -> None:
     """A plain PyTorch loop. Values have an optimiser of their own, whose cost follows the batch, not the memory."""
-    run, values = run or LongRun(), model.memory.store.values
+    values, steps = model.memory.store.values, -(-len(ids) // batch_size)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameter_groups(0.05), lr=learning_rate)]
     if values.requires_grad:
         optimizers.append(torch.optim.SparseAdam([values], lr=value_rate))
         model.attach(optimizers[1])
-    steps = epochs * -(-len(ids) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], learning_rate, total_steps=steps + 1)
-    order = torch.Generator().manual_seed(seed)
-    generator = run.world.own(order)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], learning_rate, total_steps=epochs * steps + 1)
     loss_of = data_parallel(model.loss, model, unused=True)
-    parts = {**(parts or {}), "model": model, "schedule": schedule, "order": order, "noise": generator}
+    parts = {"settings": settings or {}, "model": model, "schedule": schedule}
     parts |= {f"optimizer {number}": optimizer for number, optimizer in enumerate(optimizers)}
+    first = 0
+    if checkpoint is not None and resume:
+        saved = read_checkpoint(checkpoint)
+        first = saved["epoch"]
+        saved.fill(parts | {"epoch": first})
+    bar = tqdm(total=epochs * steps, initial=first * steps, disable=quiet or not world.first)
+    written = time.monotonic()
     model.train()
-    for rows in run.steps("munkey", epochs, lambda _: batches(len(ids), batch_size, generator=order), parts):
-        own = ids[run.world.share(rows)]
-        x = images[own] if augment is None else augment(images[own], generator=generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
-            loss = loss_of(x, labels[own], ids=own, generator=generator)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        schedule.step()
-        run.measured(loss=loss)
+    for epoch in range(first, epochs):
+        # A seed for each epoch: a run that goes on draws what it would have drawn.
+        order = torch.Generator().manual_seed(combine_seeds(seed, epoch))
+        generator = world.own(order)
+        for rows in torch.randperm(len(ids), generator=order).split(batch_size):
+            own = ids[world.share(rows)]
+            x = images[own] if augment is None else augment(images[own], generator=generator)
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
+                loss = loss_of(x, labels[own], ids=own, generator=generator)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            schedule.step()
+            bar.update()
+        bar.set_postfix(loss=f"{loss.item():.4g}")
+        if checkpoint is not None and time.monotonic() - written >= save_every:
+            # A checkpoint holds what can be forgotten: it is overwritten when it is replaced, and at the end.
+            WipedCheckpoints().write(str(checkpoint), Checkpoint.of(parts | {"epoch": epoch + 1}).to_bytes())
+            written = time.monotonic()
+    bar.close()
     model.eval()
 
 
@@ -126,10 +147,11 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--value-rate", type=float, default=1e-2)
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    parser.add_argument("--save-every", type=float, default=30.0, help="least seconds between two checkpoints")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    tune_cpu()
+    torch.set_flush_denormal(True)
     world = start()
     if args.resume and world.size > 1:
         raise SystemExit("--resume goes on with a run on one process, whose memory is in one place; leave out torchrun")
@@ -146,48 +168,51 @@ def main() -> None:
     ids = order[~torch.isin(order, left_out)]
     (args.out / "left_out.txt").write_text("".join(f"{i}\n" for i in left_out.tolist()))
     channels, height, width = images.shape[1:]
-    with torch.random.fork_rng():
-        torch.manual_seed(args.seed)
-        model = KeyMemoryTransformer.for_images(
-            1 + int(torch.cat([labels, data.test_labels]).max()),
-            channels,
-            (height, width),
-            encoder_of(args, (channels, height, width)),
-            mode=args.mode,
-            width=args.width,
-            depth=args.depth,
-            neighbours=args.neighbours,
-            aggregation=args.aggregation,
-            sparse=True,
-        )
+    model = KeyMemoryTransformer.for_images(
+        size=(height, width),
+        channels=channels,
+        classes=1 + int(torch.cat([labels, data.test_labels]).max()),
+        key_encoder=encoder_of(args, (channels, height, width)),
+        generator=torch.Generator().manual_seed(args.seed),
+        mode=args.mode,
+        width=args.width,
+        depth=args.depth,
+        neighbours=args.neighbours,
+        aggregation=args.aggregation,
+        sparse=True,
+    )
     if world.size > 1:
         model.shard()  # each process holds a part of the memory
     seen = stay if args.mode == "exact" else ids
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "quiet")}
-    checkpoint = args.out / "checkpoint.safetensors" if world.size == 1 else None
-    # A checkpoint holds what can be forgotten: it is overwritten when it is replaced, and when the run has finished.
-    files = WipedCheckpoints()
-    with LongRun(checkpoint, resume=args.resume, world=world, show=not args.quiet, files=files) as run:
-        if run.saved is None:  # otherwise they come with the first step
-            remember(model, images, labels, seen, world, permanent=args.mode == "exact")
-            model.memory.store.compact()  # in the order in which rows are saved, so that moments fit them
-        train(
-            model,
-            images,
-            labels,
-            seen,
-            epochs=args.epochs,
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            value_rate=args.value_rate,
-            augment=augment_of(channels),
-            seed=args.seed,
-            run=run,
-            parts={"settings": settings, "images": len(images)},
-        )
-        remember(model, images, labels, ids[~torch.isin(ids, seen)], world)
-        seconds = run.seconds
-        model.save(args.out / ("model.safetensors" if world.size == 1 else "model"))
+    settings = {
+        name: value for name, value in vars(args).items() if name not in ("out", "resume", "save_every", "quiet")
+    }
+    checkpoint, start_time = args.out / "checkpoint.safetensors", time.perf_counter()
+    if not args.resume:  # otherwise they come with the checkpoint
+        remember(model, images, labels, seen, world, permanent=args.mode == "exact")
+        model.memory.store.compact()  # in the order in which rows are saved, so that moments fit them
+    train(
+        model,
+        images,
+        labels,
+        seen,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        value_rate=args.value_rate,
+        augment=augment_of(channels),
+        seed=args.seed,
+        world=world,
+        checkpoint=checkpoint if world.size == 1 else None,
+        resume=args.resume,
+        save_every=args.save_every,
+        settings=settings,
+        quiet=args.quiet,
+    )
+    remember(model, images, labels, ids[~torch.isin(ids, seen)], world)
+    seconds = time.perf_counter() - start_time
+    model.save(args.out / ("model.safetensors" if world.size == 1 else "model"))
+    WipedCheckpoints().remove(str(checkpoint))
     found = {"test": asdict(pathway_accuracies(model, data.test_images, data.test_labels))}
     for name, own in (("remembered", ids), ("left out", left_out)):
         found[name] = asdict(pathway_accuracies(model, images[own], labels[own])) if len(own) else {}

@@ -4,7 +4,7 @@
     python examples/train_treevae.py --data fashion-mnist --out runs/fashion
     python examples/train_treevae.py --data pictures/ --out runs/mine   # a folder per class, an .npz, or IDX files
     torchrun --nproc-per-node 2 examples/train_treevae.py               # on two processes, here or on two machines
-    python examples/train_treevae.py --resume                           # goes on where Ctrl-C stopped the first one
+    python examples/train_treevae.py --resume                           # goes on with a run that was interrupted
 
 Everything is here: copy it and change what you like. The last line printed is one JSON object with the results.
 """
@@ -14,17 +14,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from treediff import Stage, TreeContrast, TreeGrowth, TreeTopology, TreeVAE
 from treediff.augment import Augment, RandomAffine, cifar_augment
-from treediff.core.cpu import tune_cpu
-from treediff.core.distributed import data_parallel, start
-from treediff.core.long_run import LongRun
+from treediff.core.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from treediff.core.distributed import World, data_parallel, start
+from treediff.core.noise import combine_seeds
 from treediff.data import ImageDataset, load_dataset
 from treediff.metrics import (
     ari,
@@ -44,31 +46,45 @@ def train(
     args: argparse.Namespace,
     augment: Augment,
     contrast: TreeContrast | None,
-    run: LongRun,
+    world: World,
     parts: dict[str, Any],
+    saved: Checkpoint | None,
 ) -> None:
-    """One stage of growth: a plain PyTorch loop."""
-    batch_size, world = args.batch_size, run.world
-    steps = stage.epochs * -(-len(stage.rows) // batch_size)
+    """One stage of growth: a plain PyTorch loop, with a checkpoint between two epochs."""
+    batch_size = args.batch_size
+    steps = -(-len(stage.rows) // batch_size)
     parameters = [*stage.parameters(), *(contrast.parameters() if contrast else ())]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
-    rise = max(0.1, 1.5 / (steps + 1))  # OneCycleLR divides by zero if that is one step
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=rise)
-    generator = world.own(torch.Generator().manual_seed(args.seed + stage.index))
-    modules = [stage.model, *([contrast] if contrast else [])]
-    loss_of = data_parallel(stage.loss, *modules, unused=True)  # not every node of a batch has an image
-    name = f"{stage.index} {stage.kind}{'' if stage.split is None else f' {stage.split}'}"
+    total = stage.epochs * steps + 1
+    rise = max(0.1, 1.5 / total)  # OneCycleLR divides by zero if that is one step
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=total, pct_start=rise)
+    loss_of = data_parallel(stage.loss, *[stage.model, *([contrast] if contrast else [])], unused=True)
     parts = parts | {"rows": stage.rows, "topology": stage.model.topology.to_json()}
-    parts |= {"optimizer": optimizer, "schedule": schedule, "noise": generator}
-    for rows in run.steps(name, stage.epochs, lambda epoch: stage.batches(epoch, batch_size), parts):
-        x, epoch = images[world.share(rows)], run.epoch + run.step * batch_size / len(stage.rows)
-        view = None if contrast is None else augment(x, generator=generator)
-        loss = loss_of(x, stage.kl_weight(epoch), view=view, contrast=contrast, generator=generator)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        run.measured(loss=loss)
+    parts |= {"optimizer": optimizer, "schedule": schedule}
+    first = 0 if saved is None else saved["epoch"]
+    if saved is not None:
+        saved.fill(parts | {"epoch": first})
+    name = f"{stage.index} {stage.kind}{'' if stage.split is None else f' {stage.split}'}"
+    bar = tqdm(total=stage.epochs * steps, initial=first * steps, desc=name, disable=args.quiet or not world.first)
+    written = time.monotonic()
+    for epoch in range(first, stage.epochs):
+        # A seed for each epoch: a run that goes on draws what it would have drawn.
+        generator = world.own(torch.Generator().manual_seed(combine_seeds(args.seed, stage.index, epoch)))
+        for step, rows in enumerate(stage.batches(epoch, batch_size)):
+            x = images[world.share(rows)]
+            view = None if contrast is None else augment(x, generator=generator)
+            weight = stage.kl_weight(epoch + step / steps)
+            loss = loss_of(x, weight, view=view, contrast=contrast, generator=generator)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update()
+        bar.set_postfix(loss=f"{loss.item():.4g}")
+        if world.first and time.monotonic() - written >= args.save_every:
+            save_checkpoint(args.out / "checkpoint.safetensors", parts | {"epoch": epoch + 1})
+            written = time.monotonic()
+    bar.close()
 
 
 @torch.no_grad()
@@ -151,12 +167,13 @@ def main() -> None:
     parser.add_argument("--holdout", type=int, default=0, help="measure on the last so many training images instead")
     parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs")
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    parser.add_argument("--save-every", type=float, default=30.0, help="least seconds between two checkpoints")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    tune_cpu()
+    torch.set_flush_denormal(True)
     world = start()
 
     data = hold_out(load_dataset(args.data, size=args.size), args.holdout)
@@ -190,26 +207,29 @@ def main() -> None:
         contrast = TreeContrast(
             model, weight=args.contrastive, decision_weight=args.decisions, hidden=128, generator=generator, world=world
         )
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "quiet")}
+    settings = {
+        name: value for name, value in vars(args).items() if name not in ("out", "resume", "save_every", "quiet")
+    }
     parts = {"settings": settings, "images": len(images), "model": model, "growth": growth}
     parts |= {} if contrast is None else {"contrast": contrast}
-    with LongRun(args.out / "checkpoint.safetensors", resume=args.resume, world=world, show=not args.quiet) as run:
-        again = None
-        if run.saved is not None:  # the stage that was interrupted; weights come with its first step
-            again = run.saved["rows"]
-            model.become(TreeTopology.from_json(run.saved["topology"]))
-            growth.load_state_dict(run.saved["growth"])
-        for stage in growth.stages(images, again=again):
-            # The last stage is for the bound alone; while children settle neither features nor posterior routers train.
-            idle = stage.kind in ("settle", "final") or (stage.split is not None and not args.decisions)
-            train(stage, images, args, augment, None if idle else contrast, run, parts)
-        seconds = run.seconds
-        if not world.first:
-            return
-        model.eval()
-        model.save(args.out / "model.safetensors")
-        picture(model, data, args.out, args.seed)
-        result = evaluate(model, data.test_images, data.test_labels, args.seed)
+    start_time, checkpoint = time.perf_counter(), args.out / "checkpoint.safetensors"
+    saved = read_checkpoint(checkpoint) if args.resume else None
+    if saved is not None:  # the stage that was interrupted; its weights are filled in when it trains
+        model.become(TreeTopology.from_json(saved["topology"]))
+        growth.load_state_dict(saved["growth"])
+    for stage in growth.stages(images, again=None if saved is None else saved["rows"]):
+        # The last stage is for the bound alone; while children settle neither features nor posterior routers train.
+        idle = stage.kind in ("settle", "final") or (stage.split is not None and not args.decisions)
+        train(stage, images, args, augment, None if idle else contrast, world, parts, saved)
+        saved = None
+    seconds = time.perf_counter() - start_time
+    if not world.first:
+        return
+    model.eval()
+    model.save(args.out / "model.safetensors")
+    checkpoint.unlink(missing_ok=True)
+    picture(model, data, args.out, args.seed)
+    result = evaluate(model, data.test_images, data.test_labels, args.seed)
     for name, value in result.items():
         print(f"{name:20s} {value:10.3f}")
     about = settings | {"data": data.name, "seconds": seconds, "tree": model.topology.to_json()}

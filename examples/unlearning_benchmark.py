@@ -18,13 +18,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from unlearning.models import Bench
 from unlearning.report import BY_DESIGN, NAMES, picture, table
 from unlearning.task import Task
 
 from munkey.audit import average_gap
-from treediff.core.cpu import tune_cpu
 
 RATES = [3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3]
 #: Methods after the fact, and what is tried of each.
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/unlearning"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    tune_cpu()
+    torch.set_flush_denormal(True)
     settings = ("data", "forget", "epochs", "effort", "holdout", "encoder", "key_width")
     about: dict[str, Any] = {name: Path(str(getattr(args, name))).name for name in settings}  # of files, no folders
     about |= {"size": args.size} if args.size else {}

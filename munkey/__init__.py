@@ -18,8 +18,10 @@ from munkey.readout.writer import ValueWriter
 from munkey.search.faiss import FaissSearch
 from munkey.sharded import ShardedKeyStore
 from munkey.store import DurableStore, KeyStore, Receipt, Rows
+from munkey.task import Classification, MultiLabel, Regression, Task
 
 __all__ = [
+    "Classification",
     "ConvEncoder",
     "DurableStore",
     "EfficientNetLite0",
@@ -31,14 +33,17 @@ __all__ = [
     "KeyStore",
     "KeyValueMemory",
     "ModuleEncoder",
+    "MultiLabel",
     "PathwayAccuracies",
     "Projection",
     "RankMix",
     "Receipt",
+    "Regression",
     "Retrieved",
     "Rows",
     "ShardedKeyStore",
     "SoftmaxMix",
+    "Task",
     "ValueWriter",
     "pathway_accuracies",
 ]

@@ -72,7 +72,7 @@ class KeyValueMemory(nn.Module):
         """Store new instances; arguments and errors as for `KeyStore.add`.
 
         Raises:
-            ValueError: if a key has length 0, or a label is of no class that the writer knows, too.
+            ValueError: if a key has length 0, or the writer's task has no such label, too.
         """
         scaled = self._together(lambda: self._to_store(keys, labels))
         try:
@@ -87,7 +87,7 @@ class KeyValueMemory(nn.Module):
 
     def _to_store(self, keys: Tensor, labels: Tensor | None) -> Tensor:
         if self.writer is not None:
-            self.writer.check(labels)
+            self.writer.check(labels, len(keys))
         return self.scaled(keys, "keys")
 
     def scaled(self, x: Tensor, name: str) -> Tensor:

@@ -10,31 +10,36 @@ an input, `W` their width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal, Self, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from munkey import io
 from munkey.encoders.base import KeyEncoder
 from munkey.memory import KeyValueMemory
-from munkey.modes import check_exact, check_mode, check_shares
-from munkey.presets import Presets
+from munkey.presets import DEFAULTS, Settings, model_parts, patch_for
 from munkey.readout.aggregate import Aggregation, Ensemble, Retrieved
+from munkey.readout.tokens import ImageTokens, VectorTokens
 from munkey.readout.transformer import ExemplarTransformer
-from munkey.saved import Saved
+from munkey.search.exact import Search
 from munkey.sharded import ShardedKeyStore
 from munkey.sharded.ranks import Ranks
-from munkey.store.checks import check_labels, check_width, ordered_ids
+from munkey.store.checks import ordered_ids
 from munkey.store.receipts import Receipt
-from treediff import EMA
+from munkey.store.store import KeyStore
+from munkey.task import Classification, Task
+from treediff.core.checks import check_positive, check_size
+from treediff.core.ema import EMA
+from treediff.core.io import Path, record
+from treediff.core.noise import drawing_from
 
 __all__ = ["KeyMemoryTransformer"]
 
 
-class KeyMemoryTransformer(Presets, Saved, nn.Module):
+class KeyMemoryTransformer(nn.Module):
     """A classifier with a pathway for the input and one for the memory.
 
     The transformer sees a class token, the tokens of the input, and one exemplar token, the projected value of a
@@ -44,17 +49,18 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
 
     - *paper*: weights and values learn together on all instances. Deleting an instance leaves the same weights beside a
       memory that never held it; the weights have seen it, and what they kept must be measured.
-    - *exact*: weights learn on instances that stay for good; any other one gets its value written from key and label.
-      Deleting it leaves a model that is equal, bit for bit, to one that never saw it. The encoder must not have been
-      fitted to it either.
+    - *exact*: weights are trained on permanent instances only. Every other instance gets a value computed from its key
+      and label. Deleting it leaves a model that is equal, bit for bit, to one that never saw it. The encoder must not
+      have been fitted to it either.
 
     Args:
         key_encoder: from inputs to keys, frozen.
         memory: keys and values of instances; with a writer in exact mode.
         network: the transformer.
+        task: what is predicted; one of `network.outputs` classes if not given.
         mode: 'paper' or 'exact'.
         aggregation: what is made of several neighbours.
-        neighbours: `k`, how many are asked.
+        neighbours: `k`, how many are retrieved.
         own_token_probability: how often in training an instance is given its own value, rather than its neighbours',
             itself left out; in exact mode always 0, as its value holds its label.
         drop_input: share of the instances whose input is hidden in training.
@@ -63,9 +69,18 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
 
     Raises:
         TypeError: if a number is not whole.
-        ValueError: if encoder, memory and network do not fit together, a share is out of range, or exact mode would not
-            be exact.
+        ValueError: if encoder, memory, network and task do not fit together, a share is out of range, or exact mode
+            would not be exact.
+
+    Attributes:
+        config: how a factory made the model; None for a model that was built from parts.
     """
+
+    #: What a model card warns of.
+    card_note: ClassVar[str] = (
+        "The file holds the memory: keys, values, labels and ids of the instances that the model was given, and the "
+        "secret of its store. What is deleted from the memory later stays in the history of this repository."
+    )
 
     def __init__(
         self,
@@ -73,6 +88,7 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
         key_encoder: KeyEncoder,
         memory: KeyValueMemory,
         network: ExemplarTransformer,
+        task: Task | None = None,
         mode: str = "paper",
         aggregation: Aggregation | None = None,
         neighbours: int = 4,
@@ -82,7 +98,7 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
         sparse: bool = False,
     ) -> None:
         super().__init__()
-        check_width(neighbours=neighbours)
+        check_positive(neighbours=neighbours)
         if key_encoder.width != memory.store.widths[0]:
             raise ValueError(
                 f"the encoder gives keys of width {key_encoder.width}, the memory has {memory.store.widths[0]}"
@@ -91,14 +107,182 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
             raise ValueError(
                 f"the network reads values of width {network.value_width}, the memory has {memory.store.widths[1]}"
             )
-        self.mode = check_mode(mode, key_encoder, memory)
+        self.task = Classification(network.outputs) if task is None else task
+        labels = memory.store.settings()
+        if (self.task.outputs, self.task.label_shape) != (network.outputs, labels["label_shape"]):
+            raise ValueError(
+                f"the task {self.task} needs a network of {self.task.outputs} outputs and a memory of labels of shape "
+                f"{self.task.label_shape}, found {network.outputs} outputs and labels of shape {labels['label_shape']}"
+            )
+        self.mode = _check_mode(mode, key_encoder, memory)
         own = (1.0 if mode == "paper" else 0.0) if own_token_probability is None else own_token_probability
-        check_shares(mode, own_token_probability=own, drop_input=drop_input, drop_exemplar=drop_exemplar)
+        _check_shares(mode, own_token_probability=own, drop_input=drop_input, drop_exemplar=drop_exemplar)
         self.neighbours, self.sparse = neighbours, sparse
         self.own_token_probability, self.drop_input, self.drop_exemplar = own, drop_input, drop_exemplar
         self.key_encoder = key_encoder.requires_grad_(False)
         self.memory, self.network, self.aggregation = memory, network, aggregation or Ensemble()
-        self.config = None
+        self.config: dict[str, Any] | None = None
+
+    @classmethod
+    def for_images(
+        cls,
+        *,
+        size: int | tuple[int, int],
+        channels: int = 1,
+        classes: int | None = None,
+        task: Task | None = None,
+        key_encoder: KeyEncoder,
+        patch: int | None = None,
+        search: Callable[[KeyStore], Search] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Unpack[Settings],
+    ) -> Self:
+        """Build a small model for images.
+
+        Args:
+            size: height and width, or one number for both.
+            channels: 1 for grey, 3 for colour.
+            classes: `n`, short for `task=Classification(n)`.
+            task: what is predicted.
+            key_encoder: from images to keys.
+            patch: height and width of a patch, must divide the size; about a quarter of the size if not given.
+            search: makes of the memory's store what finds nearest rows, such as `FaissSearch`; exact if not given.
+            generator: gives the seed of the initial weights; the seed 0 if not given.
+            device: where the model lives.
+            dtype: of weights and memory.
+            **settings: see `munkey.presets.Settings`. A file of the model names the modules among them, and `load`
+                expects them again.
+
+        Raises:
+            TypeError: if a setting is unknown, or a number is not whole.
+            ValueError: if a setting is out of range, not one of `classes` and `task` is given, or exact mode would not
+                be exact.
+        """
+        height, width = check_size("size", size)
+        inputs = {"channels": channels, "size": (height, width)}
+        inputs["patch"] = patch_for(height, width) if patch is None else patch
+        factory = {"device": device, "dtype": dtype}
+        parts = ImageTokens, inputs, _task(classes, task), key_encoder, settings, search, generator, factory
+        return cls._recorded("for_images", inputs, *parts)
+
+    @classmethod
+    def for_vectors(
+        cls,
+        *,
+        features: int,
+        classes: int | None = None,
+        task: Task | None = None,
+        key_encoder: KeyEncoder,
+        tokens: int = 8,
+        search: Callable[[KeyStore], Search] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Unpack[Settings],
+    ) -> Self:
+        """Build a small model for vectors: rows of a table, features of texts; other arguments as for `for_images`.
+
+        Args:
+            features: numbers of a vector.
+            classes: `n`, short for `task=Classification(n)`.
+            task: what is predicted.
+            key_encoder: from vectors to keys.
+            tokens: how many tokens are made of a vector.
+            search: makes of the memory's store what finds nearest rows; exact if not given.
+            generator: gives the seed of the initial weights; the seed 0 if not given.
+            device: where the model lives.
+            dtype: of weights and memory.
+            **settings: see `munkey.presets.Settings`.
+
+        Raises:
+            TypeError: as for `for_images`.
+            ValueError: as for `for_images`.
+        """
+        inputs = {"features": features, "count": tokens}
+        factory = {"device": device, "dtype": dtype}
+        parts = VectorTokens, inputs, _task(classes, task), key_encoder, settings, search, generator, factory
+        return cls._recorded("for_vectors", {"features": features, "tokens": tokens}, *parts)
+
+    @classmethod
+    def _recorded(
+        cls,
+        factory: str,
+        shapes: dict[str, Any],
+        tokens: type[ImageTokens | VectorTokens],
+        inputs: dict[str, Any],
+        task: Task,
+        key_encoder: KeyEncoder,
+        given: Settings,
+        search: Callable[[KeyStore], Search] | None,
+        generator: torch.Generator | None,
+        placed: dict[str, Any],
+    ) -> Self:
+        """Build a model from parts, some of the caller's own, and record how."""
+        settings: dict[str, Any] = {**DEFAULTS, **given}
+        unknown = sorted(settings.keys() - Settings.__annotations__.keys())
+        if unknown:
+            raise TypeError(f"there are no settings {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
+        with drawing_from(generator):  # layers draw their weights as they are built
+            model = cls(**model_parts(tokens, inputs, task=task, key_encoder=key_encoder, **settings, **placed))
+        if search is not None:
+            model.memory.search = search(model.memory.store)
+        own: dict[str, Any] = {name: part for name, part in settings.items() if isinstance(part, nn.Module)}
+        settings = {name: setting for name, setting in settings.items() if name not in own}
+        settings["own_token_probability"] = model.own_token_probability
+        arguments = {**shapes, **settings, "task": task.config()}
+        model.config = record(factory, arguments, own)
+        return model
+
+    # --- files --------------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Write weights, memory and, if it is one of the library's own, the key encoder to one file.
+
+        What was stored and forgotten leaves no trace in it: the same content gives the same bytes. A file that was
+        there before stays whole until the new one is, and is then overwritten.
+
+        Raises:
+            OSError: if the file cannot be written; the old one is whole.
+        """
+        io.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        key_encoder: KeyEncoder | None = None,
+        model: Self | None = None,
+        receipts: Path | Literal[False] | None = None,
+        **parts: Any,  # noqa: ANN401 - modules of the caller's own, named by the file
+    ) -> Self:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            key_encoder: the encoder that the keys are from; needed unless it is one of the library's own.
+            model: a model that was built from parts the same way, to be filled.
+            receipts: a log; what it names is forgotten again, see `KeyStore.keep_receipts`. A model whose memory kept a
+                log is loaded with it, or, if that is meant, without: False.
+            **parts: what was given to the factory in place of its own: `aggregation=`, `network=`, `writer=`, `task=`,
+                and a `search=` that is not one of the library's.
+
+        Raises:
+            FileNotFoundError: if there is no such file, or no such log.
+            ValueError: if it is damaged or of another kind, does not fit, its keys are from another encoder, or a log
+                or a part is missing.
+        """
+        return io.load(cls, path, key_encoder, model, receipts, parts)
+
+    def check_sharing(self) -> None:
+        """Raise ValueError if the model cannot be saved as one file; see `treediff.core.hub`."""
+        if isinstance(self.memory.store, ShardedKeyStore):
+            raise ValueError(
+                "the memory is spread over ranks and saved as a folder of many files, expected one file; call "
+                "save(folder) on all ranks, and share load(folder) in one process"
+            )
 
     # --- running ------------------------------------------------------------------------------------------
 
@@ -111,7 +295,7 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
         exclude_ids: Iterable[int] | Tensor | None = None,
         keys: Tensor | None = None,
     ) -> Tensor:
-        """`(B, n)` logits.
+        """Return outputs `(B, n)`: logits, or what the task says.
 
         Args:
             x: `(B, ...)` inputs.
@@ -130,11 +314,11 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
             nothing: Tensor = self.network(inputs, self.memory.null.expand(len(x), 1, -1))
             return nothing.squeeze(1)
         if self.mode == "exact" and self.training and torch.is_grad_enabled():
-            check_exact(self.memory.store)
+            _check_exact(self.memory.store)
         own = None if exclude_ids is None else ordered_ids(exclude_ids)
         queries = self.key_encoder(x) if keys is None else keys
         found = self.memory(queries, self.neighbours, exclude_ids=own)
-        logits: Tensor = self.aggregation(found, lambda values: self.network(inputs, values))
+        logits: Tensor = self.aggregation(found, lambda values: self.network(inputs, values), self.task.average)
         return logits
 
     # --- training -----------------------------------------------------------------------------------------
@@ -147,18 +331,18 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
         ids: Iterable[int] | Tensor,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Mean cross-entropy in nats, a scalar, each instance beside its own value or beside its neighbours'.
+        """Return the mean loss of the task, a scalar, each instance beside its own value or beside its neighbours'.
 
         Args:
             x: `(B, ...)` inputs.
-            labels: `(B,)` int64, from 0 to `n - 1`.
+            labels: `(B, ...)`, as the task has them.
             ids: `(B,)` what each of them is in the memory.
             generator: decides which pathways are dropped, and whose value is read; `dropout` inside of blocks, if there
                 is any, draws from PyTorch's global generator.
 
         Raises:
             KeyError: if an id is not in the memory.
-            TypeError: as for `forward`, or if labels are no int64 tensor, or ids have no order, as a set.
+            TypeError: as for `forward`, or if labels are of another kind, or ids have no order, as a set.
             ValueError: as for `forward`, or if a label is out of range; in exact mode also if the memory holds
                 something that can be forgotten.
         """
@@ -168,14 +352,14 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
             raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
         if not wanted:
             raise ValueError("a loss is the mean over instances; found none")
-        check_labels(labels, len(x), self.network.num_classes)
+        targets = self.task.check(labels, len(x)).to(x.device)
         if self.mode == "exact":
-            check_exact(self.memory.store)
+            _check_exact(self.memory.store)
         uniform = torch.rand(4, len(x), generator=generator, device=x.device)
         hidden, alone = uniform[0] < self.drop_input, uniform[0] >= 1 - self.drop_exemplar
         inputs = torch.where(hidden[:, None, None], self.network.null_input, self.network.tokens(x))
         values = self._values(wanted, uniform, alone)
-        return F.cross_entropy(self.network(inputs, values[:, None]).squeeze(1), labels)
+        return self.task.losses(self.network(inputs, values[:, None]).squeeze(1), targets).mean()
 
     def _values(self, wanted: list[int], uniform: Tensor, alone: Tensor) -> Tensor:
         """`(B, V)` the value each instance is trained beside; the null token where it is alone.
@@ -245,34 +429,33 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
         Args:
             ids: `(B,)` int64, new ones.
             x: `(B, ...)` inputs.
-            labels: `(B,)` int64, kept beside the keys; in exact mode they are needed.
-            permanent: whether they are there for good: in exact mode, whether weights may be trained on them.
+            labels: `(B, ...)`, as the task has them, kept beside the keys; in exact mode they are needed.
+            permanent: whether `forget` refuses them; in exact mode, whether weights may be trained on them.
             keys: `(B, D)` what `key_encoder.keys` makes of the inputs, if it is at hand.
         """
         store = self.memory.store
         if isinstance(store, ShardedKeyStore):  # an error of one rank is raised on all, which would wait for it
-            wanted, found = store.ranks.agree(lambda: self._to_remember(ids, x, labels, keys))
+            wanted, found, targets = store.ranks.agree(lambda: self._to_remember(ids, x, labels, keys))
         else:
-            wanted, found = self._to_remember(ids, x, labels, keys)
+            wanted, found, targets = self._to_remember(ids, x, labels, keys)
         try:
-            self.memory.remember(wanted, found, labels, permanent=permanent)
+            self.memory.remember(wanted, found, targets, permanent=permanent)
         finally:
             if keys is None:
                 found.zero_()  # a copy of rows that may be forgotten later
 
     def _to_remember(
         self, ids: Iterable[int] | Tensor, x: Tensor, labels: Tensor | None, keys: Tensor | None
-    ) -> tuple[list[int], Tensor]:
-        """Ids and keys, once all is as it must be."""
+    ) -> tuple[list[int], Tensor, Tensor | None]:
+        """Return ids, keys and labels, once they are checked."""
         self.network.tokens.check(x)
-        if labels is not None:
-            check_labels(labels, len(x), self.network.num_classes)
-        elif self.mode == "exact":
+        targets = None if labels is None else self.task.check(labels, len(x))
+        if labels is None and self.mode == "exact":
             raise ValueError("in exact mode a value is written from key and label; pass labels")
         wanted = ordered_ids(ids)
         if len(wanted) != len(x):
             raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
-        return wanted, self.key_encoder.keys(x) if keys is None else keys
+        return wanted, self.key_encoder.keys(x) if keys is None else keys, targets
 
     def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
         """Delete instances from the memory, at once and without their data; see `KeyStore.forget`.
@@ -287,3 +470,67 @@ class KeyMemoryTransformer(Presets, Saved, nn.Module):
     ) -> dict[int, list[tuple[int, float]]]:
         """Twins that would still answer for instances once these are forgotten; see `KeyValueMemory`."""
         return self.memory.find_near_duplicates(ids, threshold)
+
+
+def _task(classes: int | None, task: Task | None) -> Task:
+    if (classes is None) == (task is None):
+        raise ValueError(f"give classes= or task=, one of both; found classes={classes!r} and task={task!r}")
+    return Classification(classes) if task is None else task  # type: ignore[arg-type]
+
+
+_MODES = ("paper", "exact")
+
+
+def _check_mode(mode: str, key_encoder: KeyEncoder, memory: KeyValueMemory) -> str:
+    """The mode itself, once encoder and memory allow it.
+
+    Raises:
+        ValueError: if there is no such mode, or exact mode would not be exact.
+    """
+    if mode not in _MODES:
+        raise ValueError(f"mode must be 'paper' or 'exact', found {mode!r}")
+    if mode == "paper":
+        return mode
+    if memory.writer is None:
+        raise ValueError(
+            "mode='exact' needs KeyValueMemory(writer=ValueWriter(...)); the writer computes values of instances that "
+            "were not trained on"
+        )
+    if memory.store.values.requires_grad or memory.store.scale:
+        raise ValueError(
+            "in exact mode values are written, not learned; make the store with scale=0.0, and its values with "
+            "store.values.requires_grad_(False)"
+        )
+    if key_encoder.fitted_on == "forgettable":
+        raise ValueError(
+            "in exact mode the encoder must not have seen what can be forgotten; fit it to other data or to the "
+            "permanent split, or use mode='paper'"
+        )
+    return mode
+
+
+def _check_exact(store: KeyStore) -> None:
+    """Raise ValueError if weights would see something that can be forgotten."""
+    if store.forgettable:
+        raise ValueError(
+            f"in exact mode weights are trained on permanent instances, but the memory holds {store.forgettable} rows "
+            "that can be forgotten; train first, on instances remembered with permanent=True, and remember others "
+            "afterwards"
+        )
+
+
+def _check_shares(mode: str, **shares: float) -> None:
+    """Raise ValueError if shares are out of range, or do not go together."""
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, found {share}")
+    drop_input, drop_exemplar = shares["drop_input"], shares["drop_exemplar"]
+    if drop_input + drop_exemplar > 1:
+        raise ValueError(
+            f"drop_input and drop_exemplar must add up to 1 at most, found {drop_input} and {drop_exemplar}"
+        )
+    if mode == "exact" and shares["own_token_probability"]:
+        raise ValueError(
+            "in exact mode own_token_probability is 0: a written value holds its instance's label, and gives it away; "
+            f"found {shares['own_token_probability']}"
+        )

@@ -143,7 +143,12 @@ class Bench:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = KeyMemoryTransformer.for_images(
-                task.classes, channels, (size[0], size[1]), task.encoder, sparse=True, **settings
+                classes=task.classes,
+                channels=channels,
+                size=(size[0], size[1]),
+                key_encoder=task.encoder,
+                sparse=True,
+                **settings,
             )
         draw = self.all[torch.randperm(len(self.all), generator=torch.Generator().manual_seed(7))]
         for_good = draw[~torch.isin(draw, self.gone)][: len(draw) // 2]

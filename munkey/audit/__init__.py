@@ -8,6 +8,7 @@ from munkey.audit.distances import Distance, average_gap, kl_of_margins, kolmogo
 from munkey.audit.erasure import ErasureReport, erasure_report
 from munkey.audit.inside import InsideView, inside_attacks, inside_view, worst_attack
 from munkey.audit.membership import Attack, area_under_curve, attack, membership_scores
+from munkey.audit.pathways import PathwayAccuracies, pathway_accuracies
 from munkey.audit.references import classifier_scores, confidence_features, lira_scores, margins, rmia_scores
 from munkey.audit.relearning import relearning_curve, steps_to_reach
 
@@ -16,6 +17,7 @@ __all__ = [
     "Distance",
     "ErasureReport",
     "InsideView",
+    "PathwayAccuracies",
     "area_under_curve",
     "attack",
     "average_gap",
@@ -29,6 +31,7 @@ __all__ = [
     "lira_scores",
     "margins",
     "membership_scores",
+    "pathway_accuracies",
     "relearning_curve",
     "rmia_scores",
     "steps_to_reach",

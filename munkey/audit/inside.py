@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from munkey.audit.membership import Attack, attack, membership_scores
@@ -23,6 +22,7 @@ from munkey.audit.references import classifier_scores, confidence_features
 from munkey.memory import KeyValueMemory
 from munkey.model import KeyMemoryTransformer
 from munkey.store.store import KeyStore
+from munkey.task import Classification, Task
 from treediff.core.modes import evaluating
 
 __all__ = ["InsideView", "inside_attacks", "inside_view", "worst_attack"]
@@ -37,13 +37,15 @@ class InsideView:
         features: `(n, W)` what the head is given beside the null token.
         gradients: `(n,)` length of the gradient of each instance's loss by all weights of the network, beside the null
             token.
-        labels: `(n,)`.
+        labels: `(n, ...)`.
+        task: of the classifier.
     """
 
     logits: dict[str, Tensor]
     features: Tensor
     gradients: Tensor
     labels: Tensor
+    task: Task
 
 
 @torch.no_grad()
@@ -61,15 +63,14 @@ def inside_view(
         model: the classifier; its memory gives the mean token and random ones. With an empty memory these are the null
             token.
         x: `(n, ...)` inputs.
-        labels: `(n,)` int64.
+        labels: `(n, ...)`, as the task has them.
         batch_size: how many are looked at together.
         generator: chooses the random tokens; seed 0 if not given.
 
     Raises:
         ValueError: if there is not one label for each input.
     """
-    if labels.shape != x.shape[:1]:
-        raise ValueError(f"expected one label for each of {len(x)} inputs, found {tuple(labels.shape)}")
+    labels = model.task.check(labels, len(x)).to(x.device)
     generator = generator or torch.Generator(x.device).manual_seed(0)
     memory, network = model.memory, model.network
     rows = _in_order(memory.store)
@@ -85,7 +86,7 @@ def inside_view(
             parts["gradients"].append(_gradient_norms(model, x[own], labels[own]))
     whole = {name: torch.cat(found) for name, found in parts.items()}
     features, gradients = whole.pop("features"), whole.pop("gradients")
-    return InsideView(whole, features, gradients, labels)
+    return InsideView(whole, features, gradients, labels, model.task)
 
 
 def inside_attacks(
@@ -115,17 +116,31 @@ def inside_attacks(
     pairs: dict[str, tuple[Tensor, ...]] = {}
     views = (known_members, known_others, forgotten, others)
     for token in forgotten.logits:
-        ours, theirs = (membership_scores(view.logits[token], view.labels) for view in (forgotten, others))
+        ours, theirs = (_scores(view, token) for view in (forgotten, others))
         pairs |= {f"{token}, {name}": (ours[name], theirs[name]) for name in ours}
-        pairs[f"{token}, classifier"] = classifier_scores(
-            *(confidence_features(view.logits[token], view.labels) for view in views)
-        )
+        pairs[f"{token}, classifier"] = classifier_scores(*(_confidence(view, token) for view in views))
     pairs["features"] = classifier_scores(*(view.features for view in views))
     pairs["gradients"] = (-forgotten.gradients, -others.gradients)
     return {
         name: attack(ours, theirs, fpr=fpr, resamples=resamples, generator=generator)
         for name, (ours, theirs) in pairs.items()
     }
+
+
+def _scores(view: InsideView, token: str) -> dict[str, Tensor]:
+    """Return scores of membership: of classes four, of any other task the loss."""
+    outputs = view.logits[token]
+    if isinstance(view.task, Classification):
+        return membership_scores(outputs, view.labels)
+    return {"loss": -view.task.losses(outputs, view.labels).double()}
+
+
+def _confidence(view: InsideView, token: str) -> Tensor:
+    """Return what a classifier of members is given, `(n, ...)`."""
+    outputs = view.logits[token]
+    if isinstance(view.task, Classification):
+        return confidence_features(outputs, view.labels)
+    return torch.cat([outputs.double(), view.task.losses(outputs, view.labels).double()[:, None]], 1)
 
 
 def worst_attack(found: Mapping[str, Attack], oracle: Mapping[str, Attack]) -> str:
@@ -160,7 +175,7 @@ def _gradient_norms(model: KeyMemoryTransformer, x: Tensor, labels: Tensor) -> T
 
     def loss(weights: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:
         logits = functional_call(_Beside(network, model.memory.null.detach()), weights, (x[None],))
-        return F.cross_entropy(logits, label[None])
+        return model.task.losses(logits, label[None])[0]
 
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no rule for a batch of gradients
         slopes = vmap(grad(loss), in_dims=(None, 0, 0))({f"network.{n}": w for n, w in weights.items()}, x, labels)

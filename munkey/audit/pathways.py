@@ -21,7 +21,9 @@ __all__ = ["PathwayAccuracies", "pathway_accuracies"]
 
 @dataclass(frozen=True)
 class PathwayAccuracies:
-    """Shares of inputs that are classified rightly, from 0 to 1; NaN where there is no input.
+    """Mean scores of the task: shares of inputs that are classified rightly, from 0 to 1; NaN where there is no input.
+
+    Of a `Regression` the negative mean squared error; see `munkey.task.Task.scores`.
 
     Args:
         full: with input and neighbours.
@@ -48,20 +50,20 @@ def pathway_accuracies(
     Args:
         model: the classifier.
         x: `(B, ...)` inputs.
-        labels: `(B,)` int64.
+        labels: `(B, ...)`, as the task has them.
         keys: `(B, D)` what the model's key encoder makes of the inputs, if it is at hand.
         batch_size: how many are classified at a time.
 
     Raises:
+        TypeError: if labels are of another kind.
         ValueError: if there is not one label for each input.
     """
-    if labels.shape != x.shape[:1]:
-        raise ValueError(f"expected one label for each of {len(x)} inputs, found {tuple(labels.shape)}")
-    right = torch.zeros(3, device=x.device)
+    labels = model.task.check(labels, len(x)).to(x.device)
+    right = torch.zeros(3, dtype=torch.float64, device=x.device)
     with evaluating(model):
         for rows in torch.arange(len(x)).split(batch_size):
             queries = model.key_encoder(x[rows]) if keys is None else keys[rows]
             for row, settings in enumerate(({}, {"use_memory": False}, {"use_input": False})):
                 logits = model(x[rows], keys=queries, **settings)
-                right[row] += (logits.argmax(1) == labels[rows]).sum()
-    return PathwayAccuracies(*(right.double() / len(x)).tolist())
+                right[row] += model.task.scores(logits, labels[rows]).sum()
+    return PathwayAccuracies(*(right / len(x)).tolist())

@@ -9,9 +9,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from munkey.store.checks import check_no_label_is_missing
+from munkey.task import Classification, Task
 
 __all__ = ["relearning_curve", "steps_to_reach"]
 
@@ -50,17 +49,19 @@ def relearning_curve(
         >>> steps_to_reach(curve, 0.5) < 20
         True
     """
-    if not len(x) or labels.shape != x.shape[:1]:
+    if not len(x) or labels.shape[:1] != x.shape[:1]:
         raise ValueError(f"expected instances with one label each, found {len(x)} and {tuple(labels.shape)}")
-    check_no_label_is_missing(labels)
+    found = getattr(model, "task", None)
+    task = found if isinstance(found, Task) else Classification(int(labels.max()) + 1 if len(labels) else 1)
+    labels = task.check(labels, len(x)).to(x.device)
     generator = generator or torch.Generator().manual_seed(0)
-    curve = [_mean_loss(model, x, labels)]
+    curve = [_mean_loss(task, model, x, labels)]
     for _ in range(steps):
         rows = torch.randperm(len(x), generator=generator)[:batch_size].to(x.device)
         optimizer.zero_grad()
-        F.cross_entropy(model(x[rows]), labels[rows]).backward()
+        task.losses(model(x[rows]), labels[rows]).mean().backward()
         optimizer.step()
-        curve.append(_mean_loss(model, x, labels))
+        curve.append(_mean_loss(task, model, x, labels))
     return torch.stack(curve)
 
 
@@ -76,6 +77,6 @@ def steps_to_reach(curve: Tensor, loss: float) -> int | None:
 
 
 @torch.no_grad()
-def _mean_loss(model: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> Tensor:
+def _mean_loss(task: Task, model: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> Tensor:
     parts = zip(x.split(512), labels.split(512), strict=True)
-    return torch.cat([F.cross_entropy(model(a), b, reduction="none") for a, b in parts]).mean()
+    return torch.cat([task.losses(model(a), b) for a, b in parts]).mean()

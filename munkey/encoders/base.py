@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from munkey.encoders._full_batches import FullBatches
 from munkey.encoders._unwritten import Unwritten
-from munkey.store.checks import check_width
 from munkey.store.digest import add_tensors
-from treediff.core.hub import Pretrained
+from treediff.core.checks import check_positive
 from treediff.core.io import load_into, read_header, save_model
 
 __all__ = ["FITTED_ON", "KeyEncoder"]
@@ -33,7 +32,7 @@ FITTED_ON = ("nothing", "other data", "permanent split", "forgettable")
 _ROWS = 256  # at a time
 
 
-class KeyEncoder(Pretrained, nn.Module):
+class KeyEncoder(nn.Module, ABC):
     """From inputs to keys, without gradients; subclasses say how in `encode`.
 
     Args:
@@ -58,7 +57,7 @@ class KeyEncoder(Pretrained, nn.Module):
 
     def __init__(self, width: int, fitted_on: str) -> None:
         super().__init__()
-        check_width(key_width=width)
+        check_positive(key_width=width)
         if fitted_on not in FITTED_ON:
             raise ValueError(f"fitted_on must be one of {', '.join(FITTED_ON)}; found {fitted_on!r}")
         self.width, self.fitted_on = width, fitted_on

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from munkey.encoders.base import KeyEncoder
-from munkey.store.checks import check_width
+from treediff.core.checks import check_positive
 
 __all__ = ["ConvEncoder"]
 
@@ -44,7 +44,7 @@ class ConvEncoder(KeyEncoder):
 
     def __init__(self, channels: int, width: int, fitted_on: str, hidden: int = 32, stages: int = 3) -> None:
         super().__init__(width, fitted_on)
-        check_width(channels=channels, hidden=hidden, stages=stages)
+        check_positive(channels=channels, hidden=hidden, stages=stages)
         if hidden % _GROUPS:
             raise ValueError(f"hidden must be a multiple of {_GROUPS}, found {hidden}")
         self.config |= {"channels": channels, "hidden": hidden, "stages": stages}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from munkey.encoders.base import KeyEncoder
-from munkey.store.checks import check_width
+from treediff.core.checks import check_positive
 
 __all__ = ["EfficientNetLite0"]
 
@@ -38,7 +38,7 @@ class EfficientNetLite0(KeyEncoder):
 
     def __init__(self, size: int = 96, *, width: int = 1280, fitted_on: str = "other data") -> None:
         super().__init__(width, fitted_on)
-        check_width(size=size)
+        check_positive(size=size)
         if size < 32:
             raise ValueError(f"size must be at least 32, the network halves it five times; found {size}")
         try:

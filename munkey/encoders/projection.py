@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from munkey.encoders.base import KeyEncoder
-from munkey.store.checks import check_width
+from treediff.core.checks import check_positive
 from treediff.core.noise import counter_normal
 
 __all__ = ["Projection"]
@@ -70,7 +70,7 @@ class Projection(KeyEncoder):
             TypeError: if the width is not whole.
             ValueError: if it is below 1.
         """
-        check_width(key_width=width)
+        check_positive(key_width=width)
         count = math.prod(inputs)
         weight = counter_normal(seed, torch.arange(count), (width,), dtype=torch.float32) / math.sqrt(count)
         return cls(torch.full((count,), 0.5), weight, fitted_on="nothing")
@@ -88,7 +88,7 @@ class Projection(KeyEncoder):
             TypeError: if the width is not whole.
             ValueError: if it is below 1, or above what the inputs span.
         """
-        check_width(key_width=width)
+        check_positive(key_width=width)
         rows = x.flatten(1).double()
         if width > min(rows.shape):
             raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from munkey.posthoc.descent import Examples, check_examples, cross_entropy, descend, draws
-from munkey.store.checks import check_width
+from treediff.core.checks import check_positive
 from treediff.core.modes import evaluating
 
 __all__ = ["adversarial_examples", "amun"]
@@ -92,7 +92,7 @@ def adversarial_examples(
     """
     if not 0 < radius < math.inf:
         raise ValueError(f"radius must be above 0, found {radius}")
-    check_width(rounds=rounds, steps=steps, batch_size=batch_size)
+    check_positive(rounds=rounds, steps=steps, batch_size=batch_size)
     check_examples(forget=examples)
     with evaluating(model):
         parts = [

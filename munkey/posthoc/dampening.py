@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from munkey.posthoc.descent import Examples, check_examples, cross_entropy, weights_of
-from munkey.store.checks import check_width
+from treediff.core.checks import check_positive
 from treediff.core.modes import evaluating
-from treediff.data import batches
 
 __all__ = ["importance", "ssd"]
 
@@ -53,7 +52,7 @@ def ssd(
         if not 0 < number < math.inf:
             raise ValueError(f"{name} must be above 0, found {number}")
     check_examples(retain=retain, forget=forget)
-    check_width(batch_size=batch_size, **({} if steps is None else {"steps": steps}))
+    check_positive(batch_size=batch_size, **({} if steps is None else {"steps": steps}))
     generator = generator or torch.Generator().manual_seed(0)
     weights = weights_of(optimizer)
     everything = torch.cat([retain[0], forget[0]]), torch.cat([retain[1], forget[1]])
@@ -88,7 +87,7 @@ def importance(
     """
     squares, count = [torch.zeros_like(weight) for weight in weights], 0
     with evaluating(model):
-        for rows in batches(len(examples[0]), batch_size, generator=generator):
+        for rows in torch.randperm(len(examples[0]), generator=generator).split(batch_size):
             if count == steps:
                 break
             own = rows.to(examples[0].device)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from munkey.store.checks import check_no_label_is_missing, check_width
-from treediff.data import batches
+from munkey.store.checks import check_no_label_is_missing
+from treediff.core.checks import check_positive
 
 __all__ = [
     "Examples",
@@ -172,7 +172,7 @@ def l1_sparse(
 
 def descend(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, loss: Callable[[int], Tensor]) -> None:
     """Take steps down a loss, which is told their numbers, in training mode."""
-    check_width(steps=steps)
+    check_positive(steps=steps)
     was_training = model.training
     model.train()
     try:
@@ -190,7 +190,7 @@ def draws(
 ) -> tuple[Iterator[Examples], Iterator[Examples]]:
     """Batches of both sets without end: each pass sees every instance once, in random order."""
     check_examples(retain=retain, forget=forget)
-    check_width(batch_size=batch_size)
+    check_positive(batch_size=batch_size)
     generator = generator or torch.Generator().manual_seed(0)
     return _passes(retain, batch_size, generator), _passes(forget, batch_size, generator)
 
@@ -221,6 +221,6 @@ def weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _passes(examples: Examples, batch_size: int, generator: torch.Generator) -> Iterator[Examples]:
     x, labels = examples
     while True:
-        for rows in batches(len(x), batch_size, generator=generator):
+        for rows in torch.randperm(len(x), generator=generator).split(batch_size):
             own = rows.to(x.device)
             yield x[own], labels[own]

@@ -37,12 +37,12 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from munkey.model import KeyMemoryTransformer
 from munkey.sharded import ShardedKeyStore
-from munkey.store.checks import check_labels, check_width, ordered_ids, some
+from munkey.store.checks import ordered_ids, some
+from treediff.core.checks import check_positive
 
 __all__ = ["epsilon", "poisson_batches", "private_backward"]
 
@@ -65,7 +65,7 @@ def poisson_batches(total: int, *, sample_rate: float, steps: int, generator: to
         >>> [len(rows) for rows in poisson_batches(100, sample_rate=0.1, steps=3, generator=generator)]
         [9, 14, 8]
     """
-    check_width(total=total, steps=steps)
+    check_positive(total=total, steps=steps)
     _check_rate(sample_rate)
     # Uniform numbers of float32 have 24 bits: rounded down, so that nobody is in a batch more often than was said.
     share = math.floor(sample_rate * 2**24) / 2**24
@@ -116,7 +116,7 @@ def private_backward(
             raise ValueError(f"{name} must be above 0, found {number}")
     if not 0 <= noise_multiplier < math.inf:
         raise ValueError(f"noise_multiplier must be at least 0, found {noise_multiplier}")
-    wanted = _check_batch(model, x, labels, ids)
+    wanted, labels = _check_batch(model, x, labels, ids)
     alone = _Alone(model)
     weights = {name: weight for name, weight in alone.named_parameters() if weight.requires_grad}
     _check_precision(weights)
@@ -154,7 +154,7 @@ def epsilon(*, noise_multiplier: float, sample_rate: float, steps: int, delta: f
         TypeError: if `steps` is not whole.
         ValueError: if a number is out of range.
     """
-    check_width(steps=steps)
+    check_positive(steps=steps)
     _check_rate(sample_rate)
     if not 0 < noise_multiplier < math.inf:
         raise ValueError(f"noise_multiplier must be above 0, found {noise_multiplier}")
@@ -174,12 +174,12 @@ class _Alone(nn.Module):
 
     def __init__(self, model: KeyMemoryTransformer) -> None:
         super().__init__()
-        self.network, self.null = model.network, model.memory.null
+        self.network, self.null, self.task = model.network, model.memory.null, model.task
 
     def forward(self, value: Tensor, x: Tensor, label: Tensor, hidden: Tensor, null: Tensor) -> Tensor:
         inputs = torch.where(hidden, self.network.null_input, self.network.tokens(x[None]))
         values = torch.where(null, self.null, value)
-        return F.cross_entropy(self.network(inputs, values[None, None])[:, 0], label[None])
+        return self.task.losses(self.network(inputs, values[None, None])[:, 0], label[None])[0]
 
 
 def _slopes(alone: _Alone, weights: Mapping[str, Tensor], *given: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -245,8 +245,10 @@ def _check_model(model: KeyMemoryTransformer) -> None:
             )
 
 
-def _check_batch(model: KeyMemoryTransformer, x: Tensor, labels: Tensor, ids: Iterable[int] | Tensor) -> list[int]:
-    """The ids, once a batch is as it must be."""
+def _check_batch(
+    model: KeyMemoryTransformer, x: Tensor, labels: Tensor, ids: Iterable[int] | Tensor
+) -> tuple[list[int], Tensor]:
+    """Return ids and labels, once they are checked."""
     wanted = ordered_ids(ids)
     if len(wanted) != len(x):
         raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
@@ -259,8 +261,7 @@ def _check_batch(model: KeyMemoryTransformer, x: Tensor, labels: Tensor, ids: It
     if len(x):
         with torch.autocast(x.device.type, enabled=False):
             model.network.tokens.check(x)
-    check_labels(labels, len(x), model.network.num_classes)
-    return wanted
+    return wanted, model.task.check(labels, len(x)).to(x.device)
 
 
 def _check_precision(weights: Mapping[str, Tensor]) -> None:

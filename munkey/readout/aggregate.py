@@ -16,19 +16,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from munkey.store.checks import check_width
+from treediff.core.checks import check_positive
 
 __all__ = ["AGGREGATIONS", "Aggregation", "Ensemble", "RankMix", "Retrieved", "SoftmaxMix"]
 
 Predict = Callable[[Tensor], Tensor]
+Average = Callable[[Tensor, Tensor], Tensor]
 
 
 class Aggregation(nn.Module, ABC):
-    """From neighbours to logits; `predict` takes tokens `(B, m, V)` to logits `(B, m, n)`, each token on its own."""
+    """From neighbours to one prediction.
+
+    Args of a call:
+        found: the neighbours.
+        predict: from tokens `(B, m, V)` to outputs `(B, m, n)`, each token on its own.
+        average: from outputs `(B, m, n)` and weights `(B, m)` to outputs `(B, n)`, see `munkey.task.Task.average`.
+    """
 
     @abstractmethod
-    def forward(self, found: Retrieved, predict: Predict) -> Tensor:
-        """`(B, n)` logits."""
+    def forward(self, found: Retrieved, predict: Predict, average: Average) -> Tensor:
+        """Return outputs `(B, n)`."""
 
     @abstractmethod
     def one(self, found: Retrieved, uniform: Tensor) -> Tensor:
@@ -38,7 +45,8 @@ class Aggregation(nn.Module, ABC):
 class Ensemble(Aggregation):
     """The mean of the predictions of all neighbours there are; that of the null token where there is none.
 
-    `log (1/k sum_j softmax(logits_j))`, or the mean of the logits.
+    Of class probabilities `log (1/k sum_j softmax(logits_j))`, of other predictions what the task says, or the mean of
+    the logits.
 
     Args:
         average: 'probabilities' or 'logits'.
@@ -53,7 +61,7 @@ class Ensemble(Aggregation):
             raise ValueError(f"average must be 'probabilities' or 'logits', found {average!r}")
         self.average = average
 
-    def forward(self, found: Retrieved, predict: Predict) -> Tensor:
+    def forward(self, found: Retrieved, predict: Predict, average: Average) -> Tensor:
         """See the class."""
         logits, there = predict(found.tokens), found.there
         # Where nothing is there, all tokens are the null token, and their mean is its prediction.
@@ -61,7 +69,7 @@ class Ensemble(Aggregation):
         weights = there.to(logits.dtype) / there.sum(1, keepdim=True)
         if self.average == "logits":
             return (weights[..., None] * logits).sum(1).to(logits.dtype)
-        return torch.logsumexp(weights.log()[..., None] + logits.log_softmax(2), 1).to(logits.dtype)
+        return average(logits, weights)
 
     def one(self, found: Retrieved, uniform: Tensor) -> Tensor:
         """That of any of the neighbours there are, which come before those that are not."""
@@ -96,7 +104,7 @@ class _Mix(Aggregation):
     def preferences(self, found: Retrieved) -> Tensor:
         """`(B, k)` logits of the weights, finite."""
 
-    def forward(self, found: Retrieved, predict: Predict) -> Tensor:
+    def forward(self, found: Retrieved, predict: Predict, average: Average) -> Tensor:
         """See the class."""
         return predict(self.mixed(found)[:, None]).squeeze(1)
 
@@ -148,7 +156,7 @@ class RankMix(_Mix):
         self, count: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        check_width(count=count)
+        check_positive(count=count)
         self.weights = nn.Parameter(torch.zeros(count, device=device, dtype=dtype))
 
     def preferences(self, found: Retrieved) -> Tensor:

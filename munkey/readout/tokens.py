@@ -6,8 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from munkey.store.checks import check_width
-from treediff.core.checks import check_batch
+from treediff.core.checks import check_batch, check_positive
 
 __all__ = ["ImageTokens", "VectorTokens"]
 
@@ -47,7 +46,7 @@ class ImageTokens(nn.Module):
     ) -> None:
         super().__init__()
         height, breadth = (size, size) if isinstance(size, int) else size
-        check_width(height=height, width=breadth, channels=channels, patch=patch, token_width=width)
+        check_positive(height=height, width=breadth, channels=channels, patch=patch, token_width=width)
         if height % patch or breadth % patch:
             raise ValueError(f"patches must fill the image; {patch} does not divide {height} and {breadth}")
         self.inputs, self.patch, self.width = (channels, height, breadth), patch, width
@@ -98,7 +97,7 @@ class VectorTokens(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_width(features=features, count=count, token_width=width)
+        check_positive(features=features, count=count, token_width=width)
         self.inputs, self.count, self.width = (features,), count, width
         self.embed = nn.Linear(features, count * width, device=device, dtype=dtype)
 

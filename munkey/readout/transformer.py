@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from munkey.readout.tokens import ImageTokens, VectorTokens
-from munkey.store.checks import check_width
+from treediff.core.checks import check_positive
 from treediff.layers.attention import Attention
 
 __all__ = ["ExemplarTransformer", "TransformerBlock"]
@@ -56,7 +56,7 @@ class TransformerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_width(expansion=expansion)
+        check_positive(expansion=expansion)
         factory: Any = {"device": device, "dtype": dtype}
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width, **factory), nn.LayerNorm(width, **factory)
         self.attention = Attention(width, heads=heads, **factory)
@@ -83,7 +83,7 @@ class ExemplarTransformer(nn.Module):
         tokens: from inputs to tokens, `ImageTokens` or `VectorTokens`.
         blocks: the transformer.
         value_width: `V`.
-        num_classes: `n`.
+        outputs: `n`, numbers of a prediction.
 
     Shapes:
         tokens `(B, S, W)` and values `(B, m, V)` to `(B, m, n)`.
@@ -94,7 +94,7 @@ class ExemplarTransformer(nn.Module):
 
     Examples:
         >>> tokens = ImageTokens(size=8, channels=1, patch=2, width=16)
-        >>> network = ExemplarTransformer(tokens=tokens, blocks=[TransformerBlock(16, 2)], value_width=4, num_classes=3)
+        >>> network = ExemplarTransformer(tokens=tokens, blocks=[TransformerBlock(16, 2)], value_width=4, outputs=3)
         >>> network(tokens(torch.rand(5, 1, 8, 8)), torch.randn(5, 2, 4)).shape
         torch.Size([5, 2, 3])
     """
@@ -105,17 +105,17 @@ class ExemplarTransformer(nn.Module):
         tokens: ImageTokens | VectorTokens,
         blocks: Iterable[TransformerBlock],
         value_width: int,
-        num_classes: int,
+        outputs: int,
     ) -> None:
         super().__init__()
-        check_width(value_width=value_width, num_classes=num_classes)
+        check_positive(value_width=value_width, outputs=outputs)
         self.tokens, self.blocks = tokens, nn.ModuleList(blocks)
         width = tokens.width
         factory: Any = {"device": tokens.embed.weight.device, "dtype": tokens.embed.weight.dtype}
         self.start = nn.Parameter(0.02 * torch.randn(width, **factory))
         self.null_input = nn.Parameter(0.02 * torch.randn(tokens.count, width, **factory))
         self.exemplar = nn.Linear(value_width, width, **factory)
-        self.norm, self.head = nn.LayerNorm(width, **factory), nn.Linear(width, num_classes, **factory)
+        self.norm, self.head = nn.LayerNorm(width, **factory), nn.Linear(width, outputs, **factory)
 
     @property
     def value_width(self) -> int:
@@ -123,7 +123,7 @@ class ExemplarTransformer(nn.Module):
         return self.exemplar.in_features
 
     @property
-    def num_classes(self) -> int:
+    def outputs(self) -> int:
         """`n`."""
         return self.head.out_features
 

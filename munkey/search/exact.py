@@ -18,7 +18,7 @@ from torch import Tensor
 from munkey.search.bounds import Pairs, may_overflow, plain, product, screened
 from munkey.search.codes import Screen, length_above
 from munkey.search.scores import pair_scores
-from munkey.store.checks import check_width
+from treediff.core.checks import check_positive
 
 __all__ = [
     "Neighbours",
@@ -101,7 +101,7 @@ def nearest(
         >>> nearest(torch.tensor([[1.0, 0.2]]), torch.eye(2), torch.tensor([7, 8]), k=1).ids
         tensor([[7]])
     """
-    check_width(k=k)
+    check_positive(k=k)
     check_queries(queries, keys)
     wanted = k
     if exclude_ids is not None:  # as many more as one owner can take

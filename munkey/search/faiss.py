@@ -9,9 +9,9 @@ from torch import Tensor
 
 from munkey.search.exact import Neighbours, Searchable
 from munkey.store.change import Change, Removed, Replaced
-from munkey.store.checks import check_width
 from munkey.store.follower import Follower
 from munkey.store.store import KeyStore
+from treediff.core.checks import check_positive
 
 __all__ = ["FaissSearch"]
 
@@ -54,7 +54,7 @@ class FaissSearch(Follower):
             TypeError: if `k` is not whole.
             ValueError: if `k` is below 1, the store is another one, or the index was closed.
         """
-        check_width(k=k)
+        check_positive(k=k)
         if store is not self.store or self.closed:
             raise ValueError("this index is of another store, or was closed; make one with FaissSearch(store)")
         with self.store.lock:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from munkey.sharded.placement import may_share, owners
@@ -88,6 +89,8 @@ def _save(shard: Shard, ranks: Ranks, folder: str, disk: Disk, model: bytes | No
         "shards": ranks.gather(about),
         "replaces": ranks.gather(_others(folder, {}) if first else [])[0],
     }
+    if (local.labels.shape[1:], local.labels.dtype) != ((), torch.int64):
+        manifest["labels"] = [dtype_name(local.labels.dtype), list(local.labels.shape[1:])]
     if model is not None:
         weights = manifest["model"] = f"model-{checksum(model)[:16].decode()}.safetensors"
         ranks.agree(lambda: write_whole(disk, os.path.join(folder, weights), model) if first else None)
@@ -187,8 +190,11 @@ def load(folder: str, ranks: Ranks, disk: Disk) -> tuple[KeyStore, str]:
     ranks.same("manifest", manifest["digest"])
     ranks.agree(lambda: _check_files(folder, manifest))
     ranks.agree(lambda: _wipe_replaced(disk, folder, manifest) if ranks.rank == 0 else None)
+    kind, shape = manifest.get("labels", ["int64", []])
     local = KeyStore(
         *manifest["widths"],
+        label_shape=shape,
+        label_dtype=torch.float32 if kind == "float32" else torch.int64,
         seed=manifest["seed"],
         scale=manifest["scale"],
         secret=bytes.fromhex(manifest["secret"]),

@@ -25,7 +25,7 @@ from munkey.sharded.placement import check_place, owners
 from munkey.sharded.ranks import Ranks, Route
 from munkey.sharded.shared_neighbours import SharedNeighbours
 from munkey.store.change import Added, Removed
-from munkey.store.checks import check_width, ordered_ids, some, to_forget
+from munkey.store.checks import ordered_ids, some, to_forget
 from munkey.store.digest import MODULUS
 from munkey.store.file.disk import Disk
 from munkey.store.lock import Lock
@@ -34,6 +34,7 @@ from munkey.store.receipts import Receipt
 from munkey.store.schema import COLUMNS, Rows
 from munkey.store.store import KeyStore, not_there
 from treediff import EMA, __version__
+from treediff.core.checks import check_positive
 
 __all__ = ["ShardedKeyStore"]
 
@@ -82,13 +83,15 @@ class ShardedKeyStore(nn.Module):
         seed: int = 0,
         scale: float = 0.02,
         secret: bytes | None = None,
+        label_shape: Sequence[int] = (),
+        label_dtype: torch.dtype = torch.int64,
         dtype: torch.dtype | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         ranks = Ranks(group)
-        local = ranks.agree(
-            lambda: KeyStore(key_width, value_width, seed=seed, scale=scale, secret=secret, dtype=dtype)
-        )
+        about: dict[str, Any] = {"seed": seed, "scale": scale, "secret": secret, "dtype": dtype}
+        about |= {"label_shape": label_shape, "label_dtype": label_dtype}
+        local = ranks.agree(lambda: KeyStore(key_width, value_width, **about))
         if secret is None:
             local.secret = ranks.gather(local.secret)[0]
         self._start(local, ranks)
@@ -96,6 +99,7 @@ class ShardedKeyStore(nn.Module):
     def _start(self, local: KeyStore, ranks: Ranks) -> None:
         ranks.same("version of munkey", __version__)
         about = {"widths": local.widths, "dtype": str(local.keys.dtype), "seed": local.seed, "scale": local.scale}
+        about["labels"] = str((tuple(local.labels.shape[1:]), local.labels.dtype))
         ranks.same("settings of a store", {**about, "trained": local.values.requires_grad})
         ranks.same("digest of an empty store, which the secret decides", local.digest_of(0, 0))
         super().__init__()
@@ -140,7 +144,7 @@ class ShardedKeyStore(nn.Module):
         secret = store.secret if len(store) else ranks.gather(store.secret)[0]
         if ranks.any(len(store) > 0):
             ranks.same("content of a store, and secret", store.digest())
-        local = KeyStore(*store.widths, seed=store.seed, scale=store.scale, secret=secret, dtype=store.keys.dtype)
+        local = KeyStore(**{**store.settings(), "secret": secret})
         local.values.requires_grad_(store.values.requires_grad)
         mine = owners(store.ids[: store.used], ranks.size) == ranks.rank
         if mine.any():
@@ -310,7 +314,7 @@ class ShardedKeyStore(nn.Module):
         """Return how many queries each rank has, once all is as it must be everywhere."""
         error = None
         try:
-            check_width(k=k)
+            check_positive(k=k)
             check_queries(queries, self.local.keys)
         except (TypeError, ValueError) as raised:
             error = raised

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MappingView, Sequence, Set
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from munkey.store.schema import Column, missing_label
+
 __all__ = [
-    "NO_LABEL",
     "as_ids",
-    "check_labels",
     "check_no_label_is_missing",
     "check_rows",
-    "check_width",
     "distinct",
     "ordered_ids",
     "some",
     "to_forget",
 ]
-
-#: The label of an instance that has none.
-NO_LABEL = -1
-
-
-def check_width(**widths: Any) -> None:  # noqa: ANN401
-    """Raise TypeError or ValueError unless all are whole numbers of at least 1."""
-    for name, width in widths.items():
-        if not isinstance(width, int) or isinstance(width, bool):
-            raise TypeError(f"{name} must be a whole number, found {width!r}")
-        if width < 1:
-            raise ValueError(f"{name} must be at least 1, found {width}")
 
 
 def as_ids(ids: Iterable[int] | Tensor) -> list[int]:
@@ -126,21 +112,6 @@ def _whole(instance: object) -> int:
     return number
 
 
-def check_labels(labels: Tensor, count: int, classes: int) -> None:
-    """Raise TypeError or ValueError unless labels are `(count,)` int64 numbers from 0 to `classes - 1`."""
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be an int64 tensor, found {found}; use torch.as_tensor(labels).long()")
-    if labels.shape != (count,):
-        raise ValueError(f"expected one label for each of {count} inputs, found {tuple(labels.shape)}")
-    if not count:
-        return
-    check_no_label_is_missing(labels)
-    high = int(labels.max())
-    if high >= classes:
-        raise ValueError(f"expected labels below {classes}, found {high}")
-
-
 def check_no_label_is_missing(labels: Tensor) -> None:
     """Raise ValueError if a label is below 0: cross-entropy leaves out one of -100 without a word."""
     low = int(labels.min()) if labels.numel() else 0
@@ -159,33 +130,44 @@ def check_rows(
     keys: Tensor,
     labels: Tensor | None,
     values: Tensor | None,
-    widths: tuple[int, int],
-    dtype: torch.dtype,
+    schema: Mapping[str, Column],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys `(B, P, D)`, labels `(B,)` and values `(B, P, V)` or None, once all is as it must be.
+    """Return keys `(B, P, D)`, labels `(B, ...)` and values `(B, P, V)` or None, once all is as it must be.
 
     Raises:
-        TypeError: if keys or values are no floating-point tensors, or labels no int64 one.
+        TypeError: if keys or values are no floating-point tensors, or labels of another kind.
         ValueError: if ids repeat, a shape is wrong, a number is not finite, or a label is negative.
     """
     if len(set(ids)) != len(ids):
         seen: set[int] = set()
         twice = [i for i in ids if i in seen or seen.add(i)]  # type: ignore[func-returns-value]
         raise ValueError(f"ids {some(twice)} come twice; give the keys of one instance together, as (B, P, D)")
-    keys = _floating("keys", keys, len(ids), widths[0], dtype)
+    dtype, label = schema["keys"].dtype, schema["labels"]
+    keys = _floating("keys", keys, len(ids), schema["keys"].shape[0], dtype)
     if values is not None:
-        values = _floating("values", values, len(ids), widths[1], dtype)
+        values = _floating("values", values, len(ids), schema["values"].shape[0], dtype)
         if values.shape[1] != keys.shape[1]:
             raise ValueError(f"expected one value for each of {keys.shape[1]} keys of an id, found {values.shape[1]}")
     if labels is None:
-        labels = torch.full((len(ids),), NO_LABEL)
-    elif labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, found {labels.dtype}")
-    elif labels.shape != (len(ids),):
-        raise ValueError(f"expected one label for each of {len(ids)} ids, found {tuple(labels.shape)}")
-    elif labels.numel() and labels.min() < 0:
-        raise ValueError(f"a label is at least 0, found {int(labels.min())}; leave labels out where there are none")
+        labels = torch.full((len(ids), *label.shape), missing_label(label), dtype=label.dtype)
+    else:
+        labels = _labels(labels, len(ids), label)
     return keys, labels, values
+
+
+def _labels(labels: Tensor, count: int, column: Column) -> Tensor:
+    found = labels if isinstance(labels, Tensor) else torch.as_tensor(labels)
+    kind = str(column.dtype).removeprefix("torch.")
+    if found.dtype == torch.bool or found.is_floating_point() != column.dtype.is_floating_point:
+        raise TypeError(f"labels must be {kind}, found {found.dtype}")
+    if found.shape != (count, *column.shape):
+        shape = f" of shape {column.shape}" if column.shape else ""
+        raise ValueError(f"expected one label{shape} for each of {count} ids, found {tuple(found.shape)}")
+    if found.is_floating_point() and not found.isfinite().all():
+        raise ValueError("labels must be finite, found NaN or infinity; leave labels out where there are none")
+    if not found.is_floating_point() and found.numel() and found.min() < 0:
+        raise ValueError(f"a label is at least 0, found {int(found.min())}; leave labels out where there are none")
+    return found.to(column.dtype)
 
 
 def _floating(name: str, rows: Tensor, count: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from munkey.store.file.layout import Layout
 from munkey.store.file.live import Changing, StoreFile
 from munkey.store.file.records import pieces
 from munkey.store.log import known_to, verify
-from munkey.store.schema import COLUMNS, Rows, columns_of
+from munkey.store.schema import COLUMNS, Rows, columns_of, label_column
 from munkey.store.store import KeyStore
 
 __all__ = ["DurableStore"]
@@ -66,6 +67,8 @@ class DurableStore(KeyStore):
         seed: int = 0,
         scale: float = 0.02,
         secret: bytes | None = None,
+        label_shape: Sequence[int] = (),
+        label_dtype: torch.dtype = torch.int64,
         dtype: torch.dtype | None = None,
         disk: Disk | None = None,
     ) -> Self:
@@ -78,6 +81,8 @@ class DurableStore(KeyStore):
             seed: of the first values.
             scale: standard deviation of the first values.
             secret: under which digests are taken; it is kept in the file.
+            label_shape: of one label; a number by default.
+            label_dtype: of labels, int64 or float32.
             dtype: of keys and values.
             disk: what reads and writes.
 
@@ -85,7 +90,8 @@ class DurableStore(KeyStore):
             FileExistsError: if there is a file of that name.
             OSError: if the file cannot be written.
         """
-        empty = KeyStore(key_width, value_width, seed=seed, scale=scale, secret=secret, dtype=dtype)
+        labels: dict[str, Any] = {"label_shape": label_shape, "label_dtype": label_dtype}
+        empty = KeyStore(key_width, value_width, seed=seed, scale=scale, secret=secret, dtype=dtype, **labels)
         return cls.copy_of(empty, path, disk)
 
     @classmethod
@@ -112,7 +118,7 @@ class DurableStore(KeyStore):
             ...     durable.digest() == store.digest()
             True
         """
-        made = cls(**store._settings())
+        made = cls(**store.settings())
         with store.lock:
             if store.used:
                 made.append(Rows(*(column[: store.used] for column in store.columns)))
@@ -200,6 +206,7 @@ class DurableStore(KeyStore):
         shapes = dict(zip(layout.names, layout.shapes, strict=True))
         dtypes = dict(zip(layout.names, layout.dtypes, strict=True))
         settings = {"seed": about["seed"], "scale": about["scale"], "secret": layout.secret}
+        settings |= {"label_shape": shapes["labels"], "label_dtype": dtypes["labels"]}
         store = cls(shapes["keys"][0], shapes["values"][0], dtype=dtypes["keys"], **settings)
         hashes: list[Tensor] = []
         store._append((), lambda columns: hashes.append(live.load(columns)), live.state.count)
@@ -269,7 +276,10 @@ def _other_kind(layout: Layout) -> str | None:
     (key, dtype), (value, _) = found["keys"], found["values"]
     if len(key) != 1 or len(value) != 1 or min(*key, *value) < 1 or not dtype.is_floating_point:
         return "keys and values are to be rows of floating-point numbers"
-    expected = {c.name: (c.shape, c.dtype) for c in columns_of(key[0], value[0], dtype)}
+    label, kind = found["labels"]
+    if kind not in (torch.int64, torch.float32):
+        return f"labels are to be int64 or float32, found {kind}"
+    expected = {c.name: (c.shape, c.dtype) for c in columns_of(key[0], value[0], dtype, label_column(label, kind))}
     return None if found == expected else f"its columns are {found}, expected {expected}"
 
 

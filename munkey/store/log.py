@@ -10,7 +10,8 @@ chain cannot show that lines are missing at its end, nor that all of it was writ
 `head`, now and then, and compare.
 
 What was forgotten is named by *tokens*, keyed hashes of id, label and key: whoever has a candidate image but not the
-secret learns nothing from them. There are three kinds of events:
+secret learns nothing from them. A row that was given another label is another one, so that a backup does not bring the
+old label back. There are three kinds of events:
 
 - 'forgot': rows are gone. It is written before they go.
 - 'returning': the very same rows are about to be added again, after which the store has the digest `after`.
@@ -24,8 +25,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,15 +61,28 @@ _SECTOR = 512
 
 
 def tokens_of(secret: bytes, ids: Tensor, labels: Tensor, keys: Tensor) -> list[str]:
-    """Return keyed hashes of rows, by id, label and key, whatever wider dtype the keys have."""
+    """Return keyed hashes of rows, by id, label and key.
+
+    They do not depend on whatever wider dtype the keys have, nor on the shape of a label: only its numbers count.
+    """
     tokens = []
-    for owner, label, rows in zip(ids.split(_ROWS), labels.split(_ROWS), keys.detach().split(_ROWS), strict=True):
-        numbers = torch.stack((owner, label), 1).cpu().view(torch.uint8).numpy()
+    for own, named, rows in zip(ids.split(_ROWS), labels.split(_ROWS), keys.detach().split(_ROWS), strict=True):
         with Scratch() as scratch:
             content = scratch(rows.cpu().to(torch.float64, copy=True)).view(torch.uint8).numpy()
-            pairs = zip(numbers, content, strict=True)
-            tokens += [keyed_hash(secret, b"token", n.data, k.data).hex() for n, k in pairs]
+            owners, labelled = own.cpu()[:, None].view(torch.uint8).numpy(), _label_bytes(named.cpu())
+            rows_of = zip(owners, labelled, content, strict=True)
+            tokens += [keyed_hash(secret, b"token", n.data, label, k.data).hex() for n, label, k in rows_of]
     return tokens
+
+
+def _label_bytes(labels: Tensor) -> list[bytes]:
+    """Return the numbers of each label, as int64 or float64; those of none are always -1."""
+    floating = labels.is_floating_point()
+    flat = labels.reshape(len(labels), math.prod(labels.shape[1:])).to(torch.float64 if floating else torch.int64)
+    missing = (flat.isnan() if floating else flat < 0).all(1).tolist()
+    none = (-1).to_bytes(8, sys.byteorder, signed=True)
+    rows = flat.contiguous().numpy()
+    return [none if gone else row.tobytes() for gone, row in zip(missing, rows, strict=True)]
 
 
 def row_tokens(table: Table, secret: bytes, rows: Tensor | slice) -> list[str]:
@@ -93,11 +109,11 @@ def known_to(gone: set[str], dtypes: Mapping[str, set[int]], secret: bytes, rows
     """
     if not gone:
         return []
-    found = [token in gone for token in tokens_of(secret, rows.ids, rows.labels, rows.keys)]
-    known = {owner for owner, there in zip(rows.ids.tolist(), found, strict=True) if there}
+    ids, tokens = rows.ids.tolist(), tokens_of(secret, rows.ids, rows.labels, rows.keys)
+    known = {owner for owner, token in zip(ids, tokens, strict=True) if token in gone}
     own, half = dtype_name(rows.keys.dtype), rows.keys.dtype in (torch.float16, torch.bfloat16)
-    for dtype, ids in dtypes.items():
-        doubtful = sorted(ids.intersection(rows.ids.tolist()) - known)
+    for dtype, forgotten in dtypes.items():
+        doubtful = sorted(forgotten.intersection(ids) - known)
         if doubtful and (dtype not in ("", own) or (dtype == "" and half and not known)):
             raise ValueError(
                 f"the log says that ids {some(doubtful)} were forgotten when keys were {dtype or 'of another dtype'}, "

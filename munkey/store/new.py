@@ -25,7 +25,7 @@ class NewRows:
     Args:
         ids: `(B,)`.
         keys: `(B, D)` or `(B, P, D)`.
-        labels: `(B,)` int64, or None.
+        labels: `(B, ...)`, or None.
         values: `(B, V)` or `(B, P, V)`; None for noise.
         permanent: whether they are there for good.
         schema: the columns of the store.
@@ -48,8 +48,7 @@ class NewRows:
         scale: float,
     ) -> None:
         shapes = {column.name: column for column in schema}
-        widths = shapes["keys"].shape[0], shapes["values"].shape[0]
-        keys, labels, values = check_rows(ids, keys, labels, values, widths, shapes["keys"].dtype)
+        keys, labels, values = check_rows(ids, keys, labels, values, shapes)
         self.ids = list(ids)
         self._keys = keys.detach().flatten(0, 1)
         self._values = None if values is None else values.detach().flatten(0, 1)
@@ -63,7 +62,7 @@ class NewRows:
         owners = torch.tensor(self.ids, dtype=torch.int64)
         to["ids"].view(-1, self._count).copy_(owners[:, None].expand(-1, self._count))
         to["views"].view(-1, self._count).copy_(torch.arange(self._count).expand(len(owners), -1))
-        to["labels"].view(-1, self._count).copy_(self._labels[:, None].expand(-1, self._count))
+        to["labels"].copy_(self._labels.repeat_interleave(self._count, 0))
         to["permanent"].fill_(self._permanent)
         to["keys"].copy_(self._keys)
         if self._values is not None:

@@ -7,14 +7,25 @@ Letters: `M` rows, `D` width of a key, `V` width of a value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, get_type_hints
 
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "Column", "Rows", "columns_of", "misfit", "order_of"]
+__all__ = [
+    "COLUMNS",
+    "ONE_NUMBER",
+    "Column",
+    "Rows",
+    "columns_of",
+    "label_column",
+    "misfit",
+    "missing_label",
+    "order_of",
+]
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,7 @@ class Rows:
     Args:
         ids: `(M,)` int64, the owner of each row.
         views: `(M,)` int64, the number of each key among those of its owner.
-        labels: `(M,)` int64; -1 for none.
+        labels: `(M, ...)`, of the shape and dtype of the store's labels; -1 or NaN for none.
         permanent: `(M,)` bool, whether the row cannot be forgotten.
         keys: `(M, D)`.
         values: `(M, V)`.
@@ -34,7 +45,7 @@ class Rows:
 
     ids: Annotated[Tensor, torch.int64]
     views: Annotated[Tensor, torch.int64]
-    labels: Annotated[Tensor, torch.int64]
+    labels: Annotated[Tensor, "label"]
     permanent: Annotated[Tensor, torch.bool]
     keys: Annotated[Tensor, "key"]
     values: Annotated[Tensor, "value"]
@@ -43,7 +54,7 @@ class Rows:
         return (getattr(self, name) for name in COLUMNS)
 
 
-#: A dtype, or which width a row has in the dtype of the store.
+#: A dtype, or which of the columns whose shape and dtype a store decides.
 _KINDS = {name: hint.__metadata__[0] for name, hint in get_type_hints(Rows, include_extras=True).items()}
 COLUMNS = tuple(_KINDS)
 
@@ -63,13 +74,36 @@ class Column:
     dtype: torch.dtype
 
 
-def columns_of(key_width: int, value_width: int, dtype: torch.dtype) -> tuple[Column, ...]:
+#: The labels of a store that is not told otherwise: one whole number.
+ONE_NUMBER = Column("labels", (), torch.int64)
+
+
+def columns_of(key_width: int, value_width: int, dtype: torch.dtype, labels: Column = ONE_NUMBER) -> tuple[Column, ...]:
     """Return the columns of a table, in the order of the schema."""
-    widths = {"key": (key_width,), "value": (value_width,)}
+    decided = {"key": ((key_width,), dtype), "value": ((value_width,), dtype), "label": (labels.shape, labels.dtype)}
     return tuple(
-        Column(name, (), kind) if isinstance(kind, torch.dtype) else Column(name, widths[kind], dtype)
-        for name, kind in _KINDS.items()
+        Column(name, *((), kind) if isinstance(kind, torch.dtype) else decided[kind]) for name, kind in _KINDS.items()
     )
+
+
+def label_column(shape: Sequence[int], dtype: torch.dtype) -> Column:
+    """Return the column of labels of a shape and dtype.
+
+    Raises:
+        ValueError: if the dtype is neither int64 nor float32.
+
+    Examples:
+        >>> label_column((3,), torch.float32).shape
+        (3,)
+    """
+    if dtype not in (torch.int64, torch.float32):
+        raise ValueError(f"labels are stored as torch.int64 or torch.float32, found {dtype}")
+    return Column("labels", tuple(int(size) for size in shape), dtype)
+
+
+def missing_label(column: Column) -> float:
+    """Return what stands in a column of labels for an instance that has none: -1, or NaN."""
+    return math.nan if column.dtype.is_floating_point else -1
 
 
 def order_of(ids: Tensor, views: Tensor) -> Tensor:
@@ -98,10 +132,12 @@ def misfit(found: Mapping[str, Tensor], columns: tuple[Column, ...], *, differ: 
             not column.dtype.is_floating_point and got.dtype != column.dtype
         ):
             return f"expected {column.name} like {column.dtype}, found {got.dtype}"
-        if column.dtype.is_floating_point and not _finite(got, column.dtype):
+        if column.name == "labels":
+            wrong = _wrong_labels(got)
+            if wrong:
+                return wrong
+        elif column.dtype.is_floating_point and not _finite(got, column.dtype):
             return "keys and values must be finite"
-    if rows and int(found["labels"].min()) < -1:
-        return f"a label is at least 0, or -1 for none, found {int(found['labels'].min())}"
     if differ and not found["views"].any():
         return None
     order = order_of(found["ids"], found["views"])
@@ -110,6 +146,13 @@ def misfit(found: Mapping[str, Tensor], columns: tuple[Column, ...], *, differ: 
     if not torch.equal(views, torch.arange(rows, device=ids.device) - first):
         return "the views of an id are not 0, 1, ... in some order"
     return None
+
+
+def _wrong_labels(labels: Tensor) -> str | None:
+    if labels.is_floating_point():
+        return "labels must be finite, or NaN for none" if labels.isinf().any() else None
+    low = int(labels.min()) if labels.numel() else 0
+    return f"a label is at least 0, or -1 for none, found {low}" if low < -1 else None
 
 
 def _finite(x: Tensor, dtype: torch.dtype) -> bool:

@@ -23,7 +23,7 @@ from munkey.search.exact import Neighbours, Search, at_least, nearest
 from munkey.search.scores import pair_scores
 from munkey.store.averages import AverageRows
 from munkey.store.change import Added, Change, Moved, Removed, Replaced, long_lived
-from munkey.store.checks import check_width, distinct, ordered_ids, some, to_forget
+from munkey.store.checks import distinct, ordered_ids, some, to_forget
 from munkey.store.codes import Codes
 from munkey.store.digest import MODULUS, Digest, hash_rows, sum_of
 from munkey.store.erase import Scratch
@@ -38,9 +38,10 @@ from munkey.store.neighbours import NeighbourTables
 from munkey.store.new import NewRows
 from munkey.store.optimizers import OptimizerRows
 from munkey.store.receipts import Receipt
-from munkey.store.schema import COLUMNS, Rows, misfit
+from munkey.store.schema import COLUMNS, Rows, columns_of, label_column, misfit
 from munkey.store.table import Table
 from treediff import EMA
+from treediff.core.checks import check_positive
 
 __all__ = ["KeyStore", "not_there"]
 
@@ -86,6 +87,8 @@ class KeyStore(nn.Module):
         seed: of the first values.
         scale: standard deviation of the first values.
         secret: 1 to 64 bytes under which digests are taken; drawn from the system if not given.
+        label_shape: of one label; a number by default.
+        label_dtype: of labels, int64 or float32.
         device: where the store lives.
         dtype: of keys and values.
 
@@ -119,14 +122,18 @@ class KeyStore(nn.Module):
         seed: int = 0,
         scale: float = 0.02,
         secret: bytes | None = None,
+        label_shape: Sequence[int] = (),
+        label_dtype: torch.dtype = torch.int64,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_width(key_width=key_width, value_width=value_width)
+        check_positive(key_width=key_width, value_width=value_width)
         self.seed, self.scale = seed, scale
         self.lock = Lock()
-        self._table = Table(key_width, value_width, device, dtype)
+        labels = label_column(label_shape, label_dtype)
+        schema = columns_of(int(key_width), int(value_width), dtype or torch.get_default_dtype(), labels)
+        self._table = Table(schema, device)
         self.values = self._table.values
         self._index = Index(self._table)
         self._digest = Digest(self._table, secrets.token_bytes(32) if secret is None else secret)
@@ -244,7 +251,7 @@ class KeyStore(nn.Module):
 
     @_in_turn
     def described(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return copies of ids `(B,)`, keys `(B, D)` and labels `(B,)` of rows."""
+        """Return copies of ids `(B,)`, keys `(B, D)` and labels `(B, ...)` of rows."""
         return self._table["ids"][rows], self._table["keys"][rows], self._table["labels"][rows]
 
     def read(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
@@ -353,7 +360,7 @@ class KeyStore(nn.Module):
         Args:
             ids: `(B,)` int64, all different and none of them there.
             keys: `(B, D)`, or `(B, P, D)` for `P` keys of each.
-            labels: `(B,)` int64, at least 0; none if not given.
+            labels: `(B,)` int64, at least 0, or as the store has them; none if not given.
             values: shaped like the keys but for the width `V`; noise if not given.
             permanent: whether they are there for good, as those are that weights were trained on; `forget` refuses
                 them.
@@ -783,17 +790,19 @@ class KeyStore(nn.Module):
             self._neighbours.clear()  # other digits may have other neighbours
         return self
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Return what makes an empty store like this one."""
         key_width, value_width = self.widths
-        about = {"seed": self.seed, "scale": self.scale, "secret": self.secret}
+        about: dict[str, Any] = {"seed": self.seed, "scale": self.scale, "secret": self.secret}
+        labels = self._table["labels"]
+        about |= {"label_shape": tuple(labels.shape[1:]), "label_dtype": labels.dtype}
         return {"key_width": key_width, "value_width": value_width, "dtype": self._table["keys"].dtype, **about}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyStore:
         """Return a copy of the rows in memory; nothing follows it."""
         with self.lock, long_lived():
             self._check_whole()
-            other = KeyStore(**self._settings(), device=self._table.device)
+            other = KeyStore(**self.settings(), device=self._table.device)
             memo[id(self)], memo[id(self.values)] = other, other.values
             if self.used:
                 other.append(Rows(*self._table.rows))
@@ -811,7 +820,7 @@ class KeyStore(nn.Module):
             columns = [column.cpu().contiguous() for column in self._table.rows]
             data = [column.view(-1).view(torch.uint8).numpy().tobytes() for column in columns]
             about = self.values.requires_grad, self.training, str(self._table.device)
-            return _unpickled, (self._settings(), data, *about)
+            return _unpickled, (self.settings(), data, *about)
 
     def misfit(self) -> str | None:
         """Say what is wrong with the rows; None if they can be used."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from munkey.store.change import Added, Change, Moved, Removed, Step, long_lived
 from munkey.store.erase import Scratch
 from munkey.store.follower import Follower, Undone
-from munkey.store.schema import Column, columns_of, order_of
+from munkey.store.schema import Column, order_of
 
 __all__ = ["Table"]
 
@@ -29,10 +29,8 @@ class Table(Follower):
     by identity. The other columns are tensors.
 
     Args:
-        key_width: `D`.
-        value_width: `V`.
+        schema: its columns.
         device: where the columns live.
-        dtype: of keys and values.
 
     Attributes:
         used: `M`.
@@ -41,10 +39,8 @@ class Table(Follower):
         rewritten: whether a row has gone or got another number since the table was made or loaded.
     """
 
-    def __init__(
-        self, key_width: int, value_width: int, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
-        self.schema: tuple[Column, ...] = columns_of(key_width, value_width, dtype or torch.get_default_dtype())
+    def __init__(self, schema: tuple[Column, ...], device: torch.device | str | None = None) -> None:
+        self.schema = schema
         with long_lived():
             made = {c.name: torch.zeros(0, *c.shape, dtype=c.dtype, device=device) for c in self.schema}
             self.values = nn.Parameter(made.pop("values"))

@@ -16,15 +16,14 @@ def encoder() -> Projection:
 
 
 def model(seed: int = 0, **settings: object) -> KeyMemoryTransformer:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        built = KeyMemoryTransformer.for_images(
-            CLASSES,
-            1,
-            SIZE,
-            encoder(),
-            **{"width": 8, "heads": 2, "value_width": 4, **settings},  # type: ignore[arg-type]
-        )
+    built = KeyMemoryTransformer.for_images(
+        classes=CLASSES,
+        channels=1,
+        size=SIZE,
+        key_encoder=encoder(),
+        generator=seeded(seed),
+        **{"width": 8, "heads": 2, "value_width": 4, **settings},  # type: ignore[arg-type]
+    )
     built.memory.store.secret = b"for tests"
     torch.nn.init.constant_(built.memory.null, 0.3)
     return built.eval()

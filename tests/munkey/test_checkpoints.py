@@ -14,10 +14,9 @@ from disks import FailingDisk, Killed
 from torch import Tensor
 
 from munkey import KeyStore
-from munkey.checkpoints import WipedCheckpoints
+from munkey.io import WipedCheckpoints
 from treediff import EMA
 from treediff.core.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
-from treediff.core.long_run import LongRun
 
 OLD, NEW = b"old" * 1000, b"new" * 700
 
@@ -73,23 +72,6 @@ def test_whatever_goes_wrong_in_a_removal_can_be_made_good(tmp_path: Path) -> No
     for _, folder, _ in failed:
         WipedCheckpoints().remove(str(folder / "a"))
         assert os.listdir(folder) == []
-
-
-def test_a_run_that_is_killed_in_a_save_goes_on_and_leaves_nothing(tmp_path: Path) -> None:
-    path, weights = tmp_path / "a", torch.nn.Linear(1, 1)
-
-    def run(files: WipedCheckpoints, *, resume: bool) -> None:
-        with LongRun(path, every=0.0, show=False, resume=resume, files=files) as run:
-            for _ in run.steps("x", 3, lambda epoch: [torch.tensor([epoch])], {"weights": weights}):
-                pass
-
-    disk = FailingDisk(14)
-    with pytest.raises(Killed):
-        run(WipedCheckpoints(disk), resume=False)
-    disk.die()
-    assert len(os.listdir(tmp_path)) > 1
-    run(WipedCheckpoints(), resume=True)
-    assert os.listdir(tmp_path) == []
 
 
 # --- what is in them ----------------------------------------------------------------------------------------

@@ -91,7 +91,9 @@ class Centred(nn.Module):
 @pytest.mark.parametrize("mode", ["exact", "paper"])
 def test_an_encoder_that_would_keep_forgotten_inputs_is_refused(mode: str) -> None:
     encoder = ModuleEncoder(Centred(), 48, fitted_on="other data")
-    built = KeyMemoryTransformer.for_images(CLASSES, 1, SIZE, encoder, mode=mode, width=8, heads=2)
+    built = KeyMemoryTransformer.for_images(
+        classes=CLASSES, channels=1, size=SIZE, key_encoder=encoder, mode=mode, width=8, heads=2
+    )
     before = encoder.fingerprint()
     with pytest.raises(
         ValueError, match=r"'module\.(count|total)' of the encoder changed while it ran, expected one th"

@@ -14,7 +14,8 @@ from classifiers import CLASSES, SIZE, encoder, filled, images, labels, model, t
 from disks import FailingDisk, Killed
 from torch import nn
 
-from munkey import ConvEncoder, DurableStore, KeyMemoryTransformer, ModuleEncoder, Projection, files
+from munkey import ConvEncoder, DurableStore, KeyMemoryTransformer, ModuleEncoder, Projection
+from munkey import io as files
 from treediff.core.io import model_bytes, read_header, read_tensors
 
 
@@ -78,7 +79,9 @@ def test_an_encoder_that_the_file_does_not_hold_is_passed_again(tmp_path: Path) 
         torch.nn.init.constant_(net[1].bias, 0.5)  # type: ignore[arg-type]
         return ModuleEncoder(net, 5, fitted_on="other data")
 
-    built = KeyMemoryTransformer.for_images(CLASSES, 1, SIZE, own(), width=8, value_width=4).eval()
+    built = KeyMemoryTransformer.for_images(
+        classes=CLASSES, channels=1, size=SIZE, key_encoder=own(), width=8, value_width=4
+    ).eval()
     built.remember([1, 2], images(2), labels(2))
     path = tmp_path / "a.safetensors"
     built.save(path)
@@ -108,20 +111,24 @@ def test_a_model_built_from_parts_is_filled(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was built from parts, which a file does not hold"):
         KeyMemoryTransformer.load(path)
     with pytest.raises(ValueError, match=r"the file does not fit the model at 'network\.head"):
-        wide = KeyMemoryTransformer.for_images(CLASSES + 1, 1, SIZE, encoder(), width=8, value_width=4)
+        wide = KeyMemoryTransformer.for_images(
+            classes=CLASSES + 1, channels=1, size=SIZE, key_encoder=encoder(), width=8, value_width=4
+        )
         KeyMemoryTransformer.load(path, model=wide)
 
 
 def test_for_vectors_and_a_convolutional_encoder(tmp_path: Path) -> None:
     vectors = KeyMemoryTransformer.for_vectors(
-        4, 6, Projection.random((6,), 3), tokens=2, width=8, value_width=4
+        classes=4, features=6, key_encoder=Projection.random((6,), 3), tokens=2, width=8, value_width=4
     ).eval()
     vectors.remember([1, 2], torch.randn(2, 6))
     vectors.save(tmp_path / "v.safetensors")
     x = torch.randn(3, 6)
     assert torch.equal(KeyMemoryTransformer.load(tmp_path / "v.safetensors").eval()(x), vectors(x))
     conv = ConvEncoder(channels=1, width=5, fitted_on="other data", hidden=8)
-    built = KeyMemoryTransformer.for_images(3, 1, SIZE, conv, width=8, value_width=4, dtype=torch.float32).eval()
+    built = KeyMemoryTransformer.for_images(
+        classes=3, channels=1, size=SIZE, key_encoder=conv, width=8, value_width=4, dtype=torch.float32
+    ).eval()
     built.remember([1, 2], images(2))
     built.save(tmp_path / "c.safetensors")
     assert torch.equal(KeyMemoryTransformer.load(tmp_path / "c.safetensors").eval()(images(4)), built(images(4)))

@@ -70,14 +70,14 @@ def test_own_rows_are_left_out() -> None:
 
 
 def test_a_written_value_is_what_the_writer_makes_of_key_and_label() -> None:
-    writer = ValueWriter(*WIDTHS, classes=4)
+    writer = ValueWriter(*WIDTHS, task=4)
     found = KeyValueMemory(KeyStore(*WIDTHS, scale=0.0, secret=SECRET), writer=writer)
     found.remember([1, 2, 3], torch.eye(3), torch.tensor([3, 0, 1]))
     got = found(torch.eye(3), 1).tokens[:, 0]
     expected = writer.of_key.weight.T + writer.of_key.bias + writer.of_label.weight[[4, 1, 2]]
     torch.testing.assert_close(got, expected)
     found.store.replace([1], torch.eye(3)[:1])
-    with pytest.raises(ValueError, match="expected labels below 4, the classes of the writer, found 4"):
+    with pytest.raises(ValueError, match="expected labels below 4, found 4"):
         found.remember([9], keys_of([9]), torch.tensor([4]))
     assert 9 not in found.store
     expected = writer.of_key.weight[:, 0] + writer.of_key.bias + writer.of_label.weight[0]

@@ -29,7 +29,7 @@ def parts(**changes: object) -> dict[str, object]:
 
 def network(**changes: int) -> ExemplarTransformer:
     tokens = VectorTokens(3, 2, 8)
-    widths = {"value_width": 4, "num_classes": 3, **changes}
+    widths = {"value_width": 4, "outputs": 3, **changes}
     return ExemplarTransformer(tokens=tokens, blocks=[TransformerBlock(8, 2)], **widths)
 
 
@@ -47,7 +47,7 @@ def exact_parts(scale: float = 0.0, trained: bool = False, fitted_on: str = "oth
         (parts(neighbours=1.5), TypeError, "neighbours must be a whole number, found 1.5"),
         (parts(key_encoder=Projection.random((5,), 6)), ValueError, "gives keys of width 6, the memory has 5"),
         (parts(mode="both"), ValueError, "mode must be 'paper' or 'exact', found 'both'"),
-        (parts(mode="exact"), ValueError, "exact mode needs a memory with a writer"),
+        (parts(mode="exact"), ValueError, "mode='exact' needs KeyValueMemory(writer=ValueWriter"),
         (
             exact_parts(scale=0.1),
             ValueError,
@@ -67,8 +67,8 @@ def test_bad_parts(settings: dict[str, object], error: type[Exception], message:
 
 
 def test_bad_widths_of_a_network() -> None:
-    with pytest.raises(ValueError, match="num_classes must be at least 1, found 0"):
-        network(num_classes=0)
+    with pytest.raises(ValueError, match="outputs must be at least 1, found 0"):
+        network(outputs=0)
     with pytest.raises(TypeError, match=re.escape("value_width must be a whole number, found 1.5")):
         network(value_width=1.5)  # type: ignore[arg-type]
 
@@ -86,7 +86,7 @@ def test_bad_widths_of_a_network() -> None:
 )
 def test_bad_settings(settings: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        KeyMemoryTransformer.for_images(CLASSES, 1, SIZE, encoder(), **settings)  # type: ignore[arg-type]
+        KeyMemoryTransformer.for_images(classes=CLASSES, channels=1, size=SIZE, key_encoder=encoder(), **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,12 @@ def test_bad_settings(settings: dict[str, object], error: type[Exception], messa
         (lambda m: m.remember([50], images(1), torch.tensor([-1])), ValueError, "a label is at least 0, found -1"),
         (lambda m: m.loss(images(2), labels(1), ids=[1, 2]), ValueError, "expected one label for each of 2 inputs"),
         (lambda m: m.remember([50, 51], images(2), labels(1)), ValueError, "expected one label for each of 2 inputs"),
-        (lambda m: m.loss(images(1), torch.rand(1, 3), ids=[1]), TypeError, "labels must be an int64 tensor, found to"),
-        (lambda m: m.remember([50], images(1), [1]), TypeError, "labels must be an int64 tensor, found list"),
+        (
+            lambda m: m.loss(images(1), torch.rand(1, 3), ids=[1]),
+            TypeError,
+            "labels must be int64, found torch.float32; number",
+        ),
+        (lambda m: m.remember([50], images(1), ["a"]), TypeError, "expected labels as numbers, found list"),
         (lambda m: m.loss(images(2), labels(2), ids={1, 2}), TypeError, "ids must come in the order of the inputs"),
         (lambda m: m.remember({50, 51}, images(2)), TypeError, "ids must come in the order of the inputs, found a set"),
         (lambda m: m.remember([50], images(2)), ValueError, "expected one id for each of 2 inputs, found 1"),

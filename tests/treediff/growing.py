@@ -51,7 +51,7 @@ def small(
     """A model for `blobs`."""
     tree = TreeTopology.balanced(1) if tree is None else tree
     return TreeVAE.for_vectors(
-        3, latent=2, width=width, max_depth=max_depth, topology=tree, generator=seeded(seed), dtype=dtype
+        features=3, latent=2, width=width, max_depth=max_depth, topology=tree, generator=seeded(seed), dtype=dtype
     )
 
 
@@ -83,7 +83,7 @@ def reach(model: TreeVAE, x: Tensor, node: int) -> Tensor:
     for above, below in pairwise(path):
         children = tree.children(above)
         if len(children) == 2:
-            left = torch.sigmoid(model.posterior_routers.module(above)(ladder[tree.depth(above)])).double()
+            left = torch.sigmoid(model.banks.posterior_routers.module(above)(ladder[tree.depth(above)])).double()
             total = total * (left if below == children[0] else 1 - left)
     return total
 
@@ -91,6 +91,6 @@ def reach(model: TreeVAE, x: Tensor, node: int) -> Tensor:
 @torch.no_grad()
 def send_left(model: TreeVAE, node: int, logit: float) -> None:
     """Let a router say the same of everything."""
-    weight = model.posterior_routers.named_weights(node)
+    weight = model.banks.posterior_routers.named_weights(node)
     weight["logit.weight"].zero_()
     weight["logit.bias"].fill_(logit)

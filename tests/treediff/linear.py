@@ -75,13 +75,15 @@ def linear_model(known: GaussianTree, *, exact_routers: bool = False, seed: int 
     )
     for node in tree.ids[1:]:
         weight = torch.cat([known.weight[node], torch.zeros(d, d)])
-        model.transitions.assign(node, Affine(d, 2 * d, weight, torch.cat([known.bias[node], known.logvar[node]])))
+        model.banks.transitions.assign(
+            node, Affine(d, 2 * d, weight, torch.cat([known.bias[node], known.logvar[node]]))
+        )
     for node in tree.routed:
-        model.prior_routers.assign(node, Decision(d, torch.zeros(1, d), known.branch_logit[node]))
+        model.banks.prior_routers.assign(node, Decision(d, torch.zeros(1, d), known.branch_logit[node]))
         if exact_routers:
-            model.posterior_routers.assign(node, ExactDecision(known, node))
+            model.banks.posterior_routers.assign(node, ExactDecision(known, node))
     for leaf in tree.leaves:
-        model.decoders.assign(leaf, Affine(d, f, known.decoder_weight[leaf], known.decoder_bias[leaf]))
+        model.banks.decoders.assign(leaf, Affine(d, f, known.decoder_weight[leaf], known.decoder_bias[leaf]))
     return model
 
 
@@ -134,9 +136,9 @@ def spoil(model: TreeVAE) -> TreeVAE:
     """Make a true posterior wrong, by little: wider, shifted and less sure, so that importance weights stay tame."""
     with torch.no_grad():
         for node in model.topology:
-            model.heads.named_weights(node)["bias"].add_(0.3)
+            model.banks.heads.named_weights(node)["bias"].add_(0.3)
         for node in model.topology.routed:
-            model.posterior_routers.named_weights(node)["sureness"].fill_(0.7)
+            model.banks.posterior_routers.named_weights(node)["sureness"].fill_(0.7)
     return model
 
 
@@ -147,4 +149,4 @@ def _say(model: TreeVAE, node: int, m: Tensor, c: Tensor, v: Tensor) -> None:
         v = torch.where(v.isnan(), 1.0, v)
     bias = torch.cat([c, torch.full((1,), math.log(v), dtype=torch.float64)])
     f = m.shape[1]
-    model.heads.assign(node, Affine(f, 2, torch.cat([m, torch.zeros(1, f).double()]), bias))
+    model.banks.heads.assign(node, Affine(f, 2, torch.cat([m, torch.zeros(1, f).double()]), bias))

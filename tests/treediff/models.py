@@ -26,7 +26,7 @@ def build(
     generator, depth = seeded(seed), max(tree.max_depth, 4)
     if kind == "vectors":
         return TreeVAE.for_vectors(
-            3, latent=2, width=5, max_depth=depth, topology=tree, generator=generator, dtype=dtype
+            features=3, latent=2, width=5, max_depth=depth, topology=tree, generator=generator, dtype=dtype
         )
     size, channels, latent, network, likelihood = {
         "mlp": ((4, 3), 1, 2, "mlp", "bernoulli"),

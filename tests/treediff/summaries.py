@@ -26,8 +26,8 @@ def image_model(tree: TreeTopology = SPLIT, kind: str = "mlp", seed: int = 5) ->
         features = model.features(observations(model, 40))
         for node in tree.routed:
             # Between the two in the middle: a row at a logit of 0 would be a tie.
-            middle = model.posterior_routers.module(node)(features[tree.depth(node)]).quantile(0.5)
-            model.posterior_routers.named_weights(node)["logit.bias"].sub_(middle)
+            middle = model.banks.posterior_routers.module(node)(features[tree.depth(node)]).quantile(0.5)
+            model.banks.posterior_routers.named_weights(node)["logit.bias"].sub_(middle)
     return model
 
 

@@ -1,8 +1,8 @@
 """One safe file with all that a training run needs to go on as if nothing had happened.
 
 A checkpoint holds the states of *parts* by name: models, optimisers, learning rate schedules, averages, generators, and
-plain values such as the settings of the run. It is a file like that of a model (see `treediff.core.io`): tensors, and one
-piece of JSON that says where in the states they belong. Nothing is ever unpickled.
+plain values such as the settings of the run. It is a file like that of a model (see `treediff.core.io`): tensors, and
+one piece of JSON that says where in the states they belong. Nothing is ever unpickled.
 """
 
 from __future__ import annotations

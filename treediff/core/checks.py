@@ -138,19 +138,20 @@ def check_shape(name: str, shape: Shape) -> Shape:
 
 def check_numbers(name: str, numbers: Sequence[int], *, some: bool = True) -> Shape:
     """Sizes or widths: a tuple of whole numbers from 1 on, and not an empty one where there must be `some`."""
-    if isinstance(numbers, int):
+    if isinstance(numbers, int | Integral):
         raise TypeError(f"{name} must be a tuple of numbers, found {numbers}; write ({numbers},) for one")
     if not isinstance(numbers, Sequence) or not all(isinstance(number, Integral) for number in numbers):
         raise TypeError(f"{name} must be a tuple of whole numbers, found {numbers!r}")
-    numbers = tuple(numbers)
+    numbers = tuple(int(number) for number in numbers)  # of numpy, too
     if min(numbers, default=0 if some else 1) < 1:
         raise ValueError(f"{name} must hold numbers of at least 1, found {numbers}")
     return numbers
 
 
-def check_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
-    """A size is `(height, width)`."""
-    if len(numbers := check_numbers(name, size)) != 2:
+def check_size(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return `(height, width)`, of which one number may stand for both."""
+    pair = (size, size) if isinstance(size, int | Integral) else size
+    if len(numbers := check_numbers(name, pair)) != 2:
         raise ValueError(f"{name} must be (height, width), found {numbers}")
     return numbers[0], numbers[1]
 
@@ -158,7 +159,7 @@ def check_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
 def check_positive(**numbers: int) -> None:
     """Counts and widths are whole numbers and begin at 1."""
     for name, number in numbers.items():
-        if not isinstance(number, Integral):
+        if not isinstance(number, Integral) or isinstance(number, bool):
             raise TypeError(f"{name} must be a whole number, found {number!r}")
         if number < 1:
             raise ValueError(f"{name} must be at least 1, found {number}")

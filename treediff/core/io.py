@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,10 +22,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from treediff.core.modes import lasting
-from treediff.tree.topology import TreeTopology
 
 __all__ = [
     "FORMAT_VERSION",
+    "build",
     "described_by",
     "dtype_name",
     "dtype_named",
@@ -33,16 +35,20 @@ __all__ = [
     "parse_json",
     "parse_model",
     "read_header",
+    "read_model",
     "read_tensors",
+    "record",
     "require_config",
     "require_fit",
-    "require_topology",
     "save_model",
     "write_file",
 ]
 
-FORMAT_VERSION = 1
+#: What is written. Format 1 is read as well: its networks of nodes had names of their own, see `read_model`.
+FORMAT_VERSION = 2
+_READ = (1, 2)
 _KEY = "treediff"
+_BANKS = re.compile(r"^(tree_vae\.)?(heads|transitions|posterior_routers|prior_routers|decoders)\.")
 _DEEPEST = 200  # far below where Python gives up, and far above what any file needs
 
 Path = str | os.PathLike[str]
@@ -166,10 +172,10 @@ def _header(metadata: Mapping[str, str], path: Path, expected_class: str) -> dic
         version, found_class = header["format"], header["class"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"the header of {os.fspath(path)!r} is damaged ({type(error).__name__}: {error})") from None
-    if type(version) is not int or version != FORMAT_VERSION:  # to Python True and 1.0 are 1, too
+    if type(version) is not int or version not in _READ:  # to Python True and 1.0 are 1, too
         raise ValueError(
-            f"{os.fspath(path)!r} has format version {version}, this treediff reads version {FORMAT_VERSION}; "
-            "install the release that wrote it, or a newer one"
+            f"{os.fspath(path)!r} has format version {version}, this treediff reads versions "
+            f"{' and '.join(map(str, _READ))}; install the release that wrote it, or a newer one"
         )
     if found_class != expected_class:
         raise ValueError(f"{os.fspath(path)!r} holds a {found_class}, expected a {expected_class}")
@@ -223,22 +229,100 @@ def described_by(path: Path, *sizes: object) -> Iterator[None]:
         raise ValueError(f"{name!r} does not describe a model: {error}") from error
 
 
-def require_topology(header: Mapping[str, Any], path: Path) -> TreeTopology:
-    """The tree in a file's header.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    with described_by(path, header.get("topology")):
-        return TreeTopology.from_json(json.dumps(header.get("topology")))
-
-
 def _require_sizes(sizes: Iterable[object], path: Path) -> None:
     most, level = os.path.getsize(path), list(sizes)
     while level:
         if any(isinstance(number, int | float) and not abs(number) <= most for number in level):
             raise ValueError(f"a file of {most} bytes names a size beyond its own; it may be damaged, take a backup")
         level = _below(level)
+
+
+Model = TypeVar("Model")
+
+
+def record(factory: str, arguments: Mapping[str, Any], own: Mapping[str, object] | None = None) -> dict[str, Any]:
+    """Return the configuration of a model: the factory that made it, its arguments, and parts of the caller's own.
+
+    Numbers of any kind, such as numpy's, become those of JSON, and tuples become lists.
+
+    Args:
+        factory: name of a class method.
+        arguments: what it was called with, `build` calls it with the same.
+        own: modules that were given in place of the factory's, by name; a file cannot hold how they are made.
+
+    Examples:
+        >>> record("for_images", {"size": (8, 8)}, {"decoder": nn.Linear(1, 1)})
+        {'for_images': {'size': [8, 8]}, 'own': {'decoder': 'Linear'}}
+    """
+    config: dict[str, Any] = {factory: {name: _plain(value) for name, value in arguments.items()}}
+    if own:
+        config["own"] = {name: type(part).__name__ for name, part in own.items()}
+    return config
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def build(
+    cls: type[Model],
+    config: Mapping[str, Any],
+    path: Path,
+    parts: Mapping[str, object],
+    **more: Any,  # noqa: ANN401 - arguments of the factory
+) -> Model:
+    """Return the untrained model that a configuration describes; the global random state is left alone.
+
+    Args:
+        cls: class of the model, with the factories `for_images` and `for_vectors`, or one of them.
+        config: what `record` returned.
+        path: name of the file that has it, for messages.
+        parts: the modules of the caller's own that it names, by name.
+        **more: further arguments of the factory, such as the tree and the dtype.
+
+    Raises:
+        ValueError: if it is not what a factory of this class recorded, or a part is missing or was not named.
+    """
+    entries = {name: value for name, value in config.items() if name != "own"}
+    known = [name for name in ("for_images", "for_vectors") if hasattr(cls, name)]
+    with described_by(path, config):
+        factory, arguments = next(iter(entries.items()), ("", None))
+        if len(entries) != 1 or factory not in known or not isinstance(arguments, Mapping):
+            raise ValueError(f"expected a configuration {{name: arguments}} of {' or '.join(known)}, found {config!r}")
+        _check_parts(config.get("own", {}), parts, path)
+        fixed = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+        twice = sorted(fixed.keys() & {*more, *parts})
+        try:
+            if twice:
+                raise TypeError(f"it has multiple values for {', '.join(twice)}")
+            model: Model = getattr(cls, factory)(**{**fixed, **more, **parts})
+        except TypeError as error:
+            raise ValueError(f"its configuration does not fit {factory}: {error}") from error
+    return model
+
+
+def _check_parts(own: Any, parts: Mapping[str, object], path: Path) -> None:  # noqa: ANN401 - of a file
+    """Raise ValueError unless the given parts are those that a model was built with, and that no file holds."""
+    if not isinstance(own, Mapping):
+        raise ValueError(f"expected the names of own parts {{name: class}}, found {own!r}")
+    missing = [f"{name}= (a {own[name]})" for name in sorted(own.keys() - parts.keys())]
+    if missing:
+        raise ValueError(
+            f"the model in {os.fspath(path)!r} was built with parts that a file does not hold; make them the same way "
+            f"and pass them to load: {', '.join(missing)}"
+        )
+    unknown = sorted(parts.keys() - own.keys())
+    if unknown:
+        raise ValueError(
+            f"the model in {os.fspath(path)!r} was built with {sorted(own) or 'no'} parts of its own, found {unknown}; "
+            "leave out what the file itself describes"
+        )
 
 
 def require_config(header: Mapping[str, Any], path: Path) -> Any:  # noqa: ANN401
@@ -286,6 +370,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     with lasting(), _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def read_model(path: Path, expected_class: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return header and tensors of a model's file, with the names that its module has today.
+
+    In format 1 the networks of nodes stood in the model itself (`decoders.0.weight`); now they are a part of it
+    (`banks.decoders.0.weight`).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: as for `read_header`.
+    """
+    header, tensors = read_header(path, expected_class), read_tensors(path)
+    if header["format"] == 1:
+        tensors = {_BANKS.sub(r"\1banks.\2.", name): tensor for name, tensor in tensors.items()}
+    return header, tensors
 
 
 def load_into(module: nn.Module, path: Path, *, rows: str | None = None, without: tuple[str, ...] = ()) -> None:

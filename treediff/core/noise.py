@@ -11,7 +11,8 @@ three numbers in turn and then to the position inside the sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from treediff.core.modes import lasting
 from treediff.core.threads import in_threads
 
-__all__ = ["NoiseStream", "combine_seeds", "counter_normal", "counter_uniform", "seed_from", "widest"]
+__all__ = ["NoiseStream", "combine_seeds", "counter_normal", "counter_uniform", "drawing_from", "seed_from", "widest"]
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _BLOCK = 1 << 15  # numbers at a time, which a cache holds and one thread makes
@@ -32,6 +33,25 @@ def seed_from(generator: torch.Generator | None) -> int:
     """One seed taken from a generator, or from PyTorch's default one if there is none."""
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=device))
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
+    """Let layers that are built inside draw their weights from a generator, by its seed; the seed 0 for None.
+
+    PyTorch's layers draw from the default generator and no other; its state is put back afterwards.
+
+    Examples:
+        >>> with drawing_from(torch.Generator().manual_seed(1)):
+        ...     first = torch.nn.Linear(2, 1)
+        >>> with drawing_from(torch.Generator().manual_seed(1)):
+        ...     print(torch.equal(torch.nn.Linear(2, 1).weight, first.weight))
+        True
+    """
+    seed = 0 if generator is None else seed_from(generator)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 def combine_seeds(*numbers: int) -> int:

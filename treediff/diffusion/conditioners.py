@@ -152,7 +152,7 @@ class ReconstructionConcat(Conditioner):
         super().__init__()
         check_positive(channels=channels)
         self.channels = channels
-        self.size = check_size("size", (size, size) if isinstance(size, int) else size)
+        self.size = check_size("size", size)
         self.null = nn.Parameter(torch.zeros(channels, 1, 1, device=device, dtype=dtype))
         self.level = None if embedding is None else TimestepEmbedding(embedding, device=device, dtype=dtype)
 

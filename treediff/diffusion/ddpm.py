@@ -9,25 +9,34 @@ Letters: `B` batch, `C H W` image, `N` nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from treediff.core.checks import check_noise
-from treediff.core.modes import evaluating
-from treediff.core.noise import NoiseStream, combine_seeds, counter_normal, seed_from
-from treediff.diffusion.condition import TreeCondition
-from treediff.diffusion.conditioners import Signal
-from treediff.diffusion.ddpm_networks import DDPMNetworks
+from treediff.core import io
+from treediff.core.checks import check_batch, check_noise, check_size
+from treediff.core.modes import evaluating, lasting
+from treediff.core.noise import NoiseStream, combine_seeds, counter_normal, drawing_from, seed_from
+from treediff.diffusion.condition import NodeIndex, TreeCondition
+from treediff.diffusion.conditioners import Conditioner, Signal
 from treediff.diffusion.denoiser import Denoiser, Progress
 from treediff.diffusion.grids import GRIDS, Grid
 from treediff.diffusion.guidance import ClippedDenoiser, GuidedDenoiser, check_guidance
-from treediff.diffusion.parameterization import as_x0, target
+from treediff.diffusion.parameterization import Prediction, as_x0, check_prediction, target
+from treediff.diffusion.presets import DEFAULTS, Settings, image_parts
 from treediff.diffusion.samplers import DPMSolverSampler, Sampler
 from treediff.diffusion.schedule import NoiseSchedule
+from treediff.diffusion.unet import UNet
+from treediff.diffusion.weighting import Weighting, simple
+from treediff.tree.files import from_header, header_of, require_topology
+from treediff.tree.topology import TreeTopology
+
+if TYPE_CHECKING:
+    from treediff.treevae.model import TreeVAE
 
 __all__ = ["LeafConditionedDDPM"]
 
@@ -35,10 +44,32 @@ __all__ = ["LeafConditionedDDPM"]
 _ON_CONDITION, _START, _STEPS = -1, 0, 1
 
 
-class LeafConditionedDDPM(DDPMNetworks):
-    """A denoiser of images that is told where in the tree they belong.
+class LeafConditionedDDPM(nn.Module):
+    """A diffusion model of images, conditioned on a place in a tree: a U-Net, a conditioner, and a noise schedule.
 
-    `LeafConditionedDDPM.for_tree` and `.for_images` choose good parts; for parts of your own see `DDPMNetworks`.
+    `LeafConditionedDDPM.for_tree` and `.for_images` choose good parts. `denoiser` gives the denoiser of a condition,
+    for any sampler; `sample` runs one.
+
+    Args:
+        unet: the network.
+        conditioner: what the network is told; its `channels` and `context` must be those the network was built for.
+        topology: the tree.
+        schedule: the noise schedule.
+        prediction: what the network predicts: 'epsilon', 'x0' or 'v'.
+        weighting: from log-SNRs to the weight of each noise level in the loss.
+        coarsen: share of the rows that training tells only a node on the path to the leaf, of a depth drawn evenly; see
+            `TreeCondition.coarser`. From these the model learns what a cluster at any level looks like, and from those
+            at the root the unconditional one that guidance needs.
+        condition_noise: greatest noise level put on the condition's image in training; 0 for none.
+        shift: weight of the condition's image in what the network sees, `x_t + shift image`: 1 is formulation 2 of
+            DiffuseVAE (Pandey et al., arXiv 2201.00308), 0 is formulation 1.
+
+    Raises:
+        ValueError: if network and conditioner do not fit, a share is out of range, there is no such prediction, or
+            noise is to be predicted under a schedule at whose end nothing of the image is left.
+
+    Attributes:
+        config: how a factory made the model; None for a model that was built from parts.
 
     Examples:
         >>> from treediff import TreeTopology
@@ -51,6 +82,198 @@ class LeafConditionedDDPM(DDPMNetworks):
         >>> model.sample(condition, steps=2).shape
         torch.Size([2, 1, 8, 8])
     """
+
+    def __init__(
+        self,
+        *,
+        unet: UNet,
+        conditioner: Conditioner,
+        topology: TreeTopology,
+        schedule: NoiseSchedule,
+        prediction: Prediction = "v",
+        weighting: Weighting = simple,
+        coarsen: float = 0.2,
+        condition_noise: float = 0.0,
+        shift: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.prediction = check_prediction(prediction)
+        _check_parts(unet, conditioner)
+        for name, share in (("coarsen", coarsen), ("condition_noise", condition_noise)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, found {share}")
+        if prediction == "epsilon" and schedule.ends_in_noise:
+            raise ValueError(
+                "prediction='epsilon' is undefined where nothing of the image is left, and this schedule has "
+                "alpha(1) = 0; use 'v' or 'x0', or a schedule with alpha(1) > 0"
+            )
+        self.unet, self.conditioner, self.index = unet, conditioner, NodeIndex(topology, unet.out.weight.device)
+        self.schedule, self.weighting = schedule, weighting
+        self.coarsen, self.condition_noise, self.shift = coarsen, condition_noise, shift
+        self.config: dict[str, Any] | None = None
+
+    @classmethod
+    def for_images(
+        cls,
+        *,
+        size: int | tuple[int, int],
+        latent: tuple[int, ...],
+        topology: TreeTopology,
+        channels: int = 1,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Unpack[Settings],
+    ) -> Self:
+        """Build a model for images in [0, 1].
+
+        Args:
+            size: height and width, or one number for both.
+            latent: shape of one latent of the tree.
+            topology: the tree.
+            channels: 1 for grey, 3 for colour.
+            generator: gives the seed of the initial weights; the seed 0 if not given.
+            device: where the model lives.
+            dtype: of the weights.
+            **settings: see `treediff.diffusion.presets.Settings`. A file of the model names the modules among them, and
+                `load` expects them again.
+
+        Raises:
+            TypeError: if there is no such setting.
+            ValueError: if a setting is out of range, or there is no schedule, prediction or condition of a name.
+
+        Examples:
+            >>> tree = TreeTopology.balanced(1)
+            >>> model = LeafConditionedDDPM.for_images(size=8, latent=(4,), topology=tree, width=16)
+            >>> model.unet.stem.weight.shape
+            torch.Size([16, 2, 3, 3])
+        """
+        arguments: dict[str, Any] = {
+            "size": check_size("size", size),
+            "channels": channels,
+            "latent": latent,
+            **DEFAULTS,
+            **settings,
+        }
+        own: dict[str, object] = {
+            name: value for name, value in arguments.items() if isinstance(value, nn.Module | NoiseSchedule)
+        }
+        own |= {"weighting": settings["weighting"]} if "weighting" in settings else {}
+        with drawing_from(generator):  # layers draw their weights as they are built
+            model = cls(**image_parts(**arguments, topology=topology, device=device, dtype=dtype))
+        arguments = {name: value for name, value in arguments.items() if name not in own}
+        model.config = io.record("for_images", arguments, own)
+        return model
+
+    @classmethod
+    def for_tree(cls, tree: TreeVAE, *, generator: torch.Generator | None = None, **settings: Unpack[Settings]) -> Self:
+        """Build a model for the images, latents and tree of a TreeVAE; arguments as for `for_images`.
+
+        Raises:
+            ValueError: if the TreeVAE is not one of images, or as for `for_images`.
+        """
+        if len(tree.inputs) != 3:
+            raise ValueError(f"expected a tree of images (C, H, W), found one of inputs of shape {tree.inputs}")
+        channels, height, width = tree.inputs
+        return cls.for_images(
+            size=(height, width),
+            channels=channels,
+            latent=tree.latent,
+            topology=tree.topology,
+            device=tree.device,
+            dtype=tree.dtype,
+            generator=generator,
+            **settings,
+        )
+
+    @property
+    def topology(self) -> TreeTopology:
+        """The tree."""
+        return self.index.topology
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored as."""
+        return self.unet.out.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.unet.out.weight.device
+
+    # --- running -------------------------------------------------------------------------------------------
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: TreeCondition) -> Tensor:
+        """Predict noise, image or velocity for `x_t` (from -1 to 1, with noise) at times `(B,)`."""
+        return self.predict(x_t, t, condition, self.conditioner(condition))
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: TreeCondition, signal: Signal) -> Tensor:
+        """Run the network with a precomputed conditioning signal; otherwise as `forward`."""
+        if self.shift and condition.image is not None:
+            known = condition.is_known()[:, None, None, None]
+            x_t = x_t + self.shift * torch.where(known, 2 * condition.image - 1, 0).to(x_t.dtype)
+        if signal.image is not None:
+            x_t = torch.cat([x_t, signal.image.to(x_t.dtype)], 1)
+        output: Tensor = self.unet(x_t, t, signal.vector, signal.tokens, signal.mask)
+        return output
+
+    def check(self, x: Tensor, condition: TreeCondition) -> None:
+        """Raise unless images suit the model, and there is a place for each; values are looked at on a CPU only.
+
+        Raises:
+            TypeError: if `x` is no floating-point tensor, or of another dtype than the weights.
+            ValueError: if it has another shape, is not finite or leaves [0, 1], or has another number of rows.
+        """
+        shape = (self.unet.out_channels, *self.unet.size)
+        check_batch(x, shape, self.unet.out.weight.dtype, (0.0, 1.0), "images")
+        if len(condition) != len(x):
+            raise ValueError(f"expected a place in the tree for each of the {len(x)} images, found {len(condition)}")
+
+    # --- files --------------------------------------------------------------------------------------------
+
+    def save(self, path: io.Path) -> None:
+        """Write weights, tree and configuration to one safetensors file; see `treediff.core.io`."""
+        io.save_model(self, path, self.header())
+
+    def header(self) -> dict[str, Any]:
+        """Return what a file says of the model besides its weights: how it was made, with the settings of today."""
+        header = header_of(self)
+        if self.config is not None:
+            today = {name: getattr(self, name) for name in ("coarsen", "condition_noise", "shift", "prediction")}
+            header["config"] = {**self.config, "for_images": {**self.config["for_images"], **today}}
+        return header
+
+    @classmethod
+    @lasting()
+    def load(cls, path: io.Path, *, model: Self | None = None, **parts: Unpack[Settings]) -> Self:
+        """Read what `save` wrote; every tensor is bit-equal.
+
+        Args:
+            path: the file.
+            model: a model on the same tree to fill, for one built from parts. It stays as it was if the file does not
+                fit.
+            **parts: the modules that were given to the factory in place of its own.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged, foreign, of another version, or does not fit; or if parts are missing.
+        """
+        header, tensors = io.read_model(path, cls.__name__)
+        if model is None:
+            model = from_header(cls, header, path, parts)
+        else:
+            model.check_tree(header, path)
+        io.fill(model, tensors, path)
+        return model
+
+    def check_tree(self, header: Mapping[str, Any], path: io.Path) -> None:
+        """Raise ValueError if a header names another tree, whose weights may have the same shapes."""
+        found = require_topology(header, path)
+        if found != self.topology:
+            raise ValueError(
+                f"the model in {os.fspath(path)!r} is on another tree, {found}, than the given one, "
+                f"{self.topology}; build one on the tree of the file"
+            )
 
     # --- training -----------------------------------------------------------------------------------------
 
@@ -245,5 +468,18 @@ class _Conditioned:
     def __call__(self, x_t: Tensor, t: float) -> Tensor:
         schedule, time = self.schedule, torch.tensor(t, dtype=torch.float64)
         times = torch.full((len(x_t),), t, dtype=torch.float32, device=x_t.device)
-        output = self.model.told(x_t, times, self.condition, self.signal).to(x_t.dtype)
+        output = self.model.predict(x_t, times, self.condition, self.signal).to(x_t.dtype)
         return as_x0(self.model.prediction, output, x_t, float(schedule.alpha(time)), float(schedule.sigma(time)))
+
+
+def _check_parts(unet: UNet, conditioner: Conditioner) -> None:
+    if unet.in_channels != unet.out_channels + conditioner.channels:
+        raise ValueError(
+            f"the network must take the {unet.out_channels} channels of the image and the {conditioner.channels} of "
+            f"the conditioner, found {unet.in_channels}"
+        )
+    if unet.context != conditioner.context:
+        raise ValueError(
+            f"the network reads tokens of width {unet.context}, the conditioner gives some of width "
+            f"{conditioner.context}; build the network with context={conditioner.context}"
+        )

@@ -1,17 +1,17 @@
-"""Good parts of a diffusion model for common images, by name of what it is told.
+"""Good parts of a diffusion model for images, by the kind of condition.
 
-`diffuse_tree_vae` tells the leaf decoder's image and the leaf (arXiv 2407.06124), `tree_diffusion` the path of latents
-(arXiv 2410.16910).
+`diffuse_tree_vae` conditions on the leaf decoder's image and the leaf (arXiv 2407.06124), `tree_diffusion` on the path
+of latents (arXiv 2410.16910).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypedDict
 
 import torch
 
+from treediff.core.checks import Shape
 from treediff.diffusion.conditioners import (
     Conditioner,
     Conditioners,
@@ -25,10 +25,11 @@ from treediff.diffusion.discrete import DiscreteSchedule
 from treediff.diffusion.parameterization import check_prediction
 from treediff.diffusion.schedule import CosineSchedule, LinearSchedule, NoiseSchedule, SigmoidSchedule
 from treediff.diffusion.unet import UNet
-from treediff.diffusion.weighting import min_snr, simple
+from treediff.diffusion.weighting import Weighting, simple
+from treediff.diffusion.weighting import min_snr as min_snr_weighting
 from treediff.tree.topology import TreeTopology
 
-__all__ = ["CONDITIONS", "SCHEDULES", "PresetParts", "preset_parts"]
+__all__ = ["CONDITIONS", "DEFAULTS", "SCHEDULES", "Settings", "image_parts"]
 
 #: Schedules by name.
 SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
@@ -38,7 +39,7 @@ SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
     "ddpm": DiscreteSchedule.linear,
 }
 
-#: What the network can be told, by name, and the parts it is made of.
+#: Kinds of conditions by name, and the conditioners that each is made of.
 CONDITIONS: dict[str, tuple[str, ...]] = {
     "diffuse_tree_vae": ("reconstruction", "node"),
     "tree_diffusion": ("path",),
@@ -50,122 +51,134 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class PresetParts:
-    """What a model for images is built from.
+class Settings(TypedDict, total=False):
+    """What the factories of `LeafConditionedDDPM` take beyond shapes and tree.
 
-    Args:
-        size: height and width, or one number for both.
-        latent: shape of one latent of the tree.
-        topology: the tree.
-        channels: 1 for grey, 3 for colour.
-        condition: what the network is told, one of `CONDITIONS`.
-        width: channels of the network's first level.
-        multipliers: channels of each level, in units of `width`.
-        blocks: layers per level.
-        attention: resolutions with attention, each the larger side of a level's maps.
-        heads: of every attention.
-        dropout: share of numbers dropped in training.
-        schedule: one of `SCHEDULES`.
-        prediction: 'epsilon', 'x0' or 'v'.
+    Attributes:
+        condition: what the network is conditioned on, one of `CONDITIONS`; 'diffuse_tree_vae' if not given.
+        width: channels of the network's first level; 32.
+        multipliers: channels of each level, in units of `width`; `(1, 2, 2)`.
+        blocks: layers per level; 2.
+        attention: resolutions with attention, each the larger side of a level's maps; none.
+        heads: of every attention; 4.
+        dropout: share of numbers dropped in training; 0.
+        schedule: one of `SCHEDULES`, or a schedule; 'cosine'.
+        prediction: 'epsilon', 'x0' or 'v'; 'v'.
         min_snr: gamma of the min-SNR weighting; None weighs all noise levels alike.
-        coarsen: see `LeafConditionedDDPM`.
-        condition_noise: see `LeafConditionedDDPM`.
-        shift: see `LeafConditionedDDPM`.
-        checkpoint: whether the network trades time for memory, see `UNet`.
-        device: where the model lives.
-        dtype: of the weights.
+        coarsen: see `LeafConditionedDDPM`; 0.2.
+        condition_noise: see `LeafConditionedDDPM`; 0.
+        shift: see `LeafConditionedDDPM`; 0.
+        checkpoint: whether the network trades time for memory, see `UNet`; False.
+        unet: a network in place of the one that would be built.
+        conditioner: a conditioner in place of the one that `condition` names.
+        weighting: a weighting in place of the one that `min_snr` gives.
+    """
+
+    condition: str
+    width: int
+    multipliers: tuple[int, ...]
+    blocks: int
+    attention: tuple[int, ...]
+    heads: int
+    dropout: float
+    schedule: str | NoiseSchedule
+    prediction: str
+    min_snr: float | None
+    coarsen: float
+    condition_noise: float
+    shift: float
+    checkpoint: bool
+    unet: UNet
+    conditioner: Conditioner
+    weighting: Weighting
+
+
+#: Values of the settings that are not given.
+DEFAULTS: Settings = {
+    "condition": "diffuse_tree_vae",
+    "width": 32,
+    "multipliers": (1, 2, 2),
+    "blocks": 2,
+    "attention": (),
+    "heads": 4,
+    "dropout": 0.0,
+    "schedule": "cosine",
+    "prediction": "v",
+    "min_snr": None,
+    "coarsen": 0.2,
+    "condition_noise": 0.0,
+    "shift": 0.0,
+    "checkpoint": False,
+}
+
+
+def image_parts(
+    *,
+    size: int | tuple[int, int],
+    channels: int,
+    latent: Shape,
+    topology: TreeTopology,
+    condition: str,
+    width: int,
+    multipliers: tuple[int, ...],
+    blocks: int,
+    attention: tuple[int, ...],
+    heads: int,
+    dropout: float,
+    schedule: str | NoiseSchedule,
+    prediction: str,
+    min_snr: float | None,
+    coarsen: float,
+    condition_noise: float,
+    shift: float,
+    checkpoint: bool,
+    conditioner: Conditioner | None = None,
+    unet: UNet | None = None,
+    weighting: Weighting | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Return the arguments of `LeafConditionedDDPM`; see `Settings`.
 
     Raises:
         ValueError: if there is no schedule, prediction or condition of a name.
     """
-
-    size: int | tuple[int, int]
-    latent: tuple[int, ...]
-    topology: TreeTopology
-    channels: int = 1
-    condition: str = "diffuse_tree_vae"
-    width: int = 32
-    multipliers: tuple[int, ...] = (1, 2, 2)
-    blocks: int = 2
-    attention: tuple[int, ...] = ()
-    heads: int = 4
-    dropout: float = 0.0
-    schedule: str = "cosine"
-    prediction: str = "v"
-    min_snr: float | None = None
-    coarsen: float = 0.2
-    condition_noise: float = 0.0
-    shift: float = 0.0
-    checkpoint: bool = False
-    device: torch.device | str | None = None
-    dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        for name, table in (("schedule", SCHEDULES), ("condition", CONDITIONS)):
-            if getattr(self, name) not in table:
-                raise ValueError(f"{name} must be one of {', '.join(table)}; found {getattr(self, name)!r}")
-        check_prediction(self.prediction)
-
-    def to_config(self) -> dict[str, Any]:
-        """The settings as plain JSON, without the tree and where the model lives."""
-        apart = ("topology", "device", "dtype")
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self).items() if key not in apart}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], topology: TreeTopology) -> PresetParts:
-        """What `to_config` wrote.
-
-        Raises:
-            ValueError: if it is something else.
-        """
-        try:
-            fixed: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
-            return cls(**fixed, topology=topology)
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"the configuration {config!r} does not describe a model: {error}") from error
-
-
-def preset_parts(preset: PresetParts) -> dict[str, Any]:
-    """The arguments of `LeafConditionedDDPM`."""
-    factory: dict[str, Any] = {"device": preset.device, "dtype": preset.dtype}
-    conditioner = _conditioner(preset, 4 * preset.width, factory)
-    unet = UNet(
-        preset.channels + conditioner.channels,
-        preset.channels,
-        size=preset.size,
-        width=preset.width,
-        multipliers=preset.multipliers,
-        blocks=preset.blocks,
-        attention=preset.attention,
+    for name, found, table in (("schedule", schedule, SCHEDULES), ("condition", condition, CONDITIONS)):
+        if isinstance(found, str) and found not in table:
+            raise ValueError(f"{name} must be one of {', '.join(table)}; found {found!r}")
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    level = 4 * width if condition_noise else None
+    makers: dict[str, Callable[[], Conditioner]] = {
+        "reconstruction": lambda: ReconstructionConcat(channels, size, level, **factory),
+        "node": lambda: NodeEmbedding(topology, 4 * width, **factory),
+        "latent": lambda: LatentEmbedding(topology, latent, 4 * width, **factory),
+        "path": lambda: PathEncoder(topology, latent, 4 * width, **factory),
+        "tokens": lambda: PathTokens(topology, latent, 4 * width, **factory),
+    }
+    conditioner = conditioner or Conditioners(*(makers[part]() for part in CONDITIONS[condition]))
+    unet = unet or UNet(
+        channels + conditioner.channels,
+        channels,
+        size=size,
+        width=width,
+        multipliers=multipliers,
+        blocks=blocks,
+        attention=attention,
         context=conditioner.context,
-        heads=preset.heads,
-        dropout=preset.dropout,
-        checkpoint=preset.checkpoint,
+        heads=heads,
+        dropout=dropout,
+        checkpoint=checkpoint,
         **factory,
     )
-    prediction = check_prediction(preset.prediction)
+    predicted = check_prediction(prediction)
     return {
         "unet": unet,
         "conditioner": conditioner,
-        "topology": preset.topology,
-        "schedule": SCHEDULES[preset.schedule](),
-        "prediction": prediction,
-        "weighting": simple if preset.min_snr is None else min_snr(prediction, preset.min_snr),
-        "coarsen": preset.coarsen,
-        "condition_noise": preset.condition_noise,
-        "shift": preset.shift,
+        "topology": topology,
+        "schedule": SCHEDULES[schedule]() if isinstance(schedule, str) else schedule,
+        "prediction": predicted,
+        "weighting": weighting or (simple if min_snr is None else min_snr_weighting(predicted, min_snr)),
+        "coarsen": coarsen,
+        "condition_noise": condition_noise,
+        "shift": shift,
     }
-
-
-def _conditioner(preset: PresetParts, embedding: int, factory: Mapping[str, Any]) -> Conditioner:
-    tree, latent = preset.topology, preset.latent
-    level = embedding if preset.condition_noise else None
-    makers: dict[str, Callable[[], Conditioner]] = {
-        "reconstruction": lambda: ReconstructionConcat(preset.channels, preset.size, level, **factory),
-        "node": lambda: NodeEmbedding(tree, embedding, **factory),
-        "latent": lambda: LatentEmbedding(tree, latent, embedding, **factory),
-        "path": lambda: PathEncoder(tree, latent, embedding, **factory),
-        "tokens": lambda: PathTokens(tree, latent, embedding, **factory),
-    }
-    return Conditioners(*(makers[part]() for part in CONDITIONS[preset.condition]))

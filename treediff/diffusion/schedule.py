@@ -41,7 +41,8 @@ class NoiseSchedule(ABC):
 
     Times are floating-point tensors of any shape with values in [0, 1], and results have that shape and dtype. Other
     dtypes are a TypeError, and other values and NaN a ValueError where they can be looked at for nothing, see
-    `treediff.core.checks.check_times`; a schedule of your own calls it in `log_alpha` and `d_log_alpha`. A schedule has no
+    `treediff.core.checks.check_times`; a schedule of your own calls it in `log_alpha` and `d_log_alpha`. A schedule has
+    no
     state: nothing that is called changes it.
     """
 

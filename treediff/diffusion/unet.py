@@ -105,7 +105,7 @@ class UNet(nn.Module):
         check_positive(in_channels=in_channels, out_channels=out_channels, width=width, blocks=blocks)
         channels = [width * multiplier for multiplier in check_numbers("multipliers", multipliers)]
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.size = check_size("size", (size, size) if isinstance(size, int) else size)
+        self.size = check_size("size", size)
         self.sizes = [(-(-self.size[0] // 2**i), -(-self.size[1] // 2**i)) for i in range(len(channels))]
         self.embedding = 4 * width if embedding is None else embedding
         self.context, self.checkpoint = context, checkpoint

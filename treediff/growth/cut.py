@@ -61,7 +61,7 @@ def cut_router(
     """
     if on not in ("inputs", "features"):
         raise ValueError(f"on must be 'inputs' or 'features', found {on!r}")
-    router = model.posterior_routers.module(node)
+    router = model.banks.posterior_routers.module(node)
     if not isinstance(router, Router):
         return
     depth = model.topology.depth(node)
@@ -78,7 +78,7 @@ def cut_router(
     seen = features(x)
     left = normalized_cut(x if on == "inputs" else seen, views=looks(), min_share=min_share)
     router.fit(seen, left, generator=generator)
-    model.posterior_routers.assign(node, router)
+    model.banks.posterior_routers.assign(node, router)
 
 
 class _Graph(NamedTuple):

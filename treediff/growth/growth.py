@@ -78,7 +78,7 @@ class TreeGrowth:
         ValueError: if a setting is out of range, or no policy has that name.
 
     Examples:
-        >>> model = TreeVAE.for_vectors(4, generator=torch.Generator().manual_seed(0))
+        >>> model = TreeVAE.for_vectors(features=4, generator=torch.Generator().manual_seed(0))
         >>> growth = TreeGrowth(model, max_leaves=2, epochs=1)
         >>> [stage.kind for stage in growth.stages(torch.rand(32, 4))]
         ['initial', 'final']

@@ -84,7 +84,7 @@ class Survey:
         world: the processes that share the rows.
 
     Examples:
-        >>> model = TreeVAE.for_vectors(4, generator=torch.Generator().manual_seed(0))
+        >>> model = TreeVAE.for_vectors(features=4, generator=torch.Generator().manual_seed(0))
         >>> survey, data = Survey(model, batch_size=8), torch.rand(20, 4)
         >>> torch.equal(survey.reach(data, model.topology.leaves[0]), survey.leaf_probs(data)[:, 0])
         True

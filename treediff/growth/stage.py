@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from treediff.core.checks import check_positive
 from treediff.core.noise import combine_seeds
-from treediff.data import batches
 from treediff.growth.annealing import KLAnnealing
 from treediff.treevae.contrast import TreeContrast
 from treediff.treevae.model import TreeVAE
-from treediff.treevae.posterior import elbo_of
 
 __all__ = ["Stage"]
 
@@ -63,10 +62,10 @@ class Stage:
         if split is None:
             return list(model.parameters())
         children = model.topology.children(split)
-        banks = (model.heads, model.transitions, model.decoders)
-        routers = [model.prior_routers.weights_of(split)]
+        banks = (model.banks.heads, model.banks.transitions, model.banks.decoders)
+        routers = [model.banks.prior_routers.weights_of(split)]
         if self.kind != "settle":
-            routers.append(model.posterior_routers.weights_of(split))
+            routers.append(model.banks.posterior_routers.weights_of(split))
         return [
             *routers,
             *(bank.weights_of(child) for bank in banks for child in children),
@@ -78,8 +77,9 @@ class Stage:
 
     def batches(self, epoch: int, batch_size: int) -> Iterator[Tensor]:
         """Index tensors that cover `rows` once, in an order that depends on the seed, the stage and the epoch."""
+        check_positive(batch_size=batch_size)
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, self.index, epoch))
-        for picked in batches(len(self.rows), batch_size, generator=generator):
+        for picked in torch.randperm(len(self.rows), generator=generator).split(batch_size):
             yield self.rows[picked]
 
     def loss(
@@ -125,7 +125,8 @@ class Stage:
         visits = model.route(ladder, nodes=nodes, threshold=self.threshold, chance=chance)
         posterior = model.latents(ladder, visits, generator=generator)
         depth = None if split is None else model.topology.depth(split)
-        loss = elbo_of(model, posterior, x, from_depth=depth).loss(kl_weight)
+        bound = posterior.bound(model.leaf_log_likelihood(posterior, x), from_depth=depth)
+        loss = bound.loss(kl_weight)
         if contrast is None:
             return loss
         # Every row is compared with all others at every router, so all decide, and the threshold leaves none out.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from treediff.core.checks import check_batch, check_positive, check_size
-from treediff.core.hub import Pretrained
 from treediff.core.io import described_by, dtype_name, dtype_named, load_into, read_header, save_model
 from treediff.core.modes import lasting
 from treediff.layers.hidden import norm
@@ -22,7 +21,7 @@ _SMALLEST = 8
 _LAST_MAP = 4
 
 
-class FeatureClassifier(Pretrained, nn.Module):
+class FeatureClassifier(nn.Module):
     """A convolutional classifier with features worth comparing: the activations before its last layer.
 
     A convolution, convolutions of stride 2 that double the channels (up to `4 * width`) and halve the map until its

@@ -5,14 +5,13 @@ Letters: `B` images, `K` leaves, `S` depth of the tree, `N` nodes, `D` latent, `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from treediff.core.modes import evaluating
 from treediff.core.noise import counter_normal, counter_uniform, seed_from, widest
 from treediff.diffusion.condition import TreeCondition
+from treediff.tree.plan import TreePlan
 from treediff.tree.probability import sample_leaf
 from treediff.tree.topology import TreeTopology
 from treediff.treevae.model import TreeVAE
@@ -70,7 +69,7 @@ def condition_of(
         everywhere = model.route(features)
         plan, log_probs = everywhere.plan, leaf_log_probs_of(everywhere)
         leaves = plan.ids(plan.leaves)
-        rank = _leaf_ranks(model, leaf, log_probs, leaves, seed, index)
+        rank = _leaf_ranks(plan, leaf, log_probs, seed, index)
         visits = everywhere.along(rank)
         node = torch.tensor(plan.nodes, device=x.device)[visits.node]
         noise = counter_normal(seed, index[visits.image], model.latent, draw=node, dtype=features.dtype)
@@ -84,12 +83,10 @@ def condition_of(
     return TreeCondition(torch.tensor(leaves, device=x.device)[rank], z=z, image=image, weights=log_probs.exp())
 
 
-def _leaf_ranks(
-    model: TreeVAE, leaf: Tensor | str, log_probs: Tensor, leaves: Sequence[int], seed: int, index: Tensor
-) -> Tensor:
+def _leaf_ranks(plan: TreePlan, leaf: Tensor | str, log_probs: Tensor, seed: int, index: Tensor) -> Tensor:
     """`(B,)` which of the leaves each image belongs to."""
     if isinstance(leaf, Tensor):
-        return model._leaf_ranks(leaf, len(index), leaves)
+        return plan.leaf_ranks(leaf, len(index))
     if leaf == "argmax":
         return log_probs.argmax(1)
     if leaf != "sample":

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from treediff.core.checks import check_positive, check_shape
 from treediff.core.groups import Groups
-from treediff.core.io import described_by, dtype_name, dtype_named, require_config, require_topology
+from treediff.core.io import described_by, dtype_name, dtype_named, require_config
 from treediff.core.modes import evaluating, lasting
 from treediff.core.noise import combine_seeds, counter_normal, counter_uniform, seed_from, widest
 from treediff.diffusion.condition import NodeIndex
 from treediff.layers.grouped.call import grouped_linear
 from treediff.pipeline.conditions import condition_of
+from treediff.tree.files import require_topology
 from treediff.tree.probability import sample_leaf
 from treediff.tree.topology import TreeTopology
 from treediff.treevae.model import TreeVAE
@@ -222,7 +223,9 @@ class LeafDensity(nn.Module):
         end = self.index.depth[self.index.leaves[leaf]]
         ends = z[torch.arange(n, device=device), end]
         with evaluating(tree_vae):
-            images = tree_vae.likelihood.mean(tree_vae.decoders(ends, Groups(leaf, len(tree.leaves)), tree.leaves))
+            images = tree_vae.likelihood.mean(
+                tree_vae.banks.decoders(ends, Groups(leaf, len(tree.leaves)), tree.leaves)
+            )
         steps, back = max(map(tree.depth, below)) + 1, order.argsort()
         path = self._paths()[leaf[back], :steps]
         return TreeSample(images[back], path.gather(1, end[back, None]).squeeze(1), path, z[back, :steps])

@@ -21,14 +21,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from treediff.core.hub import Pretrained
-from treediff.core.io import described_by, load_into, read_header, save_model
+from treediff.core import io
 from treediff.core.modes import lasting
 from treediff.core.noise import seed_from
 from treediff.diffusion.condition import TreeCondition
 from treediff.diffusion.ddpm import LeafConditionedDDPM
+from treediff.diffusion.presets import Settings
 from treediff.pipeline.conditions import condition_of, condition_of_sample
 from treediff.pipeline.density import LeafDensity
+from treediff.tree.files import from_header, header_of
 from treediff.treevae.model import TreeVAE
 from treediff.treevae.prior import TreeSample
 
@@ -50,7 +51,7 @@ class Refined:
     leaf: Tensor
 
 
-class DiffuseTreeVAE(Pretrained, nn.Module):
+class DiffuseTreeVAE(nn.Module):
     """A TreeVAE and a diffusion model on its tree.
 
     Args:
@@ -235,32 +236,33 @@ class DiffuseTreeVAE(Pretrained, nn.Module):
 
     # --- files --------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: io.Path) -> None:
         """Write both stages, and the density if there is one, to one safetensors file; see `treediff.core.io`.
 
         Each stage can also be saved alone.
         """
-        header = {"tree_vae": self.tree_vae.header(), "ddpm": self.ddpm.header()}
+        header = {"tree_vae": header_of(self.tree_vae), "ddpm": self.ddpm.header()}
         if self.density is not None:
             header["density"] = self.density.header()
-        save_model(self, path, header)
+        io.save_model(self, path, header)
 
     @classmethod
     @lasting()
-    def load(cls, path: str | os.PathLike[str], *, model: Self | None = None) -> Self:
+    def load(cls, path: io.Path, *, model: Self | None = None, **parts: nn.Module) -> Self:
         """Read what `save` wrote; every tensor is bit-equal.
 
         Args:
             path: the file.
             model: a model on the same tree to fill, if a stage was built from parts of your own; its density gives way
                 to the file's, or to none. It stays as it was if the file does not fit.
+            **parts: the modules that were given to the factories of the stages in place of their own.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file is damaged, foreign, of another version, or does not fit; or if a stage was built
                 from parts and no model is given.
         """
-        header = read_header(path, cls.__name__)
+        header, tensors = io.read_model(path, cls.__name__)
         first, second, third = (header.get(part) for part in ("tree_vae", "ddpm", "density"))
         if not isinstance(first, dict) or not isinstance(second, dict):
             raise ValueError(
@@ -268,18 +270,23 @@ class DiffuseTreeVAE(Pretrained, nn.Module):
             )
         density = LeafDensity.from_header(third, path) if "density" in header else None
         if model is None:
-            stages = TreeVAE.from_header(first, path), LeafConditionedDDPM.from_header(second, path)
-            with described_by(path):
+            drawing = {name: part for name, part in parts.items() if name in Settings.__annotations__}
+            learning = {name: part for name, part in parts.items() if name not in drawing}
+            stages = (
+                from_header(TreeVAE, first, path, learning),
+                from_header(LeafConditionedDDPM, second, path, drawing),
+            )
+            with io.described_by(path):
                 model = cls(*stages, density)
-            load_into(model, path)
+            io.fill(model, tensors, path)
             return model
         model.ddpm.check_tree(second, path)
         if density is not None:
             density.to(model.tree_vae.device)
         # The stages are shared, so this fills the given model too, unless the file does not fit.
-        with described_by(path):
+        with io.described_by(path):
             whole = cls(model.tree_vae, model.ddpm, density)
-        load_into(whole, path)
+        io.fill(whole, tensors, path)
         model.density = density
         return model
 

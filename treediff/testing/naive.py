@@ -26,7 +26,7 @@ class NaiveTreeVAE(nn.Module):
         model: the model to copy, weights included.
 
     Examples:
-        >>> model = TreeVAE.for_vectors(3, latent=2, width=8)
+        >>> model = TreeVAE.for_vectors(features=3, latent=2, width=8)
         >>> x, noise = torch.zeros(2, 3), torch.zeros(2, 1, 2)
         >>> naive = NaiveTreeVAE(model)
         >>> bool(torch.allclose(naive.elbo(x, noise).elbo, model.elbo(x, noise=noise).elbo, atol=1e-5))
@@ -40,7 +40,7 @@ class NaiveTreeVAE(nn.Module):
         self.bottom_up = copy.deepcopy(model.bottom_up)
         self.likelihood = copy.deepcopy(model.likelihood)
         for role in _ROLES:
-            bank = getattr(model, role)
+            bank = getattr(model.banks, role)
             setattr(self, role, nn.ModuleDict({str(node): bank.module(node) for node in bank.nodes}))
 
     def elbo(self, x: Tensor, noise: Tensor) -> ELBO:

@@ -150,6 +150,32 @@ class TreePlan:
         """Node ids of some positions."""
         return [self.nodes[p] for p in positions]
 
+    def leaf_ranks(self, leaf: Tensor, batch: int) -> Tensor:
+        """Return the rank of each image's leaf among the leaves that the traversal reaches, `(B,)`.
+
+        Args:
+            leaf: `(B,)` node ids.
+            batch: number of images.
+
+        Raises:
+            KeyError: if an id is not that of a leaf to visit.
+            TypeError: if ids are not integers.
+            ValueError: if there is not one id for each image, or no leaf to visit.
+        """
+        if leaf.is_floating_point() or leaf.is_complex() or leaf.dtype == torch.bool:
+            raise TypeError(f"leaf must hold node ids, which are integers, found {leaf.dtype}")
+        if leaf.shape != (batch,):
+            raise ValueError(f"leaf must be one id for each of the {batch} images, found shape {tuple(leaf.shape)}")
+        leaves = self.ids(self.leaves)
+        if not leaves:
+            raise ValueError("the nodes to visit hold no leaf, so no path can end at one; add leaves to nodes")
+        matches = leaf[:, None] == torch.tensor(leaves, dtype=torch.int64, device=leaf.device)
+        if not bool(matches.any(1).all()):
+            wrong = leaf[~matches.any(1)][0].item()
+            among = "of the tree" if len(leaves) == len(self.topology.leaves) else "among the nodes to visit"
+            raise KeyError(f"node {wrong} is not a leaf {among}; the leaves are {leaves}")
+        return matches.to(torch.int64).argmax(1)
+
     def everyone(self, positions: Sequence[int], batch: int) -> Tensor:
         """Visits to `positions` when every image visits every node: node by node, image by image."""
         return (self._tensor(positions)[:, None] * batch + torch.arange(batch, device=self.device)).flatten()

@@ -11,36 +11,300 @@ Letters: `B` batch, `C H W` image, `N` nodes, `I` routed nodes, `K` leaves, `D` 
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
+from typing import Any, Self, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from treediff.core import io
+from treediff.core.checks import check_batch, check_size
 from treediff.core.groups import Groups
-from treediff.core.modes import evaluating
+from treediff.core.modes import evaluating, lasting
 from treediff.layers.grouped._gaussians import merge_and_sample
-from treediff.tree.probability import reparameterize
+from treediff.layers.likelihood import Likelihood
+from treediff.tree.files import from_header, header_of, require_topology
+from treediff.tree.probability import reparameterize, sample_leaf
+from treediff.tree.topology import TreeTopology
 from treediff.tree.visits import Visits, descend
-from treediff.treevae.posterior import ELBO, TreePosterior, elbo_of, iwae, leaf_log_probs_of
-from treediff.treevae.presets import PresetNetworks
+from treediff.treevae.banks import NodeBanks
+from treediff.treevae.posterior import ELBO, TreePosterior, leaf_log_probs_of
+from treediff.treevae.presets import TreeParts, image_parts, latent_shape, vector_parts
 from treediff.treevae.prior import LeafSamples, TreeSample, sample, sample_leaves
 
 __all__ = ["TreeVAE"]
 
 
-class TreeVAE(PresetNetworks):
+class TreeVAE(nn.Module):
     """A tree of latent variables with one decoder per leaf.
 
-    Built from parts (see `TreeNetworks` for what they are); `TreeVAE.for_images` and `TreeVAE.for_vectors` choose good
-    ones. A lone root is a plain VAE, a chain a LadderVAE (arXiv 1602.02282).
+    `TreeVAE.for_images` and `TreeVAE.for_vectors` choose good parts. Networks of nodes are given as templates, of which
+    each node gets its own copy, see `NodeBanks`. A lone root is a plain VAE, a chain a LadderVAE (arXiv 1602.02282).
+
+    Args:
+        topology: the tree to start with.
+        encoder: observations to the features of the deepest level.
+        bottom_up: blocks that lead up the ladder; `len(bottom_up)` is the greatest depth the tree may have.
+        head: a node's Gaussian from features: `(B, ...)` to `(B, 2D, ...)`.
+        transition: a child's prior from the parent's latent: `(B, D, ...)` to `(B, 2D, ...)`.
+        posterior_router: features to the logit of going left, `(B,)`.
+        prior_router: latent to the logit of going left, `(B,)`.
+        decoder: a leaf's latent to the raw output that the likelihood reads.
+        likelihood: how outputs and observations compare.
+        latent: shape of one latent, `(D,)` or `(D, h, w)`.
+        inputs: shape of one observation.
+        generator: where initial weights of the node networks come from; a seed of the tree's own if not given.
+        device: where the node networks live; where the templates are, by default.
+        dtype: what the node networks are stored as.
+
+    Attributes:
+        banks: the networks of the nodes, and the tree.
+        config: how a factory made the model; None for a model that was built from parts.
+
+    Raises:
+        TypeError: if the topology is none.
+        ValueError: if the tree is deeper than the ladder, or a template keeps buffers.
 
     Examples:
-        >>> from treediff import TreeTopology
         >>> model = TreeVAE.for_images(size=8, topology=TreeTopology.balanced(1))
         >>> model.cluster(torch.rand(3, 1, 8, 8)).shape
         torch.Size([3])
     """
+
+    def __init__(
+        self,
+        *,
+        topology: TreeTopology,
+        encoder: nn.Module,
+        bottom_up: Sequence[nn.Module],
+        head: nn.Module,
+        transition: nn.Module,
+        posterior_router: nn.Module,
+        prior_router: nn.Module,
+        decoder: nn.Module,
+        likelihood: Likelihood,
+        latent: tuple[int, ...],
+        inputs: tuple[int, ...],
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.latent, self.inputs = tuple(latent), tuple(inputs)
+        self.encoder, self.bottom_up = encoder, nn.ModuleList(bottom_up)
+        self.banks = NodeBanks(
+            topology,
+            head=head,
+            transition=transition,
+            posterior_router=posterior_router,
+            prior_router=prior_router,
+            decoder=decoder,
+            generator=generator,
+            device=device,
+            dtype=dtype,
+        )
+        self.likelihood = likelihood
+        self.config: dict[str, Any] | None = None
+        self._require_depth(topology)
+
+    @classmethod
+    def for_images(
+        cls,
+        *,
+        size: int | tuple[int, int],
+        channels: int = 1,
+        latent: int | tuple[int, ...] = 8,
+        width: int = 128,
+        max_depth: int = 8,
+        network: str = "conv",
+        likelihood: str | Likelihood = "bernoulli",
+        topology: TreeTopology | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **parts: Unpack[TreeParts],
+    ) -> Self:
+        """Build a model for images in [0, 1].
+
+        Args:
+            size: height and width, or one number for both.
+            channels: 1 for grey, 3 for colour.
+            latent: width of a latent vector, or `(channels, h, w)` for latents that are maps.
+            width: width of features and hidden layers; what a residual network's channels are in proportion to.
+            max_depth: greatest depth the tree may grow to.
+            network: 'conv' for small images, 'mlp' for tiny ones, 'residual' for colour.
+            likelihood: 'bernoulli', 'gaussian' (variance 1/2), 'gaussian_learned', or a module.
+            topology: the tree to start with; a lone root by default, which growth splits.
+            generator: where initial weights come from; the seed 0 if not given.
+            device: where the model lives.
+            dtype: what weights are stored as.
+            **parts: modules in place of those that would be chosen, such as `decoder=`; see `TreeVAE`. A file of the
+                model names them, and `load` expects them again.
+
+        Raises:
+            TypeError: if a number is not whole.
+            ValueError: if a number is out of range, or there is no such network or likelihood.
+
+        Examples:
+            >>> model = TreeVAE.for_images(size=28, topology=TreeTopology.balanced(1))
+            >>> model.elbo(torch.rand(4, 1, 28, 28)).elbo.shape
+            torch.Size([4])
+        """
+        arguments: dict[str, Any] = {
+            "size": check_size("size", size),
+            "channels": channels,
+            "latent": latent_shape(latent),
+            "width": width,
+            "max_depth": max_depth,
+            "network": network,
+            "likelihood": likelihood,
+        }
+        made = image_parts(**arguments, generator=generator, device=device, dtype=dtype)
+        return cls._recorded("for_images", arguments, made, parts, topology)
+
+    @classmethod
+    def for_vectors(
+        cls,
+        *,
+        features: int,
+        latent: int = 8,
+        width: int = 128,
+        max_depth: int = 8,
+        likelihood: str | Likelihood = "gaussian_learned",
+        topology: TreeTopology | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **parts: Unpack[TreeParts],
+    ) -> Self:
+        """Build a model for vectors of `features` numbers: tables, text features; other arguments as for `for_images`.
+
+        Examples:
+            >>> model = TreeVAE.for_vectors(features=5)
+            >>> model.cluster(torch.randn(3, 5))
+            tensor([0, 0, 0])
+        """
+        arguments: dict[str, Any] = {"features": features, "latent": latent, "width": width, "max_depth": max_depth}
+        arguments |= {"likelihood": likelihood}
+        made = vector_parts(**arguments, generator=generator, device=device, dtype=dtype)
+        return cls._recorded("for_vectors", arguments, made, parts, topology)
+
+    @classmethod
+    def _recorded(
+        cls,
+        factory: str,
+        arguments: dict[str, Any],
+        made: dict[str, Any],
+        given: TreeParts,
+        topology: TreeTopology | None,
+    ) -> Self:
+        """Build a model from parts, some of the caller's own, and record how."""
+        own: dict[str, Any] = dict(given)
+        if not isinstance(arguments["likelihood"], str):
+            own["likelihood"] = arguments.pop("likelihood")
+        model = cls(topology=topology or TreeTopology.balanced(0), **{**made, **own})
+        model.config = io.record(factory, arguments, own)
+        return model
+
+    @property
+    def topology(self) -> TreeTopology:
+        """The tree."""
+        return self.banks.topology
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored as."""
+        return next(self.parameters()).dtype
+
+    def extra_repr(self) -> str:
+        """The tree and the shapes."""
+        return f"topology={self.topology}, inputs={self.inputs}, latent={self.latent}"
+
+    # --- the tree changes ---------------------------------------------------------------------------------
+
+    def split(
+        self, leaf: int, *, warm_start: bool = False, generator: torch.Generator | None = None
+    ) -> tuple[int, int]:
+        """Turn a leaf into a parent of two new leaves, whose ids are returned.
+
+        The leaf's decoder goes; with `warm_start` the children begin with copies of it and of the leaf's head, else
+        with fresh weights. Transitions and routers are always fresh. No other node is touched.
+
+        Raises:
+            KeyError: if there is no such node.
+            ValueError: if it is not a leaf, or lies at the greatest depth.
+        """
+        self._require_depth(self.topology.split(leaf))
+        return self.banks.split(leaf, warm_start=warm_start, generator=generator)
+
+    def prune(self, leaf: int) -> None:
+        """Remove a leaf, and ancestors left without children; a parent with one child left decides nothing any more.
+
+        Probability that went to the leaf goes to its sibling.
+
+        Raises:
+            KeyError: if there is no such node.
+            ValueError: if it is not a leaf, or the only one.
+        """
+        self.banks.become(self.topology.prune(leaf))
+
+    def become(self, topology: TreeTopology) -> None:
+        """Take on another tree, such as that of weights to be loaded; nodes that are new have weights of no meaning.
+
+        Raises:
+            ValueError: if it is deeper than the ladder.
+        """
+        self._require_depth(topology)
+        self.banks.become(topology)
+
+    def _require_depth(self, topology: TreeTopology) -> None:
+        if topology.max_depth > len(self.bottom_up):
+            raise ValueError(
+                f"a tree of depth {topology.max_depth} needs as many bottom-up blocks, this model has "
+                f"{len(self.bottom_up)}; build it with a greater max_depth"
+            )
+
+    # --- files --------------------------------------------------------------------------------------------
+
+    def save(self, path: io.Path) -> None:
+        """Write weights, tree and configuration to one safetensors file; see `treediff.core.io`."""
+        io.save_model(self, path, header_of(self))
+
+    @classmethod
+    @lasting()
+    def load(cls, path: io.Path, *, model: Self | None = None, **parts: Unpack[TreeParts]) -> Self:
+        """Read what `save` wrote; every tensor is bit-equal.
+
+        Args:
+            path: the file.
+            model: a model to fill, for one built from parts; its tree is replaced by the file's. It stays as it was if
+                the file does not fit.
+            **parts: the modules that were given to the factory in place of its own.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged, foreign, of another version, or does not fit; or if parts are missing.
+        """
+        header, tensors = io.read_model(path, cls.__name__)
+        if model is None:
+            model = from_header(cls, header, path, parts)
+        else:
+            topology = require_topology(header, path)
+            trial = copy.deepcopy(model)
+            trial.become(topology)
+            io.fill(trial, tensors, path)
+            model.become(topology)
+        io.fill(model, tensors, path)
+        return model
 
     # --- one traversal ------------------------------------------------------------------------------------
 
@@ -62,10 +326,10 @@ class TreeVAE(PresetNetworks):
     ) -> Visits:
         """Follow the posterior routers down the tree; nothing but routers runs. Arguments as for `visits.descend`."""
         batch, rows = features.shape[1], features.flatten(0, 1)
-        plan = self.plan(nodes, features.device)
+        plan = self.banks.plan(nodes, features.device)
 
         def logits(image: Tensor, node: Tensor, groups: Groups, ids: list[int]) -> Tensor:
-            return self.posterior_routers(rows.index_select(0, plan.ladder_rows(image, node, batch)), groups, ids)
+            return self.banks.posterior_routers(rows.index_select(0, plan.ladder_rows(image, node, batch)), groups, ids)
 
         return descend(plan, batch, logits, threshold=threshold, chance=chance, leaf=leaf, like=features)
 
@@ -99,8 +363,8 @@ class TreeVAE(PresetNetworks):
                 has another shape, `nodes` lacks a parent, or the threshold is no probability below 1.
         """
         self.check(x)
-        features, plan = self.features(x), self.plan(nodes, x.device)
-        ranks = None if leaf is None else self._leaf_ranks(leaf, len(x), plan.ids(plan.leaves))
+        features, plan = self.features(x), self.banks.plan(nodes, x.device)
+        ranks = None if leaf is None else plan.leaf_ranks(leaf, len(x))
         visits = self.route(features, nodes=nodes, threshold=threshold, leaf=ranks)
         return self.latents(features, visits, noise=noise, generator=generator)
 
@@ -120,7 +384,7 @@ class TreeVAE(PresetNetworks):
         """
         where = visits.plan.ladder_rows(visits.image, visits.node, visits.batch)
         rows = features.flatten(0, 1).index_select(0, where)
-        hats = self.heads(rows, visits.groups(), visits.plan.nodes)
+        hats = self.banks.heads(rows, visits.groups(), visits.plan.nodes)
         if from_prior is not None:
             # A head that knows nothing leaves all to the prior it is merged with, exactly.
             silent = from_prior[visits.image] & (visits.parent >= 0)
@@ -150,7 +414,7 @@ class TreeVAE(PresetNetworks):
         samples, posteriors, priors = [reparameterize(mean, logvar, own_noise)], [hat], [torch.zeros_like(hat)]
         for level, start, (hat, own_noise, node, parent) in zip(plan.levels[1:], visits.starts, below, strict=False):
             parents = samples[-1].index_select(0, parent - start)
-            prior = self.transitions(parents, Groups(node - level.start, len(level)), plan.ids(level))
+            prior = self.banks.transitions(parents, Groups(node - level.start, len(level)), plan.ids(level))
             z, posterior = merge_and_sample(hat, prior, own_noise)
             samples.append(z)
             posteriors.append(posterior)
@@ -158,7 +422,7 @@ class TreeVAE(PresetNetworks):
         z = torch.cat(samples)
         prior_logits = visits.logits
         if plan.routed:
-            prior_logits = self.prior_routers(
+            prior_logits = self.banks.prior_routers(
                 z.index_select(0, visits.routed), visits.routed_groups(), plan.ids(plan.routed)
             )
         return TreePosterior(visits, z, torch.cat(posteriors), torch.cat(priors), prior_logits)
@@ -173,14 +437,20 @@ class TreeVAE(PresetNetworks):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> ELBO:
-        """The evidence lower bound of each image, term by term.
+        """Return the evidence lower bound of each image, term by term.
 
         `ELBO = E_q[ log p(x | z_leaf) ] - KL_root - KL_nodes - KL_decisions`, one sample of the latents, KLs analytic
         (TreeVAE, arXiv 2306.08984, eq. 9). A `threshold` above 0 leaves out what is hardly reached, which makes
         training fast and the value slightly too high: report values with 0.
         """
         posterior = self.posterior(x, threshold=threshold, noise=noise, generator=generator)
-        return elbo_of(self, posterior, x)
+        return posterior.bound(self.leaf_log_likelihood(posterior, x))
+
+    def leaf_log_likelihood(self, posterior: TreePosterior, x: Tensor) -> Tensor:
+        """Return `log p(x | z_leaf)` in nats, `(L,)` at the posterior's visits to leaves."""
+        leaves = posterior.visits.at_leaves()
+        output = self.decode_visits(posterior, leaves)
+        return self.likelihood.log_prob(output, x.index_select(0, posterior.visits.image[leaves]))
 
     def iwae(
         self, x: Tensor, samples: int = 64, *, generator: torch.Generator | None = None, chunk: int = 64
@@ -202,7 +472,23 @@ class TreeVAE(PresetNetworks):
             ValueError: if `samples` or `chunk` is below 1, or `x` is not what the model takes.
         """
         self.check(x)
-        return iwae(self, x, samples, chunk=chunk, generator=generator)
+        if not (isinstance(samples, Integral) and isinstance(chunk, Integral)):
+            raise TypeError(f"samples and chunk must be integers, found {samples!r} and {chunk!r}")
+        if samples < 1 or chunk < 1:
+            raise ValueError(f"samples and chunk must be at least 1, found {samples} and {chunk}")
+        features = self.features(x)
+        everyone = self.route(features)  # once: a decision is the same for every sample
+        log_probs = leaf_log_probs_of(everyone)
+        total = x.new_full((len(x),), -math.inf)
+        for start in range(0, samples, chunk):
+            k = min(chunk, samples - start)
+            uniform = torch.rand(len(x) * k, generator=generator, dtype=x.dtype, device=x.device)
+            leaf = sample_leaf(log_probs.repeat_interleave(k, 0), uniform)
+            visits = everyone.repeated(k).along(leaf)
+            posterior = self.latents(features.repeat_interleave(k, 1), visits, generator=generator)
+            likelihood = self.leaf_log_likelihood(posterior, x.repeat_interleave(k, 0))
+            total = torch.logaddexp(total, posterior.log_weights(likelihood, leaf).view(len(x), k).logsumexp(1))
+        return total - math.log(samples)
 
     def leaf_log_probs(self, x: Tensor, *, threshold: float = 0.0) -> Tensor:
         """`log P(leaf | x)` in nats, `(B, K)` in the order of `topology.leaves`; only routers run."""
@@ -251,7 +537,7 @@ class TreeVAE(PresetNetworks):
         """The decoders' raw output at some leaf visits: `(L, *inputs)`."""
         visits, plan = posterior.visits, posterior.visits.plan
         groups = Groups(plan.leaf_rank[visits.node[leaves]], len(plan.leaves))
-        return self.decoders(posterior.z.index_select(0, leaves), groups, plan.ids(plan.leaves))
+        return self.banks.decoders(posterior.z.index_select(0, leaves), groups, plan.ids(plan.leaves))
 
     # --- generating ---------------------------------------------------------------------------------------
 
@@ -283,7 +569,16 @@ class TreeVAE(PresetNetworks):
             ValueError: if `n` or the temperature is negative.
         """
         with evaluating(self):
-            return sample(self, n, node=node, temperature=temperature, first_index=first_index, generator=generator)
+            return sample(
+                self.banks,
+                self.likelihood,
+                self.latent,
+                n,
+                node=node,
+                temperature=temperature,
+                first_index=first_index,
+                generator=generator,
+            )
 
     def sample_leaves(
         self,
@@ -298,4 +593,24 @@ class TreeVAE(PresetNetworks):
         Column `k` holds the pictures that `sample(n, node=topology.leaves[k])` gives for the same generator state.
         """
         with evaluating(self):
-            return sample_leaves(self, n, temperature=temperature, first_index=first_index, generator=generator)
+            return sample_leaves(
+                self.banks,
+                self.likelihood,
+                self.latent,
+                n,
+                temperature=temperature,
+                first_index=first_index,
+                generator=generator,
+            )
+
+    # --- checks -------------------------------------------------------------------------------------------
+
+    def check(self, x: Tensor) -> None:
+        """Raise unless `x` suits the model; values are looked at on a CPU only.
+
+        Raises:
+            TypeError: if `x` is no tensor, not floating point, or of another dtype than the weights (which autocast
+                allows).
+            ValueError: if it has another shape, is not finite, or leaves the range of the data.
+        """
+        check_batch(x, self.inputs, self.dtype, self.likelihood.data_range, "observations")

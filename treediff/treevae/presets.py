@@ -1,139 +1,35 @@
-"""Good parts for common data, and the factories that put them together."""
+"""Good parts of a TreeVAE for common data: functions that return what its constructor takes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, Self
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
-from treediff.core.checks import Shape, check_positive, check_shape, check_size
+from treediff.core.checks import Shape, check_positive, check_shape
 from treediff.layers.decoders import MLPDecoder, PatchDecoder, ResidualDecoder
 from treediff.layers.encoders import ConvEncoder, MLPEncoder, ResidualEncoder
 from treediff.layers.heads import BottomUpBlock, GaussianHead, LatentTransition
 from treediff.layers.init import initialize
 from treediff.layers.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood
 from treediff.layers.router import Router
-from treediff.tree.topology import TreeTopology
-from treediff.treevae.banks import TreeNetworks
 
-__all__ = ["PresetNetworks", "image_parts", "vector_parts"]
+__all__ = ["TreeParts", "image_parts", "latent_shape", "vector_parts"]
 
 
-class PresetNetworks(TreeNetworks):
-    """Networks of a tree with factories for images and for vectors."""
+class TreeParts(TypedDict, total=False):
+    """Parts of a `TreeVAE` that may be given in place of those a factory chooses; see its arguments."""
 
-    @classmethod
-    def for_images(
-        cls,
-        *,
-        size: int | tuple[int, int],
-        channels: int = 1,
-        latent: int | tuple[int, ...] = 8,
-        width: int = 128,
-        max_depth: int = 8,
-        network: str = "conv",
-        likelihood: str = "bernoulli",
-        topology: TreeTopology | None = None,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """A model for images in [0, 1] with parts chosen for you.
-
-        Args:
-            size: height and width, or one number for both.
-            channels: 1 for grey, 3 for colour.
-            latent: width of a latent vector, or `(channels, h, w)` for latents that are maps.
-            width: width of features and hidden layers; what a residual network's channels are in proportion to.
-            max_depth: greatest depth the tree may grow to.
-            network: 'conv' for small images, 'mlp' for tiny ones, 'residual' for colour.
-            likelihood: 'bernoulli', 'gaussian' (variance 1/2) or 'gaussian_learned'.
-            topology: the tree to start with; a lone root by default, which growth splits.
-            generator: where initial weights come from; PyTorch's default generator if not given.
-            device: where the model lives.
-            dtype: what weights are stored as.
-
-        Examples:
-            >>> from treediff import TreeVAE
-            >>> model = TreeVAE.for_images(size=28, topology=TreeTopology.balanced(1))
-            >>> model.elbo(torch.rand(4, 1, 28, 28)).elbo.shape
-            torch.Size([4])
-        """
-        size = (size, size) if isinstance(size, int) else check_size("size", size)
-        latent = (latent,) if isinstance(latent, int) else check_shape("latent", latent)
-        config: dict[str, Any] = {
-            "size": list(size),
-            "channels": channels,
-            "latent": list(latent),
-            "width": width,
-            "max_depth": max_depth,
-            "network": network,
-            "likelihood": likelihood,
-        }
-        settings: dict[str, Any] = {**config, "size": size, "latent": latent}
-        parts = image_parts(**settings, generator=generator, device=device, dtype=dtype)
-        model = cls(topology=topology or TreeTopology.balanced(0), **parts)
-        model.config = {"for_images": config}
-        return model
-
-    @classmethod
-    def for_vectors(
-        cls,
-        features: int,
-        *,
-        latent: int = 8,
-        width: int = 128,
-        max_depth: int = 8,
-        likelihood: str = "gaussian_learned",
-        topology: TreeTopology | None = None,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """A model for vectors of `features` numbers: tables, text features; other arguments as for `for_images`.
-
-        Examples:
-            >>> from treediff import TreeVAE
-            >>> model = TreeVAE.for_vectors(5)
-            >>> model.cluster(torch.randn(3, 5))
-            tensor([0, 0, 0])
-        """
-        config: dict[str, Any] = {
-            "features": features,
-            "latent": latent,
-            "width": width,
-            "max_depth": max_depth,
-            "likelihood": likelihood,
-        }
-        settings: dict[str, Any] = {**config, "latent": (latent,) if isinstance(latent, int) else latent}
-        parts = vector_parts(**settings, generator=generator, device=device, dtype=dtype)
-        model = cls(topology=topology or TreeTopology.balanced(0), **parts)
-        model.config = {"for_vectors": config}
-        return model
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """The untrained model that `model.config` describes; global random state is left alone.
-
-        Raises:
-            ValueError: if it is not what a factory of this class wrote.
-        """
-        factories = ("for_images", "for_vectors")
-        entries = list(config.items()) if isinstance(config, Mapping) else []
-        if len(entries) != 1 or entries[0][0] not in factories or not isinstance(entries[0][1], Mapping):
-            raise ValueError(
-                f"expected a configuration {{name: arguments}} of {' or '.join(factories)}, found {config!r}"
-            )
-        factory, arguments = entries[0]
-        fixed = {key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
-        try:
-            model: Self = getattr(cls, factory)(**fixed, generator=torch.Generator().manual_seed(0))
-        except TypeError as error:
-            raise ValueError(f"the configuration {config!r} does not fit {factory}: {error}") from error
-        return model
+    encoder: nn.Module
+    bottom_up: Sequence[nn.Module]
+    head: nn.Module
+    transition: nn.Module
+    posterior_router: nn.Module
+    prior_router: nn.Module
+    decoder: nn.Module
 
 
 def image_parts(
@@ -144,15 +40,14 @@ def image_parts(
     width: int,
     max_depth: int,
     network: str,
-    likelihood: str,
+    likelihood: str | Likelihood,
     generator: torch.Generator | None,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """Parts for images; see `TreeVAE.for_images`."""
+    """Return parts for images; see `TreeVAE.for_images`."""
     check_positive(width=width, channels=channels)
-    features = (width, *check_shape("latent", latent)[1:])
-    outputs = (channels, *check_size("size", size))
+    features, outputs = (width, *latent[1:]), (channels, *size)
     with torch.device("meta"):
         encoder: nn.Module
         decoder: nn.Module
@@ -173,17 +68,18 @@ def image_parts(
 def vector_parts(
     *,
     features: int,
-    latent: Shape,
+    latent: int | Shape,
     width: int,
     max_depth: int,
-    likelihood: str,
+    likelihood: str | Likelihood,
     generator: torch.Generator | None,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """Parts for vectors; see `TreeVAE.for_vectors`."""
+    """Return parts for vectors; see `TreeVAE.for_vectors`."""
     check_positive(features=features, width=width)
-    if len(check_shape("latent", latent)) != 1:
+    latent = latent_shape(latent)
+    if len(latent) != 1:
         raise ValueError(f"latents of vectors are vectors: latent must be one number, found {latent}")
     with torch.device("meta"):
         encoder = MLPEncoder((features,), (width,), (2 * width,))
@@ -191,6 +87,11 @@ def vector_parts(
     parts = _tree_parts(encoder, (width,), latent, width, max_depth, generator, device, dtype)
     found = _likelihood(likelihood, device, dtype, data_range=None)
     return {**parts, "decoder": decoder, "likelihood": found, "inputs": (features,)}
+
+
+def latent_shape(latent: int | Shape) -> Shape:
+    """Return the shape of a latent, of which one number stands for a vector of that width."""
+    return check_shape("latent", (latent,) if isinstance(latent, int | Integral) else latent)
 
 
 def _tree_parts(
@@ -216,6 +117,7 @@ def _tree_parts(
             "posterior_router": Router(features, (max(1, width // 2),)),
             "prior_router": Router(latent, (max(1, width // 2),)),
         }
+    generator = generator or torch.Generator(device or "cpu").manual_seed(0)
     for shared in (encoder, bottom_up):
         shared.to_empty(device=device or "cpu").to(dtype)
         initialize(shared, generator=generator)
@@ -231,11 +133,13 @@ def _tree_parts(
 
 
 def _likelihood(
-    name: str,
+    name: str | Likelihood,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     data_range: tuple[float, float] | None = (0.0, 1.0),
 ) -> Likelihood:
+    if not isinstance(name, str):
+        return name
     if name == "bernoulli":
         return BernoulliLikelihood()
     if name in ("gaussian", "gaussian_learned"):

@@ -1,6 +1,7 @@
 """Drawing from the prior of a TreeVAE: one path per image, or one root and every leaf below it.
 
-All noise comes from `treediff.core.noise`, keyed by image and node. So a picture depends on the seed, its index and its path
+All noise comes from `treediff.core.noise`, keyed by image and node. So a picture depends on the seed, its index and its
+path
 only: `sample` into a leaf and the column of that leaf in `sample_leaves` are the same picture.
 
 Letters: `B` images, `S` steps from the root to the deepest leaf, `N` nodes, `K` leaves, `D` latent.
@@ -12,7 +13,6 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,13 +20,11 @@ from torch.nn import functional as F
 
 from treediff.core.groups import Groups
 from treediff.core.noise import counter_normal, counter_uniform, seed_from
-from treediff.layers.grouped.bank import NodeBank
+from treediff.layers.likelihood import Likelihood
 from treediff.tree.plan import TreePlan
 from treediff.tree.probability import reparameterize
 from treediff.tree.visits import descend
-
-if TYPE_CHECKING:
-    from treediff.treevae.model import TreeVAE
+from treediff.treevae.banks import NodeBanks, by_node
 
 __all__ = ["LeafSamples", "TreeSample", "sample", "sample_leaves"]
 
@@ -69,7 +67,9 @@ class LeafSamples:
 
 @torch.no_grad()
 def sample(
-    model: TreeVAE,
+    banks: NodeBanks,
+    likelihood: Likelihood,
+    latent: tuple[int, ...],
     n: int,
     *,
     node: int | None = None,
@@ -78,55 +78,49 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> TreeSample:
     """Draw `n` images through `node` (the root by default); see `TreeVAE.sample`."""
-    tree = model.topology
+    tree = banks.topology
     forced = tree.path(tree.root if node is None else node)
     check_draw(n, temperature, first_index)
-    seed, device, dtype = seed_from(generator), model.device, model.dtype
-    plan = model.plan(None, device)
+    seed, weight = seed_from(generator), next(banks.parameters())
+    device, dtype = weight.device, weight.dtype
+    plan = banks.plan(None, device)
     ids = torch.tensor(plan.nodes, device=device)
     index = torch.arange(first_index, first_index + n, device=device)
     position = torch.zeros(n, dtype=torch.int64, device=device)
-    z = temperature * counter_normal(seed, index, model.latent, draw=tree.root, dtype=dtype)
+    z = temperature * counter_normal(seed, index, latent, draw=tree.root, dtype=dtype)
     path = [ids[position]]
     latents = [z]
     for depth in range(max(tree.depth(leaf) for leaf in tree.leaves_under(forced[-1]))):
         if depth + 1 < len(forced):
             child = torch.full_like(position, plan.nodes.index(forced[depth + 1]))
         else:
-            child = _next_position(model, plan, position, z, seed, index)
+            child = _next_position(banks, plan, position, z, seed, index)
         moving = child >= 0
         rank = child[moving] - plan.levels[depth + 1].start
-        prior = _by_node(model.transitions, z[moving], rank, plan.ids(plan.levels[depth + 1]))
-        noise = temperature * counter_normal(seed, index[moving], model.latent, draw=ids[child[moving]], dtype=dtype)
+        prior = by_node(banks.transitions, z[moving], rank, plan.ids(plan.levels[depth + 1]))
+        noise = temperature * counter_normal(seed, index[moving], latent, draw=ids[child[moving]], dtype=dtype)
         mean, logvar = prior.chunk(2, 1)
         z = z.masked_scatter(_like(moving, z), reparameterize(mean, logvar, noise))
         position = torch.where(moving, child, position)
         path.append(torch.where(moving, ids[child], -1))
         latents.append(torch.where(_like(moving, z), z, 0))
-    output = _by_node(model.decoders, z, plan.leaf_rank[position], plan.ids(plan.leaves))
-    images = model.likelihood.mean(output)
+    output = by_node(banks.decoders, z, plan.leaf_rank[position], plan.ids(plan.leaves))
+    images = likelihood.mean(output)
     return TreeSample(images, ids[position], torch.stack(path, 1), torch.stack(latents, 1))
 
 
-def _next_position(model: TreeVAE, plan: TreePlan, position: Tensor, z: Tensor, seed: int, index: Tensor) -> Tensor:
+def _next_position(banks: NodeBanks, plan: TreePlan, position: Tensor, z: Tensor, seed: int, index: Tensor) -> Tensor:
     """Where each image goes by the prior routers; -1 for those that are at a leaf."""
     left, right = plan.turns[:, position].unbind()
     if not plan.routed:
         return left
     deciding = plan.routed_rank[position] >= 0
     rank = plan.routed_rank[position[deciding]]
-    logits = _by_node(model.prior_routers, z[deciding], rank, plan.ids(plan.routed))
+    logits = by_node(banks.prior_routers, z[deciding], rank, plan.ids(plan.routed))
     ids = torch.tensor(plan.nodes, device=position.device)[position[deciding]]
     chance = counter_uniform(seed, index[deciding], draw=ids + _DECISIONS, dtype=z.dtype)
     goes_left = torch.ones_like(deciding).masked_scatter(deciding, chance < torch.sigmoid(logits))
     return torch.where(goes_left, left, right)
-
-
-def _by_node(bank: NodeBank, x: Tensor, rank: Tensor, nodes: list[int]) -> Tensor:
-    """Run each row through the network of its node, whatever the order of the rows."""
-    order = rank.argsort(stable=True)
-    y = bank(x[order], Groups(rank[order], len(nodes)), nodes)
-    return y[order.argsort()]
 
 
 def check_draw(n: int, temperature: float, first_index: int) -> None:
@@ -150,7 +144,9 @@ def _like(mask: Tensor, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample_leaves(
-    model: TreeVAE,
+    banks: NodeBanks,
+    likelihood: Likelihood,
+    latent: tuple[int, ...],
     n: int,
     *,
     temperature: float = 1.0,
@@ -159,30 +155,31 @@ def sample_leaves(
 ) -> LeafSamples:
     """Draw `n` roots and follow each to every leaf; see `TreeVAE.sample_leaves`."""
     check_draw(n, temperature, first_index)
-    seed, device, dtype = seed_from(generator), model.device, model.dtype
-    plan = model.plan(None, device)
+    seed, weight = seed_from(generator), next(banks.parameters())
+    device, dtype = weight.device, weight.dtype
+    plan = banks.plan(None, device)
     ids = torch.tensor(plan.nodes, device=device)
     index = torch.arange(first_index, first_index + n, device=device)
-    levels = [temperature * counter_normal(seed, index, model.latent, draw=plan.nodes[0], dtype=dtype)]
+    levels = [temperature * counter_normal(seed, index, latent, draw=plan.nodes[0], dtype=dtype)]
     for above, level in pairwise(plan.levels):
         parents = plan.parent[level.start : level.stop] - above.start
         groups = Groups(torch.arange(len(level), device=device).repeat_interleave(n), len(level))
-        prior = model.transitions(
+        prior = banks.transitions(
             levels[-1].unflatten(0, (len(above), n))[parents].flatten(0, 1), groups, plan.ids(level)
         )
         draw = ids[groups.index + level.start]
-        noise = counter_normal(seed, index.repeat(len(level)), model.latent, draw=draw, dtype=dtype)
+        noise = counter_normal(seed, index.repeat(len(level)), latent, draw=draw, dtype=dtype)
         mean, logvar = prior.chunk(2, 1)
         levels.append(reparameterize(mean, logvar, temperature * noise))
     z = torch.cat(levels)
 
     def route(image: Tensor, node: Tensor, groups: Groups, nodes: list[int]) -> Tensor:
-        return model.prior_routers(z[node * n + image], groups, nodes)
+        return banks.prior_routers(z[node * n + image], groups, nodes)
 
     visits = descend(plan, n, route, like=z)
     leaves = visits.at_leaves()
     groups = Groups(plan.leaf_rank[visits.node[leaves]], len(plan.leaves))
-    images = model.likelihood.mean(model.decoders(z[leaves], groups, plan.ids(plan.leaves)))
+    images = likelihood.mean(banks.decoders(z[leaves], groups, plan.ids(plan.leaves)))
     log_probs = F.log_softmax(visits.log_reach[leaves].view(len(plan.leaves), n).T, dim=1)
-    by_node = z.view(len(plan.nodes), n, *model.latent)
-    return LeafSamples(images.view(len(plan.leaves), n, *model.inputs).transpose(0, 1), log_probs, plan.along(by_node))
+    by_node = z.view(len(plan.nodes), n, *latent)
+    return LeafSamples(images.unflatten(0, (len(plan.leaves), n)).transpose(0, 1), log_probs, plan.along(by_node))

@@ -9,11 +9,12 @@ import torch
 from stores import seeded
 from torch import Tensor
 
-from munkey import Ensemble, RankMix, Retrieved, SoftmaxMix
+from munkey import Classification, Ensemble, RankMix, Retrieved, SoftmaxMix
 from munkey.readout.aggregate import AGGREGATIONS, Aggregation
 
 B, K, V, N = 5, 4, 3, 6
 WEIGHT = torch.randn(V, N, generator=seeded(9))
+average_of = Classification(N).average
 
 
 def found(there: list[int]) -> Retrieved:
@@ -39,7 +40,7 @@ NULL = one(torch.full((V,), 0.5))
 @pytest.mark.parametrize("average", ["probabilities", "logits"])
 def test_ensemble(average: str) -> None:
     near = found([4, 3, 1, 0, 2])
-    got = Ensemble(average)(near, predict)
+    got = Ensemble(average)(near, predict, average_of)
     for b, count in enumerate([4, 3, 1, 0, 2]):
         runs = torch.stack([one(near.tokens[b, j]) for j in range(count)] or [NULL])
         expected = runs.softmax(1).mean(0).log() if average == "probabilities" else runs.mean(0)
@@ -52,7 +53,7 @@ def test_mixtures(kind: str) -> None:
     mix: Aggregation = SoftmaxMix(0.2) if kind == "softmax" else RankMix(K)
     if isinstance(mix, RankMix):
         mix.weights.data = torch.tensor([0.3, -1.0, 2.0, 0.0])
-    got, tokens = mix(near, predict), mix.one(near, torch.zeros(B))
+    got, tokens = mix(near, predict, average_of), mix.one(near, torch.zeros(B))
     for b, count in enumerate([4, 3, 1, 0, 2]):
         if not count:
             token = torch.full((V,), 0.5)
@@ -77,7 +78,7 @@ def test_an_ensemble_trains_any_neighbour_there_is_and_all_equally_often() -> No
 def test_gradients_are_finite_where_nothing_is_near(name: str) -> None:
     near, aggregation = found([0, 4, 0, 2, 1]), AGGREGATIONS[name](K)
     tokens = near.tokens.clone().requires_grad_()
-    aggregation(Retrieved(tokens, near.scores, near.ids), predict).sum().backward()
+    aggregation(Retrieved(tokens, near.scores, near.ids), predict, average_of).sum().backward()
     assert tokens.grad is not None and tokens.grad.isfinite().all()
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in aggregation.parameters())
 
@@ -88,7 +89,11 @@ def test_gradients_are_finite_where_nothing_is_near(name: str) -> None:
         (lambda: Ensemble("votes"), ValueError, "average must be 'probabilities' or 'logits', found 'votes'"),
         (lambda: SoftmaxMix(0.0), ValueError, "temperature must be above 0, found 0.0"),
         (lambda: RankMix(0), ValueError, "count must be at least 1, found 0"),
-        (lambda: RankMix(2)(found([4] * 5), predict), ValueError, "there are weights for 2 neighbours, found 4"),
+        (
+            lambda: RankMix(2)(found([4] * 5), predict, average_of),
+            ValueError,
+            "there are weights for 2 neighbours, found 4",
+        ),
     ],
 )
 def test_bad_input(call: object, error: type[Exception], message: str) -> None:

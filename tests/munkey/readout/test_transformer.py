@@ -67,7 +67,9 @@ def test_autocast() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     encoder = Projection.random((1, 8, 6), 5).to(dtype)
-    built = KeyMemoryTransformer.for_images(3, 1, (8, 6), encoder, width=8, value_width=4, dtype=dtype)
+    built = KeyMemoryTransformer.for_images(
+        classes=3, channels=1, size=(8, 6), key_encoder=encoder, width=8, value_width=4, dtype=dtype
+    )
     built.remember([1, 2], images(2).to(dtype))
     assert built(images(3).to(dtype)).dtype == dtype
     assert built.memory.store.keys.dtype == dtype

@@ -86,7 +86,7 @@ each_change = pytest.mark.parametrize("name", CHANGES)
 
 @pytest.fixture
 def table() -> Table:
-    made = Table(*WIDTHS, None, None)
+    made = Table(columns_of(*WIDTHS, torch.get_default_dtype()))
     filled(made, rows_of(IDS))
     commit(Moved(made.used, 30), [made], lambda _: None)
     return made

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from munkey.store.checks import as_ids, check_labels, distinct, ordered_ids, to_forget
+from munkey.store.checks import as_ids, distinct, ordered_ids, to_forget
 
 LISTS: dict[str, object] = {
     "list": [3, 1],
@@ -85,25 +84,3 @@ def test_without_an_order_ids_can_be_forgotten_but_not_matched(make: Callable[[l
 def test_other_views_of_a_dict_have_no_order_either(view: Callable[[dict[int, int]], object]) -> None:
     with pytest.raises(TypeError, match="which has none; give a list or an int64 tensor with the id of each input at"):
         ordered_ids(view({0: 3}))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("labels", "error", "message"),
-    [
-        (torch.tensor([0, -100]), ValueError, "a label is at least 0, found -100; leave out inputs that have no label"),
-        (torch.tensor([0, -1]), ValueError, "a label is at least 0, found -1; leave out inputs that have no label"),
-        (torch.tensor([0, 3]), ValueError, "expected labels below 3, found 3"),
-        (torch.tensor([0]), ValueError, "expected one label for each of 2 inputs, found (1,)"),
-        (torch.zeros(2, 3), TypeError, "labels must be an int64 tensor, found torch.float32; use torch.as_tensor"),
-        (torch.zeros(2, dtype=torch.int32), TypeError, "labels must be an int64 tensor, found torch.int32"),
-        ([0, 1], TypeError, "labels must be an int64 tensor, found list; use torch.as_tensor(labels).long()"),
-    ],
-)
-def test_what_is_no_list_of_labels(labels: Tensor, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        check_labels(labels, 2, 3)
-
-
-def test_labels_may_be_none_or_all_classes() -> None:
-    check_labels(torch.tensor([0, 2]), 2, 3)
-    check_labels(torch.zeros(0, dtype=torch.int64), 0, 3)

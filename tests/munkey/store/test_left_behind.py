@@ -236,7 +236,7 @@ def test_rounded_keys_have_neighbours_of_their_own() -> None:
 def test_noise_is_for_one_process_and_values_alone() -> None:
     settings = {"clip": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 2, "generator": torch.Generator()}
     written, spread = classifier(), classifier()
-    written.memory.writer = ValueWriter(*written.memory.store.widths, classes=3)
+    written.memory.writer = ValueWriter(*written.memory.store.widths, task=3)
     spread.shard()
     for built, said in ((written, "found a memory with a writer"), (spread, "train in one process")):
         with pytest.raises(ValueError, match=said):

@@ -15,7 +15,8 @@ from durables import create, state
 from processes import Child, forked, sleeping, together
 from stores import SECRET, WIDTHS, keys_of, store
 
-from munkey import DurableStore, KeyMemoryTransformer, ShardedKeyStore, files
+from munkey import DurableStore, KeyMemoryTransformer, ShardedKeyStore
+from munkey import io as files
 from munkey.store.digest import add_tensors, checksum
 from munkey.store.file.disk import Disk, read_whole, wipe_leftovers, write_whole
 

@@ -107,7 +107,7 @@ def test_states_that_their_owner_refuses(tmp_path: Path) -> None:
     found.states["a"] = found.states["a"][:9]
     with pytest.raises(ValueError, match=r"the checkpoint does not fit; .* at 'a': .*RNG state size to be 9"):
         found.fill({"a": torch.Generator()})
-    growth = TreeGrowth(TreeVAE.for_vectors(3))
+    growth = TreeGrowth(TreeVAE.for_vectors(features=3))
     with pytest.raises(KeyError, match="expected what state_dict returned, with the entry 'history'"):
         Checkpoint({"a": {}}, {"a": "TreeGrowth"}).fill({"a": growth})
 

@@ -1,4 +1,4 @@
-"""A model in a folder: the file that `save` writes, and what is said of it beside it."""
+"""Sharing a model: the folder that model hubs expect, and huggingface_hub's own code before a hub without a network."""
 
 from __future__ import annotations
 
@@ -6,176 +6,158 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from hubs import cut_off
+from hubs import COMMITS, FakeHub, Pushed, cut_off
 from huggingface_hub import ModelCard
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from linear import linear_model
-from models import build
-from safetensors import safe_open
-from safetensors.torch import load_file
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, RevisionNotFoundError
+from models import PRUNED, build
 from shared_models import MODELS, check_same
-from strategies import quick, topologies
-from torch import Tensor
-from worlds import UNEVEN, world
 
-from treediff import TreeTopology, TreeVAE
-from treediff.core import io as treediff_io
+from treediff import TreeVAE
+from treediff.core.hub import pull, push, write_folder
 
 each_model = pytest.mark.parametrize("name", MODELS)
 THREE = ["README.md", "config.json", "model.safetensors"]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    build().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No folder is here that a name could be taken for."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-# --- round trips --------------------------------------------------------------------------------------------
+# --- folders ------------------------------------------------------------------------------------------------
 
 
 @each_model
-def test_a_folder_holds_the_models_own_file(name: str, tmp_path: Path) -> None:
-    model = MODELS[name]()
-    assert model.save_pretrained(tmp_path / "deep" / "model") is None
-    folder = tmp_path / "deep" / "model"
+def test_a_folder_holds_the_models_own_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_off(monkeypatch)
+    model, folder = MODELS[name](), tmp_path / "deep" / "model"
+    write_folder(model, folder)
     assert sorted(os.listdir(folder)) == THREE
     model.save(tmp_path / "file")
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "file").read_bytes()
+    for source in (folder, str(folder), folder / "model.safetensors"):
+        check_same(pull(type(model), source), model)
+    about = json.loads((folder / "config.json").read_text())
+    assert about == {"class": type(model).__name__, "config": getattr(model, "config", None)}
 
-    plain = load_file(folder / "model.safetensors")
-    state: dict[str, Tensor] = model.state_dict()
-    assert plain.keys() == state.keys() and all(torch.equal(plain[key], value) for key, value in state.items())
 
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        header = json.loads(file.metadata()["treediff"])
-    text = (folder / "config.json").read_text(encoding="utf-8")
-    assert text == json.dumps(header, indent=2, sort_keys=True) + "\n"
+def test_a_card_is_written_once(tmp_path: Path) -> None:
+    write_folder(build(), tmp_path, repo_id="me/mine")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "treediff" and card.data.tags == ["treediff", "TreeVAE"]
+    assert "from treediff import TreeVAE\n" in card.text and 'hub.pull(TreeVAE, "me/mine")' in card.text
+    (tmp_path / "README.md").write_text("mine")
+    write_folder(build(seed=1), tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_arguments_of_load_are_passed_on(tmp_path: Path) -> None:
+    write_folder(build(seed=1), tmp_path)
+    own = build(PRUNED, seed=2)
+    assert pull(TreeVAE, tmp_path, model=own) is own
+    check_same(own, build(seed=1))
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        NotADirectoryError, match=r"expected a folder, found the file .*file'; model.save writes one file"
+    ):
+        write_folder(build(), tmp_path / "file")
+    with pytest.raises(FileNotFoundError, match=r"there is no model\.safetensors in the folder"):
+        pull(TreeVAE, tmp_path)
+    write_folder(MODELS["second stage"](), tmp_path)
+    with pytest.raises(ValueError, match="holds a LeafConditionedDDPM, expected a TreeVAE"):
+        pull(TreeVAE, tmp_path)
+
+
+# --- repositories -------------------------------------------------------------------------------------------
+
+
+def commit(hub: FakeHub, seed: int, *names: str) -> TreeVAE:
+    model = build(seed=seed)
+    write_folder(model, f"commit-{seed}")
+    hub.commit(Path(f"commit-{seed}"), COMMITS[seed], *names)
+    return model
+
+
+def test_a_repository_is_fetched_and_read(hub: FakeHub, tmp_path: Path) -> None:
+    one, cache = commit(hub, 0, "v1"), tmp_path / "cache"
+    check_same(pull(TreeVAE, "user/name", cache_dir=cache, token="secret"), one)
+    assert hub.asked == ["HEAD main model.safetensors", f"GET {COMMITS[0]} model.safetensors"] or all(
+        line.endswith("model.safetensors") for line in hub.asked
+    ), "the model's file, and nothing else"
+    assert hub.tokens == {"Bearer secret"}
+    hub.asked.clear()
+    check_same(pull(TreeVAE, "user/name", cache_dir=cache, local_files_only=True), one)
+    assert hub.asked == []
+    two = commit(hub, 1)
+    check_same(pull(TreeVAE, "user/name", cache_dir=cache), two)
+    for revision in ("v1", COMMITS[0]):
+        check_same(pull(TreeVAE, "user/name", cache_dir=cache, revision=revision), one)
+
+
+def test_errors_of_the_hub_come_as_they_are(hub: FakeHub, tmp_path: Path) -> None:
+    commit(hub, 0)
+    with pytest.raises(RevisionNotFoundError, match="Revision Not Found for url"):
+        pull(TreeVAE, "user/name", revision="v2", cache_dir=tmp_path)
+    with pytest.raises(LocalEntryNotFoundError, match="outgoing traffic has been disabled"):
+        pull(TreeVAE, "user/name", local_files_only=True, cache_dir=tmp_path)
+    del hub.files[COMMITS[0]]["model.safetensors"]
+    with pytest.raises(RemoteEntryNotFoundError, match="Entry Not Found for url"):
+        pull(TreeVAE, "user/name", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["name", "a/b/c", "./user/name", "/user/name", "user/name.safetensors", "user--x/name", "user/..name", "é/n"],
+)
+def test_what_is_no_repository_is_not_looked_for(name: str, hub: FakeHub) -> None:
+    with pytest.raises(FileNotFoundError, match=r"it is not the name of a repository, .* nothing was downloaded"):
+        pull(TreeVAE, name)
+    with pytest.raises(FileNotFoundError, match="it is not the name of a repository"):
+        pull(TreeVAE, Path("user/name"))
+    assert hub.asked == []
+
+
+def test_a_folder_that_is_here_comes_first(hub: FakeHub, tmp_path: Path) -> None:
+    one = commit(hub, 0)
+    os.mkdir("user")
+    with pytest.raises(FileNotFoundError, match="there is a folder 'user' here, but no 'user/name'; nothing was"):
+        pull(TreeVAE, "user/name")
+    check_same(pull(TreeVAE, "user/name", revision="main", cache_dir=tmp_path / "cache"), one)
+
+
+# --- pushing ------------------------------------------------------------------------------------------------
 
 
 @each_model
-def test_a_round_trip_is_bit_equal(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut_off(monkeypatch)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # nothing here needs it
-    model, state = MODELS[name](), torch.get_rng_state()
-    cls = type(model)
-    model.save_pretrained(tmp_path / "model")
-    found = cls.from_pretrained(tmp_path / "model")
-    check_same(found, model)
-    check_same(cls.from_pretrained(str(tmp_path / "model")), model)
-    check_same(cls.from_pretrained(tmp_path / "model" / "model.safetensors"), model)
-    found.save_pretrained(tmp_path / "again")
-    assert contents(tmp_path / "again") == contents(tmp_path / "model")
-    found.save_pretrained(tmp_path / "model")  # over the old one
-    assert contents(tmp_path / "again") == contents(tmp_path / "model")
-    assert torch.equal(torch.get_rng_state(), state)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_model_is_pushed(name: str, there: bool, pushed: Pushed, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    pushed.there = {"README.md"} if there else set()
+    kept: list[Path] = []
+    pushed.then = kept.append
+    where = push(model, "name", private=True, token="secret", revision="dev", create_pr=True)
+    assert where == "https://hub.example/me/name/commit/1" and pushed.tokens == ["secret"]
+    assert pushed.of("create_repo") == {"repo_id": "name", "private": True, "exist_ok": True}
+    sent = pushed.of("upload_folder")
+    assert sent["repo_id"] == "me/name" and sent["revision"] == "dev" and sent["create_pr"] is True
+    assert sent["commit_message"] == f"Upload {type(model).__name__}"
+    assert sent["allow_patterns"] == ["model.safetensors", "config.json", *([] if there else ["README.md"])]
+    model.save(tmp_path / "file")
+    assert pushed.folder["model.safetensors"] == (tmp_path / "file").read_bytes()
+    assert b'"me/name"' in pushed.folder["README.md"]
+    assert not kept[0].exists(), "nothing is left of the copy"
 
 
-@settings(quick, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
-@given(topologies(max_steps=8), st.integers(0, 2**32))
-def test_a_round_trip_of_any_tree(tmp_path: Path, tree: TreeTopology, seed: int) -> None:
-    """Into one folder, so that each takes the place of another one."""
-    model = build(tree, seed=seed)
-    with torch.no_grad():
-        model.heads.weights_of(tree.root)[:3] = torch.tensor([float("nan"), -0.0, float("inf")])
-    model.save_pretrained(tmp_path / "model")
-    found = TreeVAE.from_pretrained(tmp_path / "model")
-    check_same(found, model)
-    assert found.topology == tree
-    assert sorted(os.listdir(tmp_path / "model")) == THREE
-
-
-def test_what_load_takes_is_passed_on(tmp_path: Path) -> None:
-    model, other = linear_model(world(UNEVEN)), linear_model(world(TreeTopology.chain(3)), seed=3)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="was built from parts, which a file does not hold"):
-        TreeVAE.from_pretrained(tmp_path)
-    assert TreeVAE.from_pretrained(tmp_path, model=other) is other
-    check_same(other, model)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'map_location'"):
-        TreeVAE.from_pretrained(tmp_path, map_location="cpu")
-
-
-def test_a_relative_name_is_a_folder_if_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut_off(monkeypatch)
-    monkeypatch.chdir(tmp_path)
-    model = build()
-    model.save_pretrained("user/name")
-    for name in ("user/name", "./user/name", "user/name/", "user/name/model.safetensors"):
-        check_same(TreeVAE.from_pretrained(name), model)
-
-
-def test_an_interruption_leaves_one_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new = build(), build(seed=1)
-    replace, made = os.replace, []
-
-    def stop_at(step: int) -> Callable[..., None]:
-        def fail(source: str, target: str) -> None:
-            made.append(target)
-            if len(made) > step:
-                raise OSError("the disk is full")
-            replace(source, target)
-
-        return fail
-
-    for step, whole in enumerate([old, new]):  # before model.safetensors is in its place, and before config.json is
-        made.clear()
-        monkeypatch.setattr(treediff_io.os, "replace", stop_at(step))
-        with pytest.raises(OSError, match="the disk is full"):
-            new.save_pretrained(folder)
-        monkeypatch.undo()
-        check_same(TreeVAE.from_pretrained(folder), whole)
-        assert sorted(os.listdir(folder)) == ["README.md", "model.safetensors"]
-    new.save_pretrained(folder)
-    assert sorted(os.listdir(folder)) == THREE
-
-
-# --- the model card -----------------------------------------------------------------------------------------
-
-
-def test_the_card_says_how_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, build_model in MODELS.items():
-        model, folder = build_model(), Path("user/name")
-        model.save_pretrained(folder)
-        card = ModelCard.load(folder / "README.md")
-        assert card.data.library_name == "treediff" and card.data.license is None
-        assert card.data.tags == ["treediff", type(model).__name__]
-        code = re.search("```python\n(.*?)```", card.text, re.DOTALL)
-        assert code
-        scope: dict[str, Any] = {}
-        exec(code.group(1), scope)
-        check_same(scope["model"], model)
-        assert "classifier" not in name or "from treediff.metrics import FeatureClassifier" in card.text
-        (folder / "README.md").unlink()
-
-
-def test_a_class_of_ones_own_is_shared_too(tmp_path: Path) -> None:
-    class Mine(TreeVAE):
-        pass
-
-    model = Mine.for_images(size=8, latent=4)
-    model.save_pretrained(tmp_path)
-    check_same(Mine.from_pretrained(tmp_path), model)
-    with pytest.raises(ValueError, match=r"config\.json' is of a Mine, expected a TreeVAE"):
-        TreeVAE.from_pretrained(tmp_path)
-    card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.tags == ["treediff", __name__.partition(".")[0], "Mine"]
-    assert f"from {__name__} import Mine\n" in card.text
-
-
-def test_a_card_that_is_there_stays(folder: Path) -> None:
-    (folder / "README.md").write_text("my own")
-    build(seed=1).save_pretrained(folder)
-    assert (folder / "README.md").read_text() == "my own"
+@pytest.mark.parametrize("way", ["push", "pull"])
+def test_without_huggingface_hub(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'treediff[hub]'")):
+        push(build(), "user/name", private=True) if way == "push" else pull(TreeVAE, "user/name")

@@ -18,8 +18,8 @@ from torch import nn
 from worlds import UNEVEN, seeded, world
 
 from treediff import TreeTopology, TreeVAE
+from treediff.core import io as treediff_io
 from treediff.core.io import FORMAT_VERSION, load_into, read_header, save_model
-from treediff.treevae.banks import TreeNetworks
 
 TREES = {"lone root": TreeTopology.balanced(0), "chain": TreeTopology.chain(2), "grown": GROWN, "pruned": PRUNED}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -55,7 +55,7 @@ def test_a_round_trip_is_bit_equal(tree: TreeTopology, kind: str, tmp_path: Path
 def test_a_round_trip_of_any_tree(tmp_path: Path, tree: TreeTopology, seed: int, dtype: torch.dtype) -> None:
     model = build(tree, seed=seed, dtype=dtype)
     with torch.no_grad():
-        model.heads.weights_of(tree.root)[:3] = torch.tensor([float("nan"), -0.0, float("inf")], dtype=dtype)
+        model.banks.heads.weights_of(tree.root)[:3] = torch.tensor([float("nan"), -0.0, float("inf")], dtype=dtype)
     model.save(tmp_path / "model")
     check_same(TreeVAE.load(tmp_path / "model"), model)
 
@@ -129,11 +129,12 @@ def test_the_header_is_one_key_of_canonical_json(tmp_path: Path) -> None:
     assert read_header(tmp_path / "model", "TreeVAE") == header
 
 
-def test_a_configuration_makes_the_same_networks() -> None:
+def test_a_configuration_makes_the_same_networks(tmp_path: Path) -> None:
     for kind in KINDS:
         model = build(GROWN, kind)
         assert model.config is not None
-        found = TreeVAE.from_config(json.loads(json.dumps(model.config)))
+        model.save(tmp_path / "model")
+        found = treediff_io.build(TreeVAE, json.loads(json.dumps(model.config)), tmp_path / "model", {})
         assert found.config == model.config and found.topology == TreeTopology.balanced(0)
         shapes = {name: v.shape for name, v in build(TreeTopology.balanced(0), kind).state_dict().items()}
         assert {name: v.shape for name, v in found.state_dict().items()} == shapes
@@ -144,8 +145,6 @@ def test_saving_and_loading_leave_global_state_alone(tmp_path: Path) -> None:
     model.save(tmp_path / "model")
     TreeVAE.load(tmp_path / "model")
     TreeVAE.load(tmp_path / "model", model=build(GROWN))
-    assert model.config is not None
-    TreeVAE.from_config(model.config)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -155,15 +154,15 @@ def test_a_loaded_model_can_be_trained_and_grown(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in model.parameters())
     model.split(1)
     model.elbo(observations(model, 3)).loss().backward()
-    assert model.decoders.weights_of(7).grad is not None
+    assert model.banks.decoders.weights_of(7).grad is not None
 
 
 def test_what_is_frozen_in_the_given_model_stays_frozen(tmp_path: Path) -> None:
     build(GROWN).save(tmp_path / "model")
     model = build(GROWN, seed=5)
-    model.heads.weights_of(0).requires_grad_(False)
+    model.banks.heads.weights_of(0).requires_grad_(False)
     TreeVAE.load(tmp_path / "model", model=model)
-    assert not model.heads.weights_of(0).requires_grad and model.heads.weights_of(1).requires_grad
+    assert not model.banks.heads.weights_of(0).requires_grad and model.banks.heads.weights_of(1).requires_grad
 
 
 def test_paths_may_be_text(tmp_path: Path) -> None:
@@ -199,8 +198,3 @@ def test_only_tensors_and_plain_json_are_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
         save_model(nn.Linear(1, 1), path, {"of": float("nan")})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_networks_without_a_configuration_say_so() -> None:
-    with pytest.raises(ValueError, match="TreeNetworks keeps no configuration; build the model and pass it as model="):
-        TreeNetworks.from_config({})

@@ -133,8 +133,11 @@ def test_flipped_bits_are_refused_or_are_weights(path: Path, data: st.DataObject
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "has format version 2, this treediff reads version 1; install the release that wrote it"),
-        ({"format": None}, "has format version None, this treediff reads version 1"),
+        (
+            {"format": 3},
+            "has format version 3, this treediff reads versions 1 and 2; install the release that wrote it",
+        ),
+        ({"format": None}, "has format version None, this treediff reads versions 1 and 2"),
         ({"class": "Forest"}, "holds a Forest, expected a TreeVAE"),
         ({"topology": None}, "expected JSON like .* found 'null'"),
         ({"topology": {"nodes": [[0, 1, None]], "next_id": 5}}, "nodes must form one tree"),
@@ -177,7 +180,7 @@ CONFIGURATION = "expected a configuration {name: arguments} of for_images or for
         ({"dtype": None}, "names the dtype None, expected one like 'float32'"),
         ({"dtype": "int64"}, "names the dtype 'int64', expected one like 'float32'"),
         ({"dtype": "nn"}, "names the dtype 'nn', expected one like 'float32'"),
-        ({"dtype": "float32"}, "does not fit the model at 'bottom_up.0"),
+        ({"dtype": "float32"}, "does not fit the model at 'banks.decoders.6"),
     ],
 )
 def test_a_configuration_that_does_not_make_a_model(path: Path, change: dict[str, Any], message: str) -> None:
@@ -194,38 +197,38 @@ NO = "no such tensor"
 
 def test_a_missing_leaf_is_named(path: Path) -> None:
     tensors, header = contents(path)
-    size = len(tensors.pop("decoders.7"))
+    size = len(tensors.pop("banks.decoders.7"))
     rewrite(path, tensors, header)
-    refuse(path, rf"does not fit the model at 'decoders.7': expected float64 of shape \({size},\), found {NO}")
+    refuse(path, rf"does not fit the model at 'banks.decoders.7': expected float64 of shape \({size},\), found {NO}")
 
 
 def test_a_leaf_too_many_is_named(path: Path) -> None:
     tensors, header = contents(path)
-    tensors["decoders.99"] = torch.zeros(3)
+    tensors["banks.decoders.99"] = torch.zeros(3)
     rewrite(path, tensors, header)
-    refuse(path, rf"does not fit the model at 'decoders.99': expected {NO}, found float32 of shape \(3,\)")
+    refuse(path, rf"does not fit the model at 'banks.decoders.99': expected {NO}, found float32 of shape \(3,\)")
 
 
 def test_a_leaf_of_another_shape_or_dtype_is_named(path: Path) -> None:
     tensors, header = contents(path)
-    good = tensors["decoders.8"]
+    good = tensors["banks.decoders.8"]
     for bad, kind in ((good[:-1].clone(), "float64"), (good.float(), "float32"), (good[None].clone(), "float64")):
-        rewrite(path, {**tensors, "decoders.8": bad}, header)
+        rewrite(path, {**tensors, "banks.decoders.8": bad}, header)
         found = re.escape(f"found {kind} of shape {tuple(bad.shape)}")
-        refuse(path, rf"at 'decoders.8': expected float64 of shape \({len(good)},\), {found}")
+        refuse(path, rf"at 'banks.decoders.8': expected float64 of shape \({len(good)},\), {found}")
 
 
 def test_a_tree_of_other_leaves_is_named(path: Path) -> None:
     tensors, header = contents(path)
     rewrite(path, tensors, {**header, "topology": json.loads(PRUNED.prune(7).to_json())})
-    refuse(path, "does not fit the model at 'decoders.7': expected no such tensor")
+    refuse(path, "does not fit the model at 'banks.decoders.7': expected no such tensor")
 
 
 def test_a_model_of_other_parts_is_refused(path: Path) -> None:
-    wider = TreeVAE.for_vectors(3, latent=2, width=6, max_depth=4, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"does not fit the model at 'bottom_up.0.step.norm0.bias': .*found"):
+    wider = TreeVAE.for_vectors(features=3, latent=2, width=6, max_depth=4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"does not fit the model at 'banks.decoders.6': .*found"):
         TreeVAE.load(path, model=wider)
-    shallow = TreeVAE.for_vectors(3, latent=2, width=5, max_depth=2, dtype=torch.float64)
+    shallow = TreeVAE.for_vectors(features=3, latent=2, width=5, max_depth=2, dtype=torch.float64)
     with pytest.raises(ValueError, match="a tree of depth 3 needs as many bottom-up blocks, this model has 2"):
         TreeVAE.load(path, model=shallow)
     assert wider.topology == shallow.topology == TreeTopology.balanced(0)
@@ -256,7 +259,7 @@ def test_the_old_file_stands_until_the_new_one_is_on_disk(path: Path, monkeypatc
     replace = os.replace
 
     def watch(source: str, target: str) -> None:
-        seen.append(Path(target).read_bytes() == old and treediff_io.read_header(source, "TreeVAE")["format"] == 1)
+        seen.append(Path(target).read_bytes() == old and treediff_io.read_header(source, "TreeVAE")["format"] == 2)
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", watch)

@@ -173,9 +173,9 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], object] | str) -> P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: h.update(format=True), "has format version True, this treediff reads version 1"),
-        (lambda h: h.update(format=1.0), "has format version 1.0, this treediff reads version 1"),
-        (lambda h: h.update(format=[1]), r"has format version \[1\], this treediff reads version 1"),
+        (lambda h: h.update(format=True), "has format version True, this treediff reads versions 1 and 2"),
+        (lambda h: h.update(format=1.0), "has format version 1.0, this treediff reads versions 1 and 2"),
+        (lambda h: h.update(format=[1]), r"has format version \[1\], this treediff reads versions 1 and 2"),
         (lambda h: h.update({"class": [h["class"]]}), r"holds a \['.*'\], expected a "),
         (lambda h: h.update({"class": {"a": 1}}), r"holds a \{'a': 1\}, expected a "),
         ("[" * 10**6, "the header of .* is damaged .*nested at most 200 deep"),

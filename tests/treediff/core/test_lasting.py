@@ -168,7 +168,7 @@ def test_nodes_added_in_inference_mode_can_be_trained() -> None:
     with torch.inference_mode():
         model.split(1, generator=seeded())
         model.split(4, warm_start=True, generator=seeded())
-        alone = model.decoders.module(5)
+        alone = model.banks.decoders.module(5)
     train_tree(model)
     assert not limited(alone)
 

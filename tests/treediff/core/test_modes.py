@@ -23,11 +23,11 @@ TREE = TreeTopology.balanced(2)
 
 def moody() -> TreeVAE:
     """A model whose encoder and decoders say something else in training than in evaluation."""
-    model = TreeVAE.for_vectors(6, latent=3, width=8, max_depth=2, topology=TREE, generator=seeded(0))
+    model = TreeVAE.for_vectors(features=6, latent=3, width=8, max_depth=2, topology=TREE, generator=seeded(0))
     model.encoder = nn.Sequential(model.encoder, nn.BatchNorm1d(8), nn.Dropout(0.5))
-    model.decoders = NodeBank(nn.Sequential(nn.Linear(3, 12), nn.Dropout(0.5), nn.Linear(12, 6)))
+    model.banks.decoders = NodeBank(nn.Sequential(nn.Linear(3, 12), nn.Dropout(0.5), nn.Linear(12, 6)))
     for leaf in TREE.leaves:
-        model.decoders.add(leaf, generator=seeded(leaf))
+        model.banks.decoders.add(leaf, generator=seeded(leaf))
     return model
 
 
@@ -37,7 +37,7 @@ def rows() -> Tensor:
 
 def cut(model: TreeVAE) -> dict[str, Tensor]:
     cut_router(model, 0, rows(), on="features", generator=seeded(2))
-    return model.posterior_routers.state_dict()
+    return model.banks.posterior_routers.state_dict()
 
 
 LOOKS: dict[str, Callable[[TreeVAE], Any]] = {
@@ -56,7 +56,7 @@ LOOKS: dict[str, Callable[[TreeVAE], Any]] = {
 @pytest.mark.parametrize("look", LOOKS)
 def test_a_look_is_one_in_eval_mode_and_leaves_the_mode_as_it_was(look: str) -> None:
     model = moody().train()
-    model.heads.eval()  # parts may differ
+    model.banks.heads.eval()  # parts may differ
     expected = LOOKS[look](copy.deepcopy(model).eval())
     modes, buffers = [part.training for part in model.modules()], copy.deepcopy(dict(model.named_buffers()))
     torch.testing.assert_close(LOOKS[look](model), expected, rtol=0, atol=0)
@@ -67,10 +67,10 @@ def test_a_look_is_one_in_eval_mode_and_leaves_the_mode_as_it_was(look: str) -> 
 def test_a_look_at_what_is_in_eval_mode_keeps_what_banks_have_packed() -> None:
     model = moody().eval()
     with torch.no_grad():
-        packed = model.decoders.packed(TREE.leaves)
+        packed = model.banks.decoders.packed(TREE.leaves)
         with evaluating(model):
-            assert model.decoders.packed(TREE.leaves) is packed
-        assert model.decoders.packed(TREE.leaves) is packed
+            assert model.banks.decoders.packed(TREE.leaves) is packed
+        assert model.banks.decoders.packed(TREE.leaves) is packed
 
 
 def test_clusters_carry_no_gradients() -> None:

@@ -39,7 +39,7 @@ class NoFloat64(TorchDispatchMode):
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """All devices have float32 at most."""
-    for module in ("noise", "placement", "density", "diffusion.discrete"):
+    for module in ("core.noise", "pipeline.conditions", "pipeline.density", "diffusion.discrete"):
         monkeypatch.setattr(f"treediff.{module}.widest", lambda _: torch.float32)
 
 

@@ -49,7 +49,7 @@ def speck(n: int = 1, **settings: Any) -> tuple[LeafConditionedDDPM, Tensor, Tre
 
 def slow_loss(model: LeafConditionedDDPM, x: Tensor, told: TreeCondition, t: Tensor, noise: Tensor) -> float:
     """Image by image, with the weights of each prediction from the definition of min-SNR."""
-    total, gamma = 0.0, model.config["min_snr"] if model.config else None
+    total, gamma = 0.0, model.config["for_images"]["min_snr"] if model.config else None
     for i in range(len(x)):
         alpha = math.exp(float(model.schedule.log_alpha(t[i])))
         sigma = math.sqrt(1 - alpha**2)

@@ -21,8 +21,9 @@ from torch import Tensor
 from worlds import seeded
 
 from treediff import LeafConditionedDDPM, TreeCondition, TreeTopology, TreeVAE
+from treediff.core.io import FORMAT_VERSION
 from treediff.diffusion import CosineSchedule, NodeEmbedding, UNet
-from treediff.diffusion.presets import CONDITIONS, SCHEDULES, PresetParts
+from treediff.diffusion.presets import CONDITIONS, DEFAULTS, SCHEDULES
 
 Header = dict[str, Any]
 TREES = {"lone root": TreeTopology.balanced(0), "grown": GROWN, "pruned": PRUNED}
@@ -91,7 +92,7 @@ def test_every_setting_comes_back(chosen: dict[str, Any], tmp_path: Path) -> Non
         assert name not in chosen or getattr(found, name) == chosen[name]
     assert repr(found) == repr(model) and repr(found.schedule) == repr(model.schedule)
     assert found.config is not None and all(
-        found.config[k] == (list(v) if isinstance(v, tuple) else v) for k, v in chosen.items()
+        found.config["for_images"][k] == (list(v) if isinstance(v, tuple) else v) for k, v in chosen.items()
     )
     level = torch.linspace(-5, 5, 7)
     assert torch.equal(found.weighting(level), model.weighting(level))
@@ -107,7 +108,7 @@ def test_the_same_model_makes_the_same_bytes_and_says_what_it_is(tmp_path: Path)
         "class": "LeafConditionedDDPM",
         "config": model.config,
         "dtype": "float64",
-        "format": 1,
+        "format": FORMAT_VERSION,
         "topology": json.loads(PRUNED.to_json()),
     }
 
@@ -196,26 +197,48 @@ def test_another_class_another_network_and_no_file(tmp_path: Path) -> None:
     refuse(tmp_path / "none", "no model file at", FileNotFoundError)
 
 
+def settings_in(header: Header) -> Any:  # noqa: ANN401
+    return header["config"]["for_images"]
+
+
 DAMAGE: dict[str, tuple[Callable[[Header], Any], str]] = {
     "no config": (lambda h: h.pop("config"), "was built from parts"),
     "config is a list": (lambda h: h.update(config=[1]), r"expected a configuration \{name: value\}, found list"),
-    "unknown setting": (lambda h: h["config"].update(depth=3), "does not describe a model: .*unexpected keyword"),
-    "missing setting": (lambda h: h["config"].pop("size"), "does not describe a model: .*missing 1 required"),
-    "two trees": (lambda h: h["config"].update(topology=1), "does not describe a model: .*multiple values"),
-    "odd number": (lambda h: h["config"].update(multipliers=[1.5]), "describe a model: multipliers must be a tuple of"),
-    "word for a number": (lambda h: h["config"].update(coarsen="a"), "does not describe a model: '<=' not supported"),
-    "below 1": (lambda h: h["config"].update(width=-8), "must be at least 1, found -"),
+    "unknown setting": (
+        lambda h: settings_in(h).update(depth=3),
+        "does not describe a model: .*unexpected keyword",
+    ),
+    "missing setting": (
+        lambda h: settings_in(h).pop("size"),
+        "does not describe a model: .*missing 1 required",
+    ),
+    "two trees": (
+        lambda h: settings_in(h).update(topology=1),
+        "does not describe a model: .*multiple values",
+    ),
+    "odd number": (
+        lambda h: settings_in(h).update(multipliers=[1.5]),
+        "does not fit for_images: multipliers must be a tuple of",
+    ),
+    "word for a number": (
+        lambda h: settings_in(h).update(coarsen="a"),
+        "does not fit for_images: '<=' not supported",
+    ),
+    "below 1": (lambda h: settings_in(h).update(width=-8), "must be at least 1, found -"),
     "no such condition": (
-        lambda h: h["config"].update(condition="leaf"),
+        lambda h: settings_in(h).update(condition="leaf"),
         "condition must be one of diffuse_tree_vae, ",
     ),
     "no such schedule": (
-        lambda h: h["config"].update(schedule=None),
+        lambda h: settings_in(h).update(schedule="none"),
         "schedule must be one of linear, cosine, sigmoid",
     ),
-    "no such prediction": (lambda h: h["config"].update(prediction="eps"), "prediction must be one of epsilon, x0, v;"),
+    "no such prediction": (
+        lambda h: settings_in(h).update(prediction="eps"),
+        "prediction must be one of epsilon, x0, v;",
+    ),
     "another width": (
-        lambda h: h["config"].update(width=16),
+        lambda h: settings_in(h).update(width=16),
         "the file does not fit the model at 'conditioner.parts.1",
     ),
     "no tree": (lambda h: h.pop("topology"), "expected JSON like .*nodes.*, found 'null'"),
@@ -225,7 +248,7 @@ DAMAGE: dict[str, tuple[Callable[[Header], Any], str]] = {
         r"does not fit the model at 'conditioner.parts.1.table.weight': expected float32 of shape \(3, 32\)",
     ),
     "no such dtype": (lambda h: h.update(dtype="float31"), "names the dtype 'float31', expected one like 'float32'"),
-    "version": (lambda h: h.update(format=99), "has format version 99, this treediff reads version 1"),
+    "version": (lambda h: h.update(format=99), "has format version 99, this treediff reads versions 1 and 2"),
 }
 
 
@@ -278,11 +301,12 @@ def test_a_preset_is_made_of_the_parts_it_names(condition: str) -> None:
     assert type(model.schedule) is CosineSchedule and set(SCHEDULES) == {"linear", "cosine", "sigmoid", "ddpm"}
 
 
-def test_settings_survive_json() -> None:
-    preset = PresetParts(size=(8, 6), latent=(2, 1, 1), topology=GROWN, attention=(8,), dtype=torch.float64)
-    config = json.loads(json.dumps(preset.to_config()))
-    found = PresetParts.from_config(config, GROWN)
-    assert found == PresetParts(size=(8, 6), latent=(2, 1, 1), topology=GROWN, attention=(8,)) and found.dtype is None
+def test_settings_are_recorded_whole() -> None:
+    model = small(attention=(8,))
+    assert model.config is not None and list(model.config) == ["for_images"]
+    recorded = model.config["for_images"]
+    assert recorded.keys() == {*DEFAULTS, "size", "channels", "latent"} and recorded["attention"] == [8]
+    assert json.loads(json.dumps(recorded)) == recorded
 
 
 def test_a_model_for_a_tree_takes_what_the_tree_has() -> None:
@@ -310,11 +334,8 @@ def test_initial_weights_come_from_the_generator_and_the_global_state_is_left_al
     tree = TreeVAE.for_images(size=8, latent=2, topology=GROWN, generator=seeded(0))
     for_tree = LeafConditionedDDPM.for_tree(tree, **TINY, generator=seeded(1)).state_dict()
     assert all(torch.equal(first[name], for_tree[name]) for name in first)
-    torch.manual_seed(5)
-    plain = LeafConditionedDDPM.for_tree(tree, **TINY)
-    assert not torch.equal(torch.get_rng_state(), state)  # without one they come from the default generator, as ever
-    torch.manual_seed(5)
-    assert torch.equal(plain.unet.stem.weight, LeafConditionedDDPM.for_tree(tree, **TINY).unet.stem.weight)
+    one, two = (LeafConditionedDDPM.for_tree(tree, **TINY) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(one.unet.stem.weight, two.unet.stem.weight)
 
 
 def test_a_model_on_the_meta_device_draws_nothing() -> None:

@@ -84,8 +84,8 @@ def test_a_router_of_another_class_keeps_its_weights() -> None:
             return self.linear(x).squeeze(1)
 
     model = small()
-    model.posterior_routers = NodeBank(Other())
-    model.posterior_routers.add(0)
+    model.banks.posterior_routers = NodeBank(Other())
+    model.banks.posterior_routers.add(0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cut_router(model, 0, blobs(20, 20))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

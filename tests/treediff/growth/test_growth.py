@@ -200,7 +200,7 @@ def test_pruning_takes_starved_leaves_and_nothing_else() -> None:
     assert model.topology == TreeTopology.balanced(2).prune(starved)
     after = model.state_dict()
     assert set(before) - set(after) == {
-        f"{bank}.{node}"
+        f"banks.{bank}.{node}"
         for bank, node in [
             ("heads", starved), ("transitions", starved), ("decoders", starved),
             ("posterior_routers", left), ("prior_routers", left),
@@ -260,11 +260,11 @@ def test_children_begin_as_copies_only_of_the_leaf_and_only_if_asked(warm: bool)
             left, right = model.topology.children(stage.split)
             for role in ("heads", "decoders"):
                 for child in (left, right):
-                    assert torch.equal(after[f"{role}.{child}"], before[f"{role}.{stage.split}"]) == warm
-            new = [after[f"transitions.{child}"].clone() for child in (left, right)]
+                    assert torch.equal(after[f"banks.{role}.{child}"], before[f"banks.{role}.{stage.split}"]) == warm
+            new = [after[f"banks.transitions.{child}"].clone() for child in (left, right)]
             assert not any(torch.equal(new[0], other) for other in (new[1], *drawn))
             drawn += new
-            assert warm or not torch.equal(after[f"decoders.{left}"], after[f"decoders.{right}"])
+            assert warm or not torch.equal(after[f"banks.decoders.{left}"], after[f"banks.decoders.{right}"])
         train(stage, x)
         before = weights(model)
 

@@ -42,7 +42,7 @@ def test_growth_recovers_a_tree_of_gaussians(seed: int) -> None:
     # leaves that share one would be the better bound for most of so short a training.
     mean, scale = x.mean(0), x.std() / 6
     x, scaled = ((rows - mean).div(scale).float() for rows in (x, unseen))
-    model = TreeVAE.for_vectors(5, latent=3, width=32, max_depth=3, generator=seeded(seed))
+    model = TreeVAE.for_vectors(features=5, latent=3, width=32, max_depth=3, generator=seeded(seed))
     growth = TreeGrowth(
         model,
         max_leaves=len(TREE.leaves),

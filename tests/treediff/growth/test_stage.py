@@ -32,9 +32,9 @@ def stage_of(model: TreeVAE, kind: str, split: int | None = None, **settings: An
 
 def trained_names(kind: str, split: int, tree: TreeTopology) -> set[str]:
     """What the documentation says trains in a settle or subtree stage."""
-    names = {f"{bank}.{child}" for bank in ("heads", "transitions", "decoders") for child in tree.children(split)}
-    names.add(f"prior_routers.{split}")
-    return names | {f"posterior_routers.{split}"} if kind == "subtree" else names
+    names = {f"banks.{bank}.{child}" for bank in ("heads", "transitions", "decoders") for child in tree.children(split)}
+    names.add(f"banks.prior_routers.{split}")
+    return names | {f"banks.posterior_routers.{split}"} if kind == "subtree" else names
 
 
 # --- what trains --------------------------------------------------------------------------------------------
@@ -132,10 +132,10 @@ def test_the_loss_of_a_split_is_that_of_the_loop(data: str, kind: str, tree: Tre
     expected.backward()
     names = trained_names(kind, split, model.topology)
     for role in BANKS:
-        bank = getattr(model, role)
+        bank = getattr(model.banks, role)
         for node in bank.nodes:
             flat = bank.weights_of(node).grad
-            assert (flat is not None) == (f"{role}.{node}" in names)
+            assert (flat is not None) == (f"banks.{role}.{node}" in names)
             if flat is not None:
                 views = {name: view[0] for name, view in bank._views(flat[None]).items()}
                 for name, parameter in getattr(naive, role)[str(node)].named_parameters():
@@ -163,7 +163,7 @@ def test_the_parts_of_a_split_add_up_to_the_bound_of_a_tree_with_one() -> None:
 def test_no_network_runs_in_vain(tree: TreeTopology, split: int) -> None:
     model, ran = small(tree), {}
     for name in BANKS:
-        getattr(model, name).register_forward_pre_hook(
+        getattr(model.banks, name).register_forward_pre_hook(
             lambda _, args, name=name: ran.setdefault(name, []).append((sorted(args[2]), len(args[0])))
         )
     stage_of(model, "subtree", split).loss(blobs(2, 3), generator=seeded())
@@ -178,7 +178,7 @@ def test_no_network_runs_in_vain(tree: TreeTopology, split: int) -> None:
 def test_rows_below_the_threshold_run_no_child() -> None:
     model, rows = small(TREE), []
     send_left(model, 0, 20.0)
-    model.decoders.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    model.banks.decoders.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     x = blobs(2, 3)
     exact, skipped = (stage_of(model, "subtree", 2, threshold=t).loss(x, generator=seeded()) for t in (0.0, 1e-3))
     assert rows == [10, 0]
@@ -216,5 +216,5 @@ def test_a_wrong_batch_is_an_error() -> None:
     stage = stage_of(small(TREE), "subtree", 4)
     with pytest.raises(ValueError, match=r"expected observations of shape \(batch, 3\), found \(2, 4\)"):
         stage.loss(torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="expected n and batch_size of at least 1, found n=5, batch_size=0"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, found 0"):
         next(stage.batches(0, 0))

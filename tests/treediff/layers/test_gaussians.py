@@ -1,4 +1,4 @@
-"""The Gaussian steps written out, against the plain formulas of `treediff.tree.probability` and autograd's gradients."""
+"""The Gaussian steps written out, against plain formulas and autograd."""
 
 from __future__ import annotations
 

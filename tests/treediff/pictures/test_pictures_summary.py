@@ -200,7 +200,7 @@ def test_labels_may_be_lists_arrays_and_tensors(make: Any) -> None:  # noqa: ANN
 
 def test_a_summary_follows_its_arguments_alone_and_leaves_the_model_as_it_was() -> None:
     model, state = image_model(), torch.get_rng_state()
-    model.heads.eval()
+    model.banks.heads.eval()
     modes = {name: module.training for name, module in model.named_modules()}
     first, second = summary_of(model), summary_of(model)
     for node in SPLIT:
@@ -276,7 +276,7 @@ def test_models_of_other_data_are_refused() -> None:
 def test_a_model_that_diverged_is_named_as_such() -> None:
     model = image_model()
     with torch.no_grad():
-        model.posterior_routers.weights_of(0).fill_(float("nan"))
+        model.banks.posterior_routers.weights_of(0).fill_(float("nan"))
     with pytest.raises(ValueError, match="the model's probabilities are not finite: its weights hold NaN or infinity"):
         summary_of(model)
     assert model.training

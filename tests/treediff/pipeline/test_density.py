@@ -75,7 +75,7 @@ def slow_draw(
     noise = counter_normal(seed, who, density.means.shape[2:], draw=2, dtype=torch.float64)[0]
     z = (density.means[k, m] + temperature * density.factors[k, m] @ noise).view(-1, *model.latent)
     z = z[: len(tree.path(leaf))]
-    return leaf, z, model.likelihood.mean(model.decoders.module(leaf)(z[-1:]))[0]
+    return leaf, z, model.likelihood.mean(model.banks.decoders.module(leaf)(z[-1:]))[0]
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def test_an_image_does_not_depend_on_its_batch(node: int) -> None:
 def test_one_decoder_runs_per_image() -> None:
     model, counts = build(GROWN, "mlp"), []
     density = filled_density(model)
-    model.decoders.register_forward_hook(lambda _, given, __: counts.append(len(given[0])))
+    model.banks.decoders.register_forward_hook(lambda _, given, __: counts.append(len(given[0])))
     density.sample(model, 11, generator=seeded())
     assert counts == [11]
 

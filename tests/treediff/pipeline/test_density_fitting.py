@@ -25,10 +25,10 @@ def known_world(logits: dict[int, float] | None = None, seed: int = 0) -> TreeVA
     model = linear_model(known, seed=seed)
     with torch.no_grad():
         for node in GROWN.ids:
-            model.heads.named_weights(node)["weight"][2:] = 0
+            model.banks.heads.named_weights(node)["weight"][2:] = 0
         for node in GROWN.routed:
             bias = torch.tensor([(logits or {}).get(node, 0.4)]).double()
-            model.posterior_routers.assign(node, Decision(3, torch.zeros(1, 3).double(), bias))
+            model.banks.posterior_routers.assign(node, Decision(3, torch.zeros(1, 3).double(), bias))
     return model
 
 
@@ -40,11 +40,11 @@ def path_of(model: TreeVAE, leaf: int, mean: Array, factor: Array) -> tuple[Arra
     maps: list[Array] = []
     means: list[Array] = []
     for depth, node in enumerate(path):
-        head = {name: w.detach().numpy() for name, w in model.heads.named_weights(node).items()}
+        head = {name: w.detach().numpy() for name, w in model.banks.heads.named_weights(node).items()}
         z_map, z_mean = head["weight"][:2] @ x_map, head["weight"][:2] @ mean + head["bias"][:2]
         precision = np.exp(-head["bias"][2:])
         if depth:
-            prior = {name: w.detach().numpy() for name, w in model.transitions.named_weights(node).items()}
+            prior = {name: w.detach().numpy() for name, w in model.banks.transitions.named_weights(node).items()}
             own = np.exp(-prior["bias"][2:])
             total = precision + own
             z_map = (precision[:, None] * z_map + own[:, None] * prior["weight"][:2] @ maps[-1]) / total[:, None]
@@ -169,7 +169,7 @@ def test_a_leaf_without_images_is_an_error() -> None:
         LeafDensity.fit(known_world({0: 0.0, 2: 2.0, 3: 1000.0}), x, generator=seeded(2))
     model = known_world({0: -50.0, 2: -50.0})
     weight = torch.tensor([[100.0, 0.0, 0.0]]).double()
-    model.posterior_routers.assign(0, Decision(3, weight, torch.zeros(1).double()))
+    model.banks.posterior_routers.assign(0, Decision(3, weight, torch.zeros(1).double()))
     x[:, 0] = -1
     x[3, 0] = 1  # the only one that goes left, to leaf 1
     with pytest.raises(ValueError, match="found 1 of 40 at leaf 1"):

@@ -157,7 +157,9 @@ def rows_through(bank: NodeBank) -> list[int]:
 def test_one_path_is_walked_and_one_decoder_runs_per_image(tree: TreeTopology, way: str) -> None:
     model, n = pair(tree), 11
     first, x = model.tree_vae, observations(model.tree_vae, 11)
-    decoded, handed, headed = (rows_through(bank) for bank in (first.decoders, first.transitions, first.heads))
+    decoded, handed, headed = (
+        rows_through(bank) for bank in (first.banks.decoders, first.banks.transitions, first.banks.heads)
+    )
     if way == "loss":
         model.loss(x, generator=seeded())
         leaves = condition_of(first, x, generator=seeded()).node.tolist()
@@ -175,7 +177,7 @@ def test_one_path_is_walked_and_one_decoder_runs_per_image(tree: TreeTopology, w
 def test_prior_paths_cost_no_second_walk() -> None:
     model, x = pair(), observations(build(GROWN, "conv"), 11)
     first = model.tree_vae
-    counts = [rows_through(bank) for bank in (first.decoders, first.transitions, first.heads)]
+    counts = [rows_through(bank) for bank in (first.banks.decoders, first.banks.transitions, first.banks.heads)]
     plain = model.loss(x, generator=seeded())
     walked = [sum(count) for count in counts]
     mixed = model.loss(x, prior_share=0.5, generator=seeded())

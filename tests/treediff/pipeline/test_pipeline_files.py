@@ -96,7 +96,7 @@ def test_one_header_describes_both(tmp_path: Path) -> None:
     tree = json.loads(PRUNED.to_json())
     assert header_of(tmp_path / "one") == {
         "class": "DiffuseTreeVAE",
-        "format": 1,
+        "format": 2,
         "tree_vae": {"config": model.tree_vae.config, "dtype": "float64", "topology": tree},
         "ddpm": {"config": model.ddpm.config, "dtype": "float64", "topology": tree},
     }
@@ -179,15 +179,21 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no first stage": (lambda h: h.pop("tree_vae"), "is damaged: it describes no two stages"),
     "no second stage": (lambda h: h.pop("ddpm"), "is damaged: it describes no two stages"),
     "a list": (lambda h: h.update(ddpm=[1]), "is damaged: it describes no two stages"),
-    "version": (lambda h: h.update(format=2), "has format version 2, this treediff reads version 1"),
+    "version": (lambda h: h.update(format=3), "has format version 3, this treediff reads versions 1 and 2"),
 }
 # A model that is given has its own settings, so the file's are not read.
 DAMAGE_ALONE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no config": (lambda h: h["ddpm"].update(config=None), "was built from parts"),
     "two trees": (lambda h: h["tree_vae"].update(topology=ELSEWHERE), "both stages must have one tree"),
-    "two shapes": (lambda h: h["ddpm"]["config"].update(size=8), "both stages must have images of one shape"),
-    "odd setting": (lambda h: h["ddpm"]["config"].update(heads="a"), "does not describe a model"),
-    "another width": (lambda h: h["ddpm"]["config"].update(width=16), "the file does not fit the model at 'ddpm."),
+    "two shapes": (
+        lambda h: h["ddpm"]["config"]["for_images"].update(size=8),
+        "both stages must have images of one shape",
+    ),
+    "odd setting": (lambda h: h["ddpm"]["config"]["for_images"].update(heads="a"), "does not describe a model"),
+    "another width": (
+        lambda h: h["ddpm"]["config"]["for_images"].update(width=16),
+        "the file does not fit the model at 'ddpm.",
+    ),
     "other latents": (lambda h: h["tree_vae"]["config"]["for_images"].update(latent=[4]), "does not fit .* 'tree_vae."),
 }
 
@@ -212,7 +218,7 @@ def test_a_damaged_description(damage: Callable[[dict[str, Any]], Any], message:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", ["tree_vae.decoders.5", "ddpm.unet.out.weight"])
+@pytest.mark.parametrize("name", ["tree_vae.banks.decoders.5", "ddpm.unet.out.weight"])
 def test_weights_of_both_must_be_there(name: str, tmp_path: Path) -> None:
     pair().save(tmp_path / "model")
     header, tensors = header_of(tmp_path / "model"), load_file(tmp_path / "model")

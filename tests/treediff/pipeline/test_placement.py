@@ -59,7 +59,10 @@ def check_condition(model: TreeVAE, x: Tensor, mode: str | Tensor, first: int = 
         for depth, node in enumerate(path):
             close(found.z[i, depth], posterior.latents(node)[0])
         assert not found.z[i, len(path) :].any()
-        close(found.require_image()[i], model.likelihood.mean(model.decoders.module(leaf)(posterior.latents(leaf)))[0])
+        close(
+            found.require_image()[i],
+            model.likelihood.mean(model.banks.decoders.module(leaf)(posterior.latents(leaf)))[0],
+        )
         close(found.weights[i], model.leaf_log_probs(row)[0].exp())
 
 
@@ -126,9 +129,9 @@ def slow_path(model: TreeVAE, row: Tensor, leaf: int, seed: int, index: int, fro
     features, latents = model.features(row), []
     for depth, node in enumerate(model.topology.path(leaf)):
         noise = counter_normal(seed, torch.tensor([index]), model.latent, draw=node, dtype=torch.float64)
-        mean, logvar = model.heads.module(node)(features[depth]).chunk(2, 1)
+        mean, logvar = model.banks.heads.module(node)(features[depth]).chunk(2, 1)
         if depth:
-            prior_mean, prior_logvar = model.transitions.module(node)(latents[-1]).chunk(2, 1)
+            prior_mean, prior_logvar = model.banks.transitions.module(node)(latents[-1]).chunk(2, 1)
             precision, prior_precision = torch.exp(-logvar) * (not from_prior), torch.exp(-prior_logvar)
             total = precision + prior_precision
             mean, logvar = (precision * mean + prior_precision * prior_mean) / total, -total.log()
@@ -153,7 +156,7 @@ def test_prior_paths_equal_the_loop_over_images_and_nodes(tree: TreeTopology, sh
         assert found.node[i] == leaf
         close(found.z[i, : len(latents)], torch.cat(latents))
         assert not found.z[i, len(latents) :].any()
-        close(found.require_image()[i], model.likelihood.mean(model.decoders.module(leaf)(latents[-1]))[0])
+        close(found.require_image()[i], model.likelihood.mean(model.banks.decoders.module(leaf)(latents[-1]))[0])
         close(found.weights[i], model.leaf_log_probs(x[i : i + 1])[0].exp())
 
 

@@ -44,7 +44,7 @@ def wide(known: GaussianTree, tree: TreeTopology) -> TreeVAE:
     model = linear_model(known, seed=1)
     with torch.no_grad():
         for node in tree:
-            weights = model.heads.named_weights(node)
+            weights = model.banks.heads.named_weights(node)
             weights["weight"].mul_(0.3)
             weights["weight"][known.latent :] = 0
             weights["bias"][known.latent :] = 1.0 if node != tree.root else 0.3
@@ -131,7 +131,7 @@ def test_a_flaw_in_the_true_posterior_shows(tree: TreeTopology) -> None:
     model, x = exact_model(known), data(known, 20)
     with torch.no_grad():
         for leaf in tree.leaves:
-            model.heads.named_weights(leaf)["bias"][0] += 0.1
+            model.banks.heads.named_weights(leaf)["bias"][0] += 0.1
     assert (model.iwae(x, 1, generator=seeded(2)) - known.log_prob(x)).abs().max() > 0.01
 
 
@@ -157,7 +157,7 @@ def test_iwae_can_be_trained_on() -> None:
     known = world(UNEVEN)
     model, x = wide(known, UNEVEN), data(known, 3)
     model.iwae(x, 4, generator=seeded(3)).sum().backward()
-    gradient = model.heads.weights_of(0).grad
+    gradient = model.banks.heads.weights_of(0).grad
     assert gradient is not None and gradient.isfinite().all() and gradient.any()
 
 

@@ -15,8 +15,8 @@ def model() -> TreeVAE:
     generator = torch.Generator().manual_seed(0)
     made = TreeVAE.for_images(size=8, channels=3, latent=4, width=16, topology=TREE, generator=generator)
     with torch.no_grad():  # routers that have made up their minds, or every reach would be alike
-        for node in made.posterior_routers.nodes:
-            made.posterior_routers.named_weights(node)["logit.weight"].mul_(8)
+        for node in made.banks.posterior_routers.nodes:
+            made.banks.posterior_routers.named_weights(node)["logit.weight"].mul_(8)
     return made.double()
 
 
@@ -33,7 +33,7 @@ def naive_decisions(model: TreeVAE, ladder: list[torch.Tensor], only: int | None
         children = model.topology.children(node)
         if len(children) != 2:
             continue
-        left = torch.sigmoid(model.posterior_routers.module(node)(ladder[model.topology.depth(node)]))
+        left = torch.sigmoid(model.banks.posterior_routers.module(node)(ladder[model.topology.depth(node)]))
         units = F.normalize(torch.stack([left, 1 - left], 1))
         similar = (units @ units.T).exp().fill_diagonal_(0)
         partner = torch.arange(2 * half).roll(half)

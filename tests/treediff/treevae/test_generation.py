@@ -38,12 +38,12 @@ def one_by_one(model: TreeVAE, path: tuple[int, ...], seed: int, index: int, tem
         if depth == 0:
             z = noise
         else:
-            mean, logvar = model.transitions.module(node)(z).chunk(2, 1)
+            mean, logvar = model.banks.transitions.module(node)(z).chunk(2, 1)
             z = mean + torch.exp(logvar / 2) * noise
         latents.append(z[0])
         if node in model.topology.routed:
-            logits.append(model.prior_routers.module(node)(z)[0])
-    picture = model.likelihood.mean(model.decoders.module(path[-1])(z))[0]
+            logits.append(model.banks.prior_routers.module(node)(z)[0])
+    picture = model.likelihood.mean(model.banks.decoders.module(path[-1])(z))[0]
     return torch.stack(latents), picture, torch.stack(logits) if logits else torch.zeros(0)
 
 
@@ -141,7 +141,7 @@ def test_at_temperature_0_every_latent_is_its_mean() -> None:
     assert not drawn.z[:, 0].any()
     for i, leaf in enumerate(drawn.leaf.tolist()):
         for depth, node in enumerate(PRUNED.path(leaf)[1:], start=1):
-            mean, _ = model.transitions.module(node)(drawn.z[i : i + 1, depth - 1]).chunk(2, 1)
+            mean, _ = model.banks.transitions.module(node)(drawn.z[i : i + 1, depth - 1]).chunk(2, 1)
             close(drawn.z[i : i + 1, depth], mean)
     pictures = model.sample_leaves(4, temperature=0.0, generator=seeded(8)).images
     close(pictures, pictures[:1].expand_as(pictures))

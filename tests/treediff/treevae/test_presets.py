@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from worlds import seeded
 
 from treediff import TreeTopology, TreeVAE
+from treediff.core.io import build
 from treediff.layers import BernoulliLikelihood, GaussianLikelihood, MLPDecoder, PatchDecoder, ResidualDecoder
 
 
@@ -20,7 +22,7 @@ def images(**settings: Any) -> TreeVAE:  # noqa: ANN401
 
 
 def vectors(features: Any = 4, **settings: Any) -> TreeVAE:  # noqa: ANN401
-    return TreeVAE.for_vectors(features, **{"width": 6, "max_depth": 3, "generator": seeded(), **settings})
+    return TreeVAE.for_vectors(features=features, **{"width": 6, "max_depth": 3, "generator": seeded(), **settings})
 
 
 @pytest.mark.parametrize("network", ["conv", "mlp", "residual"])
@@ -56,7 +58,7 @@ def test_a_configuration_is_plain_data_and_holds_every_choice() -> None:
     ("network", "decoder"), [("mlp", MLPDecoder), ("conv", PatchDecoder), ("residual", ResidualDecoder)]
 )
 def test_each_network_has_its_decoder(network: str, decoder: type) -> None:
-    assert isinstance(images(network=network).decoders.template, decoder)
+    assert isinstance(images(network=network).banks.decoders.template, decoder)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,13 @@ def test_weights_follow_the_generator_and_global_state_is_left_alone() -> None:
         differ = {name for name in one if not torch.equal(one[name], other[name])}
         # What starts the same from every seed is a constant: norms are the identity, and the variance is a half.
         assert all(len(one[name].unique()) == 1 for name in one.keys() - differ)
-        assert {"heads.0", "decoders.5", "transitions.6", "prior_routers.2", "posterior_routers.3"} <= differ
+        assert {
+            "banks.heads.0",
+            "banks.decoders.5",
+            "banks.transitions.6",
+            "banks.prior_routers.2",
+            "banks.posterior_routers.3",
+        } <= differ
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -147,24 +155,29 @@ def test_errors_of_vectors_teach(settings: dict[str, Any], error: type[Exception
         vectors(**settings)
 
 
-@pytest.mark.parametrize("config", [{}, {"for_audio": {}}, {"for_images": 3}, {"load": {"path": "x"}}, None, [1]])
-def test_a_configuration_names_a_factory(config: Any) -> None:  # noqa: ANN401
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file large enough for the sizes in a configuration."""
+    (tmp_path / "file").write_bytes(bytes(1000))
+    return tmp_path / "file"
+
+
+@pytest.mark.parametrize("config", [{}, {"for_audio": {}}, {"for_images": 3}, {"load": {"path": "x"}}])
+def test_a_configuration_names_a_factory(config: dict[str, Any], file: Path) -> None:
     message = f"expected a configuration {{name: arguments}} of for_images or for_vectors, found {config!r}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        TreeVAE.from_config(config)
+        build(TreeVAE, config, file, {})
 
 
-def test_a_configuration_must_fit_its_factory() -> None:
+def test_a_configuration_must_fit_its_factory(file: Path) -> None:
     for config, why in (
         ({"for_images": {"size": 8, "colour": True}}, "unexpected keyword argument 'colour'"),
         ({"for_images": {}}, "missing 1 required keyword-only argument: 'size'"),
         ({"for_vectors": {"features": 2.5}}, "features must be a whole number, found 2.5"),
     ):
         (factory,) = config
-        with pytest.raises(
-            ValueError, match=re.escape(f"the configuration {config!r} does not fit {factory}: ")
-        ) as caught:
-            TreeVAE.from_config(config)
+        with pytest.raises(ValueError, match=re.escape(f"its configuration does not fit {factory}: ")) as caught:
+            build(TreeVAE, config, file, {})
         assert why in str(caught.value)
 
 

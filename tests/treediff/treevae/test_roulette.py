@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from treediff import TreeTopology, TreeVAE
-from treediff.treevae.posterior import elbo_of
 
 DRAWS = 4000
 TREE = TreeTopology.balanced(2).split(4).split(7).prune(5)
@@ -13,10 +12,10 @@ TREE = TreeTopology.balanced(2).split(4).split(7).prune(5)
 @pytest.fixture(scope="module")
 def model() -> TreeVAE:
     generator = torch.Generator().manual_seed(2)
-    made = TreeVAE.for_vectors(5, latent=2, width=8, topology=TREE, generator=generator).double()
+    made = TreeVAE.for_vectors(features=5, latent=2, width=8, topology=TREE, generator=generator).double()
     with torch.no_grad():  # decided enough that leaves lie on both sides of the thresholds
-        for node in made.posterior_routers.nodes:
-            made.posterior_routers.named_weights(node)["logit.weight"].mul_(6)
+        for node in made.banks.posterior_routers.nodes:
+            made.banks.posterior_routers.named_weights(node)["logit.weight"].mul_(6)
     return made
 
 
@@ -28,7 +27,8 @@ def terms(model: TreeVAE, threshold: float) -> tuple[torch.Tensor, torch.Tensor]
     chance = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
     ladder = model.features(x)
     visits = model.route(ladder, threshold=threshold, chance=chance if threshold else None)
-    bound = elbo_of(model, model.latents(ladder, visits, noise=noise), x)
+    posterior = model.latents(ladder, visits, noise=noise)
+    bound = posterior.bound(model.leaf_log_likelihood(posterior, x))
     found = torch.stack([bound.reconstruction, bound.kl_root, bound.kl_nodes, bound.kl_decisions]).mean(1)
     gradient = torch.autograd.grad(found.sum(), list(model.parameters()), allow_unused=True)
     return found.detach(), torch.cat([g.flatten() for g in gradient if g is not None])

@@ -28,8 +28,9 @@ def counting(model: TreeVAE) -> Iterator[Counter[str]]:
     def count(name: str) -> Callable[..., None]:
         return lambda _, given: counts.update({name: len(given[0])})
 
-    names = ("encoder", "posterior_routers", "decoders")
-    hooks = [getattr(model, name).register_forward_pre_hook(count(name)) for name in names]
+    parts = {"encoder": model.encoder}
+    parts |= {"posterior_routers": model.banks.posterior_routers, "decoders": model.banks.decoders}
+    hooks = [part.register_forward_pre_hook(count(name)) for name, part in parts.items()]
     yield counts
     for hook in hooks:
         hook.remove()

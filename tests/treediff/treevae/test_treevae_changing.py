@@ -61,7 +61,7 @@ def test_splitting_leaves_the_rest_as_it_was(tree: TreeTopology, dtype: torch.dt
     shared = grown[:, [columns[child] for child in children]].logsumexp(1)
     torch.testing.assert_close(shared, log_probs[:, 0], **last)
     now = weights(model)
-    gone = {f"decoders.{split}"}
+    gone = {f"banks.decoders.{split}"}
     assert held.keys() - now.keys() == gone
     assert all(torch.equal(now[name], value) for name, value in held.items() if name not in gone)
 
@@ -70,20 +70,20 @@ def test_a_split_makes_exactly_the_networks_it_needs() -> None:
     model = build(TreeTopology.balanced(1))
     held = weights(model).keys()
     assert model.split(2) == (3, 4)
-    fresh = {f"{bank}.{node}" for bank in ("heads", "transitions", "decoders") for node in (3, 4)}
-    assert weights(model).keys() - held == fresh | {"posterior_routers.2", "prior_routers.2"}
+    fresh = {f"banks.{bank}.{node}" for bank in ("heads", "transitions", "decoders") for node in (3, 4)}
+    assert weights(model).keys() - held == fresh | {"banks.posterior_routers.2", "banks.prior_routers.2"}
 
 
 def test_warm_children_begin_as_copies_of_the_leaf() -> None:
     model = build(TreeTopology.balanced(1))
-    head, decoder = model.heads.weights_of(1).clone(), model.decoders.weights_of(1).clone()
+    head, decoder = model.banks.heads.weights_of(1).clone(), model.banks.decoders.weights_of(1).clone()
     for child in model.split(1, warm_start=True):
-        assert torch.equal(model.heads.weights_of(child), head)
-        assert torch.equal(model.decoders.weights_of(child), decoder)
-        assert model.heads.weights_of(child).requires_grad
+        assert torch.equal(model.banks.heads.weights_of(child), head)
+        assert torch.equal(model.banks.decoders.weights_of(child), decoder)
+        assert model.banks.heads.weights_of(child).requires_grad
     cold = build(TreeTopology.balanced(1))
     left, right = cold.split(1, generator=seeded(4))
-    assert not torch.equal(cold.decoders.weights_of(left), cold.decoders.weights_of(right))
+    assert not torch.equal(cold.banks.decoders.weights_of(left), cold.banks.decoders.weights_of(right))
 
 
 def test_children_follow_the_generator_and_the_dtype() -> None:
@@ -96,7 +96,7 @@ def test_children_follow_the_generator_and_the_dtype() -> None:
 
     first, again, other = grown(0), grown(0), grown(1)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["decoders.3"], other["decoders.3"])
+    assert not torch.equal(first["banks.decoders.3"], other["banks.decoders.3"])
     assert {value.dtype for value in first.values()} == {torch.float64}
 
 
@@ -138,14 +138,14 @@ def test_pruning_drops_the_networks_of_what_is_gone_and_no_other() -> None:
     model.prune(3)
     after_one = weights(model)
     roles = ("heads", "transitions", "decoders")
-    assert held.keys() - after_one.keys() == {f"{role}.3" for role in roles} | {
-        f"{kind}_routers.1" for kind in ("posterior", "prior")
+    assert held.keys() - after_one.keys() == {f"banks.{role}.3" for role in roles} | {
+        f"banks.{kind}_routers.1" for kind in ("posterior", "prior")
     }
     model.prune(4)  # node 1 has no child left and goes as well
     assert model.topology.leaves == (5, 6) and 1 not in model.topology
     now = weights(model)
     assert all(torch.equal(now[name], held[name]) for name in now)
-    assert {name.rsplit(".", 1)[1] for name in now if name.startswith("heads.")} == {"0", "2", "5", "6"}
+    assert {name.rsplit(".", 1)[1] for name in now if name.startswith("banks.heads.")} == {"0", "2", "5", "6"}
 
 
 @few
@@ -159,7 +159,7 @@ def test_any_history_gives_a_model_that_computes(history: list[tuple[bool, int]]
             model.split(leaf, generator=seeded(number))
         elif not splits and len(model.topology.leaves) > 1:
             model.prune(leaf)
-        model.plan(None, torch.device("cpu"))  # a layout that the next step must not go on using
+        model.banks.plan(None, torch.device("cpu"))  # a layout that the next step must not go on using
     x, noise = observations(model, 2), noise_for(model, 2)
     twin = build(model.topology, seed=seed + 1)
     twin.load_state_dict(model.state_dict())
@@ -170,7 +170,7 @@ def test_errors_teach_and_change_nothing() -> None:
     model = build(TreeTopology.balanced(1).split(1))
     held, tree = weights(model), model.topology
     lone = build(TreeTopology.balanced(0))
-    deepest = TreeVAE.for_vectors(3, max_depth=1, width=4, topology=TreeTopology.balanced(1))
+    deepest = TreeVAE.for_vectors(features=3, max_depth=1, width=4, topology=TreeTopology.balanced(1))
     with pytest.raises(KeyError, match="node 9 is not in the tree"):
         model.split(9)
     with pytest.raises(ValueError, match="node 1 is not a leaf"):

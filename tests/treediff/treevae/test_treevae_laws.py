@@ -48,7 +48,7 @@ def test_leaf_probabilities_are_the_products_of_the_decisions(tree: TreeTopology
     x = observations(model, 3)
     features = model.features(x)
     # Each router as a module of its own; then the tree's incidence matrices, which have tests of their own.
-    logits = [model.posterior_routers.module(node)(features[tree.depth(node)]) for node in tree.routed]
+    logits = [model.banks.posterior_routers.module(node)(features[tree.depth(node)]) for node in tree.routed]
     table = torch.stack(logits, 1) if logits else x.new_zeros(3, 0)
     expected = path_log_probs(table, tree)[:, [tree.index[leaf] for leaf in tree.leaves]]
     found = model.leaf_log_probs(x)
@@ -94,12 +94,12 @@ def test_routers_that_nearly_rule_a_leaf_out_can_still_learn() -> None:
     model = build(TreeTopology.balanced(1), dtype=torch.float32)
     with torch.no_grad():
         # A logit of 60: the right leaf has a probability of 1e-26, which is 0 beside 1 in float32.
-        model.posterior_routers.named_weights(0)["logit.bias"].fill_(60.0)
+        model.banks.posterior_routers.named_weights(0)["logit.bias"].fill_(60.0)
     x = observations(model, 2)
     log_probs = model.leaf_log_probs(x)
     torch.testing.assert_close(log_probs[:, 1], torch.full((2,), -60.0), rtol=0.05, atol=0)
     log_probs[:, 1].sum().backward()
-    gradient = model.posterior_routers.weights_of(0).grad
+    gradient = model.banks.posterior_routers.weights_of(0).grad
     assert gradient is not None and gradient.abs().max() > 0.1
 
 
@@ -142,7 +142,7 @@ def test_a_reconstruction_is_the_mean_of_the_leafs_decoder_at_its_latent(kind: s
     posterior = model.posterior(x, leaf=leaves, generator=seeded(3))
     for i, leaf in enumerate(leaves.tolist()):
         z = posterior.latents(leaf)[i : i + 1]
-        expected = torch.sigmoid(model.decoders.module(leaf)(z))
+        expected = torch.sigmoid(model.banks.decoders.module(leaf)(z))
         torch.testing.assert_close(found[i : i + 1], expected, rtol=1e-10, atol=1e-12)
 
 

@@ -42,7 +42,7 @@ def gradients(model: TreeVAE, naive: NaiveTreeVAE) -> Iterator[tuple[str, Tensor
         for name in ours | plain:
             yield f"{part}.{name}", ours[name].grad, plain[name].grad
     for role in BANKS:
-        bank, modules = getattr(model, role), getattr(naive, role)
+        bank, modules = getattr(model.banks, role), getattr(naive, role)
         assert {str(node) for node in bank.nodes} == set(modules)
         for node in bank.nodes:
             flat = bank.weights_of(node).grad

@@ -53,9 +53,9 @@ def test_a_lone_root_is_a_vae(kind: str) -> None:
     d = model.encoder(x)
     for block in model.bottom_up:
         d = block(d)
-    mean, variance = gaussian(model.heads.module(0), d)
+    mean, variance = gaussian(model.banks.heads.module(0), d)
     z = mean + variance.sqrt() * noise[:, 0]
-    reconstruction = loss_of(model, kind, model.decoders.module(0)(z), x)
+    reconstruction = loss_of(model, kind, model.banks.decoders.module(0)(z), x)
     zero, one = torch.zeros_like(mean), torch.ones_like(mean)
     compare(model.elbo(x, noise=noise), reconstruction, kl(mean, variance, zero, one), torch.zeros(4).double())
 
@@ -73,17 +73,17 @@ def test_a_chain_is_a_laddervae(kind: str, depth: int) -> None:
 
     z, total, kl_root = torch.zeros(()), torch.zeros(4).double(), torch.zeros(())
     for step, d in enumerate(ladder):
-        mean_hat, var_hat = gaussian(model.heads.module(step), d)
+        mean_hat, var_hat = gaussian(model.banks.heads.module(step), d)
         if step == 0:
             mean, variance = mean_hat, var_hat
             kl_root = kl(mean, variance, torch.zeros_like(mean), torch.ones_like(mean))
         else:
-            mean_p, var_p = gaussian(model.transitions.module(step), z)
+            mean_p, var_p = gaussian(model.banks.transitions.module(step), z)
             variance = 1 / (1 / var_hat + 1 / var_p)
             mean = variance * (mean_hat / var_hat + mean_p / var_p)
             total = total + kl(mean, variance, mean_p, var_p)
         z = mean + variance.sqrt() * noise[:, step]
-    compare(model.elbo(x, noise=noise), loss_of(model, kind, model.decoders.module(depth)(z), x), kl_root, total)
+    compare(model.elbo(x, noise=noise), loss_of(model, kind, model.banks.decoders.module(depth)(z), x), kl_root, total)
 
 
 @pytest.mark.parametrize("tree", [TreeTopology.balanced(0), TreeTopology.chain(2)], ids=["root", "chain"])
@@ -100,5 +100,5 @@ def test_learned_variance_counts_in_the_reconstruction() -> None:
         model.likelihood.logvar.fill_(math.log(0.2))  # type: ignore[operator,union-attr]
     x, noise = observations(model, 3), noise_for(model, 3)
     z = model.posterior(x, noise=noise).z
-    expected = gaussian_loss(model.decoders.module(0)(z), x, 0.2)
+    expected = gaussian_loss(model.banks.decoders.module(0)(z), x, 0.2)
     torch.testing.assert_close(model.elbo(x, noise=noise).reconstruction, expected, rtol=1e-9, atol=1e-9)

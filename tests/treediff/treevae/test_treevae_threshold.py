@@ -14,7 +14,6 @@ from worlds import seeded
 
 from treediff import TreePosterior, TreeTopology, TreeVAE
 from treediff.tree.visits import Visits
-from treediff.treevae.posterior import leaf_log_likelihood
 
 TERMS = ("reconstruction", "kl_root", "kl_nodes", "kl_decisions")
 THRESHOLDS = st.sampled_from([1e-6, 0.01, 0.2, 0.5, 0.9])
@@ -25,7 +24,7 @@ def restricted(model: TreeVAE, exact: TreePosterior, x: torch.Tensor, threshold:
     visits = exact.visits
     reach, nodes, decisions = visits.log_reach.exp(), exact.kl_nodes(), exact.kl_decisions()
     leaves = visits.at_leaves()
-    losses = dict(zip(leaves.tolist(), -leaf_log_likelihood(model, exact, x, leaves), strict=True))
+    losses = dict(zip(leaves.tolist(), -model.leaf_log_likelihood(exact, x), strict=True))
     routed = {visit: i for i, visit in enumerate(visits.routed.tolist())}
     found = {term: x.new_zeros(len(x)) for term in TERMS}
     for visit, (image, node) in enumerate(zip(visits.image.tolist(), visits.node.tolist(), strict=True)):
@@ -57,7 +56,7 @@ def test_what_is_left_out_is_exactly_what_is_hardly_reached(
     # Bernoulli losses and divergences are not negative, so the estimate errs upwards; at most by what was lost.
     full = model.elbo(x, noise=noise)
     visits, leaves = exact.visits, exact.visits.at_leaves()
-    losses = -leaf_log_likelihood(model, exact, x, leaves)
+    losses = -model.leaf_log_likelihood(exact, x)
     worst = visits.table(leaves, losses, visits.plan.leaf_rank, len(tree.leaves), 0.0).max(1).values
     error = full.reconstruction - found.reconstruction
     assert (error >= -1e-9).all() and (error <= lost * worst + 1e-9).all()
@@ -77,15 +76,15 @@ def test_the_error_vanishes_with_the_threshold() -> None:
 def test_leaves_left_out_have_no_probability_and_are_never_decoded() -> None:
     model = build(TreeTopology.balanced(1))
     with torch.no_grad():
-        model.posterior_routers.named_weights(0)["logit.bias"].fill_(50.0)
+        model.banks.posterior_routers.named_weights(0)["logit.bias"].fill_(50.0)
     x = observations(model, 3)
     log_probs = model.leaf_log_probs(x, threshold=0.01)
     assert (log_probs[:, 0] > -1e-9).all() and (log_probs[:, 1] == -float("inf")).all()
     model.elbo(x, threshold=0.01, generator=seeded()).loss().backward()
-    gradient = model.decoders.weights_of(2).grad
+    gradient = model.banks.decoders.weights_of(2).grad
     assert gradient is None or not gradient.any()
     model.elbo(x, generator=seeded()).loss().backward()
-    gradient = model.decoders.weights_of(2).grad
+    gradient = model.banks.decoders.weights_of(2).grad
     assert gradient is not None and gradient.any()
 
 
@@ -109,7 +108,7 @@ class Recorder(TreeVAE):
 
 
 def test_what_is_reported_leaves_nothing_out() -> None:
-    model = Recorder.for_vectors(3, latent=2, width=4, topology=PRUNED)
+    model = Recorder.for_vectors(features=3, latent=2, width=4, topology=PRUNED)
     assert isinstance(model, Recorder)
     x = torch.randn(4, 3, generator=seeded())
     model.elbo(x)

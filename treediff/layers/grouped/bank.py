@@ -102,6 +102,11 @@ class NodeBank(nn.Module):
         return self._template[0]
 
     @property
+    def device(self) -> torch.device:
+        """Where weights of new nodes live."""
+        return torch.device(self._factory["device"])
+
+    @property
     def nodes(self) -> tuple[int, ...]:
         """Ids of the nodes that have weights here, in the order in which they were added."""
         return tuple(int(name) for name in self._parameters)

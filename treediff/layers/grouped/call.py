@@ -7,8 +7,8 @@ nodes.
 
 `grouped_call` runs an ordinary `nn.Module` (the *template*) with a different set of weights for each group of
 rows. Linear layers, 2d convolutions, layer and group norms are computed for all groups together, see
-`treediff.layers.grouped._steps`; a layer without parameters simply runs on all rows; any other module runs in a loop over
-groups, which is right and slow. So do convolutions with `groups` other than 1, with padding that is a word or not
+`treediff.layers.grouped._steps`; a layer without parameters simply runs on all rows; any other module runs in a loop
+over groups, which is right and slow. So do convolutions with `groups` other than 1, with padding that is a word or not
 zeros, and transposed ones with an output padding as large as the stride.
 
 Letters: `T` rows in all, `G` groups.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Literal, Protocol, TypeVar, cast
 
@@ -20,17 +21,29 @@ from munkey.encoders.conv import ConvEncoder
 from munkey.encoders.efficientnet import EfficientNetLite0
 from munkey.encoders.projection import Projection
 from munkey.memory import KeyValueMemory
-from munkey.presets import Presets, Settings, assemble
+from munkey.search.exact import Search, exact
+from munkey.search.faiss import FaissSearch
 from munkey.sharded import ShardedKeyStore
 from munkey.sharded import folder as folders
 from munkey.store.digest import add_tensors, check_secret
 from munkey.store.durable import DurableStore
-from munkey.store.file.disk import Disk, read_whole, write_whole
+from munkey.store.file.disk import Disk, read_whole, wipe, wipe_leftovers, write_whole
 from munkey.store.store import KeyStore
-from treediff.core.io import described_by, dtype_name, dtype_named, fill, model_bytes, parse_model, require_config
+from munkey.task import Classification, task_from
+from treediff.core.checkpoint import CheckpointFiles
+from treediff.core.io import (
+    build,
+    described_by,
+    dtype_name,
+    dtype_named,
+    fill,
+    model_bytes,
+    parse_model,
+    require_config,
+)
 from treediff.core.modes import lasting
 
-__all__ = ["load", "save"]
+__all__ = ["WipedCheckpoints", "load", "save"]
 
 Path = str | os.PathLike[str]
 
@@ -43,30 +56,41 @@ _OWN: dict[str, type[KeyEncoder]] = {
 _ENCODER, _ROWS = "key_encoder.", "memory.store."
 
 
-class Savable(Protocol):
-    """The parts of a model that a file holds."""
+#: Ways to search that are made again; any other one is passed, as a function of the store.
+_SEARCHES: dict[str, Callable[[KeyStore], Search]] = {"FaissSearch": FaissSearch}
+#: Attributes of a model that may have been set since it was made.
+_SETTINGS = ("mode", "neighbours", "own_token_probability", "drop_input", "drop_exemplar", "sparse")
+
+
+class MemoryModel(Protocol):
+    """A module with a memory, which records how it was made."""
 
     key_encoder: KeyEncoder
     memory: KeyValueMemory
     config: dict[str, Any] | None
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of a module."""
 
-M = TypeVar("M", bound=Presets)
+
+M = TypeVar("M", bound=MemoryModel)
 
 
-def save(model: Savable, path: Path, disk: Disk | None = None) -> None:
+def save(model: MemoryModel, path: Path, disk: Disk | None = None) -> None:
     """Write a model to a file; see `KeyMemoryTransformer.save`."""
     disk, encoder, store, name = disk or Disk(), model.key_encoder, model.memory.store, os.fspath(path)
     about: dict[str, Any] = {"class": type(encoder).__name__, "config": encoder.config}
     about |= {"fingerprint": encoder.fingerprint()}
     header: dict[str, Any] = {
-        "config": model.config,
+        "config": _config_of(model),
         "dtype": dtype_name(store.values.dtype),
         "key_encoder": about,
         "store": {"seed": store.seed, "scale": store.scale, "secret": store.secret.hex()},
     }
+    if model.memory.search is not exact:
+        header["search"] = type(model.memory.search).__name__
     absent = _absent(encoder, rows=isinstance(store, ShardedKeyStore))
-    state = {key: tensor for key, tensor in cast("nn.Module", model).state_dict().items() if not key.startswith(absent)}
+    state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(absent)}
     if store.log is not None or store.logged:
         header["store"]["logged"] = True
     header["digest"] = _digest(store.secret, state, header)
@@ -75,6 +99,15 @@ def save(model: Savable, path: Path, disk: Disk | None = None) -> None:
         folders.save(folders.Shard(store.local, store.digest), store.ranks, name, disk, data)
     else:
         write_whole(disk, name, data)
+
+
+def _config_of(model: MemoryModel) -> dict[str, Any] | None:
+    """Return how a model was made, with the settings of today."""
+    if model.config is None:
+        return None
+    today = {name: getattr(model, name) for name in _SETTINGS} | {"metric": model.memory.metric}
+    factory = next(name for name in model.config if name != "own")
+    return {**model.config, factory: {**model.config[factory], **today}}
 
 
 def _absent(encoder: KeyEncoder, *, rows: bool) -> tuple[str, ...]:
@@ -87,7 +120,8 @@ def load(
     path: Path,
     key_encoder: KeyEncoder | None,
     model: M | None,
-    receipts: Path | Literal[False] | None = None,
+    receipts: Path | Literal[False] | None,
+    parts: Mapping[str, Any],
 ) -> M:
     """Read a model from a file; see `KeyMemoryTransformer.load`."""
     path, rows = os.fspath(path), None
@@ -102,11 +136,11 @@ def load(
     data = _read(path)
     try:
         header, tensors = parse_model(data, path, cls.__name__)
-        made = _made(cls, header, tensors, path, key_encoder, model, rows, receipts)
+        made = _made(cls, header, tensors, path, key_encoder, model, rows, receipts, parts)
     finally:
         data[:] = bytes(len(data))  # a copy of rows that may be forgotten later
     if receipts is not None and receipts is not False:
-        cast("Savable", made).memory.store.keep_receipts(receipts)
+        made.memory.store.keep_receipts(receipts)
     return made
 
 
@@ -125,12 +159,14 @@ def _made(
     model: M | None,
     rows: ShardedKeyStore | None,
     receipts: Path | Literal[False] | None,
+    parts: Mapping[str, Any],
 ) -> M:
-    given = None if model is None else cast("Savable", model)
+    search = _search(header.get("search"), parts.get("search"), path) if model is None else None
+    parts = {name: part for name, part in parts.items() if name != "search"}
     with described_by(path, header.get("config")):
         about = dict(header["store"])
         secret = check_secret(bytes.fromhex(about["secret"]))
-        encoder = _encoder(header, path, key_encoder if given is None else given.key_encoder)
+        encoder = _encoder(header, path, key_encoder if model is None else model.key_encoder)
         # In the first release the digest did not cover the header.
         if header["digest"] not in (_digest(secret, tensors, header), _digest(secret, tensors)):
             raise ValueError(f"{path!r} is damaged: its content is not what was saved; take a backup")
@@ -140,20 +176,57 @@ def _made(
                 "forgot; pass the log as receipts=, or receipts=False to load it without one"
             )
         if model is None:
-            config = dict(require_config(header, path))
-            inputs, classes = config.pop("inputs"), config.pop("num_classes")
-            settings: Settings = config  # type: ignore[assignment]
+            config = _today(require_config(header, path))
+            arguments: dict[str, Any] = {"key_encoder": encoder, "dtype": dtype_named(header["dtype"], path)}
             with lasting():
-                model = assemble(cls, inputs, classes, encoder, settings, None, dtype_named(header["dtype"], path))
+                config, own = _with_task(config, parts)
+                model = build(cls, config, path, own, **arguments)
     _fill(model, tensors, path, encoder, rows, secret)
     if rows is None:
-        store = cast("Savable", model).memory.store
+        store = model.memory.store
         store.seed, store.scale, store.secret = about["seed"], about["scale"], secret
+    if search is not None:
+        model.memory.search = search(model.memory.store)
     return model
 
 
+def _search(
+    name: str | None, given: Callable[[KeyStore], Search] | None, path: str
+) -> Callable[[KeyStore], Search] | None:
+    """Return what makes the search of a model, once it is known."""
+    if name is None or given is not None:
+        return given
+    if name not in _SEARCHES:
+        raise ValueError(
+            f"the memory in {path!r} was searched by a {name}, which the file does not hold; pass what makes one of a "
+            "store as search="
+        )
+    return _SEARCHES[name]
+
+
+def _today(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration as it is recorded today; in format 1 inputs and classes stood beside the settings."""
+    if "inputs" not in config:
+        return config
+    inputs, settings = dict(config["inputs"]), {k: v for k, v in config.items() if k not in ("inputs", "num_classes")}
+    factory = "for_images" if "channels" in inputs else "for_vectors"
+    if "count" in inputs:
+        inputs["tokens"] = inputs.pop("count")
+    return {factory: {**inputs, **settings, "task": Classification(config["num_classes"]).config()}}
+
+
+def _with_task(config: dict[str, Any], parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a configuration without its task, and the parts with it; a task of the caller's own stays a part."""
+    factory = next((name for name in config if name != "own"), "")
+    arguments = dict(config.get(factory) or {})
+    task = arguments.pop("task", None)
+    own = {**config.get("own", {}), "task": "Task"}
+    made = parts if "task" in parts else {**parts, "task": task_from(task)}
+    return {factory: arguments, "own": own}, dict(made)
+
+
 def _fill(
-    model: Any,  # noqa: ANN401 - a Savable and a module
+    model: MemoryModel,
     tensors: dict[str, Tensor],
     path: str,
     encoder: KeyEncoder,
@@ -167,7 +240,7 @@ def _fill(
     if rows is not None:  # of a lone process all rows, in an ordinary store
         memory.store = rows.alone() if rows.ranks.size == 1 else cast("KeyStore", rows)
     try:
-        fill(model, tensors, path, rows=_ROWS, without=_absent(encoder, rows=rows is not None))
+        fill(cast("nn.Module", model), tensors, path, rows=_ROWS, without=_absent(encoder, rows=rows is not None))
     except BaseException:
         memory.store = store
         raise
@@ -218,3 +291,40 @@ def _digest(secret: bytes, state: dict[str, Tensor], header: dict[str, Any] | No
         covered = {name: value for name, value in header.items() if name not in ("digest", "format", "class")}
         digest.update(json.dumps(covered, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+class WipedCheckpoints(CheckpointFiles):
+    """Checkpoints that are overwritten before they are replaced or removed.
+
+    A checkpoint of a model with a memory holds keys, values and their moments, and `forget` does not reach it. An
+    interrupted run leaves its checkpoint: go on with it, or let `remove` take it away. Rows are saved by id and
+    view, moments of an optimiser as they are: call `model.memory.store.compact()` whenever rows came or went, so that
+    they are in the same order.
+
+    Args:
+        disk: what reads and writes.
+
+    Examples:
+        >>> import tempfile
+        >>> files, path = WipedCheckpoints(), tempfile.mkdtemp() + "/checkpoint.safetensors"
+        >>> files.write(path, b"rows of instances")
+        >>> files.remove(path)
+    """
+
+    def __init__(self, disk: Disk | None = None) -> None:
+        self.disk = disk or Disk()
+
+    def write(self, path: str, data: bytes) -> None:
+        """Put a new file in the place of an old one, at once, and overwrite the old one."""
+        write_whole(self.disk, path, data)
+
+    def tidy(self, path: str) -> None:
+        """Overwrite and remove what a process that was killed left beside a file."""
+        wipe_leftovers(self.disk, path)
+
+    def remove(self, path: str) -> None:
+        """Overwrite and remove a file, and what was left beside it."""
+        self.tidy(path)
+        if os.path.exists(path):
+            wipe(self.disk, path)
+            self.disk.sync_folder(path)
