@@ -44,8 +44,9 @@ import torch
 from store_peers import PEERS
 from torch import Tensor
 from torch.nn import functional as F
+from train_munkey import efficientnet_lite0
 
-from munkey import DurableStore, EfficientNetLite0, KeyMemoryTransformer, KeyStore, Projection
+from munkey import DurableStore, KeyMemoryTransformer, KeyStore, Projection
 from munkey.search.codes import Screen
 from munkey.search.exact import nearest
 
@@ -288,7 +289,7 @@ def searched(name: str, keys: Tensor, queries: Tensor, rounds: int, k: int = 4) 
 def encoding(rounds: int, count: int) -> dict[str, Any] | None:
     """Images a second; None where the encoder is not installed."""
     try:
-        encoder, single = EfficientNetLite0(), EfficientNetLite0()
+        encoder, single = efficientnet_lite0(), efficientnet_lite0()
     except ImportError as error:
         print(f"no keys are timed: {error}", flush=True)
         return None

@@ -14,12 +14,13 @@ import json
 import time
 from pathlib import Path
 
+import kornia.augmentation as kornia
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from treediff.augment import Augment, RandomAffine, RandomFlip
+from treediff.augment import Augment
 from treediff.core.cpu import has_fast
 from treediff.data import load_dataset
 from treediff.metrics import FeatureClassifier
@@ -32,9 +33,9 @@ def train(model: FeatureClassifier, images: Tensor, labels: Tensor, args: argpar
     rise = max(0.2, 1.5 / (steps + 1))  # OneCycleLR divides by zero if that is one step
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=rise)
     generator = torch.Generator().manual_seed(args.seed)
-    moved = RandomAffine(degrees=5, translate=0.05, scale=(0.95, 1.05))
+    moved = kornia.RandomAffine(5.0, (0.05, 0.05), scale=(0.95, 1.05), p=1.0)
     # Colour images are of things, which have mirror images; a mirrored digit is none.
-    augment = Augment(RandomFlip(), moved) if images.shape[1] == 3 else Augment(moved)
+    augment = Augment(kornia.RandomHorizontalFlip(), moved) if images.shape[1] == 3 else Augment(moved)
     bar = tqdm(total=steps, desc="classifier", disable=args.quiet)
     for _ in range(args.epochs):
         for rows in torch.randperm(len(images), generator=generator).split(args.batch_size):

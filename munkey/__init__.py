@@ -7,7 +7,6 @@ what it forgets.
 from munkey.audit.pathways import PathwayAccuracies, pathway_accuracies
 from munkey.encoders.base import KeyEncoder
 from munkey.encoders.conv import ConvEncoder
-from munkey.encoders.efficientnet import EfficientNetLite0
 from munkey.encoders.module import ModuleEncoder
 from munkey.encoders.projection import Projection
 from munkey.memory import KeyValueMemory
@@ -24,7 +23,6 @@ __all__ = [
     "Classification",
     "ConvEncoder",
     "DurableStore",
-    "EfficientNetLite0",
     "Ensemble",
     "ExemplarTransformer",
     "FaissSearch",

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from munkey.encoders.base import KeyEncoder
 from munkey.encoders.conv import ConvEncoder
-from munkey.encoders.efficientnet import EfficientNetLite0
 from munkey.encoders.projection import Projection
 from munkey.memory import KeyValueMemory
 from munkey.search.exact import Search, exact
@@ -30,7 +29,6 @@ from munkey.store.durable import DurableStore
 from munkey.store.file.disk import Disk, read_whole, wipe, wipe_leftovers, write_whole
 from munkey.store.store import KeyStore
 from munkey.task import Classification, task_from
-from treediff.core.checkpoint import CheckpointFiles
 from treediff.core.io import (
     build,
     described_by,
@@ -50,7 +48,6 @@ Path = str | os.PathLike[str]
 #: Encoders that are made again when a model is loaded; any other one is passed.
 _OWN: dict[str, type[KeyEncoder]] = {
     "ConvEncoder": ConvEncoder,
-    "EfficientNetLite0": EfficientNetLite0,
     "Projection": Projection,
 }
 _ENCODER, _ROWS = "key_encoder.", "memory.store."
@@ -259,7 +256,7 @@ def _encoder(header: dict[str, Any], path: Path, given: KeyEncoder | None) -> Ke
             f"the keys in {os.fspath(path)!r} are from a {about['class']}, which the file does not hold; pass it as "
             "key_encoder="
         )
-    if given.fingerprint() != about["fingerprint"]:
+    if about["fingerprint"] not in (given.fingerprint(), given.fingerprint_as(about["class"], about["config"])):
         raise ValueError(
             f"the keys in {os.fspath(path)!r} are from another encoder, a {about['class']} with fingerprint "
             f"{about['fingerprint'][:12]}, found a {type(given).__name__} with {given.fingerprint()[:12]}"
@@ -293,7 +290,7 @@ def _digest(secret: bytes, state: dict[str, Tensor], header: dict[str, Any] | No
     return digest.hexdigest()
 
 
-class WipedCheckpoints(CheckpointFiles):
+class WipedCheckpoints:
     """Checkpoints that are overwritten before they are replaced or removed.
 
     A checkpoint of a model with a memory holds keys, values and their moments, and `forget` does not reach it. An

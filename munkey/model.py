@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from munkey import io
-from munkey.encoders.base import KeyEncoder
+from munkey.encoders.base import KeyEncoder, check_encoder
 from munkey.memory import KeyValueMemory
 from munkey.presets import DEFAULTS, Settings, model_parts, patch_for
 from munkey.readout.aggregate import Aggregation, Ensemble, Retrieved
@@ -99,6 +99,7 @@ class KeyMemoryTransformer(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(neighbours=neighbours)
+        check_encoder(key_encoder)
         if key_encoder.width != memory.store.widths[0]:
             raise ValueError(
                 f"the encoder gives keys of width {key_encoder.width}, the memory has {memory.store.widths[0]}"

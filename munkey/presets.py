@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
-from munkey.encoders.base import KeyEncoder
+from munkey.encoders.base import KeyEncoder, check_encoder
 from munkey.memory import KeyValueMemory
 from munkey.readout.aggregate import AGGREGATIONS, Aggregation
 from munkey.readout.tokens import ImageTokens, VectorTokens
@@ -144,6 +144,7 @@ def model_parts(
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
     exact = mode == "exact"
     check_positive(depth=depth, neighbours=neighbours)
+    check_encoder(key_encoder)
     if isinstance(aggregation, str) and aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}; found {aggregation!r}")
     labels: dict[str, Any] = {"label_shape": task.label_shape, "label_dtype": task.label_dtype}

@@ -26,7 +26,7 @@ def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 def test_forgetting_is_compared_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     out, keys = tmp_path / "out.json", tmp_path / "keys.npz"
-    options = ["--data", "digits", "--epochs", "1", "--seeds", "0", "--keys", str(keys), "--out", str(out)]
+    options = ["--data", "digits", "--epochs", "2", "--seeds", "0", "--keys", str(keys), "--out", str(out)]
     options += ["--floor", "random-10%", "--also", "neighbours=1"]
     first = run("forgetting.py", *options, "--kinds", "random-10%")
     assert first.returncode == 0, first.stderr[-2000:]

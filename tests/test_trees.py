@@ -74,7 +74,6 @@ def test_a_pair_is_the_recorded_one(path: Path) -> None:
     assert [key for key in found if not torch.equal(found[key], expected[key])] == []
     run = recorded(f"{SHORT[path.stem]}_diffusion")
     assert sum(weight.numel() for weight in model.ddpm.parameters()) == run["parameters"]
-    assert model.ddpm.unet.flops() / 1e9 == pytest.approx(run["gflop"])
     with torch.no_grad():
         drawn = model.generate(40, steps=4, grid="karras", generator=torch.Generator().manual_seed(0))
         returned = (tree.cluster(drawn.images) == drawn.leaf).float().mean()

@@ -2,8 +2,7 @@
 
 from munkey.encoders.base import KeyEncoder
 from munkey.encoders.conv import ConvEncoder
-from munkey.encoders.efficientnet import EfficientNetLite0
 from munkey.encoders.module import ModuleEncoder
 from munkey.encoders.projection import Projection
 
-__all__ = ["ConvEncoder", "EfficientNetLite0", "KeyEncoder", "ModuleEncoder", "Projection"]
+__all__ = ["ConvEncoder", "KeyEncoder", "ModuleEncoder", "Projection"]

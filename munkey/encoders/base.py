@@ -24,7 +24,7 @@ from munkey.store.digest import add_tensors
 from treediff.core.checks import check_positive
 from treediff.core.io import load_into, read_header, save_model
 
-__all__ = ["FITTED_ON", "KeyEncoder"]
+__all__ = ["FITTED_ON", "KeyEncoder", "check_encoder"]
 
 #: What an encoder may have been fitted to. With 'forgettable', instances that may be forgotten were among it, and no
 #: model with its keys can forget exactly.
@@ -114,7 +114,8 @@ class KeyEncoder(nn.Module, ABC):
 
     def _batch(self, x: Tensor) -> Tensor:
         # Laid out in one way, which decides how a convolution rounds.
-        found = self.encode(x.to(self._dtype(x)).clone(memory_format=torch.contiguous_format))
+        x = x.to(self._dtype(x)) if x.is_floating_point() else x  # ids of tokens stay whole
+        found = self.encode(x.clone(memory_format=torch.contiguous_format))
         if found.shape != (len(x), self.width):
             raise ValueError(
                 f"expected keys of shape {(len(x), self.width)} from the encoder, found {tuple(found.shape)}"
@@ -126,9 +127,15 @@ class KeyEncoder(nn.Module, ABC):
         return super().train(False)
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of class, settings and weights; keys of another encoder do not belong to it."""
-        digest = hashlib.sha256(json.dumps([type(self).__name__, self.config], sort_keys=True).encode())
-        add_tensors(digest.update, self.state_dict())
+        """Return a hexadecimal digest of class, settings and weights; keys of another encoder do not belong to it."""
+        return self.fingerprint_as(type(self).__name__, self.config)
+
+    def fingerprint_as(self, name: str, config: dict[str, Any]) -> str:
+        """Return the fingerprint that an encoder of another class and settings has with these weights."""
+        own = name == type(self).__name__
+        tensors = self.state_dict() if own else {key.removeprefix("module."): x for key, x in self.state_dict().items()}
+        digest = hashlib.sha256(json.dumps([name, config], sort_keys=True).encode())
+        add_tensors(digest.update, tensors)
         return digest.hexdigest()
 
     @classmethod
@@ -151,3 +158,12 @@ class KeyEncoder(nn.Module, ABC):
         encoder = cls.from_config(read_header(path, cls.__name__)["config"])
         load_into(encoder, path)
         return encoder
+
+
+def check_encoder(encoder: object) -> None:
+    """Raise TypeError unless something is a key encoder."""
+    if not isinstance(encoder, KeyEncoder):
+        raise TypeError(
+            f"key_encoder must be a KeyEncoder, found {type(encoder).__name__}; for any module use "
+            "ModuleEncoder(module, width=..., fitted_on='other data')"
+        )

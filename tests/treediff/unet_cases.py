@@ -41,7 +41,6 @@ class Case:
     inputs: tuple[tuple[int, ...], ...]
     outputs: tuple[int, ...]
     extra: Callable[[int], tuple[Any, ...]] = lambda batch: ()
-    flops: tuple[int, ...] | None = None
 
     def make(self, seed: int = 0, **factory: Any) -> Any:  # noqa: ANN401
         return perturb(self.build(**factory), seed)
@@ -70,22 +69,19 @@ def unet(**factory: Any) -> UNet:  # noqa: ANN401
 
 
 CASES = {
-    "TimestepEmbedding": Case(lambda **f: TimestepEmbedding(6, 4, **f), ((),), (6,), flops=()),
+    "TimestepEmbedding": Case(lambda **f: TimestepEmbedding(6, 4, **f), ((),), (6,)),
     "AdaGroupNorm": Case(lambda **f: AdaGroupNorm(32, 6, **f), ((32, 5, 4), (6,)), (32, 5, 4)),
-    "UNetBlock": Case(lambda **f: UNetBlock(32, 32, 6, **f), ((32, 5, 4), (6,)), (32, 5, 4), flops=(20,)),
-    "UNetBlock to more channels": Case(
-        lambda **f: UNetBlock(8, 32, 6, **f), ((8, 5, 4), (6,)), (32, 5, 4), flops=(20,)
-    ),
-    "SelfAttention2d": Case(lambda **f: SelfAttention2d(32, **f), ((32, 5, 4),), (32, 5, 4), flops=(20,)),
+    "UNetBlock": Case(lambda **f: UNetBlock(32, 32, 6, **f), ((32, 5, 4), (6,)), (32, 5, 4)),
+    "UNetBlock to more channels": Case(lambda **f: UNetBlock(8, 32, 6, **f), ((8, 5, 4), (6,)), (32, 5, 4)),
+    "SelfAttention2d": Case(lambda **f: SelfAttention2d(32, **f), ((32, 5, 4),), (32, 5, 4)),
     "CrossAttention2d": Case(
         lambda **f: CrossAttention2d(32, 6, **f),
         ((32, 5, 4), (3, 6)),
         (32, 5, 4),
         lambda batch: (MASK[:batch],),
-        flops=(20, 3),
     ),
-    "Downsample2d": Case(lambda **f: Downsample2d(8, **f), ((8, 5, 4),), (8, 3, 2), flops=(6,)),
-    "Upsample2d": Case(lambda **f: Upsample2d(8, **f), ((8, 3, 2),), (8, 5, 4), lambda _: ((5, 4),), flops=(6,)),
-    "UNetLayer": Case(layer, ((8, 5, 4), (6,), (3, 6)), (32, 5, 4), lambda batch: (MASK[:batch],), flops=(20, 3)),
-    "UNet": Case(unet, ((2, 7, 6), (), (64,), (3, 6)), (3, 7, 6), lambda batch: (MASK[:batch],), flops=(3,)),
+    "Downsample2d": Case(lambda **f: Downsample2d(8, **f), ((8, 5, 4),), (8, 3, 2)),
+    "Upsample2d": Case(lambda **f: Upsample2d(8, **f), ((8, 3, 2),), (8, 5, 4), lambda _: ((5, 4),)),
+    "UNetLayer": Case(layer, ((8, 5, 4), (6,), (3, 6)), (32, 5, 4), lambda batch: (MASK[:batch],)),
+    "UNet": Case(unet, ((2, 7, 6), (), (64,), (3, 6)), (3, 7, 6), lambda batch: (MASK[:batch],)),
 }

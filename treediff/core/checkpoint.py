@@ -7,7 +7,6 @@ one piece of JSON that says where in the states they belong. Nothing is ever unp
 
 from __future__ import annotations
 
-import glob
 import math
 import os
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from treediff.core.io import model_bytes, read_header, read_tensors, require_fit, write_file
 from treediff.core.modes import lasting
 
-__all__ = ["Checkpoint", "CheckpointFiles", "read_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "read_checkpoint", "save_checkpoint"]
 
 Path = str | os.PathLike[str]
 _CLASS = "Checkpoint"
@@ -178,25 +177,6 @@ class Checkpoint:
                     )
                 if value.shape == weight.shape and value.stride() != weight.stride():
                     states[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-
-
-class CheckpointFiles:
-    """How checkpoints come to a disk and go from it."""
-
-    def write(self, path: str, data: bytes) -> None:
-        """Put a new file in the place of an old one, at once."""
-        write_file(path, data)
-
-    def tidy(self, path: str) -> None:
-        """Remove what a process that was killed left beside a file."""
-        for left in glob.glob(f"{glob.escape(path)}.*.partial"):
-            os.remove(left)
-
-    def remove(self, path: str) -> None:
-        """Remove a file, and what was left beside it."""
-        self.tidy(path)
-        if os.path.exists(path):
-            os.remove(path)
 
 
 def _class_of(part: object) -> str | None:

@@ -26,7 +26,6 @@ from treediff.diffusion.unet_blocks import (
     Upsample2d,
     ZeroConv2d,
     groups_of,
-    layer_flops,
 )
 
 __all__ = ["UNet", "UNetLayer", "way_down", "way_up"]
@@ -199,33 +198,6 @@ class UNet(nn.Module):
         if self.context is None and (tokens is not None or mask is not None):
             raise ValueError("this network reads no tokens, found some or a mask; build it with context=")
 
-    def flops(self, tokens: int = 0) -> int:
-        """Multiplications and additions of a forward pass: convolutions, linear layers, attention.
-
-        Args:
-            tokens: how many of them each image comes with.
-
-        Returns:
-            The number for one image.
-
-        Examples:
-            >>> UNet(1, 1, size=32, width=64, multipliers=(1, 2, 2, 2)).flops() / 1e9
-            2.639...
-        """
-        positions = [height * width for height, width in self.sizes]
-        total = self.time.flops() + layer_flops(self.stem, positions[0]) + layer_flops(self.out, positions[0])
-        level = 0
-        for layer in (*self.down, *self.middle, *self.up):
-            if isinstance(layer, Downsample2d):
-                level += 1
-                total += layer.flops(positions[level])
-            elif isinstance(layer, Upsample2d):
-                total += layer.flops(positions[level])
-                level -= 1
-            elif isinstance(layer, UNetLayer):
-                total += layer.flops(positions[level], tokens)
-        return total
-
     def extra_repr(self) -> str:
         """What the layers do not show."""
         return f"size={self.size}, embedding={self.embedding}, context={self.context}, checkpoint={self.checkpoint}"
@@ -279,15 +251,6 @@ class UNetLayer(nn.Module):
         if self.cross_attention is not None:
             x = self.cross_attention(x, tokens, mask)
         return x
-
-    def flops(self, positions: int, tokens: int = 0) -> int:
-        """Multiplications and additions for one map of so many positions and its tokens."""
-        total = self.block.flops(positions)
-        if self.attention is not None:
-            total += self.attention.flops(positions)
-        if self.cross_attention is not None:
-            total += self.cross_attention.flops(positions, tokens)
-        return total
 
 
 def way_down(

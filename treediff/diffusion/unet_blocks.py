@@ -37,11 +37,6 @@ def groups_of(channels: int) -> int:
     return math.gcd(channels, max(1, channels // 16))
 
 
-def layer_flops(layer: nn.Linear | nn.Conv2d, positions: int = 1) -> int:
-    """Multiplications and additions of a layer that is applied at so many positions."""
-    return 2 * layer.weight.numel() * positions
-
-
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero, so that a residual branch which ends in it starts as nothing."""
 
@@ -117,10 +112,6 @@ class TimestepEmbedding(nn.Module):
         waves = torch.cat((angles.cos(), angles.sin()), dim=1)
         embedding: Tensor = self.out(F.silu(self.hidden(waves.to(self.hidden.weight.dtype))))
         return embedding
-
-    def flops(self) -> int:
-        """Multiplications and additions for one time."""
-        return layer_flops(self.hidden) + layer_flops(self.out)
 
     def extra_repr(self) -> str:
         """The number of frequencies."""
@@ -225,11 +216,6 @@ class UNetBlock(nn.Module):
         y: Tensor = self.skip(x) + h
         return y
 
-    def flops(self, positions: int) -> int:
-        """Multiplications and additions for one map of so many positions."""
-        convolutions = [layer for layer in self.children() if isinstance(layer, nn.Conv2d)]
-        return sum(layer_flops(layer, positions) for layer in convolutions) + layer_flops(self.norm2.project)
-
 
 class SelfAttention2d(nn.Module):
     """Every position of a map reads from all positions; norm, attention, added to the input.
@@ -269,10 +255,6 @@ class SelfAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, h, w)` to `(B, C, h, w)`."""
         return x + _to_map(self.attention(_to_tokens(self.norm(x))), x)
-
-    def flops(self, positions: int) -> int:
-        """Multiplications and additions for one map of so many positions."""
-        return self.attention.flops(positions)
 
 
 class CrossAttention2d(nn.Module):
@@ -315,10 +297,6 @@ class CrossAttention2d(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """`(B, C, h, w)`, `(B, S, context)` and `(B, S)`, True = may be attended to, to `(B, C, h, w)`."""
         return x + _to_map(self.attention(_to_tokens(self.norm(x)), tokens, mask), x)
-
-    def flops(self, positions: int, tokens: int) -> int:
-        """Multiplications and additions for one map of so many positions that read so many tokens."""
-        return self.attention.flops(positions, tokens)
 
 
 def _attention(channels: int, context: int | None, heads: int, **factory: Any) -> Attention:  # noqa: ANN401
@@ -369,10 +347,6 @@ class Downsample2d(nn.Module):
         """`(B, C, h, w)` to `(B, C, ceil(h / 2), ceil(w / 2))`."""
         y: Tensor = self.conv(x)
         return y
-
-    def flops(self, positions: int) -> int:
-        """Multiplications and additions for one map of so many positions after it."""
-        return layer_flops(self.conv, positions)
 
 
 class Upsample2d(nn.Module):
@@ -427,7 +401,3 @@ class Upsample2d(nn.Module):
         pairs = F.pad(eye, (0, 0, 0, 1)) + F.pad(eye, (0, 0, 1, 0))  # rows of weights w0, w0 + w1, w1 + w2, w2
         kernel: Tensor = torch.einsum("pi,qj,oxij->xopq", pairs.flip(0), pairs.flip(0), self.conv.weight)
         return kernel
-
-    def flops(self, positions: int) -> int:
-        """Multiplications and additions for one map of so many positions before it."""
-        return 2 * 16 * self.conv.in_channels * self.conv.out_channels * positions

@@ -129,12 +129,6 @@ class Attention(nn.Module):
             raise ValueError(f"expected a context of shape ({len(x)}, T, {self.context}), found {tuple(context.shape)}")
         return context
 
-    def flops(self, queries: int, keys: int | None = None) -> int:
-        """Multiplications and additions for one row of `queries` tokens that read `keys` tokens, or themselves."""
-        keys = queries if keys is None else keys
-        projections = queries * (self.query.weight.numel() + self.out.weight.numel())
-        return 2 * (projections + keys * self.key_value.weight.numel() + 2 * queries * keys * self.width)
-
     def extra_repr(self) -> str:
         """The widths, for `print(attention)`."""
         return f"width={self.width}, context={self.context}, heads={self.heads}, dropout={self.dropout}"

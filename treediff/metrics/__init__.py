@@ -7,14 +7,11 @@ network such as the `FeatureClassifier` here, trained on the real images.
 
 from treediff.metrics.classifier import FeatureClassifier
 from treediff.metrics.clustering import (
-    ari,
     cluster_accuracy,
-    contingency,
     dendrogram_purity,
     effective_leaves,
     leaf_perplexity,
     leaf_purity,
-    nmi,
 )
 from treediff.metrics.frechet import FeatureStatistics, frechet_bootstrap, frechet_distance
 from treediff.metrics.specificity import ClusterSpecificity, ReturnRate, cluster_specificity, return_rate
@@ -24,16 +21,13 @@ __all__ = [
     "FeatureClassifier",
     "FeatureStatistics",
     "ReturnRate",
-    "ari",
     "cluster_accuracy",
     "cluster_specificity",
-    "contingency",
     "dendrogram_purity",
     "effective_leaves",
     "frechet_bootstrap",
     "frechet_distance",
     "leaf_perplexity",
     "leaf_purity",
-    "nmi",
     "return_rate",
 ]

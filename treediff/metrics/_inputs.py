@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from treediff.metrics._assignment import Counts
-
+Counts: TypeAlias = npt.NDArray[np.int64]
 Ids: TypeAlias = torch.Tensor | npt.NDArray[np.integer[Any]] | Sequence[int]
 
 SUM_TOLERANCE = 1e-3
@@ -30,17 +29,26 @@ def as_ids(values: Ids, name: str) -> npt.NDArray[np.integer[Any]]:
     return array
 
 
-def count_table(labels: Ids, clusters: Ids, name: str) -> Counts:
+def count_pairs(labels: Ids, clusters: Ids, name: str) -> tuple[Counts, Counts, Counts]:
+    """Return class, cluster and number of points of every pair that occurs; classes and clusters by rank."""
     rows, columns = as_ids(labels, "labels"), as_ids(clusters, name)
     if len(rows) != len(columns):
         raise ValueError(
             f"labels and {name}: expected one of each per point, found {len(rows)} labels and {len(columns)} "
             f"{name}; pass both for the same points in the same order"
         )
-    classes, row = np.unique(rows, return_inverse=True)
-    ids, column = np.unique(columns, return_inverse=True)
-    cells = np.bincount(row * len(ids) + column, minlength=len(classes) * len(ids))
-    return cells.astype(np.int64).reshape(len(classes), len(ids))
+    row, column = (np.unique(ids, return_inverse=True)[1].astype(np.int64) for ids in (rows, columns))
+    many = int(column.max()) + 1
+    pairs, counts = np.unique(row * many + column, return_counts=True)
+    return pairs // many, pairs % many, counts.astype(np.int64)
+
+
+def count_table(labels: Ids, clusters: Ids, name: str) -> Counts:
+    """Return the number of points of every class in every cluster, `(C, K)`, both in ascending order of ids."""
+    row, column, counts = count_pairs(labels, clusters, name)
+    table = np.zeros((int(row.max()) + 1, int(column.max()) + 1), np.int64)
+    table[row, column] = counts
+    return table
 
 
 def as_probabilities(probs: torch.Tensor | npt.ArrayLike) -> npt.NDArray[np.float64]:

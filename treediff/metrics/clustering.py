@@ -1,65 +1,35 @@
 """Clustering metrics: pure functions over arrays.
 
-Each takes tensors, arrays or sequences and computes exactly (integer counts, float64). The docstring says the
-range and which end is best. A *label* is the true class of a point, a *cluster* or *leaf* is where a model
-put it; only equality of ids matters, never their order or size.
+Only what no library has: NMI and ARI are scikit-learn's. Each takes tensors, arrays or sequences and computes exactly
+(integer counts, float64). The docstring says the range and which end is best. A *label* is the true class of a point, a
+*cluster* or *leaf* is where a model put it; only equality of ids matters, never their order or size.
 
 Shape letters: `N` points, `C` classes, `K` clusters or leaves, `B` images.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from treediff.metrics._assignment import Counts, best_assignment
-from treediff.metrics._inputs import Ids, as_ids, as_probabilities, children_first, count_table
+from treediff.metrics._inputs import Counts, Ids, as_ids, as_probabilities, children_first, count_pairs, count_table
 
 __all__ = [
-    "ari",
     "cluster_accuracy",
-    "contingency",
     "dendrogram_purity",
     "effective_leaves",
     "leaf_perplexity",
     "leaf_purity",
-    "nmi",
 ]
-
-
-def contingency(labels: Ids, clusters: Ids) -> Counts:
-    """Count the points of every class in every cluster, `n_ck = |{i : labels_i = c, clusters_i = k}|`.
-
-    Args:
-        labels: class of each point, integers `(N,)`.
-        clusters: cluster of each point, integers `(N,)`.
-
-    Returns:
-        int64 table `(C, K)` in points. Rows are the classes present, columns the clusters present, both in
-        ascending order of their ids.
-
-    Raises:
-        ValueError: an input is empty or not 1-D, or their lengths differ.
-        TypeError: an input does not hold integers.
-
-    Source: Hubert and Arabie, "Comparing partitions", J. Classification 1985, table 1.
-
-    Examples:
-        >>> contingency([0, 0, 1, 1], [7, 9, 9, 9])
-        array([[1, 1],
-               [0, 2]])
-    """
-    return count_table(labels, clusters, "clusters")
 
 
 def cluster_accuracy(labels: Ids, clusters: Ids) -> float:
     """Share of points that are right under the best one-to-one matching of clusters to classes.
 
-    `max_m (1/N) sum_k n_{m(k), k}` over injective maps `m`, found exactly by an assignment solver. With more
+    `max_m (1/N) sum_k n_{m(k), k}` over injective maps `m`, found exactly by scipy's solver. With more
     clusters than classes, or the reverse, the points of the unmatched ones count as wrong.
 
     Args:
@@ -70,6 +40,7 @@ def cluster_accuracy(labels: Ids, clusters: Ids) -> float:
         A share in (0, 1]; 1 is best.
 
     Raises:
+        ImportError: scipy is missing.
         ValueError: an input is empty or not 1-D, or their lengths differ.
         TypeError: an input does not hold integers.
 
@@ -80,81 +51,12 @@ def cluster_accuracy(labels: Ids, clusters: Ids) -> float:
         >>> cluster_accuracy([0, 0, 1, 1], [5, 5, 5, 2])
         0.75
     """
-    table = contingency(labels, clusters)
-    return int(table[best_assignment(table)].sum()) / int(table.sum())
-
-
-def nmi(labels: Ids, clusters: Ids) -> float:
-    """Normalised mutual information, `2 I(labels; clusters) / (H(labels) + H(clusters))`.
-
-    Normalised by the arithmetic mean, as is scikit-learn's default. One class in one cluster gives 1; if only
-    one side is split, `I = 0` gives 0.
-
-    Args:
-        labels: class of each point, integers `(N,)`.
-        clusters: cluster of each point, integers `(N,)`.
-
-    Returns:
-        A number in [0, 1]; 1 is best (the same partition), 0 is independence. Not adjusted for chance: it
-        grows with the number of clusters, see `ari`.
-
-    Raises:
-        ValueError: an input is empty or not 1-D, or their lengths differ.
-        TypeError: an input does not hold integers.
-
-    Source: Vinh, Epps and Bailey, "Information theoretic measures for clusterings comparison", JMLR 2010.
-
-    Examples:
-        >>> nmi([0, 0, 1, 1], [3, 3, 8, 8])
-        1.0
-        >>> nmi([0, 0, 1, 1], [3, 8, 3, 8])
-        0.0
-    """
-    table = contingency(labels, clusters)
-    if table.size == 1:
-        return 1.0
-    total, in_class, in_cluster = int(table.sum()), table.sum(1), table.sum(0)
-    row, column = table.nonzero()
-    joint = table[row, column]
-    # Integer products: independent cells give log(1) = 0 without rounding. fsum: any order, the same bits.
-    information = math.fsum(joint / total * np.log(total * joint / (in_class[row] * in_cluster[column])))
-    entropies = [math.fsum(count / total * np.log(total / count)) for count in (in_class, in_cluster)]
-    return min(1.0, max(0.0, 2 * information / sum(entropies)))
-
-
-def ari(labels: Ids, clusters: Ids) -> float:
-    """Adjusted Rand index: agreement over pairs of points, corrected for chance.
-
-    `(t - ab/T) / ((a + b)/2 - ab/T)`, where `T` counts all pairs of points, `a` those in one class, `b` those
-    in one cluster and `t` those in both. Two equal partitions give 1, a single point included.
-
-    Args:
-        labels: class of each point, integers `(N,)`.
-        clusters: cluster of each point, integers `(N,)`.
-
-    Returns:
-        A number in [-0.5, 1]; 1 is best (the same partition), 0 is the mean over random clusterings with the
-        same cluster sizes.
-
-    Raises:
-        ValueError: an input is empty or not 1-D, or their lengths differ.
-        TypeError: an input does not hold integers.
-
-    Source: Hubert and Arabie, "Comparing partitions", J. Classification 1985, equation 5.
-
-    Examples:
-        >>> ari([0, 0, 1, 1], [3, 3, 8, 8])
-        1.0
-        >>> ari([0, 0, 1, 1], [3, 8, 3, 8])
-        -0.5
-    """
-    table = contingency(labels, clusters)
-    pairs = math.comb(int(table.sum()), 2)
-    both, in_class, in_cluster = (int(_pairs(count).sum()) for count in (table, table.sum(1), table.sum(0)))
-    if both == in_class == in_cluster:
-        return 1.0
-    chance = in_class * in_cluster
-    return 2 * (both * pairs - chance) / ((in_class + in_cluster) * pairs - 2 * chance)
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError(f"{error}; cluster_accuracy needs scipy: pip install 'treediff[metrics]'") from None
+    table = count_table(labels, clusters, "clusters")
+    return int(table[linear_sum_assignment(table, maximize=True)].sum()) / int(table.sum())
 
 
 def leaf_purity(labels: Ids, leaves: Ids) -> float:
@@ -177,8 +79,10 @@ def leaf_purity(labels: Ids, leaves: Ids) -> float:
         >>> leaf_purity([0, 0, 1, 1], [4, 4, 4, 6])
         0.75
     """
-    table = count_table(labels, leaves, "leaves")
-    return int(table.max(0).sum()) / int(table.sum())
+    _, columns, counts = count_pairs(labels, leaves, "leaves")
+    most = np.zeros(int(columns.max()) + 1, np.int64)
+    np.maximum.at(most, columns, counts)
+    return int(most.sum()) / int(counts.sum())
 
 
 def dendrogram_purity(labels: Ids, leaves: Ids, parent: Mapping[int, int | None]) -> float:

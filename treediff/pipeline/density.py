@@ -279,7 +279,7 @@ def _mixture(rows: Array, components: int, seed: int) -> tuple[Array, Array, Arr
         from sklearn.mixture import GaussianMixture
     except ImportError as error:
         raise ImportError(
-            "mixtures are fitted by scikit-learn, which is not installed; pip install 'treediff[examples]'"
+            "mixtures are fitted by scikit-learn, which is not installed; pip install 'treediff[metrics]'"
         ) from error
     enough = max(1, min(components, len(rows) // (rows.shape[1] + 1)))
     mixture = GaussianMixture(enough, max_iter=200, random_state=seed % 2**32).fit(rows)

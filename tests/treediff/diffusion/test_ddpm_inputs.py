@@ -74,8 +74,8 @@ def test_settings_are_checked() -> None:
 
 def test_noise_cannot_be_predicted_where_nothing_is_left() -> None:
     ends = rescale_zero_terminal_snr(DiscreteSchedule.linear(20))
-    message = (
-        "at t = 1 this schedule has nothing of the image left, where predicted noise says nothing of it; predict 'v'"
+    message = re.escape(
+        "prediction='epsilon' is undefined where nothing of the image is left, and this schedule has alpha(1) = 0; use "
     )
     for schedule in (ends, CosineSchedule(end=1.0)):
         with pytest.raises(ValueError, match=message):

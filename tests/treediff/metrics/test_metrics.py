@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -15,24 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy.optimize import linear_sum_assignment
-from sklearn import metrics as sk
-from sklearn.metrics.cluster import contingency_matrix
 
 from treediff.metrics import (
-    ari,
     cluster_accuracy,
-    contingency,
     dendrogram_purity,
     effective_leaves,
     leaf_perplexity,
     leaf_purity,
-    nmi,
 )
-from treediff.metrics._assignment import best_assignment
 
 quick = settings(deadline=None, max_examples=100)
-PARTITION_METRICS = [contingency, cluster_accuracy, nmi, ari, leaf_purity]
+PARTITION_METRICS = [cluster_accuracy, leaf_purity]
 # Ids far apart and below zero: only equality of ids may matter.
 Partitions = tuple[list[int], list[int]]
 
@@ -60,13 +51,6 @@ def trees(draw: st.DrawFn) -> tuple[dict[int, int | None], list[int]]:
     return parent, leaves
 
 
-def from_sklearn(score: Callable[..., float], labels: list[int], found: list[int]) -> float:
-    with warnings.catch_warnings():
-        # It suspects a regression target where many points have a class of their own.
-        warnings.simplefilter("ignore", UserWarning)
-        return float(score(labels, found))
-
-
 def purity_over_pairs(labels: list[int], leaves: list[int], parent: dict[int, int | None]) -> float:
     def path(node: int | None) -> list[int]:
         return [] if node is None else [node, *path(parent[node])]
@@ -82,36 +66,6 @@ def purity_over_pairs(labels: list[int], leaves: list[int], parent: dict[int, in
 
 
 # --- oracles --------------------------------------------------------------------------------------------
-
-
-@quick
-@given(
-    hnp.arrays(
-        np.int64,
-        hnp.array_shapes(min_dims=2, max_dims=2, max_side=9),
-        elements=st.integers(-20, 60),
-    )
-)
-def test_assignment_equals_scipy(table: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-    rows, columns = best_assignment(table)
-    assert len(set(rows.tolist())) == len(set(columns.tolist())) == min(table.shape)
-    assert table[rows, columns].sum() == table[linear_sum_assignment(table, maximize=True)].sum()
-
-
-def test_assignment_equals_scipy_on_a_larger_table() -> None:
-    table = np.random.default_rng(0).integers(0, 10_000, (60, 90))
-    expected = table[linear_sum_assignment(table, maximize=True)].sum()
-    assert table[best_assignment(table)].sum() == expected
-    assert table.T[best_assignment(table.T)].sum() == expected
-
-
-@quick
-@given(partitions())
-def test_partition_metrics_equal_scikit_learn(points: Partitions) -> None:
-    labels, found = points
-    assert (contingency(labels, found) == contingency_matrix(labels, found)).all()
-    assert nmi(labels, found) == pytest.approx(from_sklearn(sk.normalized_mutual_info_score, labels, found), abs=1e-12)
-    assert ari(labels, found) == pytest.approx(from_sklearn(sk.adjusted_rand_score, labels, found), abs=1e-12)
 
 
 @quick
@@ -152,13 +106,13 @@ def test_leaf_purity_equals_counting(points: Partitions) -> None:
 # --- closed forms ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", [cluster_accuracy, nmi, ari, leaf_purity])
+@pytest.mark.parametrize("metric", [cluster_accuracy, leaf_purity])
 @pytest.mark.parametrize("labels", [[4], [4, 4, 4], [4, -1], [0, 1, 2, 1, 0, 5, 5]])
 def test_the_same_partition_under_other_names_scores_one(metric: Callable[..., float], labels: list[int]) -> None:
     assert metric(labels, [3 - 2 * c for c in labels]) == 1.0
 
 
-@pytest.mark.parametrize(("metric", "score"), [(cluster_accuracy, 0.25), (nmi, 0.0), (ari, 0.0)])
+@pytest.mark.parametrize(("metric", "score"), [(cluster_accuracy, 0.25)])
 def test_one_side_split_and_the_other_not(metric: Callable[..., float], score: float) -> None:
     assert metric([7, 7, 7, 7], [0, 1, 2, 3]) == score
     assert metric([0, 1, 2, 3], [7, 7, 7, 7]) == score
@@ -169,15 +123,11 @@ def test_unmatched_clusters_and_classes_count_as_wrong() -> None:
     assert cluster_accuracy([0, 0, 1, 2], [5, 5, 6, 6]) == 0.75
 
 
-@quick
-@given(partitions(), st.randoms(use_true_random=False))
-def test_nmi_and_ari_are_symmetric_and_blind_to_order(points: Partitions, random: Random) -> None:
-    labels, found = points
-    both = list(zip(labels, found, strict=True))
-    random.shuffle(both)
-    shuffled, moved = zip(*both, strict=True)
-    for metric in (nmi, ari):
-        assert metric(labels, found) == metric(list(moved), list(shuffled))
+def test_many_classes_take_little_memory() -> None:
+    """One class for each point: a table of all classes and leaves would have a billion cells."""
+    labels = np.arange(31_000)
+    assert leaf_purity(labels, labels) == 1.0
+    assert leaf_purity(labels, labels // 2) == 0.5
 
 
 def test_dendrogram_purity_of_sixty_thousand_points() -> None:
@@ -260,8 +210,7 @@ def test_lists_arrays_and_tensors_give_the_same(metric: Callable[..., Any]) -> N
         assert np.array_equal(metric(np.array(labels, kind), np.array(found, kind)), expected)
     for dtype in (torch.uint8, torch.int64):
         assert np.array_equal(metric(torch.tensor(labels, dtype=dtype), torch.tensor(found)), expected)
-    assert isinstance(expected, np.ndarray if metric is contingency else float)
-    assert contingency(labels, found).dtype == np.int64
+    assert isinstance(expected, float)
 
 
 def test_tensors_with_gradients_and_bfloat16_are_read() -> None:
