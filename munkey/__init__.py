@@ -1,7 +1,7 @@
 """Classifiers that remember by key and forget by key, on PyTorch.
 
 `KeyMemoryTransformer` keeps what is particular to a training instance in a `KeyValueMemory`, whose `KeyStore` erases
-what it forgets.
+forgotten rows.
 """
 
 from munkey.audit.pathways import PathwayAccuracies, pathway_accuracies

@@ -1,8 +1,8 @@
-"""A `KeyMemoryTransformer` as one file.
+"""Files of `KeyMemoryTransformer`: one file for each model.
 
-The file holds weights, memory and, if it is one of the library's own, the key encoder. The same content gives the same
-bytes, whatever was stored and forgotten before. The file that it takes the place of is overwritten. A model with its
-memory on several ranks is a folder, see `munkey.sharded.folder`.
+The file holds weights, memory and, if its class is part of the library, the key encoder. The same content gives the
+same bytes, whatever was stored and forgotten before. A file that is replaced is overwritten. A model with its memory on
+several ranks is a folder, see `munkey.sharded.folder`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["WipedCheckpoints", "load", "save"]
 
 Path = str | os.PathLike[str]
 
-#: Encoders that are made again when a model is loaded; any other one is passed.
+#: Encoders that `load` builds from the file; any other encoder is passed to `load`.
 _OWN: dict[str, type[KeyEncoder]] = {
     "ConvEncoder": ConvEncoder,
     "Projection": Projection,
@@ -53,21 +53,21 @@ _OWN: dict[str, type[KeyEncoder]] = {
 _ENCODER, _ROWS = "key_encoder.", "memory.store."
 
 
-#: Ways to search that are made again; any other one is passed, as a function of the store.
+#: Searches that `load` builds from the file; any other search is passed to `load`, as a function of the store.
 _SEARCHES: dict[str, Callable[[KeyStore], Search]] = {"FaissSearch": FaissSearch}
-#: Attributes of a model that may have been set since it was made.
+#: Attributes of a model that may have been set since the model was built.
 _SETTINGS = ("mode", "neighbours", "own_token_probability", "drop_input", "drop_exemplar", "sparse")
 
 
 class MemoryModel(Protocol):
-    """A module with a memory, which records how it was made."""
+    """A module with a memory and a record of its configuration."""
 
     key_encoder: KeyEncoder
     memory: KeyValueMemory
     config: dict[str, Any] | None
 
     def state_dict(self) -> dict[str, Any]:
-        """As of a module."""
+        """Return the state of the module."""
 
 
 M = TypeVar("M", bound=MemoryModel)
@@ -99,7 +99,7 @@ def save(model: MemoryModel, path: Path, disk: Disk | None = None) -> None:
 
 
 def _config_of(model: MemoryModel) -> dict[str, Any] | None:
-    """Return how a model was made, with the settings of today."""
+    """Return the configuration of a model, with its current settings."""
     if model.config is None:
         return None
     today = {name: getattr(model, name) for name in _SETTINGS} | {"metric": model.memory.metric}
@@ -108,7 +108,7 @@ def _config_of(model: MemoryModel) -> dict[str, Any] | None:
 
 
 def _absent(encoder: KeyEncoder, *, rows: bool) -> tuple[str, ...]:
-    """How the names begin of tensors that are not in the file."""
+    """Return the prefixes of the names of tensors that are not in the file."""
     return (() if encoder.in_file else (_ENCODER,)) + ((_ROWS,) if rows else ())
 
 
@@ -124,7 +124,7 @@ def load(
     path, rows = os.fspath(path), None
     if os.path.isdir(path):
         folder, before = path, None
-        with suppress(OSError, ValueError):  # which all ranks raise together in the next line
+        with suppress(OSError, ValueError):  # all ranks raise the error together in the next line
             before = folders.model_file(folder)
         rows = ShardedKeyStore.load(folder)
         path = folders.model_file(folder)
@@ -169,8 +169,8 @@ def _made(
             raise ValueError(f"{path!r} is damaged: its content is not what was saved; take a backup")
         if about.get("logged") and receipts is None:
             raise ValueError(
-                f"{path!r} was saved beside a log of receipts, without which a restored backup remembers whom it "
-                "forgot; pass the log as receipts=, or receipts=False to load it without one"
+                f"{path!r} was saved beside a log of receipts, without which a restored backup holds forgotten "
+                "instances again; pass the log as receipts=, or receipts=False to load it without one"
             )
         if model is None:
             config = _today(require_config(header, path))
@@ -190,19 +190,19 @@ def _made(
 def _search(
     name: str | None, given: Callable[[KeyStore], Search] | None, path: str
 ) -> Callable[[KeyStore], Search] | None:
-    """Return what makes the search of a model, once it is known."""
+    """Return the function that builds the search of a model; None for exact search."""
     if name is None or given is not None:
         return given
     if name not in _SEARCHES:
         raise ValueError(
-            f"the memory in {path!r} was searched by a {name}, which the file does not hold; pass what makes one of a "
-            "store as search="
+            f"the memory in {path!r} was searched by a {name}, which the file does not hold; pass a function that "
+            "builds one from a store as search="
         )
     return _SEARCHES[name]
 
 
 def _today(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration as it is recorded today; in format 1 inputs and classes stood beside the settings."""
+    """Return a configuration in the current format; in format 1, inputs and classes are beside the settings."""
     if "inputs" not in config:
         return config
     inputs, settings = dict(config["inputs"]), {k: v for k, v in config.items() if k not in ("inputs", "num_classes")}
@@ -213,7 +213,7 @@ def _today(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_task(config: dict[str, Any], parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a configuration without its task, and the parts with it; a task of the caller's own stays a part."""
+    """Return a configuration without its task, and the parts with the task; a custom task stays a part."""
     factory = next((name for name in config if name != "own"), "")
     arguments = dict(config.get(factory) or {})
     task = arguments.pop("task", None)
@@ -234,7 +234,7 @@ def _fill(
     if rows is not None:
         store.check_replaceable()
     _check_memory(store, secret, in_folder=rows is not None)
-    if rows is not None:  # of a lone process all rows, in an ordinary store
+    if rows is not None:  # a single process holds all rows, in an ordinary store
         memory.store = rows.alone() if rows.ranks.size == 1 else cast("KeyStore", rows)
     try:
         fill(cast("nn.Module", model), tensors, path, rows=_ROWS, without=_absent(encoder, rows=rows is not None))
@@ -244,11 +244,11 @@ def _fill(
 
 
 def _encoder(header: dict[str, Any], path: Path, given: KeyEncoder | None) -> KeyEncoder:
-    """The encoder that the keys are from."""
+    """Return the encoder that computed the keys."""
     about = header["key_encoder"]
     if given is None and about["class"] in _OWN:
         made = _OWN[about["class"]].from_config(about["config"]).to(dtype_named(header["dtype"], path))
-        if made.in_file:  # its weights are still to come
+        if made.in_file:  # its weights are filled in later
             return made
         given = made
     if given is None:
@@ -281,7 +281,7 @@ def _check_memory(store: KeyStore, secret: bytes, *, in_folder: bool) -> None:
 
 
 def _digest(secret: bytes, state: dict[str, Tensor], header: dict[str, Any] | None = None) -> str:
-    """Return a keyed digest of tensors by name, and of a header but for what is added to it later."""
+    """Return a keyed digest of tensors by name, and of a header without the fields that are added later."""
     digest = hashlib.blake2b(key=secret, digest_size=32)
     add_tensors(digest.update, state)
     if header is not None:
@@ -293,13 +293,13 @@ def _digest(secret: bytes, state: dict[str, Tensor], header: dict[str, Any] | No
 class WipedCheckpoints:
     """Checkpoints that are overwritten before they are replaced or removed.
 
-    A checkpoint of a model with a memory holds keys, values and their moments, and `forget` does not reach it. An
-    interrupted run leaves its checkpoint: go on with it, or let `remove` take it away. Rows are saved by id and
-    view, moments of an optimiser as they are: call `model.memory.store.compact()` whenever rows came or went, so that
-    they are in the same order.
+    A checkpoint of a model with a memory holds keys, values and their moments, and `forget` does not reach the
+    checkpoint. An interrupted run leaves a checkpoint: resume the run, or delete the checkpoint with `remove`. Rows are
+    saved by id and view, moments of an optimiser in their current order. Call `model.memory.store.compact()` whenever
+    rows were added or removed, so that rows and moments are in the same order.
 
     Args:
-        disk: what reads and writes.
+        disk: reads and writes files.
 
     Examples:
         >>> import tempfile
@@ -312,15 +312,15 @@ class WipedCheckpoints:
         self.disk = disk or Disk()
 
     def write(self, path: str, data: bytes) -> None:
-        """Put a new file in the place of an old one, at once, and overwrite the old one."""
+        """Replace an old file by a new file atomically, and overwrite the old file."""
         write_whole(self.disk, path, data)
 
     def tidy(self, path: str) -> None:
-        """Overwrite and remove what a process that was killed left beside a file."""
+        """Overwrite and remove the files that a killed process left beside a file."""
         wipe_leftovers(self.disk, path)
 
     def remove(self, path: str) -> None:
-        """Overwrite and remove a file, and what was left beside it."""
+        """Overwrite and remove a file, and the files that were left beside it."""
         self.tidy(path)
         if os.path.exists(path):
             wipe(self.disk, path)

@@ -1,4 +1,4 @@
-"""A memory one can read: nearest keys, the values they own, and a token for what is not there.
+"""Memory of keys and values: search for nearest keys, reading of their values, and a null token for missing rows.
 
 Letters: `B` queries, `D` width of a key, `V` width of a value, `k` neighbours.
 """
@@ -24,16 +24,16 @@ __all__ = ["KeyValueMemory", "Search"]
 
 
 class KeyValueMemory(nn.Module):
-    """A store of keys and values that is asked by similarity and read differentiably.
+    """A store of keys and values that is queried by similarity and read differentiably.
 
-    Similarity is the cosine of the angle between query and key, or their dot product. For the cosine keys are brought
-    to length 1 as they are stored. The search is exact, and its result does not depend on the order of rows.
+    Similarity is the cosine of the angle between query and key, or their dot product. For the cosine, keys are scaled
+    to length 1 when they are stored. The search is exact, and its result does not depend on the order of rows.
 
     Args:
         store: keys and values.
         metric: 'cosine' or 'dot'.
-        writer: if given, it adds to each value what it makes of key and label; see `munkey.ValueWriter`.
-        search: what finds nearest rows; exact if not given.
+        writer: if given, adds to each value a function of key and label; see `munkey.ValueWriter`.
+        search: finds the nearest rows; exact if not given.
 
     Raises:
         ValueError: if there is no such metric.
@@ -56,7 +56,7 @@ class KeyValueMemory(nn.Module):
         super().__init__()
         if metric not in ("cosine", "dot"):
             raise ValueError(f"metric must be 'cosine' or 'dot', found {metric!r}")
-        self.store = cast("KeyStore", store)  # what one says, the other says
+        self.store = cast("KeyStore", store)  # both stores have the same methods
         self.metric, self.writer, self.search = metric, writer, search
         self.null = nn.Parameter(torch.zeros(store.widths[1], device=store.values.device, dtype=store.values.dtype))
 
@@ -72,7 +72,7 @@ class KeyValueMemory(nn.Module):
         """Store new instances; arguments and errors as for `KeyStore.add`.
 
         Raises:
-            ValueError: if a key has length 0, or the writer's task has no such label, too.
+            ValueError: also if a key has length 0, or a label does not fit the writer's task.
         """
         scaled = self._together(lambda: self._to_store(keys, labels))
         try:
@@ -91,13 +91,13 @@ class KeyValueMemory(nn.Module):
         return self.scaled(keys, "keys")
 
     def scaled(self, x: Tensor, name: str) -> Tensor:
-        """Keys or queries as the store has them.
+        """Return keys or queries in the scale of the store.
 
         Raises:
-            ValueError: if one has length 0, where there is no angle.
+            ValueError: if a row has length 0, which has no angle.
         """
         if self.metric == "dot" or not x.is_floating_point() or not x.isfinite().all():
-            return x  # what is wrong with it, the store says
+            return x  # the store raises the error
         wide = x.to(torch.float64, copy=True)
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         if not (length > 0).all():
@@ -107,7 +107,7 @@ class KeyValueMemory(nn.Module):
         return unit
 
     def _together(self, act: Callable[[], Tensor]) -> Tensor:
-        """What is made before a store is asked; an error of one rank is raised on all of them."""
+        """Return the result of `act`; on a sharded store, an error of one rank is raised on all ranks."""
         return self.store.ranks.agree(act) if isinstance(self.store, ShardedKeyStore) else act()
 
     def shard(self, group: dist.ProcessGroup | None = None) -> None:
@@ -120,7 +120,7 @@ class KeyValueMemory(nn.Module):
 
         Raises:
             ValueError: if the ranks do not have the same rows and settings, or the store has a file, a log or an index,
-                or something follows its values.
+                or an optimiser or an average follows its values.
         """
         if isinstance(self.store, ShardedKeyStore):
             raise ValueError(
@@ -132,17 +132,17 @@ class KeyValueMemory(nn.Module):
     # --- finding ------------------------------------------------------------------------------------------
 
     def neighbours(self, queries: Tensor, k: int, *, exclude_ids: Iterable[int] | Tensor | None = None) -> Neighbours:
-        """The nearest rows of each query.
+        """Return the nearest rows of each query.
 
         Args:
             queries: `(B, D)`.
-            k: how many.
-            exclude_ids: `(B,)` for each query an id whose rows are not to be found, such as its own; an id that is not
-                in the store excludes nothing.
+            k: number of rows for each query.
+            exclude_ids: `(B,)` one id for each query, whose rows are excluded, such as its own id; an id that is not in
+                the store excludes nothing.
 
         Raises:
             TypeError: if `k` is not whole.
-            ValueError: if it is below 1, or queries or ids are not as they must be.
+            ValueError: if `k` is below 1, or queries or ids do not fit.
         """
         own = None if exclude_ids is None else torch.tensor(ordered_ids(exclude_ids), device=queries.device)
         if own is not None and len(own) != len(queries):
@@ -151,23 +151,23 @@ class KeyValueMemory(nn.Module):
         return self.search(self.store, scaled, k, exclude_ids=own)
 
     def neighbours_of_rows(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Row numbers and scores `(B, k)` of what is nearest to stored rows `(B,)`, those of the same id left out.
+        """Return row numbers and scores `(B, k)` of the rows nearest to rows `(B,)`, without rows of the same id.
 
-        They are looked up once, and again where rows came or went since.
+        Results are kept, and searched again where rows were added or removed since.
         """
         return self.store.nearest_to_rows(rows, k, self.search)
 
     def find_near_duplicates(
         self, ids: Iterable[int] | Tensor, threshold: float = 0.99
     ) -> dict[int, list[tuple[int, float]]]:
-        """Other instances so similar to some that they would still answer for them once they are forgotten.
+        """Find other instances that are similar enough to be retrieved in place of forgotten instances.
 
         Args:
-            ids: whose.
+            ids: instances to find duplicates of.
             threshold: least similarity.
 
         Returns:
-            for each id that has any, the others and their greatest similarity, the most similar first.
+            for each id with duplicates, the ids of these and their greatest similarity, the most similar first.
 
         Raises:
             KeyError: if an id is not in the memory.
@@ -186,11 +186,11 @@ class KeyValueMemory(nn.Module):
     # --- reading ------------------------------------------------------------------------------------------
 
     def read(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
-        """`(..., V)` values of rows `(...)`, the null token for row -1."""
+        """Return the values `(..., V)` of rows `(...)`; the null token for row -1."""
         flat = rows.flatten()
         there = (flat >= 0).nonzero().squeeze(1)
         values = self.null.repeat(len(flat), 1)
-        if len(there) or isinstance(self.store, ShardedKeyStore):  # where all ranks read together
+        if len(there) or isinstance(self.store, ShardedKeyStore):  # all ranks read together
             found = self.store.read(flat[there], sparse=sparse)
             if self.writer is not None:
                 _, keys, labels = self.store.described(flat[there])
@@ -207,7 +207,7 @@ class KeyValueMemory(nn.Module):
         exclude_ids: Iterable[int] | Tensor | None = None,
         sparse: bool = False,
     ) -> Retrieved:
-        """Return what is near each query; arguments and errors as for `neighbours`."""
+        """Return the nearest rows of each query with their values; arguments and errors as for `neighbours`."""
         with self.store.lock:  # no row may move between search and reading
             found = self.neighbours(queries, k, exclude_ids=exclude_ids)
             return Retrieved(self.read(found.rows, sparse=sparse), found.scores, found.ids)

@@ -1,8 +1,9 @@
-"""A transformer that keeps what is particular to an instance in a memory, from where it can be deleted.
+"""A transformer that keeps what is particular to an instance in a memory, from which an instance can be deleted.
 
-It follows the published description of MUNKEY (arXiv 2603.15033): a frozen encoder gives each training instance a key,
-the instance owns a value, and the classifier reads values of nearest keys beside the tokens of the input. Forgetting an
-instance deletes its key, value and label from the memory; no weight changes. What the paper leaves open is a parameter.
+The model follows the published description of MUNKEY (arXiv 2603.15033). A frozen encoder computes a key for each
+training instance, and the instance owns a value. The classifier reads the values of the nearest keys beside the tokens
+of the input. Forgetting an instance deletes its key, value and label from the memory; no weight changes. Choices that
+the paper leaves open are parameters.
 
 Letters: `B` batch, `C H W` image, `D` width of a key, `V` width of a value, `k` neighbours, `n` classes, `S` tokens of
 an input, `W` their width.
@@ -40,31 +41,32 @@ __all__ = ["KeyMemoryTransformer"]
 
 
 class KeyMemoryTransformer(nn.Module):
-    """A classifier with a pathway for the input and one for the memory.
+    """A classifier with a pathway for the input and a pathway for the memory.
 
-    The transformer sees a class token, the tokens of the input, and one exemplar token, the projected value of a
-    neighbour. Both pathways have a learned null, which stands in where one is dropped in training or switched off.
+    The transformer reads a class token, the tokens of the input, and one exemplar token, the projected value of a
+    neighbour. Each pathway has a learned null, which replaces a pathway that is dropped in training or switched off.
 
-    There are two ways to train, which promise different things:
+    There are two modes of training, with different guarantees:
 
-    - *paper*: weights and values learn together on all instances. Deleting an instance leaves the same weights beside a
-      memory that never held it; the weights have seen it, and what they kept must be measured.
+    - *paper*: weights and values are trained together on all instances. Deleting an instance leaves the same weights
+      beside a memory that never held the instance. The weights were trained on the instance; what the weights kept
+      must be measured.
     - *exact*: weights are trained on permanent instances only. Every other instance gets a value computed from its key
-      and label. Deleting it leaves a model that is equal, bit for bit, to one that never saw it. The encoder must not
-      have been fitted to it either.
+      and label. Deleting the instance leaves a model that is equal, bit for bit, to a model that never had the
+      instance. The encoder must not have been fitted to the instance either.
 
     Args:
         key_encoder: from inputs to keys, frozen.
         memory: keys and values of instances; with a writer in exact mode.
         network: the transformer.
-        task: what is predicted; one of `network.outputs` classes if not given.
+        task: kind of label that is predicted; one of `network.outputs` classes if not given.
         mode: 'paper' or 'exact'.
-        aggregation: what is made of several neighbours.
-        neighbours: `k`, how many are retrieved.
-        own_token_probability: how often in training an instance is given its own value, rather than its neighbours',
-            itself left out; in exact mode always 0, as its value holds its label.
+        aggregation: combines several neighbours into one prediction; `Ensemble` if not given.
+        neighbours: `k`, number of retrieved rows.
+        own_token_probability: share of the instances in training that read their own value. All others read values of
+            their neighbours, without their own. Always 0 in exact mode, where a value holds the label.
         drop_input: share of the instances whose input is hidden in training.
-        drop_exemplar: share whose exemplar is hidden; never both.
+        drop_exemplar: share of the instances whose exemplar is hidden; input and exemplar are never both hidden.
         sparse: whether gradients of values are sparse, for optimisers like SparseAdam, whose cost follows the batch.
 
     Raises:
@@ -73,10 +75,10 @@ class KeyMemoryTransformer(nn.Module):
             would not be exact.
 
     Attributes:
-        config: how a factory made the model; None for a model that was built from parts.
+        config: arguments of the factory that built the model; None for a model that was built from parts.
     """
 
-    #: What a model card warns of.
+    #: Warning of the model card.
     card_note: ClassVar[str] = (
         "The file holds the memory: keys, values, labels and ids of the instances that the model was given, and the "
         "secret of its store. What is deleted from the memory later stays in the history of this repository."
@@ -146,15 +148,16 @@ class KeyMemoryTransformer(nn.Module):
             size: height and width, or one number for both.
             channels: 1 for grey, 3 for colour.
             classes: `n`, short for `task=Classification(n)`.
-            task: what is predicted.
+            task: kind of label that is predicted.
             key_encoder: from images to keys.
-            patch: height and width of a patch, must divide the size; about a quarter of the size if not given.
-            search: makes of the memory's store what finds nearest rows, such as `FaissSearch`; exact if not given.
-            generator: gives the seed of the initial weights; the seed 0 if not given.
-            device: where the model lives.
+            patch: height and width of a patch; must divide the size; about a quarter of the size if not given.
+            search: builds the search for nearest rows from the memory's store, such as `FaissSearch`; exact if not
+                given.
+            generator: draws the seed of the initial weights; seed 0 if not given.
+            device: of the model.
             dtype: of weights and memory.
-            **settings: see `munkey.presets.Settings`. A file of the model names the modules among them, and `load`
-                expects them again.
+            **settings: see `munkey.presets.Settings`. A file of the model only names modules among the settings; pass
+                these modules to `load` again.
 
         Raises:
             TypeError: if a setting is unknown, or a number is not whole.
@@ -186,14 +189,14 @@ class KeyMemoryTransformer(nn.Module):
         """Build a small model for vectors: rows of a table, features of texts; other arguments as for `for_images`.
 
         Args:
-            features: numbers of a vector.
+            features: dimensions of a vector.
             classes: `n`, short for `task=Classification(n)`.
-            task: what is predicted.
+            task: kind of label that is predicted.
             key_encoder: from vectors to keys.
-            tokens: how many tokens are made of a vector.
-            search: makes of the memory's store what finds nearest rows; exact if not given.
-            generator: gives the seed of the initial weights; the seed 0 if not given.
-            device: where the model lives.
+            tokens: number of tokens of a vector.
+            search: builds the search for nearest rows from the memory's store; exact if not given.
+            generator: draws the seed of the initial weights; seed 0 if not given.
+            device: of the model.
             dtype: of weights and memory.
             **settings: see `munkey.presets.Settings`.
 
@@ -220,12 +223,12 @@ class KeyMemoryTransformer(nn.Module):
         generator: torch.Generator | None,
         placed: dict[str, Any],
     ) -> Self:
-        """Build a model from parts, some of the caller's own, and record how."""
+        """Build a model from parts, some of which may be custom, and record its configuration."""
         settings: dict[str, Any] = {**DEFAULTS, **given}
         unknown = sorted(settings.keys() - Settings.__annotations__.keys())
         if unknown:
             raise TypeError(f"there are no settings {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
-        with drawing_from(generator):  # layers draw their weights as they are built
+        with drawing_from(generator):  # layers draw their weights when they are built
             model = cls(**model_parts(tokens, inputs, task=task, key_encoder=key_encoder, **settings, **placed))
         if search is not None:
             model.memory.search = search(model.memory.store)
@@ -239,13 +242,13 @@ class KeyMemoryTransformer(nn.Module):
     # --- files --------------------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """Write weights, memory and, if it is one of the library's own, the key encoder to one file.
+        """Write weights, memory and, if its class is part of the library, the key encoder to one file.
 
-        What was stored and forgotten leaves no trace in it: the same content gives the same bytes. A file that was
-        there before stays whole until the new one is, and is then overwritten.
+        Forgotten rows leave no trace in the file: the same content gives the same bytes. An earlier file at the path
+        stays whole until the new file is complete, and is then overwritten.
 
         Raises:
-            OSError: if the file cannot be written; the old one is whole.
+            OSError: if the file cannot be written; an earlier file stays whole.
         """
         io.save(self, path)
 
@@ -257,23 +260,23 @@ class KeyMemoryTransformer(nn.Module):
         key_encoder: KeyEncoder | None = None,
         model: Self | None = None,
         receipts: Path | Literal[False] | None = None,
-        **parts: Any,  # noqa: ANN401 - modules of the caller's own, named by the file
+        **parts: Any,  # noqa: ANN401 - custom modules, named by the file
     ) -> Self:
-        """Read what `save` wrote.
+        """Read a model from a file that `save` wrote.
 
         Args:
             path: the file.
-            key_encoder: the encoder that the keys are from; needed unless it is one of the library's own.
-            model: a model that was built from parts the same way, to be filled.
-            receipts: a log; what it names is forgotten again, see `KeyStore.keep_receipts`. A model whose memory kept a
-                log is loaded with it, or, if that is meant, without: False.
-            **parts: what was given to the factory in place of its own: `aggregation=`, `network=`, `writer=`, `task=`,
-                and a `search=` that is not one of the library's.
+            key_encoder: the encoder that computed the keys; needed unless its class is part of the library.
+            model: a model to fill, built from parts in the same way.
+            receipts: a log; instances named in the log are forgotten again, see `KeyStore.keep_receipts`. A model whose
+                memory kept a log is loaded with this log, or with False to load it without a log.
+            **parts: custom parts that were passed to the factory: `aggregation=`, `network=`, `writer=`, `task=`, and a
+                `search=` that is not part of the library.
 
         Raises:
             FileNotFoundError: if there is no such file, or no such log.
-            ValueError: if it is damaged or of another kind, does not fit, its keys are from another encoder, or a log
-                or a part is missing.
+            ValueError: if the file is damaged, of another kind, or does not fit; if its keys are from another encoder;
+                or if a log or a part is missing.
         """
         return io.load(cls, path, key_encoder, model, receipts, parts)
 
@@ -296,18 +299,18 @@ class KeyMemoryTransformer(nn.Module):
         exclude_ids: Iterable[int] | Tensor | None = None,
         keys: Tensor | None = None,
     ) -> Tensor:
-        """Return outputs `(B, n)`: logits, or what the task says.
+        """Return outputs `(B, n)`: logits, or the outputs that the task defines.
 
         Args:
             x: `(B, ...)` inputs.
-            use_input: whether the transformer sees the input; without it, the memory pathway alone.
-            use_memory: whether it sees neighbours; without them, the input pathway alone.
-            exclude_ids: `(B,)` for each input an id whose rows are not to be found, such as its own.
-            keys: `(B, D)` what the key encoder makes of the inputs, if it is at hand.
+            use_input: whether the transformer reads the input; if False, the memory pathway alone is used.
+            use_memory: whether the transformer reads neighbours; if False, the input pathway alone is used.
+            exclude_ids: `(B,)` one id for each input, whose rows are excluded from the search, such as its own id.
+            keys: `(B, D)` precomputed keys of the inputs, as the key encoder returns them.
 
         Raises:
-            TypeError: if the inputs are no floating-point tensor, or `exclude_ids` has no order, as a set.
-            ValueError: if they have another shape than the model was built for, or are not finite.
+            TypeError: if the inputs are no floating-point tensor, or `exclude_ids` has no order, such as a set.
+            ValueError: if the inputs have another shape than the model was built for, or are not finite.
         """
         self.network.tokens.check(x)
         inputs = self.network.tokens(x) if use_input else self.network.null_input.expand(len(x), -1, -1)
@@ -332,18 +335,18 @@ class KeyMemoryTransformer(nn.Module):
         ids: Iterable[int] | Tensor,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return the mean loss of the task, a scalar, each instance beside its own value or beside its neighbours'.
+        """Return the mean loss of the task, a scalar; each instance reads its own value or values of its neighbours.
 
         Args:
             x: `(B, ...)` inputs.
-            labels: `(B, ...)`, as the task has them.
-            ids: `(B,)` what each of them is in the memory.
-            generator: decides which pathways are dropped, and whose value is read; `dropout` inside of blocks, if there
+            labels: `(B, ...)`, as the task defines them.
+            ids: `(B,)` id of each instance in the memory.
+            generator: draws which pathways are dropped, and which values are read. `dropout` inside of blocks, if there
                 is any, draws from PyTorch's global generator.
 
         Raises:
             KeyError: if an id is not in the memory.
-            TypeError: as for `forward`, or if labels are of another kind, or ids have no order, as a set.
+            TypeError: as for `forward`, or if labels are of another kind, or ids have no order, such as a set.
             ValueError: as for `forward`, or if a label is out of range; in exact mode also if the memory holds
                 something that can be forgotten.
         """
@@ -363,9 +366,9 @@ class KeyMemoryTransformer(nn.Module):
         return self.task.losses(self.network(inputs, values[:, None]).squeeze(1), targets).mean()
 
     def _values(self, wanted: list[int], uniform: Tensor, alone: Tensor) -> Tensor:
-        """`(B, V)` the value each instance is trained beside; the null token where it is alone.
+        """Return the value `(B, V)` that each instance is trained with; the null token for a hidden exemplar.
 
-        Only rows that are used are read, since a sparse optimiser moves all that were.
+        Only rows in use are read, since a sparse optimiser changes every row that was read.
         """
         memory, store = self.memory, self.memory.store
         rows = store.one_row_of_each(wanted, uniform[2])
@@ -384,9 +387,9 @@ class KeyMemoryTransformer(nn.Module):
         return torch.where((own & ~alone)[:, None], mine, self.aggregation.one(found, uniform[3]))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """All trained weights but the values, for an optimiser: matrices with decay, vectors and nulls without.
+        """Return groups of all trained weights except the values: matrices with decay, vectors and nulls without.
 
-        Values are trained by an optimiser of their own: decay would move rows that no instance of the batch owns, and
+        Values need a separate optimiser, since decay would change rows that no instance of the batch owns.
         `SparseAdam([model.memory.store.values])`, with `sparse=True`, costs no more than the rows of a batch.
 
         Args:
@@ -402,16 +405,17 @@ class KeyMemoryTransformer(nn.Module):
     def shard(self, group: dist.ProcessGroup | None = None) -> None:
         """Spread the memory over the ranks of a group, all of which have the same model; see `KeyValueMemory.shard`.
 
-        It is saved as a folder from then on, which any number of ranks can load; one rank has an ordinary memory again.
+        From then on the model is saved as a folder, which any number of ranks can load. A single rank loads an ordinary
+        memory again.
 
         Raises:
-            ValueError: as there, and if ranks have other key encoders.
+            ValueError: as for `KeyValueMemory.shard`, and if ranks have different key encoders.
         """
         Ranks(group).same("fingerprint of the key encoder", self.key_encoder.fingerprint())
         self.memory.shard(group)
 
     def attach(self, *holders: torch.optim.Optimizer | EMA) -> None:
-        """Tell the memory what else keeps something of its values; see `KeyStore.attach`."""
+        """Attach optimisers and averages that hold state of the memory's values; see `KeyStore.attach`."""
         self.memory.store.attach(*holders)
 
     # --- remembering and forgetting -----------------------------------------------------------------------
@@ -425,17 +429,17 @@ class KeyMemoryTransformer(nn.Module):
         permanent: bool = False,
         keys: Tensor | None = None,
     ) -> None:
-        """Give instances a row each; errors as for `KeyStore.add` and `loss`.
+        """Store one row for each instance; errors as for `KeyStore.add` and `loss`.
 
         Args:
-            ids: `(B,)` int64, new ones.
+            ids: `(B,)` int64, none of them in the memory yet.
             x: `(B, ...)` inputs.
-            labels: `(B, ...)`, as the task has them, kept beside the keys; in exact mode they are needed.
-            permanent: whether `forget` refuses them; in exact mode, whether weights may be trained on them.
-            keys: `(B, D)` what `key_encoder.keys` makes of the inputs, if it is at hand.
+            labels: `(B, ...)`, as the task defines them, kept beside the keys; required in exact mode.
+            permanent: whether `forget` refuses these instances; in exact mode, whether weights may be trained on them.
+            keys: `(B, D)` precomputed keys of the inputs, as `key_encoder.keys` returns them.
         """
         store = self.memory.store
-        if isinstance(store, ShardedKeyStore):  # an error of one rank is raised on all, which would wait for it
+        if isinstance(store, ShardedKeyStore):  # an error of one rank is raised on all ranks, which would wait
             wanted, found, targets = store.ranks.agree(lambda: self._to_remember(ids, x, labels, keys))
         else:
             wanted, found, targets = self._to_remember(ids, x, labels, keys)
@@ -448,7 +452,7 @@ class KeyMemoryTransformer(nn.Module):
     def _to_remember(
         self, ids: Iterable[int] | Tensor, x: Tensor, labels: Tensor | None, keys: Tensor | None
     ) -> tuple[list[int], Tensor, Tensor | None]:
-        """Return ids, keys and labels, once they are checked."""
+        """Return the checked ids, keys and labels."""
         self.network.tokens.check(x)
         targets = None if labels is None else self.task.check(labels, len(x))
         if labels is None and self.mode == "exact":
@@ -459,17 +463,17 @@ class KeyMemoryTransformer(nn.Module):
         return wanted, self.key_encoder.keys(x) if keys is None else keys, targets
 
     def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
-        """Delete instances from the memory, at once and without their data; see `KeyStore.forget`.
+        """Delete instances from the memory immediately, by their ids alone; see `KeyStore.forget`.
 
-        Afterwards the model is what it would be had it never stored them: the same weights beside a memory without
-        them. Only in exact mode are those weights what they would be, too.
+        Afterwards the memory is equal to a memory that never stored these instances, and the weights are unchanged.
+        Only in exact mode the weights, too, are equal to the weights of a model that never had these instances.
         """
         return self.memory.forget(ids, missing=missing)
 
     def find_near_duplicates(
         self, ids: Iterable[int] | Tensor, threshold: float = 0.99
     ) -> dict[int, list[tuple[int, float]]]:
-        """Twins that would still answer for instances once these are forgotten; see `KeyValueMemory`."""
+        """Find near duplicates, which would be retrieved in place of forgotten instances; see `KeyValueMemory`."""
         return self.memory.find_near_duplicates(ids, threshold)
 
 
@@ -483,7 +487,7 @@ _MODES = ("paper", "exact")
 
 
 def _check_mode(mode: str, key_encoder: KeyEncoder, memory: KeyValueMemory) -> str:
-    """The mode itself, once encoder and memory allow it.
+    """Return `mode` if encoder and memory allow it.
 
     Raises:
         ValueError: if there is no such mode, or exact mode would not be exact.
@@ -511,7 +515,7 @@ def _check_mode(mode: str, key_encoder: KeyEncoder, memory: KeyValueMemory) -> s
 
 
 def _check_exact(store: KeyStore) -> None:
-    """Raise ValueError if weights would see something that can be forgotten."""
+    """Raise ValueError if weights would be trained on instances that can be forgotten."""
     if store.forgettable:
         raise ValueError(
             f"in exact mode weights are trained on permanent instances, but the memory holds {store.forgettable} rows "
@@ -521,7 +525,7 @@ def _check_exact(store: KeyStore) -> None:
 
 
 def _check_shares(mode: str, **shares: float) -> None:
-    """Raise ValueError if shares are out of range, or do not go together."""
+    """Raise ValueError if shares are out of range, or do not fit together."""
     for name, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"{name} must be between 0 and 1, found {share}")
@@ -532,6 +536,6 @@ def _check_shares(mode: str, **shares: float) -> None:
         )
     if mode == "exact" and shares["own_token_probability"]:
         raise ValueError(
-            "in exact mode own_token_probability is 0: a written value holds its instance's label, and gives it away; "
+            "own_token_probability must be 0 in exact mode, where a written value holds the label of its instance; "
             f"found {shares['own_token_probability']}"
         )

@@ -1,4 +1,4 @@
-"""Good parts of a `KeyMemoryTransformer`: functions that return what its constructor takes."""
+"""Presets of `KeyMemoryTransformer`: functions that return the arguments of its constructor."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ __all__ = ["DEFAULTS", "Settings", "model_parts", "patch_for"]
 
 
 class Settings(TypedDict, total=False):
-    """What the factories of `KeyMemoryTransformer` take beyond shapes, task and encoder.
+    """Settings of the factories of `KeyMemoryTransformer`, besides shapes, task and encoder.
 
     Attributes:
         mode: 'paper' or 'exact'; 'paper' if not given.
         width: of the transformer; 64.
-        depth: number of its blocks; 2.
-        heads: of its attention; 4.
-        dropout: in its blocks, in training only; 0.
-        value_width: numbers of a value; 128, as in the paper.
+        depth: number of blocks; 2.
+        heads: of the attention; 4.
+        dropout: in the blocks, in training only; 0.
+        value_width: dimensions of a value; 128, as in the paper.
         aggregation: 'ensemble', 'softmax' or 'rank', or a module; 'ensemble'.
-        neighbours: how many are retrieved; 4, as in the paper.
+        neighbours: number of retrieved rows; 4, as in the paper.
         metric: 'cosine' or 'dot'; 'cosine'.
         own_token_probability: see `KeyMemoryTransformer`; 1 in paper mode.
         drop_input: share of the instances whose input is hidden in training; 0.2.
-        drop_exemplar: share whose exemplar is hidden; 0.2.
+        drop_exemplar: share of the instances whose exemplar is hidden in training; 0.2.
         sparse: whether gradients of values are sparse; False.
-        seed: of the first values; 0.
-        network: an `ExemplarTransformer` in place of the one that would be built.
-        writer: a `ValueWriter` in place of the one that exact mode has.
+        seed: of the initial values; 0.
+        network: an `ExemplarTransformer` in place of the default network.
+        writer: a `ValueWriter` in place of the default writer of exact mode.
     """
 
     mode: str
@@ -61,7 +61,7 @@ class Settings(TypedDict, total=False):
     writer: ValueWriter
 
 
-#: Values of the settings that are not given.
+#: Defaults of the settings.
 DEFAULTS: Settings = {
     "mode": "paper",
     "width": 64,
@@ -81,7 +81,7 @@ DEFAULTS: Settings = {
 
 
 def patch_for(height: int, width: int) -> int:
-    """Return the greatest patch that fills an image and fits four times into each side; 1 if there is none."""
+    """Return the greatest patch that divides an image and fits four times into each side; 1 if there is none."""
     both = math.gcd(height, width)
     return max((p for p in range(1, both + 1) if both % p == 0 and p <= min(height, width) // 4), default=1)
 
@@ -114,11 +114,11 @@ def model_parts(
     """Return the arguments of `KeyMemoryTransformer`; see `Settings`.
 
     Args:
-        tokens: class of the tokens, and their arguments in `inputs`.
-        inputs: what `tokens` takes beside a width.
-        task: what is predicted.
+        tokens: class of the tokens.
+        inputs: arguments of `tokens`, without the width.
+        task: kind of label that is predicted.
         key_encoder: from inputs to keys.
-        mode: see `Settings`, as for what follows.
+        mode: see `Settings`.
         width: see `Settings`.
         depth: see `Settings`.
         heads: see `Settings`.
@@ -134,7 +134,7 @@ def model_parts(
         seed: see `Settings`.
         network: see `Settings`.
         writer: see `Settings`.
-        device: where the model lives.
+        device: of the model.
         dtype: of weights and memory.
 
     Raises:

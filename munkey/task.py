@@ -1,4 +1,4 @@
-"""What a classifier is asked for: the kind of a label, the loss, and how several predictions become one.
+"""Tasks of a classifier: the kind of a label, the loss, and the average of several predictions.
 
 Letters: `B` instances, `k` neighbours, `n` outputs of the network.
 """
@@ -23,15 +23,15 @@ class Task(ABC):
     """A kind of label, and everything that depends on it.
 
     Args:
-        outputs: `n`, numbers that the network predicts for one instance.
+        outputs: `n`, dimensions of the network's prediction for one instance.
 
     Raises:
         TypeError: if `outputs` is not whole.
-        ValueError: if it is below 1.
+        ValueError: if `outputs` is below 1.
 
     Attributes:
         label_shape: of one label.
-        label_dtype: of labels, as they are given, stored, and hashed.
+        label_dtype: of labels as given, stored, and hashed.
     """
 
     name: ClassVar[str]
@@ -47,19 +47,19 @@ class Task(ABC):
         return (self.outputs,)
 
     def config(self) -> dict[str, Any]:
-        """Return what `task_from` makes the task of, as plain JSON."""
+        """Return the configuration of the task for `task_from`, as plain JSON."""
         return {"name": self.name, "outputs": self.outputs}
 
-    def check(self, labels: Any, count: int) -> Tensor:  # noqa: ANN401 - whatever a tensor can be made of
+    def check(self, labels: Any, count: int) -> Tensor:  # noqa: ANN401 - anything that a tensor can be made from
         """Return the labels of `count` instances as a tensor of the task's dtype.
 
         Args:
-            labels: a tensor, an array of numpy, or a list; whole numbers of any width where the task has such.
-            count: how many there must be.
+            labels: a tensor, a NumPy array, or a list; integers of any width if the task has integer labels.
+            count: number of instances.
 
         Raises:
-            TypeError: if they are no numbers, or of another kind.
-            ValueError: if they have another shape, or one is out of range.
+            TypeError: if labels are not numbers, or of another kind.
+            ValueError: if labels have another shape, or a label is out of range.
         """
         try:
             found = labels if isinstance(labels, Tensor) else torch.as_tensor(labels)
@@ -89,7 +89,7 @@ class Task(ABC):
 
     @abstractmethod
     def average(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """Return one prediction `(B, n)` from those beside several neighbours.
+        """Return one prediction `(B, n)` from the predictions beside several neighbours.
 
         Args:
             outputs: `(B, k, n)` of the network.
@@ -102,11 +102,11 @@ class Task(ABC):
 
     @abstractmethod
     def scores(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return how right each prediction is, `(B,)` float64, whose mean people report; higher is better."""
+        """Return the score of each prediction, `(B,)` float64, whose mean is reported; higher is better."""
 
     @abstractmethod
     def embedding(self, width: int, **factory: Any) -> nn.Module:  # noqa: ANN401 - device and dtype
-        """Return a module from labels, of which some may be missing, to vectors of a width."""
+        """Return a module that maps labels, some of which may be missing, to vectors of a width."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Task) and self.config() == other.config()
@@ -119,10 +119,10 @@ class Task(ABC):
 
 
 class Classification(Task):
-    """One of `n` classes; labels `(B,)` int64 from 0 to `n - 1`.
+    """Classification into one of `n` classes; labels `(B,)` int64 from 0 to `n - 1`.
 
     Loss: cross-entropy in nats. Average: `log sum_j w_j softmax(outputs_j)`, the mean of the probabilities. Score: 1
-    for a right prediction, else 0.
+    for a correct prediction, else 0.
 
     Examples:
         >>> task = Classification(3)
@@ -139,37 +139,37 @@ class Classification(Task):
 
     def _check_range(self, labels: Tensor) -> None:
         low, high = (int(value) for value in labels.aminmax())
-        if low < 0:  # cross-entropy leaves out a label of -100 without a word
+        if low < 0:  # cross-entropy silently ignores a label of -100
             raise ValueError(f"a label is at least 0, found {low}; leave out inputs that have no label")
         if high >= self.outputs:
             raise ValueError(f"expected labels below {self.outputs}, found {high}")
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """See the class."""
+        """Return the cross-entropy of each instance, `(B,)`; arguments as for `Task.losses`."""
         return F.cross_entropy(outputs, labels, reduction="none")
 
     def average(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """See the class."""
+        """Return the log of the mean probabilities, `(B, n)`; arguments as for `Task.average`."""
         return torch.logsumexp(weights.log()[..., None] + outputs.log_softmax(2), 1).to(outputs.dtype)
 
     def predict(self, outputs: Tensor) -> Tensor:
-        """See the class."""
+        """Return the class of the greatest output, `(B,)`; arguments as for `Task.predict`."""
         return outputs.argmax(1)
 
     def scores(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """See the class."""
+        """Return 1 for each correct prediction, else 0, `(B,)`; arguments as for `Task.scores`."""
         return (outputs.argmax(1) == labels).double()
 
     def embedding(self, width: int, **factory: Any) -> nn.Module:  # noqa: ANN401
-        """Return a vector for each class, and one for a missing label."""
+        """Return an embedding with a vector for each class, and a vector for a missing label."""
         return _ClassEmbedding(self.outputs + 1, width, **factory)
 
 
 class MultiLabel(Task):
-    """Any of `n` properties; labels `(B, n)` int64 of 0 and 1.
+    """Prediction of any of `n` properties; labels `(B, n)` int64 of 0 and 1.
 
     Loss: mean binary cross-entropy of the properties in nats. Average: the logit of the mean probability of each
-    property. Score: share of the properties that are predicted rightly.
+    property. Score: share of the properties that are predicted correctly.
 
     Examples:
         >>> task = MultiLabel(3)
@@ -186,30 +186,30 @@ class MultiLabel(Task):
             raise ValueError(f"labels of several properties are 0 or 1, found {low} to {high}")
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """See the class."""
+        """Return the mean binary cross-entropy of each instance, `(B,)`; arguments as for `Task.losses`."""
         return F.binary_cross_entropy_with_logits(outputs, labels.to(outputs.dtype), reduction="none").mean(1)
 
     def average(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """See the class."""
+        """Return the logits of the mean probabilities, `(B, n)`; arguments as for `Task.average`."""
         logs = weights.log()[..., None]
         yes, no = (torch.logsumexp(logs + F.logsigmoid(sign * outputs), 1) for sign in (1, -1))
         return (yes - no).to(outputs.dtype)
 
     def predict(self, outputs: Tensor) -> Tensor:
-        """See the class."""
+        """Return 1 for each property with a positive logit, else 0; arguments as for `Task.predict`."""
         return (outputs > 0).long()
 
     def scores(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """See the class."""
+        """Return the share of correct properties of each instance, `(B,)`; arguments as for `Task.scores`."""
         return (self.predict(outputs) == labels).double().mean(1)
 
     def embedding(self, width: int, **factory: Any) -> nn.Module:  # noqa: ANN401
-        """Return a linear map."""
+        """Return a linear map of label vectors."""
         return _VectorEmbedding(self.outputs, width, **factory)
 
 
 class Regression(Task):
-    """`n` real numbers; labels `(B, n)` float32, best of about unit size.
+    """Regression of `n` real numbers; labels `(B, n)` float32, best of about unit size.
 
     Loss: mean squared error. Average: the mean. Score: the negative mean squared error.
 
@@ -230,27 +230,27 @@ class Regression(Task):
             raise ValueError("labels must be finite, found NaN or infinity; leave out inputs that have no label")
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """See the class."""
+        """Return the mean squared error of each instance, `(B,)`; arguments as for `Task.losses`."""
         return (outputs - labels.to(outputs.dtype)).square().mean(1)
 
     def average(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """See the class."""
+        """Return the weighted mean of the outputs, `(B, n)`; arguments as for `Task.average`."""
         return (weights[..., None] * outputs).sum(1).to(outputs.dtype)
 
     def predict(self, outputs: Tensor) -> Tensor:
-        """See the class."""
+        """Return the outputs as they are; arguments as for `Task.predict`."""
         return outputs
 
     def scores(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """See the class."""
+        """Return the negative mean squared error of each instance, `(B,)`; arguments as for `Task.scores`."""
         return -(outputs.double() - labels.double()).square().mean(1)
 
     def embedding(self, width: int, **factory: Any) -> nn.Module:  # noqa: ANN401
-        """Return a linear map."""
+        """Return a linear map of label vectors."""
         return _VectorEmbedding(self.outputs, width, **factory)
 
 
-#: Tasks by the name that files have.
+#: Tasks by their names in files.
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, MultiLabel, Regression)}
 
 
@@ -258,7 +258,7 @@ def task_from(config: Mapping[str, Any]) -> Task:
     """Return the task that `Task.config` describes.
 
     Raises:
-        ValueError: if there is no task of the name.
+        ValueError: if there is no task with this name.
 
     Examples:
         >>> task_from({"name": "regression", "outputs": 2})
@@ -270,7 +270,7 @@ def task_from(config: Mapping[str, Any]) -> Task:
 
 
 class _ClassEmbedding(nn.Embedding):
-    """A vector for each class; the first is that of a missing label, -1."""
+    """An embedding of classes; the first vector is for a missing label, -1."""
 
     def forward(self, labels: Tensor) -> Tensor:
         vectors: Tensor = super().forward(labels + 1)
@@ -278,7 +278,7 @@ class _ClassEmbedding(nn.Embedding):
 
 
 class _VectorEmbedding(nn.Linear):
-    """A linear map of label vectors; a missing one, of -1 or NaN, adds nothing but the bias."""
+    """A linear map of label vectors; a missing label, -1 or NaN, adds only the bias."""
 
     def forward(self, labels: Tensor) -> Tensor:
         missing = labels.isnan() if labels.is_floating_point() else labels < 0

@@ -1,8 +1,8 @@
-"""Trees of clusters that one can generate from, on PyTorch.
+"""Generative trees of clusters, on PyTorch.
 
-`TreeVAE` learns a tree of latent clusters, `TreeGrowth` grows it, and every layer they are made of stands in
-`treediff.layers`. `LeafConditionedDDPM` draws sharp images of any cluster, made of the parts in `treediff.diffusion`,
-and `DiffuseTreeVAE` is both stages as one.
+`TreeVAE` learns a tree of latent clusters, `TreeGrowth` grows the tree, and all their layers are in `treediff.layers`.
+`LeafConditionedDDPM`, built from the parts in `treediff.diffusion`, draws sharp images of any cluster, and
+`DiffuseTreeVAE` is both stages as one.
 """
 
 from treediff.core.ema import EMA

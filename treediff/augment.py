@@ -1,7 +1,7 @@
-"""Random changes to whole batches of images, by kornia, with draws from a generator.
+"""Augmentations of whole batches of images, by kornia, with draws from a generator.
 
-kornia's transformations have parameters of their own for each image, and draw them from PyTorch's default generator.
-`Augment` gives them the draws of a seed and puts the state of that generator back.
+kornia's transformations draw separate parameters for each image from PyTorch's default generator. `Augment` seeds this
+generator for the draws and restores its state afterwards.
 
 Letters: `B` images, `C` channels, `H W` height and width.
 """
@@ -23,13 +23,13 @@ __all__ = ["Augment", "celeba_augment", "cifar_augment", "contrastive_views", "o
 
 
 class Augment:
-    """Transformations of kornia, one after another, as a function of images and a generator.
+    """Sequence of kornia's transformations, as a function of images and a generator.
 
     Args:
-        *steps: modules from `(B, C, H, W)` to the same, such as those of `kornia.augmentation`.
+        *steps: modules from `(B, C, H, W)` to `(B, C, H, W)`, such as those of `kornia.augmentation`.
 
     Raises:
-        TypeError: if a step is no module.
+        TypeError: if a step is not a module.
 
     Examples:
         >>> import kornia.augmentation as K
@@ -57,11 +57,11 @@ class Augment:
 
         Args:
             images: `(B, C, H, W)` in [0, 1], floating point.
-            generator: gives the seed of all draws; PyTorch's default generator gives it if there is none.
+            generator: gives the seed of all draws; PyTorch's default generator if not given.
 
         Raises:
             TypeError: if the images are not floating point.
-            ValueError: if they do not have four dimensions.
+            ValueError: if the images do not have four dimensions.
         """
         if images.ndim != 4:
             raise ValueError(
@@ -76,7 +76,7 @@ class Augment:
             return images
         changed = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
         seed = torch.Generator().manual_seed(seed_from(generator))
-        # Autocast would round the matrices to bfloat16, and with them every pixel's position.
+        # Autocast would round the matrices of transformations, and so every pixel's position, to bfloat16.
         with drawing_from(seed), torch.autocast(images.device.type, enabled=False):
             for step in self.steps:
                 changed = step(changed)
@@ -92,7 +92,7 @@ def _kornia() -> ModuleType:
 
 
 def cifar_augment(size: int | tuple[int, int] = 32) -> Augment:
-    """Return the contrastive augmentation of TreeVAE for CIFAR and CUBICC, that of SimCLR without its blur.
+    """Return the contrastive augmentation of TreeVAE for CIFAR and CUBICC: SimCLR's without blur.
 
     Crop of 0.2 to 1 of the area, mirror, jitter (0.4, 0.4, 0.4, 0.1) with probability 0.8, grey with 0.2.
 
@@ -114,10 +114,10 @@ def cifar_augment(size: int | tuple[int, int] = 32) -> Augment:
 
 
 def celeba_augment(size: int | tuple[int, int] = 64) -> Augment:
-    """Return the milder augmentation of TreeVAE for faces: most of the picture stays, hue and colour are kept.
+    """Return the milder augmentation of TreeVAE for faces: most of the image stays, hue and colour are kept.
 
     Crop of 3/4 to 1 of the area at ratios 4/5 to 5/4, mirror, jitter (0.2, 0.2, 0.2) with probability 0.8. The fixed
-    cut to the face (148 x 148 pixels, then 64 x 64) belongs to the reading of the data.
+    crop to the face (148 x 148 pixels, then 64 x 64) is part of loading the data.
 
     Args:
         size: height and width of the images, or one number for both.
@@ -138,7 +138,7 @@ def celeba_augment(size: int | tuple[int, int] = 64) -> Augment:
 def omniglot_augment() -> Augment:
     """Return the simple augmentation of TreeVAE for Omniglot: light strokes on black, moved a little, not mirrored.
 
-    Up to 10 degrees, 1/28 of a side, 0.9 to 1.1 in size, and 0.01 degrees of shear, which is next to nothing.
+    Up to 10 degrees, 1/28 of a side, 0.9 to 1.1 in size, and 0.01 degrees of shear, which is negligible.
 
     Raises:
         ImportError: if kornia is missing.
@@ -156,8 +156,8 @@ def contrastive_views(
 
     Args:
         images: `(B, C, H, W)` in [0, 1].
-        augment: makes a view.
-        generator: where the draws come from.
+        augment: function that makes a view.
+        generator: source of the draws.
 
     Raises:
         TypeError: as `Augment`.

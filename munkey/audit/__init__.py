@@ -1,7 +1,8 @@
-"""Did it forget? What an attacker can tell, and how far a model is from one that never saw what was forgotten.
+"""Measures of forgetting: success of attacks, and distances to models trained without the forgotten instances.
 
-Small functions over arrays, for any model. Every number has a direction and a value that it takes for a model trained
-without the forgotten instances (the retrained *oracle*); being beyond that value is no better than being before it.
+The measures are small functions on arrays, for any model. Every measure has a direction, and an expected value for the
+retrained model (*oracle*), which was trained without the forgotten instances. A value beyond the value of the oracle is
+no better than a value short of it.
 """
 
 from munkey.audit.distances import Distance, average_gap, kl_of_margins, kolmogorov_smirnov, tug_of_war

@@ -1,4 +1,4 @@
-"""What the audit asks of the arrays it is given; one place, so that all measures say the same."""
+"""Checks of the arrays that an audit is given, in one place, so that all measures raise the same errors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["check_labels", "check_logits", "check_scores"]
 
 
 def check_scores(**sets: Tensor) -> tuple[Tensor, ...]:
-    """Scores `(n,)` of some sets as float64.
+    """Return scores `(n,)` of some sets as float64.
 
     Raises:
-        ValueError: if one is empty, of another shape, or not finite.
+        ValueError: if a set is empty, of another shape, or not finite.
     """
     for name, scores in sets.items():
         if scores.ndim != 1 or not len(scores) or not scores.isfinite().all():
@@ -21,7 +21,7 @@ def check_scores(**sets: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits `(..., n, classes)` as float64, once labels `(n,)` suit them.
+    """Return logits `(..., n, classes)` as float64 if labels `(n,)` fit.
 
     Raises:
         ValueError: if shapes do not fit, there is one class only, labels are out of range, or logits are not finite.

@@ -1,7 +1,6 @@
-"""How far a model that forgot is from models that were trained without.
+"""Distances of a model after forgetting to retrained models (oracles), trained without the forgotten instances.
 
-Being near is all that is asked: a model that does worse on what it forgot than one that never saw it has not forgotten
-better.
+Only nearness counts: a model that is worse on forgotten instances than the oracle has not forgotten better.
 
 Letters: `n` instances, `k` and `l` models of different seeds.
 """
@@ -32,18 +31,18 @@ class Distance:
 
 
 def average_gap(found: Mapping[str, float], oracle: Mapping[str, float]) -> float:
-    """`mean |found - oracle|` over metrics: from 0, lower is better, 0 for the oracle itself.
+    """Return `mean |found - oracle|` over metrics: from 0, lower is better, 0 for the oracle itself.
 
-    With accuracies on test, retained and forgotten instances and the area under an attack's curve, all in percent, it
-    is the measure by which MUNKEY is judged (arXiv 2603.15033); its value between two oracles of different seeds says
-    what a gap means.
+    MUNKEY (arXiv 2603.15033) is evaluated by this gap. Its metrics are accuracies on test, retained and forgotten
+    instances and the area under an attack's curve, all in percent. The gap between two oracles of different seeds is
+    the scale to compare with.
 
     Args:
-        found: metrics of a model that forgot.
-        oracle: the same of a model that was trained without.
+        found: metrics of a model after forgetting.
+        oracle: the same metrics of a retrained model.
 
     Raises:
-        ValueError: if they have not the same names, or none.
+        ValueError: if the names of the metrics differ, or there are no metrics.
 
     Examples:
         >>> average_gap({"test": 90.0, "forget": 91.0}, {"test": 90.5, "forget": 89.5})
@@ -54,17 +53,17 @@ def average_gap(found: Mapping[str, float], oracle: Mapping[str, float]) -> floa
 
 
 def tug_of_war(found: Mapping[str, float], oracle: Mapping[str, float]) -> float:
-    """`prod (1 - |found - oracle|)` over accuracies: from 0 to 1, higher is better, 1 for the oracle itself.
+    """Return `prod (1 - |found - oracle|)` over accuracies: from 0 to 1, higher is better, 1 for the oracle itself.
 
-    Unlike a mean it falls with whichever agreement is worst. Source: Zhao et al., "What makes unlearning hard and what
+    Unlike a mean, the product falls with the worst agreement. Source: Zhao et al., "What makes unlearning hard and what
     to do about it" (arXiv 2406.01257), with accuracies on forgotten, retained and test instances.
 
     Args:
-        found: accuracies from 0 to 1 of a model that forgot.
-        oracle: the same of a model that was trained without.
+        found: accuracies from 0 to 1 of a model after forgetting.
+        oracle: the same accuracies of a retrained model.
 
     Raises:
-        ValueError: if they have not the same names, or none, or one is not from 0 to 1.
+        ValueError: if the names differ, there are no accuracies, or an accuracy is not from 0 to 1.
 
     Examples:
         >>> round(tug_of_war({"test": 0.9, "forget": 1.0}, {"test": 0.9, "forget": 0.8}), 6)
@@ -78,17 +77,17 @@ def tug_of_war(found: Mapping[str, float], oracle: Mapping[str, float]) -> float
 
 
 def kl_of_margins(found: Tensor, oracle: Tensor, *, bins: int = 20, floor: float = 1e-3) -> Distance:
-    """`KL(found || oracle)` of each instance's margins, in nats: from 0, lower is better, 0 for the same margins.
+    """Return `KL(found || oracle)` of each instance's margins in nats: from 0, lower is better, 0 for equal margins.
 
-    Margins of both sides are counted in bins of equal width between the least and the greatest of that instance, and
-    `floor` is added to each share before they are made to add up to 1 again, so that an empty bin costs much and not
-    everything. With few models it is above 0 for two halves of the oracles as well: report that beside it. Source:
+    Margins of both sides are counted in bins of equal width between the least and the greatest margin of an instance.
+    `floor` is added to each share, and the shares are normalised again, so that an empty bin has a high but finite
+    cost. With few models the result is above 0 even for two halves of the oracles: report this value, too. Source:
     Georgiev et al., "Attribute-to-delete" (arXiv 2410.23232).
 
     Args:
-        found: `(k, n)` `margins` of models that forgot.
-        oracle: `(l, n)` those of models that were trained without.
-        bins: how many.
+        found: `(k, n)` `margins` of models after forgetting.
+        oracle: `(l, n)` margins of retrained models.
+        bins: number of bins.
         floor: added to each share, above 0.
 
     Raises:
@@ -117,17 +116,17 @@ def kl_of_margins(found: Tensor, oracle: Tensor, *, bins: int = 20, floor: float
 
 
 def kolmogorov_smirnov(found: Tensor, oracle: Tensor) -> Distance:
-    """`max_t |F_found(t) - F_oracle(t)|` for each instance: from 0 to 1, lower is better, 0 for the same samples.
+    """Return `max_t |F_found(t) - F_oracle(t)|` of each instance: from 0 to 1, lower is better, 0 for equal samples.
 
-    `F` is the share of models whose value is at most `t`. With few models it is well above 0 for two halves of the
-    oracles as well: report that beside it.
+    `F` is the share of models with a value of at most `t`. With few models the result is well above 0 even for two
+    halves of the oracles: report this value, too.
 
     Args:
-        found: `(k, n)` of models that forgot: margins, or losses.
-        oracle: `(l, n)` the same of models that were trained without.
+        found: `(k, n)` margins or losses of models after forgetting.
+        oracle: `(l, n)` margins or losses of retrained models.
 
     Raises:
-        ValueError: if shapes do not fit, or something is not finite.
+        ValueError: if shapes do not fit, or a value is not finite.
 
     Examples:
         >>> kolmogorov_smirnov(torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])).mean

@@ -1,6 +1,6 @@
-"""Whether bytes of what was forgotten are left, in tensors and in files.
+"""Search for bytes of forgotten instances, in tensors and in files.
 
-`KeyStore.forget` erases what the store knows to hold an instance. This looks, and knows nothing of how it was done.
+`KeyStore.forget` erases every place in which the store holds an instance. The search is independent of these places.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class ErasureReport:
-    """What was looked for and where it was found.
+    """Result of a search for bytes.
 
     Attributes:
-        pieces: how many byte strings were looked for: each key and each value that is not all zero.
-        found: how many of them are there, by place: 'tensors', or the name of a file; 0 everywhere after forgetting.
+        pieces: number of byte strings to find: each key and each value that is not all zero.
+        found: number of byte strings found, by place: 'tensors', or the name of a file; 0 everywhere after forgetting.
     """
 
     pieces: int
@@ -38,31 +38,32 @@ class ErasureReport:
 
     @property
     def clean(self) -> bool:
-        """Whether there is nothing anywhere."""
+        """True if no byte string was found in any place."""
         return not any(self.found.values())
 
 
 def erasure_report(
     rows: Rows, *, holders: Iterable[object] = (), files: Iterable[str | os.PathLike[str]] = ()
 ) -> ErasureReport:
-    """Look for the keys and values of some rows in all tensors within reach of some objects, and in files.
+    """Search for the keys and values of some rows in all tensors that are reachable from some objects, and in files.
 
-    Whole storages are searched, room that no view shows included, for the rows as they are and rounded to any other of
-    float64, float32, float16 and bfloat16. Within reach is what objects refer to, gradients, and what the graph of a
-    kept loss holds for its backward pass: saved tensors, what a function of your own keeps, and what hooks on saved
-    tensors have packed, which are not called. Rows whose value was never changed from zero, as in
-    exact mode, are looked for by their keys alone; a row of few different numbers may be found by chance. **The rows
-    themselves are a copy of what is to be forgotten**: read them before, look, and delete them.
+    Whole storages are searched, including parts that no view covers. The search is for the rows as they are, and
+    rounded to any other of float64, float32, float16 and bfloat16. Tensors are reachable through references of objects,
+    gradients, and the graph of a kept loss. A graph holds saved tensors, attributes of custom functions, and tensors
+    that hooks on saved tensors have packed; the hooks are not called. Rows with a value of zeros, as in exact mode, are
+    searched for by their keys alone. A row of few different numbers may be found by chance. **The rows themselves are a
+    copy of forgotten data**: read the rows before forgetting, search, and delete the rows.
 
-    Not looked at: memory that is free but not empty, other processes, copies on disk that are not named, tensors that
-    only C++ knows (hooks on the nodes of a graph, caches of a compiled model, tangents of forward-mode derivatives),
-    what is on the meta device, and rows in pieces, transposed, or changed in any other way than by rounding.
+    Not searched: free memory that is not cleared, other processes, copies on disk that are not named, and the meta
+    device. Not searched either: tensors that only C++ holds, such as hooks on the nodes of a graph, caches of a
+    compiled model, and tangents of forward-mode derivatives. Not found: rows in pieces, transposed, or changed in any
+    other way than by rounding.
 
     Args:
-        rows: what `KeyStore.get` said of the instances before they were forgotten.
-        holders: models, optimisers, averages, losses: everything they refer to is searched, what functions enclose and
-            graphs save included, but for `rows` itself and what modules have by name.
-        files: paths; of a folder everything in it.
+        rows: result of `KeyStore.get` for the instances before forgetting.
+        holders: models, optimisers, averages, losses. Everything they refer to is searched, including closures of
+            functions and tensors saved in graphs, except `rows` itself and the globals of Python modules.
+        files: paths of files, or of folders, in which all files are searched.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -93,7 +94,7 @@ def erasure_report(
 
 
 def _forms(row: Tensor) -> set[bytes]:
-    """The bytes of a row in each dtype that it may have been brought to, but for one in which nothing is left of it."""
+    """Return the bytes of a row in each dtype that it may be rounded to, except dtypes in which the row is zero."""
     rounded = (row.detach().cpu().to(dtype) for dtype in (row.dtype, *_DTYPES))
     return {x.contiguous().view(torch.uint8).numpy().tobytes() for x in rounded if x.any()}
 
@@ -103,7 +104,7 @@ def _count(pieces: list[set[bytes]], content: bytes) -> int:
 
 
 def _reachable(*roots: object) -> list[Tensor]:
-    """All tensors that can be reached from some objects, gradients and graphs included."""
+    """Return all tensors that are reachable from some objects, including gradients and graphs."""
     seen: dict[int, object] = {}
     todo = list(roots)
     while todo:
@@ -111,7 +112,7 @@ def _reachable(*roots: object) -> list[Tensor]:
         if id(thing) in seen or isinstance(thing, type | ModuleType):
             continue
         seen[id(thing)] = thing
-        if isinstance(thing, FunctionType):  # but for its module, from which everything can be reached
+        if isinstance(thing, FunctionType):  # without its globals, from which everything is reachable
             todo += [thing.__closure__, thing.__defaults__, thing.__kwdefaults__, vars(thing)]
         else:
             todo += gc.get_referents(thing)
@@ -123,13 +124,13 @@ def _reachable(*roots: object) -> list[Tensor]:
 
 
 def _behind(tensor: Tensor) -> list[object]:
-    """The gradient of a tensor, and the node of the graph that made it, neither of which Python sees as its part."""
-    # To ask other tensors for their gradient is a warning.
+    """Return the gradient of a tensor and the graph node that computed it; Python lists neither as a reference."""
+    # Reading the gradient of any other tensor raises a warning.
     return [tensor.grad if tensor.is_leaf or tensor.retains_grad else None, tensor.grad_fn]
 
 
 def _saved_by(node: Node) -> list[object]:
-    """What a node of a graph holds, and the nodes behind it."""
+    """Return the objects that a graph node holds, and the next nodes of the graph."""
     found: list[object] = [behind for behind, _ in node.next_functions]
     found.append(getattr(node, "variable", None))  # the leaf that a gradient is added to
     for name in dir(node):
@@ -139,21 +140,21 @@ def _saved_by(node: Node) -> list[object]:
 
 
 def _unpacked(node: Node, name: str) -> list[object]:
-    """Saved tensors, or what a hook has made of them, as they are.
+    """Return saved tensors, or the results of hooks that packed them, unchanged.
 
     The attributes without `_raw` check versions, which forgetting in place has changed, and call hooks, which may
-    compute anything anew.
+    compute anything.
     """
     try:
         saved = getattr(node, name)
-    except RuntimeError:  # a backward pass has let go of them
+    except RuntimeError:  # a backward pass has freed them
         return []
     each = saved if isinstance(saved, tuple | list) else [saved]
     return [part for tensor in each for part in (tensor.data, tensor.unpack_hook)]
 
 
 def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The dense tensors that a tensor is made of."""
+    """Return the dense tensors that a tensor consists of."""
     if tensor.is_sparse:
         return tensor._values(), tensor._indices()
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
@@ -164,7 +165,7 @@ def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def _content(tensors: list[Tensor], without: set[int]) -> bytes:
-    """Whole storages, each once."""
+    """Return the bytes of whole storages, each storage once."""
     storages = {}
     for tensor in tensors:
         for part in _parts(tensor):

@@ -1,6 +1,6 @@
-"""What to forget in an audit: at random, which is the easiest, and what is harder.
+"""Forget sets for an audit: random instances, which are the easiest to forget, and harder sets.
 
-Each function gives row numbers `(count,)` in an order that depends on its arguments alone.
+Each function returns row numbers `(count,)` in an order that depends on its arguments alone.
 
 Letters: `n` instances, `D` width of a key, `M` models.
 """
@@ -18,29 +18,29 @@ __all__ = ["at_random", "cluster", "low_density", "memorised", "mislabelled", "o
 
 
 def at_random(total: int, count: int, *, generator: torch.Generator) -> Tensor:
-    """Any instances, each as likely.
+    """Draw instances at random, all equally likely.
 
     Args:
         total: `n`.
-        count: how many to forget.
-        generator: chooses.
+        count: number of instances to forget.
+        generator: draws the instances.
 
     Raises:
-        ValueError: if there are not as many.
+        ValueError: if there are fewer instances than `count`.
     """
     _check_count(count, total)
     return torch.randperm(total, generator=generator)[:count]
 
 
 def of_class(labels: Tensor, label: int) -> Tensor:
-    """All of one class, in order.
+    """Return all instances of one class, in order.
 
     Args:
         labels: `(n,)`.
         label: the class.
 
     Raises:
-        ValueError: if there is none of it.
+        ValueError: if no instance has this class.
     """
     rows = (labels == label).nonzero().squeeze(1)
     if not len(rows):
@@ -49,15 +49,15 @@ def of_class(labels: Tensor, label: int) -> Tensor:
 
 
 def cluster(keys: Tensor, row: int, count: int) -> Tensor:
-    """An instance and those most like it, by the cosine of their keys; the nearest first.
+    """Return an instance and the instances most similar to it, by the cosine of their keys; the nearest first.
 
     Args:
         keys: `(n, D)`.
         row: the instance in the middle.
-        count: how many to forget, the one in the middle included.
+        count: number of instances to forget, including the instance in the middle.
 
     Raises:
-        ValueError: if there are not as many.
+        ValueError: if there are fewer instances than `count`.
     """
     _check_count(count, len(keys))
     unit = F.normalize(keys.double(), dim=1)
@@ -65,15 +65,15 @@ def cluster(keys: Tensor, row: int, count: int) -> Tensor:
 
 
 def low_density(keys: Tensor, count: int, *, neighbours: int = 10) -> Tensor:
-    """Instances that have the least in common with others: least mean cosine to their nearest keys; the least first.
+    """Return the most isolated instances: least mean cosine to their nearest keys, the least first.
 
     Args:
         keys: `(n, D)`.
-        count: how many to forget.
-        neighbours: over how many nearest ones the mean is taken.
+        count: number of instances to forget.
+        neighbours: number of nearest keys in the mean.
 
     Raises:
-        ValueError: if there are not as many instances, or neighbours.
+        ValueError: if there are fewer instances than `count`, or fewer other instances than `neighbours`.
     """
     _check_count(count, len(keys))
     _check_count(neighbours, len(keys) - 1, "neighbours")
@@ -85,20 +85,20 @@ def low_density(keys: Tensor, count: int, *, neighbours: int = 10) -> Tensor:
 
 
 def memorised(right: Tensor, seen: Tensor, count: int) -> Tensor:
-    """Instances that models know only if they have seen them, the most so first.
+    """Return the instances that models classify correctly only if trained on them, the most memorised first.
 
-        score(i) = P(i is classified rightly | trained on i) - P(i is classified rightly | not trained on i)
+        score(i) = P(i is classified correctly | trained on i) - P(i is classified correctly | not trained on i)
 
     Source: Feldman and Zhang, "What neural networks memorize and why" (arXiv 2008.03703), eq. 1, with subsets in place
     of leaving one out.
 
     Args:
-        right: `(M, n)` bool, whether each of several models classifies each instance rightly.
-        seen: `(M, n)` bool, whether it was trained on it.
-        count: how many to forget.
+        right: `(M, n)` bool, whether each of several models classifies each instance correctly.
+        seen: `(M, n)` bool, whether each model was trained on each instance.
+        count: number of instances to forget.
 
     Raises:
-        ValueError: if shapes differ, or an instance was seen by all models or by none.
+        ValueError: if shapes differ, or all models or no model were trained on an instance.
     """
     if right.shape != seen.shape or right.ndim != 2:
         raise ValueError(f"expected (models, n) twice, found {tuple(right.shape)} and {tuple(seen.shape)}")
@@ -111,16 +111,16 @@ def memorised(right: Tensor, seen: Tensor, count: int) -> Tensor:
 
 
 def mislabelled(labels: Tensor, count: int, classes: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows to forget, and labels `(n,)` where these have a wrong one: train with them, then forget.
+    """Return random rows to forget, and labels `(n,)` that are wrong in these rows: train with these labels first.
 
     Args:
         labels: `(n,)` int64.
-        count: how many to give a wrong label, each wrong one as likely.
-        classes: how many there are, at least 2.
-        generator: chooses.
+        count: number of wrong labels, all wrong classes equally likely.
+        classes: number of classes, at least 2.
+        generator: draws rows and labels.
 
     Raises:
-        ValueError: if there are not as many instances, or one class only.
+        ValueError: if there are fewer instances than `count`, or one class only.
     """
     rows = at_random(len(labels), count, generator=generator).to(labels.device)
     wrong = labels.clone()

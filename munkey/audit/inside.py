@@ -1,8 +1,8 @@
-"""Attacks that see more than a model says: its weights beside tokens of the attacker's choice, features, gradients.
+"""Attacks with access to more than outputs: weights beside tokens of the attacker's choice, features, gradients.
 
-Deleting a key takes an instance out of the memory. What the shared weights kept of it is asked here: they are run
-beside the null token, the mean of all tokens and the token of a random other instance. A null token that was never
-trained proves nothing, so the worst of all is what counts.
+Deleting a key deletes an instance from the memory. These attacks measure what the shared weights kept of the instance:
+the weights are evaluated beside the null token, the mean of all tokens, and the token of a random other instance. A
+null token that was never trained proves nothing, so the worst attack counts.
 
 Letters: `n` instances, `W` width of the transformer.
 """
@@ -30,11 +30,11 @@ __all__ = ["InsideView", "inside_attacks", "inside_view", "worst_attack"]
 
 @dataclass(frozen=True, eq=False)
 class InsideView:
-    """What the shared weights make of some instances, without the memory's answer for them.
+    """Results of the shared weights for some instances, without the rows that the memory retrieves.
 
     Attributes:
-        logits: `(n, classes)` by the token beside which they were asked: 'null', 'mean', 'random'.
-        features: `(n, W)` what the head is given beside the null token.
+        logits: `(n, classes)` by the token beside the input: 'null', 'mean', 'random'.
+        features: `(n, W)` inputs of the head, beside the null token.
         gradients: `(n,)` length of the gradient of each instance's loss by all weights of the network, beside the null
             token.
         labels: `(n, ...)`.
@@ -57,15 +57,15 @@ def inside_view(
     batch_size: int = 256,
     generator: torch.Generator | None = None,
 ) -> InsideView:
-    """Look at instances through the shared weights, in eval mode.
+    """Evaluate the shared weights on instances, in eval mode.
 
     Args:
-        model: the classifier; its memory gives the mean token and random ones. With an empty memory these are the null
-            token.
+        model: the classifier; its memory gives the mean token and the random tokens. With an empty memory, all of these
+            are the null token.
         x: `(n, ...)` inputs.
-        labels: `(n, ...)`, as the task has them.
-        batch_size: how many are looked at together.
-        generator: chooses the random tokens; seed 0 if not given.
+        labels: `(n, ...)`, as the task defines them.
+        batch_size: number of instances in one pass.
+        generator: draws the random tokens; seed 0 if not given.
 
     Raises:
         ValueError: if there is not one label for each input.
@@ -99,16 +99,16 @@ def inside_attacks(
     resamples: int = 1000,
     generator: torch.Generator | None = None,
 ) -> dict[str, Attack]:
-    """All attacks from inside, by name; compare each with the same attack on a retrained oracle.
+    """Run all attacks from inside, by name; compare each with the same attack on a retrained model (oracle).
 
-    For each token the four scores of `membership_scores` and a classifier on confidences; a classifier on features; the
-    length of the gradient. Classifiers learn from what is known.
+    The attacks are, for each token, the four scores of `membership_scores` and a classifier on confidences; then a
+    classifier on features, and the length of the gradient. Classifiers are trained on the known instances.
 
     Args:
-        forgotten: what the attacker wants to know of.
+        forgotten: instances whose membership is attacked.
         others: instances that never were members, of the same kind.
-        known_members: instances the attacker knows to be members, such as retained ones.
-        known_others: instances he knows not to be; none of `others`.
+        known_members: instances that the attacker knows to be members, such as retained instances.
+        known_others: instances that the attacker knows to be no members; none of `others`.
         fpr: see `attack`.
         resamples: see `attack`.
         generator: see `attack`.
@@ -128,7 +128,7 @@ def inside_attacks(
 
 
 def _scores(view: InsideView, token: str) -> dict[str, Tensor]:
-    """Return scores of membership: of classes four, of any other task the loss."""
+    """Return scores of membership: four for classes, the loss for any other task."""
     outputs = view.logits[token]
     if isinstance(view.task, Classification):
         return membership_scores(outputs, view.labels)
@@ -136,7 +136,7 @@ def _scores(view: InsideView, token: str) -> dict[str, Tensor]:
 
 
 def _confidence(view: InsideView, token: str) -> Tensor:
-    """Return what a classifier of members is given, `(n, ...)`."""
+    """Return the features `(n, ...)` for a classifier of members."""
     outputs = view.logits[token]
     if isinstance(view.task, Classification):
         return confidence_features(outputs, view.labels)
@@ -144,14 +144,14 @@ def _confidence(view: InsideView, token: str) -> Tensor:
 
 
 def worst_attack(found: Mapping[str, Attack], oracle: Mapping[str, Attack]) -> str:
-    """The name of the attack whose area under the curve is farthest from the oracle's, in either direction.
+    """Return the name of the attack whose area under the curve is farthest from the oracle's, in either direction.
 
     Args:
-        found: attacks on a model that forgot.
-        oracle: the same attacks on one that was trained without.
+        found: attacks on a model after forgetting.
+        oracle: the same attacks on a retrained model.
 
     Raises:
-        ValueError: if they are not the same attacks, or none.
+        ValueError: if the attacks are not the same, or there are none.
     """
     if found.keys() != oracle.keys() or not found:
         raise ValueError(f"expected the same attacks on both, found {sorted(found)} and {sorted(oracle)}")
@@ -159,7 +159,7 @@ def worst_attack(found: Mapping[str, Attack], oracle: Mapping[str, Attack]) -> s
 
 
 def _in_order(store: KeyStore) -> Tensor:
-    """Return the rows by id and view, so that nothing depends on where they are."""
+    """Return the rows by id and view, so that nothing depends on their positions."""
     return store.order()
 
 
@@ -190,6 +190,6 @@ class _Beside(torch.nn.Module):
         self.network, self.token = network, token
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, n)` logits."""
+        """Return logits `(B, n)`."""
         logits: Tensor = self.network(self.network.tokens(x), self.token.expand(len(x), 1, -1))  # type: ignore[operator]
         return logits.squeeze(1)

@@ -1,8 +1,8 @@
-"""Membership inference: can it be told from what a model says whether it was trained on an instance?
+"""Membership inference: attacks that decide from the outputs of a model whether it was trained on an instance.
 
-An attack is a *score* for each instance, greater where it is more likely to have been a member, and a comparison of the
-scores of members, or of what was forgotten, with those of others that never were members. Take the others from the same
-distribution as the members: if a class was forgotten, from that class, or the attack tells how hard the class is.
+An attack is a *score* for each instance, greater for likelier members, and a comparison of two sets of scores: members,
+or forgotten instances, and others that never were members. Draw the others from the same distribution as the members.
+If a class was forgotten, draw the others from this class, or the attack measures how hard the class is.
 
 Letters: `n` members, `m` others, `R` resamples.
 """
@@ -22,15 +22,15 @@ __all__ = ["Attack", "area_under_curve", "attack", "membership_scores"]
 
 @dataclass(frozen=True, eq=False)
 class Attack:
-    """How well scores tell members from others.
+    """Separation of members from others by their scores.
 
     Attributes:
-        auc: `P(member > other) + P(equal) / 2`, the area under the curve, from 0 to 1; 0.5 where nothing can be told,
-            and about that for a retrained oracle. Being below is no better: then others score higher, which gives
-            members away as well.
+        auc: `P(member > other) + P(equal) / 2`, the area under the curve, from 0 to 1; 0.5 if scores do not separate,
+            and about 0.5 for a retrained model (oracle). A value below is no better: then others have greater scores,
+            which reveals members as well.
         auc_interval: 95 % bootstrap interval of `auc`.
-        tpr: true-positive rate, the share of members among what is taken for one, where at most `fpr` of the others
-            are; from 0 to 1, about `fpr` for an oracle.
+        tpr: true-positive rate, the share of the members that are detected, while at most `fpr` of the others are; from
+            0 to 1, about `fpr` for an oracle.
         tpr_interval: 95 % bootstrap interval of `tpr`.
         fpr: greatest false-positive rate.
         members: `(n,)` scores.
@@ -47,7 +47,7 @@ class Attack:
 
 
 def membership_scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Scores of single instances by what a model says of them, each `(..., n)`, greater for likelier members.
+    """Return scores of single instances from the outputs of a model, each `(..., n)`, greater for likelier members.
 
     With probabilities `p` and label `y`:
 
@@ -56,8 +56,8 @@ def membership_scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     - *entropy*: `sum_i p_i log p_i`, which needs no label
     - *modified entropy*: `(1 - p_y) log p_y + sum_{i != y} p_i log(1 - p_i)` (Song and Mittal, arXiv 2003.10595)
 
-    All are in nats and at most 0, and computed in float64 from log-probabilities, so that they do not run into ties
-    where a model is sure.
+    All scores are in nats and at most 0. They are computed in float64 from log-probabilities, so that confident
+    predictions do not lead to ties.
 
     Args:
         logits: `(..., n, classes)`.
@@ -88,7 +88,7 @@ def membership_scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def log_probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`log p_i` and `log(1 - p_i)`, both `(..., classes)`, without cancellation where one class has nearly all."""
+    """Return `log p_i` and `log(1 - p_i)`, both `(..., classes)`, without cancellation where a class is near 1."""
     first = logits.argmax(-1, keepdim=True)
     shifted = logits - logits.gather(-1, first)
     others = shifted.scatter(-1, first, -torch.inf).logsumexp(-1, keepdim=True)
@@ -98,14 +98,14 @@ def log_probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def area_under_curve(members: Tensor, others: Tensor) -> float:
-    """`P(member > other) + P(equal) / 2`, from 0 to 1; 0.5 for an oracle; see `Attack`.
+    """Return `P(member > other) + P(equal) / 2`, from 0 to 1, 0.5 for an oracle; see `Attack`.
 
     Args:
         members: `(n,)` scores.
         others: `(m,)` scores.
 
     Raises:
-        ValueError: if one is empty or not finite.
+        ValueError: if a set is empty or not finite.
 
     Examples:
         >>> area_under_curve(torch.tensor([-0.1, -0.2]), torch.tensor([-0.2, -3.0]))
@@ -124,16 +124,16 @@ def attack(
     resamples: int = 1000,
     generator: torch.Generator | None = None,
 ) -> Attack:
-    """Compare the scores of members with those of others; see `Attack` for ranges and directions.
+    """Compare the scores of members with the scores of others; see `Attack` for ranges and directions.
 
-    Intervals are those of the percentile bootstrap: members and others are each drawn again with replacement.
+    Intervals are from the percentile bootstrap: members and others are each drawn again with replacement.
 
     Args:
-        members: `(n,)` scores, greater for likelier members, of what was trained on or forgotten.
-        others: `(m,)` scores of what never was a member, drawn in the same way.
+        members: `(n,)` scores, greater for likelier members, of instances that were trained on or forgotten.
+        others: `(m,)` scores of instances that never were members, drawn in the same way.
         fpr: greatest false-positive rate, at which the true-positive rate is taken.
         resamples: `R`; the cost is `R (n + m)`.
-        generator: for resampling; seed 0 if not given, so that the same scores give the same interval.
+        generator: draws the resamples; seed 0 if not given, so that the same scores give the same interval.
 
     Raises:
         ValueError: if scores are empty or not finite, or a number is out of range.
@@ -165,13 +165,13 @@ def attack(
 
 
 def _places(members: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """`(n,)` how many others are below each member, and how many are not above it."""
+    """Return, for each member, the number `(n,)` of others below its score, and of others not above it."""
     ordered = others.sort().values
     return torch.searchsorted(ordered, members), torch.searchsorted(ordered, members, right=True)
 
 
 def _drawn(count: int, times: int, device: torch.device, generator: torch.Generator) -> Tensor:
-    """`(times, count)` how often each is drawn when as many are drawn with replacement as there are."""
+    """Return how often each item is drawn, `(times, count)`, in draws of `count` items with replacement."""
     picks = torch.randint(count, (times, count), generator=generator, device=device)
     return torch.zeros(times, count, dtype=torch.float64, device=device).scatter_add_(
         1, picks, torch.ones_like(picks, dtype=torch.float64)
@@ -179,11 +179,11 @@ def _drawn(count: int, times: int, device: torch.device, generator: torch.Genera
 
 
 def _rates(ours: Tensor, theirs: Tensor, below: Tensor, through: Tensor, fpr: float) -> tuple[Tensor, Tensor]:
-    """`(R,)` area and true-positive rate where members `(R, n)` and sorted others `(R, m)` count so often."""
+    """Return area and true-positive rate, both `(R,)`, from counts of members `(R, n)` and sorted others `(R, m)`."""
     total, before = theirs.sum(1), F.pad(theirs.cumsum(1), (1, 0))
     under, not_over = before[:, below], before[:, through]
     area = (ours * (under + not_over)).sum(1) / (2 * ours.sum(1) * total)
-    # A member is taken for one where its own score as the threshold lets in few enough others.
+    # A member is detected if a threshold at its own score admits few enough others.
     taken = total[:, None] - under <= fpr * total[:, None]
     return area, (ours * taken).sum(1) / ours.sum(1)
 

@@ -1,7 +1,7 @@
-"""How much each pathway of a classifier knows.
+"""Accuracy of each pathway of a classifier.
 
-The paper's Pathway Sensitivity Score is built on the accuracy of the image pathway alone; its formula is not known to
-us, so none is given here, only the accuracies themselves.
+The paper's Pathway Sensitivity Score is built on the accuracy of the image pathway alone. We do not know the formula of
+the score, so only the accuracies are given.
 
 Letters: `B` inputs.
 """
@@ -21,14 +21,14 @@ __all__ = ["PathwayAccuracies", "pathway_accuracies"]
 
 @dataclass(frozen=True)
 class PathwayAccuracies:
-    """Mean scores of the task: shares of inputs that are classified rightly, from 0 to 1; NaN where there is no input.
+    """Mean scores of the task: shares of inputs that are classified correctly, from 0 to 1; NaN without inputs.
 
-    Of a `Regression` the negative mean squared error; see `munkey.task.Task.scores`.
+    For a `Regression`, the score is the negative mean squared error; see `munkey.task.Task.scores`.
 
     Args:
         full: with input and neighbours.
         input: with the null exemplar in place of neighbours.
-        memory: with neighbours alone; the input is seen by the key encoder only.
+        memory: with neighbours alone; only the key encoder reads the input.
     """
 
     full: float
@@ -45,14 +45,14 @@ def pathway_accuracies(
     keys: Tensor | None = None,
     batch_size: int = 256,
 ) -> PathwayAccuracies:
-    """Accuracies on some inputs, in eval mode.
+    """Return accuracies on some inputs, in eval mode.
 
     Args:
         model: the classifier.
         x: `(B, ...)` inputs.
-        labels: `(B, ...)`, as the task has them.
-        keys: `(B, D)` what the model's key encoder makes of the inputs, if it is at hand.
-        batch_size: how many are classified at a time.
+        labels: `(B, ...)`, as the task defines them.
+        keys: `(B, D)` precomputed keys of the inputs, as the model's key encoder returns them.
+        batch_size: number of inputs in one pass.
 
     Raises:
         TypeError: if labels are of another kind.

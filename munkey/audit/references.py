@@ -1,7 +1,7 @@
 """Membership inference with reference models, and with a trained attacker.
 
-What a model says of an instance tells little until one knows what models say of it that were trained on it, or were
-not.
+The output of a model for an instance means little alone. It is compared with the outputs of models that were trained on
+the instance, and of models that were not.
 
 Letters: `n` instances, `z` instances of the population, `F` features.
 """
@@ -19,10 +19,10 @@ __all__ = ["classifier_scores", "confidence_features", "lira_scores", "margins",
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """`log p_y - log(1 - p_y)`, `(..., n)`: above 0 where the label is likelier than all the rest together.
+    """Return `log p_y - log(1 - p_y)`, `(..., n)`: above 0 where the label is likelier than all the rest together.
 
-    Over models trained with different seeds it is close to normal for each instance, which `lira_scores` and
-    `kl_of_margins` build on (Carlini et al., arXiv 2112.03570, eq. 3).
+    Over models trained with different seeds, the margins of an instance are close to normal. `lira_scores` and
+    `kl_of_margins` build on this (Carlini et al., arXiv 2112.03570, eq. 3).
 
     Args:
         logits: `(..., n, classes)`.
@@ -42,23 +42,23 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def lira_scores(found: Tensor, members: Tensor, others: Tensor, *, shared_variance: bool = False) -> Tensor:
-    """`log N(found; members) - log N(found; others)`, `(n,)`: greater where it is more like models that knew.
+    """Return `log N(found; members) - log N(found; others)`, `(n,)`: greater for likelier members.
 
-    The likelihood-ratio attack, one pair of normal distributions for each instance. For unlearning (U-LiRA, Hayes et
-    al., arXiv 2403.01218) `members` are models that were trained on the instance and then forgot it, and `others` are
-    such that never saw it. The area under the curve, of forgotten instances against never-seen ones, is 0.5 for an
-    oracle.
+    This is the likelihood-ratio attack, with one pair of normal distributions for each instance. For unlearning
+    (U-LiRA, Hayes et al., arXiv 2403.01218), `members` are models that were trained on the instance and then forgot the
+    instance. `others` are models that were never trained on the instance. The area under the curve, of forgotten
+    instances against instances that were never trained on, is 0.5 for an oracle.
 
     Args:
         found: `(n,)` `margins` of the model under attack.
-        members: `(k, n)` those of shadow models that knew each instance; NaN where a model does not count for one.
-        others: `(l, n)` those of shadow models that did not; NaN as before.
+        members: `(k, n)` margins of shadow models trained on each instance; NaN where a model does not count for one.
+        others: `(l, n)` margins of shadow models not trained on each instance; NaN as for `members`.
         shared_variance: whether all instances share one variance for members and one for others; better with fewer than
             about 64 shadow models.
 
     Raises:
         ValueError: if shapes do not fit, `found` is not finite, an instance has fewer than two models on a side, or
-            all of these say the same.
+            the margins of a side do not vary.
 
     Examples:
         >>> known, unknown = torch.tensor([[2.0], [4.0]]), torch.tensor([[-1.0], [1.0]])
@@ -93,24 +93,25 @@ def rmia_scores(
     gamma: float = 1.0,
     offline: float = 1.0,
 ) -> Tensor:
-    """Share of the population that an instance dominates, `(n,)` from 0 to 1, greater for likelier members.
+    """Return the share of the population that an instance dominates, `(n,)` from 0 to 1, greater for likelier members.
 
         score(x) = P_z( [p(x) / q(x)] / [p(z) / q(z)] >= gamma )
 
-    with the model's `p`, the probability of the label, and `q`, its mean over reference models. If all of these were
-    trained without `x`, `q = ((1 + a) q_out + 1 - a) / 2` makes up for it. The area under the curve of these scores is
-    0.5 for an oracle. Source: Zarifzadeh et al. (arXiv 2312.03262), with the population as given.
+    with `p`, the probability of the label under the model, and `q`, the mean of this probability over reference models.
+    If all reference models were trained without `x`, `q = ((1 + a) q_out + 1 - a) / 2` corrects for this. The area
+    under the curve of these scores is 0.5 for an oracle. Source: Zarifzadeh et al. (arXiv 2312.03262), with the
+    population as given.
 
     Args:
         found: `(n,)` log-probability of the label under the model, at most 0 (the 'loss' of `membership_scores`).
-        references: `(k, n)` the same under reference models.
-        population: `(z,)` the same for instances that are no members.
-        population_references: `(k, z)` under the reference models.
-        gamma: how much an instance must stand out, above 0.
-        offline: `a`, from 0 to 1; 1 if half of the reference models know `x`, or to leave `q` as it is.
+        references: `(k, n)` log-probabilities of the same instances under reference models.
+        population: `(z,)` log-probabilities under the model, of instances that are no members.
+        population_references: `(k, z)` log-probabilities of the population under the reference models.
+        gamma: least ratio by which an instance dominates another, above 0.
+        offline: `a`, from 0 to 1; 1 if half of the reference models were trained on `x`, or to leave `q` as it is.
 
     Raises:
-        ValueError: if shapes do not fit, a number is out of range, or something is above 0 or no number.
+        ValueError: if shapes do not fit, a number is out of range, or a log-probability is above 0 or NaN.
 
     Examples:
         >>> log = lambda *p: torch.tensor(p).log()
@@ -139,7 +140,7 @@ def rmia_scores(
 
 
 def confidence_features(logits: Tensor, labels: Tensor) -> Tensor:
-    """`(n, classes + 1)`: log-probabilities in descending order, and that of the label; for `classifier_scores`.
+    """Return log-probabilities in descending order, then the label's, `(n, classes + 1)`, for `classifier_scores`.
 
     Args:
         logits: `(n, classes)`.
@@ -154,20 +155,20 @@ def confidence_features(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def classifier_scores(members: Tensor, others: Tensor, *asked: Tensor, penalty: float = 1e-3) -> tuple[Tensor, ...]:
-    """Log-odds of being a member, `(n,)` for each set that is asked about, by a logistic regression on features.
+    """Return log-odds of membership, `(n,)` for each queried set, by a logistic regression on features.
 
-    The attacker knows what the model says of some members and of some others, and learns the difference: a boundary of
-    any direction, not a threshold. Features are brought to mean 0 and variance 1; both classes weigh the same. Its area
-    under the curve on what was forgotten and on fresh others is about 0.5 for an oracle.
+    The attacker has features of some members and of some others, and learns the difference: a boundary of any
+    direction, not a threshold. Features are scaled to mean 0 and variance 1, and both classes have the same weight. The
+    area under the curve on forgotten instances and on new others is about 0.5 for an oracle.
 
     Args:
         members: `(n, F)` features of known members, such as `confidence_features` of retained instances.
-        others: `(m, F)` features of known others; not those that are asked about.
-        *asked: `(..., F)` features to score.
+        others: `(m, F)` features of known others; none of the queried instances.
+        *asked: `(..., F)` features of queried instances.
         penalty: on the squared weights.
 
     Raises:
-        ValueError: if features are not finite or of different widths, or a set to learn from is empty.
+        ValueError: if features are not finite or of different widths, or a set to train on is empty.
 
     Examples:
         >>> known, unknown = torch.tensor([[2.0], [3.0]]), torch.tensor([[-2.0]])
@@ -176,7 +177,7 @@ def classifier_scores(members: Tensor, others: Tensor, *asked: Tensor, penalty: 
         tensor([ True, False])
     """
     width = members.shape[-1]
-    for name, x in (("members", members), ("others", others), *(("those asked about", x) for x in asked)):
+    for name, x in (("members", members), ("others", others), *(("queried instances", x) for x in asked)):
         if x.ndim != 2 or x.shape[1] != width or not x.isfinite().all():
             raise ValueError(f"expected finite features (n, {width}) of {name}, found {tuple(x.shape)}")
     if not len(members) or not len(others):

@@ -1,4 +1,4 @@
-"""How fast a model learns back what it forgot: what it relearns sooner than what it never saw, it had kept.
+"""Speed of relearning: forgotten instances that a model relearns faster than new instances were partly kept.
 
 Letters: `n` instances, `T` steps.
 """
@@ -25,22 +25,23 @@ def relearning_curve(
     batch_size: int = 128,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`(T + 1,)` mean cross-entropy in nats of all instances before training and after each step.
+    """Train a model, and return the mean cross-entropy `(T + 1,)` in nats before training and after each step.
 
-    Curves of forgotten and of never-seen instances of the same kind are alike for a retrained oracle; that of forgotten
-    ones is lower where something was kept. **The model is trained**: give a copy, and a fresh optimiser of that copy.
+    The mean is over all instances. For a retrained model (oracle), the curves of forgotten instances and of new
+    instances of the same kind are alike. The curve of forgotten instances is lower where something was kept. **The
+    model is trained**: pass a copy, and a new optimiser of this copy.
 
     Args:
-        model: from inputs to logits; what it trains is up to the optimiser.
+        model: from inputs to logits; the optimiser decides which weights are trained.
         x: `(n, ...)` inputs to learn.
         labels: `(n,)` int64.
-        optimizer: of the weights that learn.
+        optimizer: of the weights to train.
         steps: `T`.
-        batch_size: how many are learned at each step.
+        batch_size: number of instances in a step.
         generator: draws the batches; seed 0 if not given.
 
     Raises:
-        ValueError: if there is no instance, or not one label of at least 0 for each.
+        ValueError: if there is no instance, or not one label of at least 0 for each instance.
 
     Examples:
         >>> model, x = torch.nn.Linear(2, 2), torch.eye(2)
@@ -66,7 +67,7 @@ def relearning_curve(
 
 
 def steps_to_reach(curve: Tensor, loss: float) -> int | None:
-    """The first step after which a curve `(T + 1,)` is at most so high; None if it never is.
+    """Return the first step after which a curve `(T + 1,)` is at most `loss`; None if it never is.
 
     Args:
         curve: of `relearning_curve`.

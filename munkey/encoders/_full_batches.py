@@ -1,13 +1,13 @@
-"""Batches in which a row has the same bits wherever it is, whatever else is there, and however many rows there are.
+"""Batches in which the bits of a row depend neither on its place, nor on other rows, nor on the number of rows.
 
-A kernel adds up in an order that follows the shape of a batch and the place of a row, not what is in it. So for an
-encoder that treats rows on their own, a batch that is always full gives a row the same bits if no place in it is
-treated otherwise, and that can be tried: rows of noise are encoded in other places and among others. Where few rows are
-left, a smaller batch does if it gives the same bits as a full one; the rest of it is filled with a row that is there.
+The order of sums in a kernel follows the shape of a batch and the place of a row, not the content of the row. If an
+encoder processes rows independently, and its kernels treat all places alike, a batch that is always full gives a row
+the same bits. A trial shows whether this holds: rows of noise are encoded in other places and among other rows. For the
+last few rows a smaller batch is used if it gives the same bits as a full batch; free places are filled with copies of a
+row.
 
-An encoder that looks at all rows to decide something, as one that cuts padding off to the longest text does, could pass
-such a trial and fail on data. Hence it is made only for encoders that say that they do not: see
-`munkey.KeyEncoder.row_wise`.
+An encoder that compares all rows, for example to cut padding to the longest text, could pass a trial and fail on data.
+Hence trials are run only for encoders that declare to have no such operation: see `munkey.KeyEncoder.row_wise`.
 
 Letters: `B` batch, `D` width of a key.
 """
@@ -23,21 +23,21 @@ __all__ = ["FullBatches"]
 
 Encode = Callable[[Tensor], Tensor]
 
-# Sizes of batches that are tried; the greatest is the full one. A processor is fastest where a batch fits into its
-# caches, an accelerator where there is much to do.
+# Sizes of batches to try; the greatest is the full batch. A CPU is fastest when a batch fits into its caches, an
+# accelerator when a batch is large.
 _CPU: tuple[int, ...] = (1, 4, 16, 32)
 _OTHER: tuple[int, ...] = (1, 4, 16, 64, 256)
-_NUMBERS = 32  # of a row that are compared at least, since one or two may be equal by chance
+_NUMBERS = 32  # compared for a row at least, since one or two may be equal by chance
 
 
 class FullBatches:
-    """Batches of one encoder, of sizes that were tried; each trial is made once for a shape and a setting.
+    """Batches of one encoder, of sizes that passed a trial; each trial is run once for a shape and a setting.
 
     Args:
         width: `D`.
 
     Attributes:
-        passed: what the trials said.
+        passed: results of the trials.
     """
 
     def __init__(self, width: int) -> None:
@@ -45,12 +45,12 @@ class FullBatches:
         self.passed: dict[tuple[object, ...], bool] = {}
 
     def parts(self, encode: Encode, x: Tensor, weights: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
-        """Which rows are next, and a batch that begins with them and is to be encoded whole.
+        """Yield the next rows, and a batch that begins with these rows and is to be encoded whole.
 
         Args:
             encode: from `(B, ...)` to `(B, D)`.
             x: `(B, ...)` all inputs.
-            weights: of the encoder, whose layout decides on kernels as well.
+            weights: of the encoder; their layout also decides which kernel runs.
         """
         sizes, start = _CPU if x.device.type == "cpu" else _OTHER, 0
         trial = _Trial(encode, x, sizes[-1], weights)
@@ -73,7 +73,7 @@ class FullBatches:
 
 
 class _Trial:
-    """Noise in the shape of some inputs, and what an encoder makes of it."""
+    """A trial of an encoder on noise in the shape of some inputs."""
 
     def __init__(self, encode: Encode, x: Tensor, whole: int, weights: Iterable[Tensor]) -> None:
         self.encode, self.x, self.whole = encode, x, whole
@@ -82,7 +82,7 @@ class _Trial:
         self.expected: dict[int, Tensor] = {}
 
     def passed(self, size: int, seed: int) -> bool:
-        """Whether rows have the bits that they have in a whole batch; for the whole one, wherever they are."""
+        """Return whether rows have the same bits as in a whole batch; for a whole batch, the same in all places."""
         noise, encode = _noise(self.x, self.whole, seed), self.encode
         if seed not in self.expected:
             self.expected[seed] = encode(noise)
@@ -90,13 +90,13 @@ class _Trial:
         if size < self.whole:
             parts = zip(noise.split(size), expected.split(size), strict=True)
             return all(torch.equal(encode(part), found) for part, found in parts)
-        alike = encode(noise[one : one + 1].expand_as(noise))  # one row in each place, and no others
+        alike = encode(noise[one : one + 1].expand_as(noise))  # the same row in each place
         moved = encode(noise.roll(1, 0))
         return torch.equal(alike, expected[one : one + 1].expand_as(alike)) and torch.equal(moved, expected.roll(1, 0))
 
 
 def _noise(x: Tensor, count: int, seed: int) -> Tensor:
-    """Rows from 0 to 1 that differ in size, with an empty and a full one among them."""
+    """Return rows from 0 to 1 that differ in scale, among them a row of zeros and a row of ones."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.rand(count, *x.shape[1:], generator=generator)
     rows *= torch.logspace(-3, 0, 8).repeat(count)[:count].view(-1, *[1] * (x.ndim - 1))
@@ -105,7 +105,7 @@ def _noise(x: Tensor, count: int, seed: int) -> Tensor:
 
 
 def _setting() -> tuple[object, ...]:
-    """What decides beside the shape which kernel is run."""
+    """Return the settings that decide, besides the shape, which kernel runs."""
     return (
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),

@@ -1,7 +1,7 @@
-"""Whether a frozen module stays as it is when it runs.
+"""Watch over a frozen module, which must not change while it runs.
 
-A running statistic, a counter or a table that `forward` writes is made from inputs, and stays when they are forgotten;
-and with it the same input has another key tomorrow.
+A running statistic, a counter or a table that `forward` writes is computed from inputs, and stays when the inputs are
+forgotten. It also gives the same input another key later.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Mark = tuple[str, int, int, int]
 
 
 class Place(NamedTuple):
-    """Where a module keeps a tensor: `held[key] is tensor`."""
+    """Place where a module keeps a tensor: `held[key] is tensor`."""
 
     name: str
     held: dict[str, Any]
@@ -31,8 +31,8 @@ class Place(NamedTuple):
 class Unwritten:
     """A watch over the tensors of one module: parameters, buffers, and attributes.
 
-    Places and version counters are compared each time. Not every kernel counts what it writes, so that where they are
-    new the bytes are compared as well, which takes a copy.
+    Places and version counters are compared each time. Not every kernel counts its writes. Where places or counters are
+    new, the bytes are therefore compared as well, which takes a copy.
     """
 
     def __init__(self) -> None:
@@ -40,11 +40,11 @@ class Unwritten:
 
     @contextmanager
     def watch(self, module: nn.Module) -> Iterator[None]:
-        """Run what is inside.
+        """Run the body of the `with` statement, and check the module afterwards.
 
         Raises:
-            ValueError: if it writes to a tensor of the module, or puts another in its place. The module is as before
-                then, unless it has run without doing so first; then it must be made anew.
+            ValueError: if the body writes to a tensor of the module, or replaces a tensor. The module is then restored,
+                unless an earlier run passed the check; in this case the module must be built again.
         """
         before = _places(module)
         mark = _mark(before)
@@ -52,16 +52,16 @@ class Unwritten:
         changed: str | None = None
         try:
             yield
-        finally:  # also where the module raised an error
+        finally:  # also after an error of the module
             changed = _changed(before, _places(module), mark, copies)
             if changed is not None:
                 _restore(before, _places(module), copies)
         if changed is not None:
             raise ValueError(
                 f"{changed!r} of the encoder changed while it ran, expected one that is frozen: what it keeps of "
-                "inputs would stay when they are forgotten. Put normalisation into eval mode, and leave counters and "
-                "statistics out of forward; a table that is made at first use can be made before, by a run on zeros"
-                + ("" if copies else ". Make the encoder anew: this one has kept something of these inputs")
+                "inputs would stay when the inputs are forgotten. Put normalisation into eval mode, and leave counters "
+                "and statistics out of forward; a table that is made at first use can be made before, by a run on zeros"
+                + ("" if copies else ". Build the encoder again: it has kept traces of these inputs")
             )
         self._seen = mark
 
@@ -77,7 +77,7 @@ def _places(module: nn.Module) -> list[Place]:
 
 
 def _mark(places: list[Place]) -> list[Mark]:
-    """What an ordinary write changes."""
+    """Return name, identity, address and version of each tensor; an ordinary write changes one of these."""
     return [(p.name, id(p.tensor), p.tensor.data_ptr(), _version(p.tensor)) for p in places]
 
 
@@ -86,7 +86,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _changed(before: list[Place], after: list[Place], mark: list[Mark], copies: list[Tensor] | None) -> str | None:
-    """The name of a tensor that is not what it was, if there is one."""
+    """Return the name of a tensor that has changed, if there is one."""
     found = [entry[0] for entry in set(mark).symmetric_difference(_mark(after))]
     for number, copy in enumerate(copies or ()):
         if not torch.equal(_bits(before[number].tensor), _bits(copy)):

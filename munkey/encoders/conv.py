@@ -1,4 +1,4 @@
-"""Keys from a small convolutional network, for images.
+"""Encoder of images by a small convolutional network.
 
 Letters: `B` batch, `C H W` image, `D` width of a key.
 """
@@ -16,16 +16,16 @@ _GROUPS = 8
 
 
 class ConvEncoder(KeyEncoder):
-    """Stages of two convolutions, each with half the size and twice the channels of the one before; then their mean.
+    """A convolutional encoder: stages of two convolutions, each with half the size and twice the channels; then a mean.
 
     GroupNorm, so that a key does not depend on the other images of a batch.
 
     Args:
         channels: 1 for grey, 3 for colour.
         width: `D`.
-        fitted_on: what it is trained on, one of `FITTED_ON`.
+        fitted_on: data that the encoder is trained on, one of `FITTED_ON`.
         hidden: channels of the first stage, a multiple of 8.
-        stages: how many.
+        stages: number of stages.
 
     Shapes:
         `(B, C, H, W)` in [0, 1] to `(B, D)`, for any height and width from `2 ** (stages - 1)` on.
@@ -57,6 +57,6 @@ class ConvEncoder(KeyEncoder):
         self.body, self.head = nn.Sequential(*layers), nn.Linear(channels, width)
 
     def encode(self, x: Tensor) -> Tensor:
-        """See the class; with gradients, to train it."""
+        """Return the keys `(B, D)` of a batch, with gradients, to train the encoder."""
         keys: Tensor = self.head(self.body(2 * x - 1).mean((2, 3)))
         return keys

@@ -16,7 +16,7 @@ __all__ = ["Projection"]
 
 
 class Projection(KeyEncoder):
-    """`(x - mean) W` on flattened inputs: random, or principal components.
+    """A projection of flattened inputs, `(x - mean) W`: random, or to principal components.
 
     Args:
         mean: `(n,)`.
@@ -42,12 +42,12 @@ class Projection(KeyEncoder):
             )
         super().__init__(weight.shape[1], fitted_on)
         self.config["inputs"] = len(mean)
-        # Contiguous, as they come back from a file: products of a transposed matrix are rounded otherwise.
+        # Contiguous, as in a loaded file: matrix products with a transposed matrix round differently.
         self.register_buffer("mean", mean.contiguous())
         self.register_buffer("weight", weight.contiguous())
 
     def encode(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Return the projections `(B, D)` of inputs `(B, ...)`."""
         x = x.flatten(1)
         if x.shape[1] != len(self.mean):
             raise ValueError(
@@ -58,17 +58,19 @@ class Projection(KeyEncoder):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """See the base class."""
+        """Build a projection from settings; its weights are loaded afterwards."""
         count = config["inputs"]
         return cls(torch.zeros(count), torch.zeros(count, config["width"]), fitted_on=config["fitted_on"])
 
     @classmethod
     def random(cls, inputs: tuple[int, ...], width: int, *, seed: int = 0) -> Self:
-        """Independent normal weights of variance `1 / n`: distances are kept up to a factor (Johnson, Lindenstrauss).
+        """Build a projection with independent normal weights of variance `1 / n`.
+
+        Distances are kept up to a factor (Johnson, Lindenstrauss).
 
         Raises:
             TypeError: if the width is not whole.
-            ValueError: if it is below 1.
+            ValueError: if the width is below 1.
         """
         check_positive(key_width=width)
         count = math.prod(inputs)
@@ -77,16 +79,16 @@ class Projection(KeyEncoder):
 
     @classmethod
     def principal(cls, x: Tensor, width: int, *, fitted_on: str) -> Self:
-        """The first principal components of some inputs, each direction with its sign fixed.
+        """Build a projection to the first principal components of some inputs, each direction with a fixed sign.
 
         Args:
-            x: `(N, ...)`, what to fit to.
-            width: how many.
-            fitted_on: what these are to the model: one of `FITTED_ON`.
+            x: `(N, ...)`, inputs to fit to.
+            width: number of components.
+            fitted_on: kind of these inputs, one of `FITTED_ON`.
 
         Raises:
             TypeError: if the width is not whole.
-            ValueError: if it is below 1, or above what the inputs span.
+            ValueError: if the width is below 1, or above the number of components of the inputs.
         """
         check_positive(key_width=width)
         rows = x.flatten(1).double()

@@ -1,8 +1,8 @@
-"""Unlearning after the fact: methods that change the weights of any classifier, to be compared with.
+"""Post-hoc unlearning: methods that change the weights of any classifier, as baselines.
 
-Each is a function `method(model, retain, forget, *, optimizer, steps, generator, ...)` on any module from inputs to
-logits, changes the model in place, and leaves it in the mode it was in. The optimiser is yours: it says which weights
-may change, and how fast. None of them promises that what was forgotten cannot be inferred; `munkey.audit` measures it.
+Each method is a function `method(model, retain, forget, *, optimizer, steps, generator, ...)` on any module from inputs
+to logits. The method changes the model in place, and restores its mode. The given optimiser decides which weights may
+change, and how fast. No method guarantees that forgotten instances cannot be inferred; `munkey.audit` measures this.
 """
 
 from munkey.posthoc.adversarial import adversarial_examples, amun

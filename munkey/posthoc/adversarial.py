@@ -1,4 +1,4 @@
-"""Teaching the model its own mistakes near what goes."""
+"""Unlearning by adversarial examples: training on the model's own mistakes near the forget set."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ def amun(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> None:
-    """Descend on both sets and on adversarial copies of what goes, labelled as the model takes them.
+    """Descend on both sets and on adversarial copies of the forget set, labelled with the model's predictions.
 
-    Being wrong near an instance, in the model's own way, takes back its surplus of confidence there and changes little
-    elsewhere. Source: AMUN, Ebrahimpour-Boroojeny et al. (arXiv 2503.00917), algorithm 1, with access to what stays.
+    Training on the model's own mistakes near an instance lowers the surplus of confidence there and changes little
+    elsewhere. Source: AMUN, Ebrahimpour-Boroojeny et al. (arXiv 2503.00917), algorithm 1, with access to the retain
+    set.
 
     Args:
         model: from inputs to logits `(B, classes)`.
-        retain: what stays.
-        forget: what goes.
+        retain: the retain set.
+        forget: the forget set.
         optimizer: of the weights that may change.
-        steps: how many.
-        batch_size: how many instances of the union a step sees.
+        steps: number of steps.
+        batch_size: number of instances of the union in a step.
         radius: see `adversarial_examples`.
         rounds: see `adversarial_examples`.
         attack_steps: `steps` of `adversarial_examples`.
@@ -71,19 +72,19 @@ def adversarial_examples(
     batch_size: int = 128,
     bounds: tuple[float, float] | None = (0.0, 1.0),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Near inputs that the model takes for another class: `(n, ...)`, what for `(n,)`, and where there are any `(n,)`.
+    """Return near inputs `(n, ...)` that the model misclassifies, their classes `(n,)`, and a mask of successes `(n,)`.
 
-    Projected gradient ascent on the loss inside of a Euclidean ball (Madry et al., arXiv 1706.06083), from the input
-    itself, with steps of a tenth of the radius, which doubles in each round for those that have not been found. What
-    the model takes for another class from the start is its own example.
+    The method is projected gradient ascent on the loss inside of a Euclidean ball (Madry et al., arXiv 1706.06083).
+    Ascent starts from the input itself, with steps of a tenth of the radius. The radius doubles in each round for
+    inputs without an example so far. An input that the model misclassifies from the start is its own example.
 
     Args:
         model: from inputs to logits; in eval mode here.
         examples: inputs and labels.
         radius: of the first round, in units of the input, above 0.
-        rounds: how many.
-        steps: of each round.
-        batch_size: how many inputs are attacked together.
+        rounds: number of rounds.
+        steps: number of steps in each round.
+        batch_size: number of inputs attacked together.
         bounds: least and greatest number of an input, or None.
 
     Raises:
@@ -127,7 +128,7 @@ def _attacked(
 def _ascended(
     model: nn.Module, x: Tensor, labels: Tensor, radius: float, steps: int, bounds: tuple[float, float] | None
 ) -> Tensor:
-    """Inputs after steps up their loss; one that has left its class stays where it did, and costs no more."""
+    """Return inputs after ascent on their loss; an input that has left its class stops, without further cost."""
     shape = (-1, *[1] * (x.ndim - 1))
     moved, left = x.clone(), torch.arange(len(x), device=x.device)
     for _ in range(steps):

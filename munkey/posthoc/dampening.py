@@ -1,4 +1,4 @@
-"""Turning down the weights that matter more to what goes than to everything."""
+"""Dampening of the weights that matter more to the forget set than to both sets together."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def ssd(
     lam: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Selective synaptic dampening (Foster et al., arXiv 2308.07707, eq. 5 and 6): no step of descent at all.
+    """Dampen weights selectively (SSD, Foster et al., arXiv 2308.07707, eq. 5 and 6), without any step of descent.
 
         theta_i <- min(lam I_i / F_i, 1) theta_i   where F_i > alpha I_i
 
-    with the `importance` `F` of weights to what goes and `I` to both sets together.
+    with the `importance` `F` of weights to the forget set and `I` to both sets together.
 
     Args:
         model: from inputs to logits `(B, classes)`.
-        retain: what stays.
-        forget: what goes.
-        optimizer: says which weights may change; it takes no step.
-        steps: how many batches of a set importance is taken from at most; all, if not given.
-        batch_size: of these. With 1 importance is the diagonal of the empirical Fisher information; the authors' code
-            has batches, whose mean slopes are squared.
-        alpha: how much more a weight must matter to what goes, above 0.
-        lam: how little it is turned down, above 0.
+        retain: the retain set.
+        forget: the forget set.
+        optimizer: of the weights that may change; the optimiser takes no step.
+        steps: greatest number of batches of a set for its importance; all, if not given.
+        batch_size: of these batches. With 1, importance is the diagonal of the empirical Fisher information; the
+            authors' code has larger batches, whose mean gradients are squared.
+        alpha: how many times more a weight must matter to the forget set, above 0.
+        lam: greater values dampen less, above 0.
         generator: draws batches; seed 0 if not given.
 
     Raises:
@@ -62,7 +62,7 @@ def ssd(
     )
     with torch.no_grad():
         for weight, ours, theirs in zip(weights, whole, gone, strict=True):
-            factor = (lam * ours / theirs).clamp(max=1)  # where theirs is 0 nothing is selected
+            factor = (lam * ours / theirs).clamp(max=1)  # where theirs is 0, no weight is selected
             weight.copy_(torch.where(theirs > alpha * ours, factor * weight, weight))
 
 
@@ -75,14 +75,14 @@ def importance(
     steps: int | None,
     generator: torch.Generator,
 ) -> list[Tensor]:
-    """`mean over batches of (d L / d theta)^2`, of the shape of each weight, in eval mode.
+    """Return `mean over batches of (d L / d theta)^2`, of the shape of each weight, in eval mode.
 
     Args:
         model: from inputs to logits.
         examples: inputs and labels.
-        weights: of what.
-        batch_size: instances a batch.
-        steps: at most so many batches; all, if not given.
+        weights: `theta`.
+        batch_size: number of instances in a batch.
+        steps: greatest number of batches; all, if not given.
         generator: draws batches.
     """
     squares, count = [torch.zeros_like(weight) for weight in weights], 0

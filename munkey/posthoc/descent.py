@@ -1,4 +1,4 @@
-"""Fine-tuning on what stays, and ascent on what goes.
+"""Fine-tuning on the retain set, and ascent on the forget set.
 
 Letters: `n` instances, `theta` weights, `L` mean cross-entropy in nats.
 """
@@ -47,16 +47,16 @@ def fine_tune(
 
     Args:
         model: from inputs to logits `(B, classes)`.
-        retain: what stays.
-        forget: what goes; not used here.
+        retain: the retain set.
+        forget: the forget set; not used here.
         optimizer: of the weights that may change.
-        steps: how many.
-        batch_size: how many instances a step sees of each set.
+        steps: number of steps.
+        batch_size: number of instances of each set in a step.
         generator: draws batches; seed 0 if not given.
 
     Raises:
         TypeError: if labels are not int64, or a number is not whole.
-        ValueError: if a set is empty, has not one label for each input, or a number is out of range.
+        ValueError: if a set is empty or does not have one label for each input, or a number is out of range.
 
     Examples:
         >>> model = nn.Linear(2, 2)
@@ -82,7 +82,7 @@ def neg_grad(
 ) -> None:
     """Ascend on `L(forget)` (NegGrad, Golatkar et al., arXiv 1911.04933); `retain` is not used.
 
-    It has no end of its own: too many steps and the model knows nothing. Arguments and errors as for `fine_tune`.
+    Ascent has no natural end: too many steps destroy the model. Arguments and errors as for `fine_tune`.
     """
     _, gone = draws(retain, forget, batch_size, generator)
     descend(model, optimizer, steps, lambda step: -cross_entropy(model, next(gone)))
@@ -103,11 +103,11 @@ def neg_grad_plus(
 
     Args:
         model: from inputs to logits `(B, classes)`.
-        retain: what stays.
-        forget: what goes.
+        retain: the retain set.
+        forget: the forget set.
         optimizer: of the weights that may change.
-        steps: how many.
-        batch_size: how many instances a step sees of each set.
+        steps: number of steps.
+        batch_size: number of instances of each set in a step.
         retain_weight: `a`, from 0 to 1.
         generator: draws batches; seed 0 if not given.
 
@@ -139,15 +139,15 @@ def l1_sparse(
 ) -> None:
     """Descend on `L(retain) + gamma (1 - t / steps) sum |theta|` at step `t` (Jia et al., arXiv 2304.04934).
 
-    What few weights are left hold less of an instance. `forget` is not used.
+    Fewer nonzero weights hold less of an instance. `forget` is not used.
 
     Args:
         model: from inputs to logits `(B, classes)`.
-        retain: what stays.
-        forget: what goes.
+        retain: the retain set.
+        forget: the forget set.
         optimizer: of the weights that may change, and that are made sparse.
-        steps: how many.
-        batch_size: how many instances a step sees.
+        steps: number of steps.
+        batch_size: number of instances in a step.
         gamma: of the penalty in the first step, at least 0.
         generator: draws batches; seed 0 if not given.
 
@@ -167,11 +167,11 @@ def l1_sparse(
     descend(model, optimizer, steps, loss)
 
 
-# --- what all methods share -----------------------------------------------------------------------------------
+# --- shared by all methods ------------------------------------------------------------------------------------
 
 
 def descend(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, loss: Callable[[int], Tensor]) -> None:
-    """Take steps down a loss, which is told their numbers, in training mode."""
+    """Take steps down a loss, a function of the number of the step, in training mode."""
     check_positive(steps=steps)
     was_training = model.training
     model.train()
@@ -188,7 +188,7 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, loss
 def draws(
     retain: Examples, forget: Examples, batch_size: int, generator: torch.Generator | None
 ) -> tuple[Iterator[Examples], Iterator[Examples]]:
-    """Batches of both sets without end: each pass sees every instance once, in random order."""
+    """Return batches of both sets without end: each pass has every instance once, in random order."""
     check_examples(retain=retain, forget=forget)
     check_positive(batch_size=batch_size)
     generator = generator or torch.Generator().manual_seed(0)
@@ -196,7 +196,7 @@ def draws(
 
 
 def check_examples(**sets: Examples) -> None:
-    """Errors as for `fine_tune`."""
+    """Raise TypeError or ValueError as for `fine_tune`."""
     for name, (x, labels) in sets.items():
         if not len(x) or labels.shape != x.shape[:1]:
             raise ValueError(
@@ -208,13 +208,13 @@ def check_examples(**sets: Examples) -> None:
 
 
 def cross_entropy(model: nn.Module, batch: Examples) -> Tensor:
-    """Mean over a batch, in nats."""
+    """Return the mean over a batch, in nats."""
     x, labels = batch
     return F.cross_entropy(model(x), labels)
 
 
 def weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What an optimiser may change."""
+    """Return the weights that an optimiser may change."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 

@@ -1,4 +1,4 @@
-"""Staying near the model that was on what stays, and leaving it on what goes.
+"""Distillation: nearness to the original model on the retain set, and distance from it on the forget set.
 
 Letters: `p` probabilities, `L` mean cross-entropy in nats, `KL(p || q) = sum p log(p / q)`.
 """
@@ -30,19 +30,19 @@ def bad_teacher(
     incompetent: nn.Module | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Descend on `KL(p_before || p)` of what stays and `KL(p_incompetent || p)` of what goes.
+    """Descend on `KL(p_before || p)` of the retain set and `KL(p_incompetent || p)` of the forget set.
 
-    Both terms are weighed by the sizes of their batches. Source: Chundawat et al. (arXiv 2205.08096), eq. 5.
+    Both terms are weighted by the sizes of their batches. Source: Chundawat et al. (arXiv 2205.08096), eq. 5.
 
     Args:
-        model: from inputs to logits `(B, classes)`; as it is when called, it is the competent teacher.
-        retain: what stays.
-        forget: what goes.
+        model: from inputs to logits `(B, classes)`; its state at the call is the competent teacher.
+        retain: the retain set.
+        forget: the forget set.
         optimizer: of the weights that may change.
-        steps: how many.
-        batch_size: how many instances a step sees of each set.
-        incompetent: the other teacher, a network that was never trained; if not given, one that finds all classes as
-            likely.
+        steps: number of steps.
+        batch_size: number of instances of each set in a step.
+        incompetent: the other teacher, a network that was never trained; if not given, a teacher that predicts all
+            classes as equally likely.
         generator: draws batches; seed 0 if not given.
 
     Raises:
@@ -77,21 +77,21 @@ def scrub(
 ) -> None:
     """Alternate passes that ascend on `KL(forget)` and that descend on `alpha KL(retain) + gamma L(retain)`.
 
-    `KL` is `T^2 KL(p_before || p)` at temperature `T`. After `rounds` of both, only what stays is descended on. Where
-    the model still is the teacher the slope of `KL` is zero: without dropout the first pass finds nothing to ascend.
+    `KL` is `T^2 KL(p_before || p)` at temperature `T`. After `rounds` of both, all passes descend on the retain set.
+    While the model is equal to the teacher, the gradient of `KL` is zero: without dropout the first pass has no ascent.
     Source: SCRUB, Kurmanji et al. (arXiv 2302.09880), eq. 3 and algorithm 1, without rewinding.
 
     Args:
-        model: from inputs to logits `(B, classes)`; as it is when called, it is the teacher.
-        retain: what stays.
-        forget: what goes.
+        model: from inputs to logits `(B, classes)`; its state at the call is the teacher.
+        retain: the retain set.
+        forget: the forget set.
         optimizer: of the weights that may change.
-        steps: how many, in both directions together.
-        batch_size: how many instances a step sees.
-        alpha: weight of staying near the teacher, at least 0.
+        steps: number of steps in both directions together.
+        batch_size: number of instances in a step.
+        alpha: weight of nearness to the teacher, at least 0.
         gamma: weight of the labels, at least 0.
         temperature: `T`, above 0.
-        rounds: how many passes over `forget` ascend.
+        rounds: number of ascending passes over `forget`.
         generator: draws batches; seed 0 if not given.
 
     Raises:
@@ -119,21 +119,21 @@ def scrub(
 
 
 def divergence(wanted: Tensor, found: Tensor, temperature: float = 1.0) -> Tensor:
-    """`T^2 KL(softmax(wanted / T) || softmax(found / T))`, mean over the batch, in nats."""
+    """Return `T^2 KL(softmax(wanted / T) || softmax(found / T))`, mean over the batch, in nats."""
     logp, logq = (logits.log_softmax(-1) for logits in (wanted / temperature, found / temperature))
     return F.kl_div(logq, logp, reduction="batchmean", log_target=True) * temperature**2
 
 
 @torch.no_grad()
 def answer(teacher: nn.Module, x: Tensor) -> Tensor:
-    """Logits of a teacher, in eval mode."""
+    """Return the logits of a teacher, in eval mode."""
     with evaluating(teacher):
         logits: Tensor = teacher(x)
     return logits
 
 
 def _alternation(up: int, down: int, rounds: int) -> Iterator[bool]:
-    """Which steps ascend: a pass over what goes, a pass over what stays, and so on; after some rounds none."""
+    """Yield True for ascent: passes over forget set (True) and retain set alternate; after some rounds all descend."""
     for _ in range(rounds):
         yield from [True] * up
         yield from [False] * down

@@ -1,29 +1,29 @@
-"""Experimental: noise on the gradients of the shared weights, so that even they say little of a forgotten instance.
+"""Noise on the gradients of the shared weights (experimental), so that they reveal little of a forgotten instance.
 
-What is left of an instance after its row is deleted is in the shared weights. Here their gradients are clipped for
-each instance and noise is added (DP-SGD, Abadi et al., arXiv 1607.00133); values learn from their own instance
-without noise, and go with it. The claim, and what it rests on:
+After the row of an instance is deleted, only the shared weights keep traces of the instance. Here the gradients of
+these weights are clipped for each instance, and noise is added (DP-SGD, Abadi et al., arXiv 1607.00133). Values are
+trained on their own instances without noise, and are deleted with them. The claim, and its assumptions:
 
 *Claim.* Let `theta` be the shared weights, nulls included, at all steps, and `v_j` the values. For an instance `i`
 that is chosen before training, the joint distribution of (`theta`, all `v_j` with `j != i`) is `(epsilon,
-delta)`-close to that of a training without `i`, with the `epsilon` of DP-SGD, here `epsilon(...)`.
+delta)`-close to the distribution of a training without `i`, with the `epsilon` of DP-SGD, here `epsilon(...)`.
 
-*Why.* Fix everything that has nothing to do with `i`: first values, and in which batches each other instance is.
-Given `theta` up to a step, each other value is then a function of its own instance, so that the sum of the others'
-clipped gradients is fixed. With `i` the step is a mixture: with probability `q` a vector of length `clip` at most is
-added. That vector depends on `v_i`, and so on which batches `i` has been in; but a mixture over it is no easier to
-tell from the step without `i` than the worst vector, since these divergences are convex. So each step, given the
-steps before, is dominated by the subsampled Gaussian mechanism, and steps compose. All `v_j` are functions of `theta`
-and of what was fixed.
+*Why.* Fix everything that is independent of `i`: initial values, and the batches of each other instance. Given `theta`
+up to a step, each other value is then a function of its own instance. Hence the sum of the other clipped gradients is
+fixed. With `i` the step is a mixture: with probability `q` a vector of length `clip` at most is added. The vector
+depends on `v_i`, and so on the earlier batches of `i`. A mixture over such vectors is no easier to distinguish from the
+step without `i` than the worst vector, since these divergences are convex. So each step, given the steps before, is
+dominated by the subsampled Gaussian mechanism, and steps compose. All `v_j` are functions of `theta` and of the fixed
+quantities.
 
-*What it needs.* Each instance with its own value only (`own_token_probability` 1, paper mode); one row for each
-instance; an encoder that was not fitted on them; layers that do not mix instances; batches in which each instance is
-with probability `q` by itself (`poisson_batches`), and at most once; a divisor, a number of steps and a learning rate
-that do not depend on how many instances there are; nothing tuned or stopped by instances that may be forgotten, the
-loss that is returned and errors included; optimisers of values whose state belongs to rows (SparseAdam). Sums are those
-of float32 or float64, and how others are rounded beside an instance is left out of account. A set of `s` instances has
-about `s` times the `epsilon`. Whoever chooses what to forget by looking at the model is not covered. Noise comes from
-PyTorch's generator, which is no cryptographic one.
+*Assumptions.* Each instance is trained with its own value only (`own_token_probability` 1, paper mode), and has one
+row. The encoder was not fitted on these instances, and layers do not mix instances. Each instance is in a batch with
+probability `q`, independently of all others (`poisson_batches`), and at most once. Divisor, number of steps and
+learning rate do not depend on the number of instances. Nothing is tuned or stopped by instances that may be forgotten,
+nor by the returned loss or errors. The state of optimisers of values belongs to rows (SparseAdam). Sums are in float32
+or float64; the effect of an instance on the rounding of others is neglected. A set of `s` instances has about `s` times
+the `epsilon`. A forget set that is chosen with knowledge of the model is not covered. Noise comes from PyTorch's
+generator, which is not cryptographic.
 
 Letters: `B` batch, `P` shared weights.
 """
@@ -48,13 +48,13 @@ __all__ = ["epsilon", "poisson_batches", "private_backward"]
 
 
 def poisson_batches(total: int, *, sample_rate: float, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Rows of each batch: every one is in it with the same probability, by itself; a batch may be empty.
+    """Yield the rows of each batch: each row with the same probability, independently; a batch may be empty.
 
     Args:
-        total: how many instances there are.
+        total: number of instances.
         sample_rate: `q`, the probability, above 0, at most 1.
-        steps: how many batches.
-        generator: draws. Who knows its seed knows the batches, and `epsilon` counts on nobody knowing them.
+        steps: number of batches.
+        generator: draws the batches. Its seed must be secret, since `epsilon` assumes that the batches are unknown.
 
     Raises:
         TypeError: if a number is not whole.
@@ -67,7 +67,7 @@ def poisson_batches(total: int, *, sample_rate: float, steps: int, generator: to
     """
     check_positive(total=total, steps=steps)
     _check_rate(sample_rate)
-    # Uniform numbers of float32 have 24 bits: rounded down, so that nobody is in a batch more often than was said.
+    # Uniform numbers of float32 have 24 bits: rounded down, so that no row is drawn more often than `sample_rate`.
     share = math.floor(sample_rate * 2**24) / 2**24
     for _ in range(steps):
         yield (torch.rand(total, generator=generator) < share).nonzero().squeeze(1)
@@ -88,26 +88,26 @@ def private_backward(
 
         g = (sum_i g_i min(1, clip / |g_i|) + noise_multiplier clip N(0, 1)) / expected_batch_size
 
-    for the shared weights together, and the plain slope of its own loss, over `expected_batch_size`, for each value. A
-    gradient `g_i` that is not finite counts as 0, and so does the slope of its value. Weights that are not among these
-    are left without a gradient, so that none of an earlier loss is stepped on. All is done in the precision of the
-    weights, whatever autocast says.
+    for the shared weights together. Each value gets the plain gradient of its own loss, over `expected_batch_size`. A
+    gradient `g_i` that is not finite counts as 0, and so does the gradient of its value. All other weights are left
+    without a gradient, so that no gradient of an earlier loss is applied. All steps are in the precision of the
+    weights, without autocast.
 
     Args:
         model: in paper mode, with `own_token_probability` 1 and one row for each instance.
         x: `(B, ...)` inputs of a batch, which may be empty.
         labels: `(B,)` int64, from 0 to `n - 1`.
-        ids: `(B,)` what each of them is in the memory, all different.
+        ids: `(B,)` id of each instance in the memory, all different.
         clip: greatest length of an instance's gradient, above 0.
         noise_multiplier: standard deviation of the noise in units of `clip`, at least 0.
-        expected_batch_size: `q` times the number of instances, as it was planned.
-        generator: draws pathways and noise: one for all steps of a training, whose seed nobody else knows. The same
-            noise twice would take itself out of the difference of two steps.
+        expected_batch_size: `q` times the planned number of instances.
+        generator: draws pathways and noise. Use one generator with a secret seed for all steps of a training: the same
+            noise twice would cancel in the difference of two steps.
 
     Raises:
         KeyError: if an id is not in the memory.
         TypeError: as for `KeyMemoryTransformer.loss`, or if weights are neither float32 nor float64.
-        ValueError: as for `KeyMemoryTransformer.loss`, or if a number is out of range, an id comes twice, or the model
+        ValueError: as for `KeyMemoryTransformer.loss`, or if a number is out of range, an id is repeated, or the model
             is trained in a way for which the claim does not hold.
     """
     _check_model(model)
@@ -141,12 +141,12 @@ def private_backward(
 
 
 def epsilon(*, noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
-    """What `steps` steps of DP-SGD promise, by Opacus' accountant of Renyi divergences (extra `privacy`).
+    """Return the `epsilon` of `steps` steps of DP-SGD, by Opacus' accountant of Renyi divergences (extra `privacy`).
 
     Args:
         noise_multiplier: as for `private_backward`, above 0.
         sample_rate: `q` of `poisson_batches`.
-        steps: how many.
+        steps: number of steps.
         delta: from 0 to 1; well below 1 over the number of instances.
 
     Raises:
@@ -166,7 +166,7 @@ def epsilon(*, noise_multiplier: float, sample_rate: float, steps: int, delta: f
         raise ImportError(f"{error}; to account for privacy: pip install 'treediff[privacy]'") from error
     accountant = RDPAccountant()
     accountant.history = [(noise_multiplier, sample_rate, steps)]
-    return max(0.0, float(accountant.get_epsilon(delta)))  # its bound falls below 0 where delta is large
+    return max(0.0, float(accountant.get_epsilon(delta)))  # the bound falls below 0 where delta is large
 
 
 class _Alone(nn.Module):
@@ -183,7 +183,7 @@ class _Alone(nn.Module):
 
 
 def _slopes(alone: _Alone, weights: Mapping[str, Tensor], *given: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Each instance's own gradient of the shared weights and of its value, and its loss."""
+    """Return, for each instance, the gradients of the shared weights and of its value, and its loss."""
 
     def loss(shared: dict[str, Tensor], *instance: Tensor) -> Tensor:
         found: Tensor = functional_call(alone, shared, instance)
@@ -198,9 +198,10 @@ def _slopes(alone: _Alone, weights: Mapping[str, Tensor], *given: Tensor) -> tup
 
 
 def _clipped_sums(slopes: Mapping[str, Tensor], clip: float) -> dict[str, Tensor]:
-    """`sum_i g_i min(1, clip / |g_i|)`, without those that are not finite.
+    """Return `sum_i g_i min(1, clip / |g_i|)`, without gradients that are not finite.
 
-    Lengths in float64, where squares of float32 do not overflow; no product of matrices, which may be done in less.
+    Lengths are in float64, where squares of float32 do not overflow. A matrix product could be in lower precision, so
+    none is used.
     """
     lengths = [
         torch.linalg.vector_norm(slope.reshape(len(slope), -1), dim=1, dtype=torch.float64) for slope in slopes.values()
@@ -216,7 +217,7 @@ def _clipped_sums(slopes: Mapping[str, Tensor], clip: float) -> dict[str, Tensor
 
 
 def _rows_grad(values: Tensor, rows: Tensor, own: Tensor, sparse: bool) -> Tensor:
-    """A gradient that is zero but for some rows."""
+    """Return a gradient that is zero except in some rows."""
     found = torch.sparse_coo_tensor(rows[None], own, values.shape, check_invariants=False).coalesce()
     return found if sparse else found.to_dense()
 
@@ -224,7 +225,7 @@ def _rows_grad(values: Tensor, rows: Tensor, own: Tensor, sparse: bool) -> Tenso
 def _check_model(model: KeyMemoryTransformer) -> None:
     if model.mode != "paper" or model.own_token_probability != 1:
         raise ValueError(
-            "the claim needs paper mode with own_token_probability=1, so that a value knows of its own instance only; "
+            "the claim needs paper mode with own_token_probability=1, so that a value depends on its instance only; "
             f"found mode={model.mode!r}, own_token_probability={model.own_token_probability}"
         )
     if model.key_encoder.fitted_on == "forgettable":
@@ -248,7 +249,7 @@ def _check_model(model: KeyMemoryTransformer) -> None:
 def _check_batch(
     model: KeyMemoryTransformer, x: Tensor, labels: Tensor, ids: Iterable[int] | Tensor
 ) -> tuple[list[int], Tensor]:
-    """Return ids and labels, once they are checked."""
+    """Return the checked ids and labels."""
     wanted = ordered_ids(ids)
     if len(wanted) != len(x):
         raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")

@@ -1,4 +1,4 @@
-"""Teaching the wrong answer for what goes."""
+"""Relabelling: training on wrong labels for the forget set."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def random_labels(
     batch_size: int = 128,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Descend on the union of both sets, what goes with random wrong labels (Graves et al., arXiv 2010.10981).
+    """Descend on the union of both sets, the forget set with random wrong labels (Graves et al., arXiv 2010.10981).
 
     Args:
         model: from inputs to logits `(B, classes)`.
-        retain: what stays.
-        forget: what goes; each instance is given one wrong label, each wrong one as likely.
+        retain: the retain set.
+        forget: the forget set; each instance is given one wrong label, all wrong labels equally likely.
         optimizer: of the weights that may change.
-        steps: how many.
-        batch_size: how many instances of the union a step sees.
+        steps: number of steps.
+        batch_size: number of instances of the union in a step.
         generator: draws labels and batches; seed 0 if not given.
 
     Raises:
@@ -52,19 +52,19 @@ def sal_un(
     share: float = 0.5,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Random labels, but only for the weights that matter to what goes (SalUn, Fan et al., arXiv 2310.12508).
+    """Train the weights that matter to the forget set, with random labels (SalUn, Fan et al., arXiv 2310.12508).
 
-    Those are the ones with the greatest `|d L(forget) / d theta|`; all others stay equal, bit for bit, whatever the
-    optimiser does to them.
+    These weights have the greatest `|d L(forget) / d theta|`. All other weights stay equal, bit for bit, regardless of
+    the optimiser.
 
     Args:
         model: from inputs to logits `(B, classes)`.
-        retain: what stays.
-        forget: what goes.
+        retain: the retain set.
+        forget: the forget set.
         optimizer: of the weights that may change.
-        steps: how many.
-        batch_size: how many instances a step sees.
-        share: of the optimiser's numbers that may change, above 0, up to 1.
+        steps: number of steps.
+        batch_size: number of instances in a step.
+        share: of all elements of the optimiser's weights that may change, above 0, up to 1.
         generator: draws labels and batches; seed 0 if not given.
 
     Raises:
@@ -92,12 +92,12 @@ def sal_un(
 
 
 def wrong_labels(labels: Tensor, classes: int, *, generator: torch.Generator) -> Tensor:
-    """`(n,)` another label for each instance, each wrong one as likely.
+    """Return another label for each instance, `(n,)`, all wrong labels equally likely.
 
     Args:
         labels: `(n,)` int64.
-        classes: how many there are, at least 2.
-        generator: chooses.
+        classes: number of classes, at least 2.
+        generator: draws the labels.
 
     Raises:
         ValueError: if there is one class only.
@@ -109,7 +109,7 @@ def wrong_labels(labels: Tensor, classes: int, *, generator: torch.Generator) ->
 
 
 def relabelled(model: nn.Module, retain: Examples, forget: Examples, generator: torch.Generator) -> Examples:
-    """Both sets as one, what goes with wrong labels."""
+    """Return both sets as one, the forget set with wrong labels."""
     check_examples(retain=retain, forget=forget)
     with torch.no_grad(), evaluating(model):
         classes = model(forget[0][:1]).shape[-1]
@@ -118,7 +118,7 @@ def relabelled(model: nn.Module, retain: Examples, forget: Examples, generator: 
 
 
 def saliency(model: nn.Module, forget: Examples, weights: list[Tensor], share: float, batch_size: int) -> list[Tensor]:
-    """A mask for each weight: where the slope of the mean loss of what goes is among the steepest of all."""
+    """Return a mask for each weight: where the gradient of the forget set's mean loss is among the greatest of all."""
     total = [torch.zeros_like(weight) for weight in weights]
     with evaluating(model):
         for x, labels in zip(forget[0].split(batch_size), forget[1].split(batch_size), strict=True):

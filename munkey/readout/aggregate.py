@@ -1,7 +1,7 @@
-"""What a model makes of several neighbours: one prediction from all of their tokens.
+"""Aggregations of several neighbours: one prediction from all of their tokens.
 
-*Ensemble* runs the model once for each neighbour and averages; *softmax* and *rank* mix the tokens into one and run it
-once. The paper names the three (MUNKEY, arXiv 2603.15033); the formulas are ours.
+*Ensemble* runs the model once for each neighbour and averages. *Softmax* and *rank* mix the tokens into one token and
+run the model once. The paper names all three (MUNKEY, arXiv 2603.15033); the formulas are our choice.
 
 Letters: `B` batch, `k` neighbours, `V` width of a value, `n` classes.
 """
@@ -25,11 +25,11 @@ Average = Callable[[Tensor, Tensor], Tensor]
 
 
 class Aggregation(nn.Module, ABC):
-    """From neighbours to one prediction.
+    """A map from neighbours to one prediction.
 
     Args of a call:
         found: the neighbours.
-        predict: from tokens `(B, m, V)` to outputs `(B, m, n)`, each token on its own.
+        predict: from tokens `(B, m, V)` to outputs `(B, m, n)`, each token independently.
         average: from outputs `(B, m, n)` and weights `(B, m)` to outputs `(B, n)`, see `munkey.task.Task.average`.
     """
 
@@ -39,20 +39,20 @@ class Aggregation(nn.Module, ABC):
 
     @abstractmethod
     def one(self, found: Retrieved, uniform: Tensor) -> Tensor:
-        """`(B, V)` one token for a single run, as training needs it; uniform numbers `(B,)` in [0, 1) decide."""
+        """Return one token `(B, V)` for a single pass in training; random choices follow numbers `(B,)` in [0, 1)."""
 
 
 class Ensemble(Aggregation):
-    """The mean of the predictions of all neighbours there are; that of the null token where there is none.
+    """The mean of the predictions beside all neighbours; without neighbours, the prediction beside the null token.
 
-    Of class probabilities `log (1/k sum_j softmax(logits_j))`, of other predictions what the task says, or the mean of
-    the logits.
+    For 'probabilities' of classes, the mean is `log (1/k sum_j softmax(logits_j))`; for other labels the task defines
+    the mean. For 'logits', the logits are averaged.
 
     Args:
         average: 'probabilities' or 'logits'.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: if `average` is something else.
     """
 
     def __init__(self, average: str = "probabilities") -> None:
@@ -62,9 +62,9 @@ class Ensemble(Aggregation):
         self.average = average
 
     def forward(self, found: Retrieved, predict: Predict, average: Average) -> Tensor:
-        """See the class."""
+        """Return the mean of the predictions, `(B, n)`; arguments as for `Aggregation`."""
         logits, there = predict(found.tokens), found.there
-        # Where nothing is there, all tokens are the null token, and their mean is its prediction.
+        # Without neighbours all tokens are the null token, so that the mean is the prediction beside the null token.
         there = there | ~there.any(1, keepdim=True)
         weights = there.to(logits.dtype) / there.sum(1, keepdim=True)
         if self.average == "logits":
@@ -72,49 +72,49 @@ class Ensemble(Aggregation):
         return average(logits, weights)
 
     def one(self, found: Retrieved, uniform: Tensor) -> Tensor:
-        """That of any of the neighbours there are, which come before those that are not."""
+        """Return the token of a random neighbour; existing neighbours precede missing neighbours."""
         pick = self.pick(found.there, uniform)
         return found.tokens[torch.arange(len(pick), device=pick.device), pick]
 
     @staticmethod
     def pick(there: Tensor, uniform: Tensor) -> Tensor:
-        """`(B,)` the place of one of the neighbours there are, `(B, k)`, each as likely; 0 if there is none."""
+        """Return the place `(B,)` of an existing neighbour `(B, k)`, all equally likely; 0 if there is none."""
         return (uniform * there.sum(1)).to(torch.int64)
 
     def extra_repr(self) -> str:
-        """What is averaged."""
+        """Return what is averaged."""
         return self.average
 
 
 class _Mix(Aggregation):
-    """One token from all neighbours there are."""
+    """One token that is mixed from all existing neighbours."""
 
     def mixed(self, found: Retrieved) -> Tensor:
-        """`(B, V)`; the null token where there is no neighbour."""
+        """Return the mixed token `(B, V)`; the null token if there is no neighbour."""
         there = found.there
         there = there | ~there.any(1, keepdim=True)
         weights = self.preferences(found).masked_fill(~there, -torch.inf).softmax(1)
         return (weights[..., None] * found.tokens).sum(1)
 
     def one(self, found: Retrieved, uniform: Tensor) -> Tensor:
-        """The mixture."""
+        """Return the mixed token `(B, V)`; nothing is random."""
         return self.mixed(found)
 
     @abstractmethod
     def preferences(self, found: Retrieved) -> Tensor:
-        """`(B, k)` logits of the weights, finite."""
+        """Return finite logits `(B, k)` of the weights."""
 
     def forward(self, found: Retrieved, predict: Predict, average: Average) -> Tensor:
-        """See the class."""
+        """Return the prediction beside the mixed token, `(B, n)`; arguments as for `Aggregation`."""
         return predict(self.mixed(found)[:, None]).squeeze(1)
 
 
 class SoftmaxMix(_Mix):
-    """`sum_j softmax(score_j / temperature) v_j` with a learned temperature.
+    """A mix of values, `sum_j softmax(score_j / temperature) v_j`, with a learned temperature.
 
     Args:
-        temperature: to begin with; above 0.
-        device: where the parameter lives.
+        temperature: initial value, above 0.
+        device: of the parameter.
         dtype: of the parameter.
 
     Raises:
@@ -134,22 +134,22 @@ class SoftmaxMix(_Mix):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature), device=device, dtype=dtype))
 
     def preferences(self, found: Retrieved) -> Tensor:
-        """See the class."""
+        """Return the scores over the temperature, `(B, k)`."""
         scores = torch.where(found.there, found.scores, 0.0).to(self.log_temperature.dtype)
         return scores * torch.exp(-self.log_temperature)
 
 
 class RankMix(_Mix):
-    """`sum_j w_j v_j` with a learned weight for each rank, whatever the scores.
+    """A mix of values, `sum_j w_j v_j`, with a learned weight for each rank, independent of the scores.
 
     Args:
         count: greatest number of neighbours.
-        device: where the parameters live.
+        device: of the parameters.
         dtype: of the parameters.
 
     Raises:
-        TypeError: if the number is not whole.
-        ValueError: if it is below 1, or more neighbours are given.
+        TypeError: if `count` is not whole.
+        ValueError: if `count` is below 1, or more neighbours are given.
     """
 
     def __init__(
@@ -160,14 +160,14 @@ class RankMix(_Mix):
         self.weights = nn.Parameter(torch.zeros(count, device=device, dtype=dtype))
 
     def preferences(self, found: Retrieved) -> Tensor:
-        """See the class."""
+        """Return the learned logits of the ranks, `(B, k)`."""
         k = found.ids.shape[1]
         if k > len(self.weights):
             raise ValueError(f"there are weights for {len(self.weights)} neighbours, found {k}")
         return self.weights[:k].expand(len(found.ids), -1)
 
 
-#: Aggregations by name; each is made for a greatest number of neighbours.
+#: Aggregations by name; each is built for a greatest number of neighbours.
 AGGREGATIONS: dict[str, Callable[[int], Aggregation]] = {
     "ensemble": lambda count: Ensemble(),
     "softmax": lambda count: SoftmaxMix(),
@@ -177,12 +177,12 @@ AGGREGATIONS: dict[str, Callable[[int], Aggregation]] = {
 
 @dataclass(frozen=True, eq=False)
 class Retrieved:
-    """What a memory holds near some queries, the nearest first.
+    """Rows of a memory near some queries, the nearest first.
 
     Args:
-        tokens: `(B, k, V)` values; the null token where there were fewer than `k` rows.
+        tokens: `(B, k, V)` values; the null token where there is no row.
         scores: `(B, k)` similarities; `-inf` where there is no row.
-        ids: `(B, k)` owners; -1 where there is no row, which may be an owner's id as well.
+        ids: `(B, k)` owners; -1 where there is no row, although -1 may also be the id of an owner.
     """
 
     tokens: Tensor
@@ -191,5 +191,5 @@ class Retrieved:
 
     @property
     def there(self) -> Tensor:
-        """`(B, k)` bool, whether there is a row."""
+        """True where there is a row, `(B, k)` bool."""
         return self.scores > -torch.inf

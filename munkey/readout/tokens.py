@@ -12,14 +12,14 @@ __all__ = ["ImageTokens", "VectorTokens"]
 
 
 class ImageTokens(nn.Module):
-    """An image as one token per patch, with learned positions (ViT, Dosovitskiy et al., arXiv 2010.11929, eq. 1).
+    """Tokens of an image, one per patch, with learned positions (ViT, Dosovitskiy et al., arXiv 2010.11929, eq. 1).
 
     Args:
         size: height and width, or one number for both.
         channels: 1 for grey, 3 for colour.
         patch: height and width of a patch; must divide the size.
         width: `W`.
-        device: where the parameters live.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
@@ -55,24 +55,24 @@ class ImageTokens(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(self.count, width, device=device, dtype=dtype))
 
     def check(self, x: Tensor) -> None:
-        """Raise TypeError or ValueError unless these are images as the class says."""
+        """Raise TypeError or ValueError unless `x` is a batch of images as the class defines."""
         check_batch(x, self.inputs, self.embed.weight.dtype, (0.0, 1.0), "images")
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Return the tokens `(B, S, W)` of images `(B, C, H, W)`."""
         patches = rearrange(2 * x - 1, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         tokens: Tensor = self.embed(patches) + self.position
         return tokens
 
 
 class VectorTokens(nn.Module):
-    """A vector (a row of a table, features of a text) as a few tokens.
+    """Tokens of a vector, such as a row of a table or features of a text.
 
     Args:
-        features: numbers of a vector.
-        count: how many tokens.
+        features: dimensions of a vector.
+        count: number of tokens.
         width: `W`.
-        device: where the parameters live.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
@@ -102,10 +102,10 @@ class VectorTokens(nn.Module):
         self.embed = nn.Linear(features, count * width, device=device, dtype=dtype)
 
     def check(self, x: Tensor) -> None:
-        """Raise TypeError or ValueError unless these are vectors as the class says."""
+        """Raise TypeError or ValueError unless `x` is a batch of vectors as the class defines."""
         check_batch(x, self.inputs, self.embed.weight.dtype, None, "vectors")
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Return the tokens `(B, S, W)` of vectors `(B, features)`."""
         tokens: Tensor = rearrange(self.embed(x), "b (s w) -> b s w", s=self.count)
         return tokens

@@ -1,6 +1,6 @@
 """A small vision transformer in parts: tokens of an image or a vector, and pre-norm blocks.
 
-Only LayerNorm, so that rows of a batch do not know of each other and no running statistic remembers an instance.
+LayerNorm only, so that rows of a batch do not affect each other and no running statistic keeps traces of an instance.
 
 Letters: `B` batch, `C H W` image, `S` tokens, `W` width.
 """
@@ -21,14 +21,14 @@ __all__ = ["ExemplarTransformer", "TransformerBlock"]
 
 
 class TransformerBlock(nn.Module):
-    """`x + Attention(norm(x))`, then `x + MLP(norm(x))`.
+    """A block of a transformer: `x + Attention(norm(x))`, then `x + MLP(norm(x))`.
 
     Args:
         width: `W`.
         heads: of the attention.
         expansion: width of the hidden layer of the MLP, in units of `width`.
-        dropout: share of what both add that is dropped, in training only.
-        device: where the parameters live.
+        dropout: share that is dropped of the results of attention and MLP, in training only.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
@@ -66,24 +66,24 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Return the result of the block, of the shape of `x`."""
         x = x + self.dropout(self.attention(self.attention_norm(x)))
         changed: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return changed
 
 
 class ExemplarTransformer(nn.Module):
-    """Logits for an input and a value: `head(norm(blocks([start, input tokens, exemplar])[0]))`.
+    """A transformer from an input and a value to logits: `head(norm(blocks([start, input tokens, exemplar])[0]))`.
 
-    The exemplar token is a linear map of the value; its bias is the type embedding. It knows nothing of a memory, and
-    each pair of input and value is on its own. The paper (arXiv 2603.15033) says that an exemplar token is appended;
-    how a value becomes one is a choice of ours.
+    The exemplar token is a linear map of the value, whose bias is the type embedding. The network has no access to a
+    memory, and each pair of input and value is processed independently. The paper (arXiv 2603.15033) appends an
+    exemplar token; the map from value to token is our choice.
 
     Args:
         tokens: from inputs to tokens, `ImageTokens` or `VectorTokens`.
         blocks: the transformer.
         value_width: `V`.
-        outputs: `n`, numbers of a prediction.
+        outputs: `n`, dimensions of a prediction.
 
     Shapes:
         tokens `(B, S, W)` and values `(B, m, V)` to `(B, m, n)`.
@@ -119,16 +119,16 @@ class ExemplarTransformer(nn.Module):
 
     @property
     def value_width(self) -> int:
-        """`V`, numbers of a value."""
+        """Dimensions of a value, `V`."""
         return self.exemplar.in_features
 
     @property
     def outputs(self) -> int:
-        """`n`."""
+        """Dimensions of a prediction, `n`."""
         return self.head.out_features
 
     def features(self, inputs: Tensor, values: Tensor) -> Tensor:
-        """`(B, m, W)` what the head is given; arguments as for `forward`."""
+        """Return the inputs of the head, `(B, m, W)`; arguments as for `forward`."""
         batch, many = values.shape[:2]
         exemplars = self.exemplar(values).flatten(0, 1)[:, None]
         rows = inputs.repeat_interleave(many, 0)
@@ -139,6 +139,6 @@ class ExemplarTransformer(nn.Module):
         return features
 
     def forward(self, inputs: Tensor, values: Tensor) -> Tensor:
-        """`(B, m, n)` logits for an input's tokens `(B, S, W)` beside each of its values `(B, m, V)`, one at a time."""
+        """Return logits `(B, m, n)` for input tokens `(B, S, W)` beside values `(B, m, V)`, each value separately."""
         logits: Tensor = self.head(self.features(inputs, values))
         return logits

@@ -17,20 +17,20 @@ __all__ = ["ValueWriter"]
 
 
 class ValueWriter(nn.Module):
-    """`W k + e(label)`: the value of a row, from its key and its label, or from its key alone if it has none.
+    """A writer of values: `W k + e(label)` from the key and the label of a row, or from the key alone without a label.
 
-    Trained on permanent instances, it computes a value for any other instance in a forward pass: no weight was trained
-    on that one.
+    A writer that is trained on permanent instances computes the value of any other instance in a forward pass. No
+    weight is trained on these other instances.
 
     Args:
         key_width: `D`.
         value_width: `V`.
-        task: what a label is; a whole number `n` for one of `n` classes.
-        device: where the parameters live.
+        task: kind of a label; a whole number `n` for one of `n` classes.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
-        `(M, D)` and labels `(M, ...)` to `(M, V)`; a label of -1, or of NaN, is none.
+        `(M, D)` and labels `(M, ...)` to `(M, V)`; a label of -1 or NaN is missing.
 
     Raises:
         TypeError: if a number is not whole.
@@ -58,11 +58,11 @@ class ValueWriter(nn.Module):
         self.of_label = self.task.embedding(value_width, **factory)
 
     def check(self, labels: Tensor | None, count: int) -> None:
-        """Raise TypeError or ValueError if labels are not those of the task."""
+        """Raise TypeError or ValueError if labels do not fit the task."""
         if labels is not None:
             self.task.check(labels, count)
 
     def forward(self, keys: Tensor, labels: Tensor) -> Tensor:
-        """See the class."""
+        """Return the values `(M, V)` of keys `(M, D)` and labels `(M, ...)`."""
         values: Tensor = self.of_key(keys) + self.of_label(labels)
         return values

@@ -1,4 +1,4 @@
-"""Averages of a model that holds a store: they have a row for each value, and follow."""
+"""Averages of a model that holds a store: one row for each value, which follows the changes of the table."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class AverageRows(Follower):
     """The average of the values in an `EMA`.
 
     Args:
-        table: whose values are averaged.
+        table: table of the averaged values.
         ema: the averages of a model with these values.
 
     Raises:
-        ValueError: if the average is not of these values, has other rows, or has not followed them so far.
+        ValueError: if the average is not of these values, has other rows, or did not follow earlier changes.
     """
 
     def __init__(self, table: Table, ema: EMA) -> None:
@@ -41,16 +41,16 @@ class AverageRows(Follower):
             rows = "none" if found is None else len(found)
             raise ValueError(
                 f"the EMA has an average of {rows} of {len(values)} rows: the store joined the model, or grew, since "
-                "it was made; make it anew"
+                "it was made; make it again"
             )
         if self._table.rewritten and not bool((found == values.detach().to(found.dtype)).all()):
             raise ValueError(
-                "rows have gone or moved since the store was made or loaded, and this EMA may not have followed: its "
-                "average would keep what was forgotten. Make the EMA anew and attach it before it is updated"
+                "rows were deleted or moved since the store was made or loaded, and this EMA may not have followed: "
+                "its average would keep what was forgotten. Make the EMA again and attach it before it is updated"
             )
 
     def release(self) -> None:
-        """Stop following: the average keeps what it has of instances."""
+        """Stop following; the average keeps its rows of instances."""
         self.held.before_load.remove(self._check_load)
 
     def is_of(self, held: object) -> bool:
@@ -60,20 +60,20 @@ class AverageRows(Follower):
     def _check_load(self) -> None:
         if self._table.rewritten:
             raise ValueError(
-                "rows have gone or moved since the store was made or loaded, so older averages would bring back what "
-                "they kept of them, under other ids; load them before forget and compact, right after the store was "
-                "loaded"
+                "rows were deleted or moved since the store was made or loaded, so older averages would bring back "
+                "what they kept of these rows, under other ids; load them before forget and compact, right after the "
+                "store was loaded"
             )
 
     def check(self, change: Change) -> None:
-        """Raise ValueError while the values are those of the average, and their own are elsewhere."""
+        """Raise ValueError while the average is in place of the values, or if all rows are to be replaced."""
         if self.held.own is not None:
             raise ValueError("the values are those of an EMA at present; leave `with ema.average()` first")
         if isinstance(change, Replaced):
             raise ValueError("an average follows the present rows; load first, then attach, or detach it")
 
     def steps(self, change: Change, scratch: Scratch) -> list[Step]:
-        """Return the steps that change the average as the values; the average of a new value is the value."""
+        """Return the steps that change the average like the values; the average of a new value is the value itself."""
         steps: list[Step] = []
         for weights, name in self._kept():
             old = weights[name]

@@ -1,8 +1,8 @@
-"""Changes of a table of rows, as values: rows were added, removed, moved, or replaced by others.
+"""Changes of a table of rows, as values: rows were added, removed, moved, or replaced by other rows.
 
-A change is made before anything happens, and holds all that its followers need to carry it out. Its work is a list of
-*steps*. Every step can be repeated: whatever interrupts one, running it again gives what running it once gives. So an
-interrupted change is finished from the step that was interrupted.
+A change is built before anything in memory changes, and holds all that its followers need to carry out the change. The
+work of a change is a list of *steps*. Every step is idempotent: running it again after an interruption gives the same
+result as running it once. So an interrupted change is finished from the interrupted step.
 
 Letters: `M` rows in use, `R` rows there is room for.
 """
@@ -30,9 +30,10 @@ Step = Callable[[], object]
 
 @contextmanager
 def long_lived() -> Iterator[None]:
-    """Make tensors that outlive the call, without gradients, wherever the caller is; also a decorator.
+    """Make tensors that outlive the call, without gradients, in any mode of the caller; also a decorator.
 
-    A tensor that is made in inference mode cannot be changed outside of it. So whatever a store keeps is made here.
+    A tensor that is made in inference mode cannot be changed outside of that mode. So every tensor that a store keeps
+    is made in this context.
 
     Examples:
         >>> with torch.inference_mode(), long_lived():
@@ -46,11 +47,11 @@ def long_lived() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Added:
-    """New rows behind those in use; the table holds them in its room already.
+    """New rows behind the rows in use, which are already written into the room of the table.
 
     Args:
-        start: number of the first new row, and number of rows until now.
-        stop: number of rows from then on.
+        start: number of the first new row, which is the number of rows before the change.
+        stop: number of rows after the change.
     """
 
     start: int
@@ -58,23 +59,23 @@ class Added:
 
     @property
     def rows(self) -> slice:
-        """The new rows."""
+        """Slice of the new rows."""
         return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True, eq=False)
 class Removed:
-    """Rows that go; the last rows that stay move into the holes.
+    """Rows that are removed; the last remaining rows move into the holes.
 
     Args:
-        ids: whose rows go.
-        before: number of rows until now.
-        after: number of rows from then on.
-        holes: `(n,)` rows below `after` that go, in ascending order.
-        movers: `(n,)` rows from `after` on that stay, in ascending order; each moves into the hole of its place.
-        gone: all rows that go, in ascending order.
-        receipt: evidence for a log; None if there is nothing to note, as when an addition is taken back.
-        planned_at: how often the table had changed when this was planned; -1 if that does not matter.
+        ids: owners of the removed rows.
+        before: number of rows before the change.
+        after: number of rows after the change.
+        holes: `(n,)` removed rows below `after`, in ascending order.
+        movers: `(n,)` remaining rows from `after` on, in ascending order; the i-th mover fills the i-th hole.
+        gone: all removed rows, in ascending order.
+        receipt: evidence for a log; None if there is nothing to log, as when an addition is taken back.
+        planned_at: number of changes of the table when the removal was planned; -1 if it does not matter.
     """
 
     ids: Sequence[int]
@@ -95,7 +96,7 @@ class Removed:
         device: torch.device | str | None = None,
         planned_at: int = -1,
     ) -> Removed:
-        """Plan the removal of rows, without repetition, from the first `before`."""
+        """Plan the removal of distinct rows from the first `before` rows."""
         gone = np.sort(np.asarray(rows, np.int64))
         after = before - len(gone)
         split = int(gone.searchsorted(after))
@@ -106,7 +107,7 @@ class Removed:
         return cls(ids, before, after, holes, moving, every, planned_at=planned_at)
 
     def erase(self, rows: Tensor, scratch: Scratch) -> Step:
-        """Return the step that overwrites what goes in a tensor `(R, ...)`, with what moves or with zero."""
+        """Return the step that overwrites the removed rows of a tensor `(R, ...)` with moving rows or zeros."""
         if rows.device.type == "cpu" and rows.is_contiguous() and rows.numel():
             return self._erase_bytes(_in_bytes(rows), scratch)
         holes = self.holes.to(rows.device)
@@ -124,7 +125,7 @@ class Removed:
         return self.holes.numpy(force=True), self.movers.numpy(force=True)
 
     def _erase_bytes(self, rows: NDArray[np.void], scratch: Scratch) -> Step:
-        """Do the same for rows `(R,)` of bytes, in a small part of the time if few of them go."""
+        """Return the step of `erase` for rows `(R,)` of bytes, which is much faster if few rows are removed."""
         holes, movers = self._places
         tail, moving = rows[self.after : self.before].view(np.uint8), rows.take(movers)
         scratch(torch.from_numpy(moving.view(np.uint8)))
@@ -136,7 +137,7 @@ class Removed:
         return overwrite
 
     def renumber(self, rows: Tensor) -> Tensor:
-        """Return the new numbers of rows; -1 for those that go."""
+        """Return the new numbers of rows; -1 for removed rows."""
         moved = rows.clone()
         moved[torch.isin(rows, self.gone)] = -1
         if len(self.movers):
@@ -148,12 +149,12 @@ class Removed:
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """The same rows in tensors with another room, in another order or in the same one.
+    """Rows that move to tensors with another room, in another order or in the same order.
 
     Args:
         count: number of rows.
-        room: `R` from then on.
-        order: `(M,)` the present number of each row in its new place; None if rows stay where they are.
+        room: `R` after the change.
+        order: `(M,)` the present row number for each new place; None if rows keep their numbers.
     """
 
     count: int
@@ -161,11 +162,11 @@ class Moved:
     order: Tensor | None = None
 
     def made(self, rows: Tensor) -> Tensor:
-        """Return the new tensor `(R, ...)` for an old one."""
+        """Return the new tensor `(R, ...)` for an old tensor."""
         other = rows.new_zeros(self.room, *rows.shape[1:])
         if self.order is None:
             other[: self.count] = rows[: self.count]
-        else:  # without a copy on the way
+        else:  # without an intermediate copy
             torch.index_select(rows, 0, self.order.to(rows.device), out=other[: self.count])
         return other
 
@@ -180,22 +181,22 @@ class Moved:
 
 @dataclass(frozen=True, eq=False)
 class Replaced:
-    """Other rows in place of all, as when a state is loaded.
+    """Other rows in place of all rows, as when a state is loaded.
 
     Args:
-        columns: of the new rows, each `(M, ...)`, in the order of the schema.
+        columns: columns of the new rows, each `(M, ...)`, in the order of the schema.
     """
 
     columns: Sequence[Tensor]
 
     @property
     def count(self) -> int:
-        """Number of rows from then on."""
+        """Number of rows after the change."""
         return len(self.columns[0])
 
 
 def _in_bytes(rows: Tensor) -> NDArray[np.void]:
-    """Return the same memory as one element of bytes for each row of a contiguous tensor on a CPU."""
+    """Return a view of a contiguous CPU tensor with one element of bytes for each row."""
     array = rows.detach().view(torch.uint8).numpy().reshape(-1)
     return array.view(np.dtype((np.void, array.size // rows.shape[0])))
 

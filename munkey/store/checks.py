@@ -1,4 +1,4 @@
-"""What a store may be given, and what it says otherwise."""
+"""Checks of the arguments of a store, with their error messages."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ __all__ = [
 
 
 def as_ids(ids: Iterable[int] | Tensor) -> list[int]:
-    """Ids as Python integers.
+    """Return ids as Python integers.
 
-    A mask is refused in any form, also as numbers of 8 bits without a sign: as ids its entries would be 0 and 1.
+    A mask is refused in any form, also as unsigned integers of 8 bits: its entries would be read as the ids 0 and 1.
 
     Args:
-        ids: `(B,)` whole numbers: a tensor or an array of signed ones, or of 16 bits and more, or anything to go
-            through.
+        ids: `(B,)` integers: a tensor or an array of signed integers or of at least 16 bits, or any other iterable.
 
     Raises:
-        TypeError: if they are no list of whole numbers.
-        ValueError: if one does not fit into 64 bits, or a tensor or an array is not one-dimensional.
+        TypeError: if `ids` is not a list of integers.
+        ValueError: if an id does not fit into 64 bits, or a tensor or an array is not one-dimensional.
     """
     if isinstance(ids, Tensor | np.ndarray):
         _check_kind(str(ids.dtype))
@@ -45,10 +44,10 @@ def as_ids(ids: Iterable[int] | Tensor) -> list[int]:
 
 
 def ordered_ids(ids: Iterable[int] | Tensor) -> list[int]:
-    """Ids that are matched with inputs, keys or labels by their place.
+    """Return ids that are matched with inputs, keys or labels by position.
 
     Raises:
-        TypeError: if they have no order of their own, as a set or a dict, or as for `as_ids`.
+        TypeError: if the ids have no order, as in a set or a dict, or as for `as_ids`.
         ValueError: as for `as_ids`.
     """
     if isinstance(ids, Set | Mapping | MappingView):
@@ -60,7 +59,7 @@ def ordered_ids(ids: Iterable[int] | Tensor) -> list[int]:
 
 
 def _check_kind(dtype: str) -> None:
-    """Raise TypeError unless numbers of this dtype are ids."""
+    """Raise TypeError unless numbers of this dtype can be ids."""
     name = dtype.removeprefix("torch.")
     if name == "bool":
         raise TypeError(f"ids must be int64, found {dtype}, a mask; give the ids that it picks: ids[mask]")
@@ -81,15 +80,15 @@ def _in_64_bits(ids: list[int]) -> list[int]:
 
 
 def distinct(ids: Iterable[int] | Tensor) -> list[int]:
-    """Ids in ascending order, each once; errors as for `as_ids`."""
+    """Return ids in ascending order, each once; errors as for `as_ids`."""
     return sorted(set(as_ids(ids)))
 
 
 def to_forget(ids: Iterable[int] | Tensor, missing: str) -> list[int]:
-    """Ids as by `distinct`, once what is to be done about those that are missing is 'raise' or 'ignore'.
+    """Return ids like `distinct`, after checking that `missing` is 'raise' or 'ignore'.
 
     Raises:
-        ValueError: if it is another word, or as for `as_ids`.
+        ValueError: if `missing` is another word, or as for `as_ids`.
     """
     if missing not in ("raise", "ignore"):
         raise ValueError(f"missing must be 'raise' or 'ignore', found {missing!r}")
@@ -107,20 +106,20 @@ def _whole(instance: object) -> int:
         raise TypeError(f"an id must be a whole number, found {instance!r}")
     try:
         number: int = index()
-    except TypeError as error:  # of a tensor or an array that holds something else
+    except TypeError as error:  # from a tensor or an array of another dtype
         raise TypeError(f"an id must be a whole number, found {instance!r}") from error
     return number
 
 
 def check_no_label_is_missing(labels: Tensor) -> None:
-    """Raise ValueError if a label is below 0: cross-entropy leaves out one of -100 without a word."""
+    """Raise ValueError if a label is below 0: cross-entropy silently ignores the label -100."""
     low = int(labels.min()) if labels.numel() else 0
     if low < 0:
         raise ValueError(f"a label is at least 0, found {low}; leave out inputs that have no label")
 
 
 def some(ids: Sequence[int], most: int = 5) -> str:
-    """A list of ids for a message, cut short."""
+    """Format a list of ids for a message, cut after the first `most` ids."""
     shown = ", ".join(map(str, ids[:most]))
     return f"[{shown}]" if len(ids) <= most else f"[{shown}, ... {len(ids) - most} more]"
 
@@ -132,10 +131,10 @@ def check_rows(
     values: Tensor | None,
     schema: Mapping[str, Column],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return keys `(B, P, D)`, labels `(B, ...)` and values `(B, P, V)` or None, once all is as it must be.
+    """Return checked keys `(B, P, D)`, labels `(B, ...)`, and values `(B, P, V)` or None.
 
     Raises:
-        TypeError: if keys or values are no floating-point tensors, or labels of another kind.
+        TypeError: if keys or values are not floating-point tensors, or labels have another kind of dtype.
         ValueError: if ids repeat, a shape is wrong, a number is not finite, or a label is negative.
     """
     if len(set(ids)) != len(ids):
@@ -183,7 +182,7 @@ def _floating(name: str, rows: Tensor, count: int, width: int, dtype: torch.dtyp
         )
     low, high = rows.detach().aminmax() if rows.numel() else (rows.new_zeros(()), rows.new_zeros(()))
     most = torch.finfo(dtype).max
-    if not (-most <= low and high <= most):  # also if one is NaN; only then is memory of the size of the rows needed
+    if not (-most <= low and high <= most):  # also after NaN; only errors need memory of the size of the rows
         finite = rows.isfinite() & (rows.abs() <= most)
         bad = (~finite.all(2)).any(1).nonzero().squeeze(1)
         raise ValueError(

@@ -14,10 +14,10 @@ __all__ = ["Codes"]
 
 
 class Codes(Follower):
-    """The `Screen` of the keys of a table: made by the first search, and kept up from then on.
+    """The `Screen` of the keys of a table: made by the first search, and updated with every later change.
 
     Args:
-        table: whose keys.
+        table: table of the keys.
     """
 
     def __init__(self, table: Table) -> None:
@@ -25,7 +25,7 @@ class Codes(Follower):
         self._screen: Screen | None = None
 
     def clear(self) -> None:
-        """Drop the codes, and wipe them."""
+        """Wipe and drop the codes."""
         if self._screen is not None:
             for column in self._screen.columns:
                 column.zero_()
@@ -43,7 +43,7 @@ class Codes(Follower):
         return [] if self._screen is None else list(self._screen.columns)
 
     def steps(self, change: Change, scratch: Scratch) -> list[Step]:
-        """Return the steps that follow the keys."""
+        """Return the steps that update the codes with the keys."""
         screen = self._screen
         if screen is None:
             return []

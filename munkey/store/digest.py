@@ -1,10 +1,12 @@
-"""Digest of a set of rows: follows changes, and does not depend on the order of rows.
+"""Digest of a set of rows, which follows changes and does not depend on the order of rows.
 
 `digest = H_s(header, sum over rows of H_s(row) mod 2^256)` with a keyed hash `H_s` under the secret `s` of a store
-(MSet-Add-Hash, Clarke et al., ASIACRYPT 2003). Removing a row subtracts its hash, at a cost that has nothing to do with
-the rows that stay. The hash of each row is kept beside the table, 32 bytes, so that a row is hashed once. Without the
-secret a digest says nothing about a candidate image; a plain hash would let anyone who has one find out whether it is
-stored. It guards against error and against outsiders, not against whoever holds the secret.
+(MSet-Add-Hash, Clarke et al., ASIACRYPT 2003). Removing a row subtracts its hash, at a cost that is independent of the
+remaining rows. The hash of each row, 32 bytes, is kept beside the table, so that a row is hashed once.
+
+Without the secret a digest reveals nothing about a candidate image. A plain hash would let anyone with a candidate
+image test whether the image is stored. The digest guards against errors and outsiders, not against holders of the
+secret.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from munkey.store.table import Table
 
 __all__ = ["HASH", "MODULUS", "Digest", "add_tensors", "check_secret", "checksum", "hash_rows", "keyed_hash", "sum_of"]
 
-#: Sums of hashes are taken modulo this.
+#: Modulus of the sums of hashes.
 MODULUS = 1 << 256
 
 HASH = 32  # bytes of the hash of a row
@@ -32,7 +34,7 @@ _ROWS = 4096  # at a time: enough to be fast, and little to wipe
 
 
 def keyed_hash(secret: bytes, *parts: bytes | memoryview) -> bytes:
-    """Return BLAKE2b (RFC 7693), 32 bytes, of parts one after another, keyed with a secret of 1 to 64 bytes."""
+    """Return the hash BLAKE2b (RFC 7693), 32 bytes, of concatenated parts, keyed with a secret of 1 to 64 bytes."""
     found = hashlib.blake2b(key=secret, digest_size=32)
     for part in parts:
         found.update(part)
@@ -40,19 +42,19 @@ def keyed_hash(secret: bytes, *parts: bytes | memoryview) -> bytes:
 
 
 def add_tensors(update: Callable[[bytes | memoryview], object], tensors: Mapping[str, Tensor]) -> None:
-    """Feed tensors to the `update` of a hash, by name, with dtype and shape, whatever their order."""
+    """Feed tensors to the `update` of a hash, sorted by name, with dtype and shape."""
     for name, tensor in sorted(tensors.items()):
         update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def checksum(data: bytes) -> bytes:
-    """Return 32 hexadecimal digits that show damage; anyone can compute them."""
+    """Return a checksum of 32 hexadecimal digits, which shows damage; it has no key, so anyone can compute it."""
     return hashlib.blake2b(data, digest_size=16).hexdigest().encode()
 
 
 def check_secret(secret: bytes) -> bytes:
-    """Return the secret itself.
+    """Return the secret unchanged.
 
     Raises:
         ValueError: if its length is not 1 to 64 bytes.
@@ -63,28 +65,28 @@ def check_secret(secret: bytes) -> bytes:
 
 
 def hash_rows(secret: bytes, columns: Sequence[Tensor], rows: Tensor | slice | None = None) -> Tensor:
-    """Hash rows; returns `(n, 32)` uint8.
+    """Return the hashes of rows, `(n, 32)` uint8.
 
     Args:
-        secret: of the store.
-        columns: tensors whose first dimension counts rows; a row is the bytes of all of them, one after another.
-        rows: which rows; all if not given.
+        secret: secret of the store.
+        columns: tensors whose first dimension counts rows; a row is the concatenated bytes of all columns.
+        rows: numbers of the rows; all rows if not given.
     """
     keyed, found = hashlib.blake2b(key=secret, digest_size=HASH), []
     for chunk in _chunks(columns, rows):
         view = chunk.numpy().data.cast("B")
         width = chunk.shape[1]
         for start in range(0, len(view), width):
-            row = keyed.copy()  # the key is taken in once
+            row = keyed.copy()  # the key is hashed once
             row.update(view[start : start + width])
             found.append(row.digest())
         chunk.zero_()  # a copy of rows that may be forgotten
-    data = bytearray(b"".join(found)) or bytearray(HASH)  # PyTorch takes no empty one
+    data = bytearray(b"".join(found)) or bytearray(HASH)  # PyTorch takes no empty buffer
     return torch.frombuffer(data, dtype=torch.uint8).view(-1, HASH)[: len(found)]
 
 
 def sum_of(hashes: Tensor) -> int:
-    """Return the sum of hashes `(n, 32)`, numbers of 256 bits with the lowest byte first, `0 <= sum < MODULUS`.
+    """Return the sum of hashes `(n, 32)`, little-endian numbers of 256 bits; `0 <= sum < MODULUS`.
 
     Examples:
         >>> sum_of(torch.tensor([[1] + [0] * 31, [0, 2] + [0] * 30], dtype=torch.uint8))
@@ -95,7 +97,7 @@ def sum_of(hashes: Tensor) -> int:
 
 
 def _chunks(columns: Sequence[Tensor], rows: Tensor | slice | None) -> Iterator[Tensor]:
-    """Copy the bytes of some rows at a time, `(n, bytes)` uint8."""
+    """Yield copies of the bytes of rows in chunks, `(n, bytes)` uint8."""
     first, stop = 0, len(columns[0]) if rows is None else len(rows) if isinstance(rows, Tensor) else rows.stop
     if isinstance(rows, slice):
         first = rows.start
@@ -111,20 +113,20 @@ def _chunks(columns: Sequence[Tensor], rows: Tensor | slice | None) -> Iterator[
 
 
 class Digest(Follower):
-    """Digest of a table, kept up as rows come and go.
+    """Digest of a table, updated as rows are added and removed.
 
-    The hash of each row is kept. Hashes are made when a digest is first taken, and anew after values were trained; a
-    change that adds fewer rows than there are hashes its rows at once.
+    The hash of each row is kept. Hashes are computed when a digest is first taken, and again after values were trained.
+    A change that adds no more rows than the table has hashes the new rows at once.
 
     Args:
-        table: whose rows.
+        table: table of the rows.
         secret: 1 to 64 bytes under which rows are hashed.
 
     Raises:
         ValueError: if the secret is empty or too long.
 
     Attributes:
-        eager: whether rows are hashed as they are added, however many, because something else needs the hashes.
+        eager: whether any number of added rows is hashed at once, because another follower needs the hashes.
     """
 
     def __init__(self, table: Table, secret: bytes) -> None:
@@ -137,7 +139,7 @@ class Digest(Follower):
 
     @property
     def secret(self) -> bytes:
-        """1 to 64 bytes under which rows are hashed; with another secret digests are others."""
+        """Secret of 1 to 64 bytes under which rows are hashed; another secret gives other digests."""
         return self._secret
 
     @secret.setter
@@ -146,16 +148,16 @@ class Digest(Follower):
         self.clear()
 
     def clear(self) -> None:
-        """Trust no hash: values may have changed."""
+        """Drop all hashes: values may have changed."""
         self._hashes = None
 
     @property
     def known(self) -> bool:
-        """Whether the hashes are those of the rows as they are."""
+        """True if the hashes match the present rows."""
         return self._hashes is not None and self._version == self._table.values._version
 
     def hashes(self) -> Tensor:
-        """Return the hashes `(M, 32)` of all rows; made if they are not known."""
+        """Return the hashes `(M, 32)` of all rows; unknown hashes are computed."""
         if not self.known:
             self.take(hash_rows(self._secret, self._table.columns, slice(0, self._table.used)))
         return self._rows(self._table.used)
@@ -165,7 +167,7 @@ class Digest(Follower):
         return hashes[:stop]
 
     def take(self, hashes: Tensor) -> None:
-        """Use hashes `(M, 32)` of all rows that are known from elsewhere, such as a file."""
+        """Use precomputed hashes `(M, 32)` of all rows, such as from a file."""
         with long_lived():
             room = torch.zeros(self._table.room, HASH, dtype=torch.uint8)
             room[: len(hashes)] = hashes
@@ -177,24 +179,24 @@ class Digest(Follower):
         return self._sum
 
     def total_after(self, change: Removed) -> int:
-        """Return the sum once rows are gone; it is made once for a change."""
+        """Return the sum after a removal; the sum is computed once for a change."""
         if self._gone is None or self._gone[0] is not change.gone or not self.known:
             gone = self.hashes().index_select(0, change.gone.cpu())
             self._gone = change.gone, (self.total() - sum_of(gone)) % MODULUS
         return self._gone[1]
 
     def total_with(self, change: Added) -> int:
-        """Return the sum once rows are there."""
+        """Return the sum after an addition."""
         return (self.total() + sum_of(self.of_new(change))) % MODULUS
 
     def of_new(self, change: Added) -> Tensor:
-        """Return the hashes of staged rows; they are made once for a change."""
+        """Return the hashes of staged rows; the hashes are computed once for a change."""
         if self._new is None or self._new[0] is not change:
             self._new = change, hash_rows(self._secret, self._table.columns, change.rows)
         return self._new[1]
 
     def hexdigest(self, rows: int | None = None, total: int | None = None) -> str:
-        """Return the digest of the table, or of so many rows whose hashes add up to `total`."""
+        """Return the digest of the table, or of `rows` rows whose hashes sum to `total`."""
         rows, total = (self._table.used, self.total()) if rows is None or total is None else (rows, total)
         keys, values = self._table["keys"], self._table["values"]
         about = {"keys": str(keys.dtype), "values": str(values.dtype), "widths": (keys.shape[1], values.shape[1])}
@@ -208,7 +210,7 @@ class Digest(Follower):
         return [] if self._hashes is None else [self._hashes]
 
     def steps(self, change: Change, scratch: Scratch) -> list[Step]:
-        """Return the step that follows the rows, where hashes are known."""
+        """Return the step that updates the hashes if they are known, and drops them otherwise."""
         if not self._table.used:
             self.take(torch.zeros(0, HASH, dtype=torch.uint8))
         if not self.known or not isinstance(change, Added | Removed | Moved):
@@ -234,6 +236,6 @@ class Digest(Follower):
         return [follow]
 
     def undo(self, change: Change) -> Undone:
-        """Drop the hashes of rows that were staged."""
+        """Drop the hashes of staged rows."""
         self._new = None
         return Undone.BACK

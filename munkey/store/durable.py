@@ -1,4 +1,4 @@
-"""A store that lives in a file, and is whole there at every moment.
+"""Store in a file, whole at every moment.
 
 Letters: `D` width of a key, `V` width of a value.
 """
@@ -33,17 +33,17 @@ _WAITS = tuple(0.001 * 2**attempt for attempt in range(8))
 
 
 class DurableStore(KeyStore):
-    """A `KeyStore` whose rows are in a file, too, and go from there when `forget` returns.
+    """A `KeyStore` whose rows are also in a file, and are erased from the file when `forget` returns.
 
-    The file follows row by row: `add` writes new rows, `forget` overwrites those that go, at a cost that follows what
-    changes. When a call returns, its change is on the medium; an interruption at any moment leaves the state before or
-    the state after, which the next `open` finds. A note in the file says which rows change, by number, and holds
-    nothing of what is in them.
+    The file follows row by row: `add` writes new rows, and `forget` overwrites removed rows, at a cost proportional to
+    the change. When a call returns, its change is on the medium. An interruption at any moment leaves the state before
+    or the state after the change, which the next `open` finds. A note in the file holds the numbers of the rows that
+    change, and nothing of their content.
 
-    Values that were trained are in the file after `sync`. Only one store at a time can have a file open to change it,
-    whatever names the file has, and only the process that opened it; others can read it (`read_only`).
+    Trained values are in the file after `sync`. Only one store at a time can have a file open for changes, whatever
+    names the file has. Only the process that opened the file can change it; other processes can read it (`read_only`).
 
-    Make one with `create`, or of one in memory with `copy_of`, and open it again with `open`.
+    `create` makes an empty store, `copy_of` copies a store in memory, and `open` opens an existing file.
 
     Examples:
         >>> import tempfile
@@ -75,16 +75,16 @@ class DurableStore(KeyStore):
         """Return an empty store in a new file; arguments as for `KeyStore`.
 
         Args:
-            path: where.
+            path: path of the new file.
             key_width: `D`.
             value_width: `V`.
-            seed: of the first values.
-            scale: standard deviation of the first values.
-            secret: under which digests are taken; it is kept in the file.
-            label_shape: of one label; a number by default.
-            label_dtype: of labels, int64 or float32.
-            dtype: of keys and values.
-            disk: what reads and writes.
+            seed: seed of the initial values.
+            scale: standard deviation of the initial values.
+            secret: secret of the digests, which is kept in the file.
+            label_shape: shape of one label; one number by default.
+            label_dtype: dtype of labels, int64 or float32.
+            dtype: dtype of keys and values.
+            disk: `Disk` that reads and writes.
 
         Raises:
             FileExistsError: if there is a file of that name.
@@ -96,19 +96,19 @@ class DurableStore(KeyStore):
 
     @classmethod
     def copy_of(cls, store: KeyStore, path: Path, disk: Disk | None = None) -> Self:
-        """Return a store in a new file with the rows, the seed and the secret of another, which stays as it is.
+        """Return a store in a new file with the rows, the seed and the secret of another store, which is not changed.
 
-        What is attached to the other one, and its log, are not taken over. A model goes on with a memory in a file by
-        `model.memory.store = DurableStore.copy_of(model.memory.store, path)`.
+        The log of the other store, and attached optimisers and averages, are not taken over. The memory of a model
+        moves to a file by `model.memory.store = DurableStore.copy_of(model.memory.store, path)`.
 
         Args:
-            store: whose rows.
-            path: where.
-            disk: what reads and writes.
+            store: store whose rows are copied.
+            path: path of the new file.
+            disk: `Disk` that reads and writes.
 
         Raises:
             FileExistsError: if there is a file of that name.
-            OSError: if the file cannot be written; there is then none, or all of it.
+            OSError: if the file cannot be written; there is then no file, or a whole file.
 
         Examples:
             >>> import tempfile
@@ -129,7 +129,7 @@ class DurableStore(KeyStore):
         layout = Layout(about, COLUMNS, tuple(shapes), tuple(dtypes), made.used, made.secret)
         parts = pieces(table.rows, made._digest.hashes())
         made._follow(StoreFile.create(os.fspath(path), layout, parts, disk or Disk()))
-        if store.logged:  # a copy is a backup, which is not to be opened without the log either
+        if store.logged:  # a copy is a backup, which must not be opened without the log either
             made.live.keep_log()
         return made
 
@@ -143,27 +143,28 @@ class DurableStore(KeyStore):
         read_only: bool = False,
         disk: Disk | None = None,
     ) -> Self:
-        """Return the store in a file; what was interrupted is first finished or taken back.
+        """Return the store in a file; an interrupted change is first finished or taken back.
 
-        Every row is compared with its tag (`munkey.store.file.layout`), so that damage is seen; `verify` compares the
-        longer hashes.
+        Every row is compared with its tag (`munkey.store.file.layout`), so that damage is detected; `verify` compares
+        the longer hashes.
 
         Args:
-            path: the file.
-            receipts: a log; what it says is gone is forgotten again, see `KeyStore.keep_receipts`. A store that had a
-                log is opened with it, or, if that is meant, without: False.
-            new_log: whether to begin a log where there is none.
-            read_only: whether the store is to be searched only: nothing is written, not even what was interrupted, no
-                lock is taken, and another process can change the file meanwhile, which this store does not see. A
-                file that is in the midst of a change is read again, some times.
-            disk: what reads and writes.
+            path: path of the file.
+            receipts: path of a log; rows that the log lists as forgotten are forgotten again, see
+                `KeyStore.keep_receipts`. A store that had a log must be opened with the log, or with False to do
+                without.
+            new_log: whether to begin a log if there is none.
+            read_only: whether the store is only searched. Nothing is written, not even to finish an interrupted change,
+                and no lock is taken. Another process can change the file meanwhile; this store does not see such
+                changes. A file in the midst of a change is read again, several times.
+            disk: `Disk` that reads and writes.
 
         Raises:
-            BlockingIOError: if another store has it open, here or in another process.
+            BlockingIOError: if another store has the file open, here or in another process.
             FileNotFoundError: if there is no such file, or no log.
-            ValueError: if file or log are damaged, cut short, or of another kind; if a log is missing; if an instance
-                is there, in a store that is to be read only, that the log says is gone, or the file stayed in the midst
-                of a change.
+            ValueError: if file or log are damaged, cut short, or of another kind, or if a log is missing. With
+                `read_only` also if the store holds an instance that the log lists as forgotten, or if the file stays in
+                the midst of a change.
         """
         disk = disk or Disk()
         for wait in _WAITS if read_only else ():
@@ -180,8 +181,8 @@ class DurableStore(KeyStore):
         try:
             if live.state.logged and receipts is None:
                 raise ValueError(
-                    f"{live.path!r} keeps a log of receipts, without which a restored backup remembers whom it forgot; "
-                    "pass the log as receipts=, or receipts=False to open it without one"
+                    f"{live.path!r} keeps a log of receipts, without which a restored backup brings forgotten "
+                    "instances back; pass the log as receipts=, or receipts=False to open it without one"
                 )
             live.recover()
             store = cls._loaded(live)
@@ -224,7 +225,7 @@ class DurableStore(KeyStore):
 
     @property
     def live(self) -> StoreFile:
-        """The file."""
+        """Open file of the store."""
         live: StoreFile = self._file  # type: ignore[assignment]
         return live
 
@@ -235,17 +236,17 @@ class DurableStore(KeyStore):
         self.close()
 
     def close(self) -> None:
-        """Give file and log back; values that were trained since `sync` are not there. The store stays readable."""
+        """Close file and log; values trained since the last `sync` are not in the file. The store stays readable."""
         with self.lock:
             self.live.close()
             self._close_log()
 
     def sync(self) -> None:
-        """Write all values anew, as training left them; the old file is overwritten when the new one is whole.
+        """Write all trained values to a new file; the old file is overwritten once the new file is whole.
 
         Raises:
-            OSError: if that fails; the file is then as it was.
-            ValueError: while the values are those of an average.
+            OSError: if writing fails; the file is then unchanged.
+            ValueError: while an average is in place of the values.
         """
         with self.lock:
             self._check_whole()
@@ -255,7 +256,7 @@ class DurableStore(KeyStore):
             self.live.rebuild(pieces(self._table.rows, hashes), room=room)
 
     def verify(self) -> None:
-        """Hash every row in the file anew, and compare with what was written.
+        """Hash every row in the file again, and compare with the stored hashes.
 
         Raises:
             ValueError: if the file is damaged, or closed.
@@ -265,7 +266,7 @@ class DurableStore(KeyStore):
 
 
 def _other_kind(layout: Layout) -> str | None:
-    """Say what makes a description, although it is whole, no store's; None if it is one."""
+    """Return why an undamaged description is not the description of a store; None if it is."""
     about, names = layout.about, layout.names
     if names != COLUMNS:
         return f"it has columns {names}, expected {COLUMNS}"

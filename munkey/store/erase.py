@@ -1,4 +1,4 @@
-"""Copies of rows that are overwritten when they are no longer needed: freed memory keeps what was in it."""
+"""Copies of rows that are overwritten after use: freed memory keeps its content."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Scratch", "wipe", "wipe_copies"]
 
 
 class Scratch:
-    """Context that overwrites tensors with zeros when it is left, however it is left.
+    """Context that overwrites tensors with zeros on exit, also after an error.
 
     Examples:
         >>> import torch
@@ -27,17 +27,17 @@ class Scratch:
         self._made: list[Tensor] = []
 
     def __call__(self, copy: Tensor) -> Tensor:
-        """Overwrite a tensor when the context is left; return the tensor."""
+        """Register a tensor to be overwritten on exit; return the tensor."""
         self._copies.append(copy)
         return copy
 
     def unless_kept(self, made: Tensor) -> Tensor:
-        """Overwrite a tensor when the context is left without a call of `keep`; return the tensor."""
+        """Register a tensor to be overwritten on exit unless `keep` was called; return the tensor."""
         self._made.append(made)
         return made
 
     def keep(self) -> None:
-        """Leave the tensors of `unless_kept` alone: something holds them now."""
+        """Exempt the tensors of `unless_kept` from overwriting: they are in use now."""
         self._made = []
 
     def __enter__(self) -> Self:

@@ -1,15 +1,15 @@
-"""What follows a table, and how a change is carried out.
+"""Followers of a table, and the protocol that carries out a change.
 
-Everything that keeps something of a row (an index, a digest, moments of an optimiser, a file, a log) is a *follower* of
-the table, and reacts to the same four changes (`munkey.store.change`). One function carries out a change:
+Everything that keeps data of a row (an index, a digest, moments of an optimiser, a file, a log) is a *follower* of the
+table. All followers react to the same four changes (`munkey.store.change`). One function carries out a change:
 
-1. every follower may refuse it, while nothing has happened;
-2. the steps of the change are made; all that they need is allocated here;
-3. followers that must know before memory changes write ahead: the log, then the file. Where one fails, what was written
-   is taken back, the last first; or the change is finished, if the file is past the point of no return;
-4. the steps are run. A step that is interrupted is run again, and then the rest. Where that fails, too, the table is
-   *torn*: neither before nor after, and its owner refuses everything but being loaded again;
-5. followers confirm, where something may be noted only when all is done.
+1. every follower may refuse the change, before anything is changed;
+2. the steps of the change are built, and all the memory that they need is allocated;
+3. the log and then the file write ahead, before memory changes. If a write fails, all writes are taken back in reverse
+   order. If the file is past the point of no return, the change is finished instead;
+4. the steps are run. An interrupted step is run again, and then the remaining steps. If this fails as well, the table
+   is *torn*, neither in the state before nor in the state after. Its owner then refuses everything but loading;
+5. followers confirm, if they write something only after the change.
 """
 
 from __future__ import annotations
@@ -26,49 +26,49 @@ __all__ = ["Follower", "Undone", "commit", "undo"]
 
 
 class Undone(Enum):
-    """What became of a change that was to be taken back."""
+    """Outcome of taking back a change."""
 
-    #: Nothing is left of it.
+    #: Nothing is left of the change.
     BACK = auto()
-    #: It could not be taken back and was finished instead, so that memory has to follow.
+    #: The change could not be taken back and was finished instead, so that memory has to follow.
     FORWARD = auto()
-    #: Neither; the follower refuses changes until it is opened again, and then finishes it.
+    #: Neither; the follower refuses changes until it is opened again, and then finishes this change.
     STUCK = auto()
 
 
 class Follower:
-    """Something that keeps a part of each row of a table and changes with it.
+    """Object that keeps a part of each row of a table and changes with the table.
 
     A subclass overrides what it needs; by default nothing happens.
     """
 
     def check(self, change: Change) -> None:
-        """Raise an error if the change cannot be followed. Nothing has happened yet."""
+        """Raise an error if the change cannot be followed, before anything is changed."""
 
     def steps(self, change: Change, scratch: Scratch) -> list[Step]:
-        """Return what is to be done in memory, as steps that can be repeated, with all that they need allocated.
+        """Return the work in memory, as idempotent steps whose memory is already allocated.
 
         Args:
-            change: what is to happen.
-            scratch: takes copies of rows, which are overwritten when the change is over.
+            change: the change to carry out.
+            scratch: collects copies of rows, which are overwritten after the change.
         """
         return []
 
     def write_ahead(self, change: Change) -> None:
-        """Write what must be on a medium before memory changes; raise an error if that fails."""
+        """Write what must be on a medium before memory changes; raise an error if writing fails."""
 
     def undo(self, change: Change) -> Undone:
-        """Take back what `write_ahead` wrote, wholly or in part, because it or a later follower failed.
+        """Take back the whole or partial output of `write_ahead`, after this follower or a later follower failed.
 
-        Only the last follower that writes ahead may say that it went forward, or is stuck.
+        Only the last follower that writes ahead may return `Undone.FORWARD` or `Undone.STUCK`.
         """
         return Undone.BACK
 
     def confirm(self, change: Change) -> None:
-        """Write what may be written only once the change is done; raise an error if that fails."""
+        """Write what may be written only after the change; raise an error if writing fails."""
 
     def kept(self) -> list[Tensor]:
-        """Return the tensors `(R, ...)` that hold something of each row."""
+        """Return the tensors `(R, ...)` that hold data of each row."""
         return []
 
 
@@ -76,13 +76,13 @@ def commit(change: Change, parts: Sequence[Follower], tear: Callable[[bool], Non
     """Carry out a change, wholly or not at all.
 
     Args:
-        change: what is to happen.
+        change: the change to carry out.
         parts: the table and its followers, in the order in which they write ahead and change.
-        tear: is called with True before the first step is run, and with False after the last.
+        tear: is called with True before the first step, and with False after the last step.
 
     Raises:
-        BaseException: whatever a part raises, and what interrupts. If `check`, `steps` or `write_ahead` raised it, the
-            change did not happen. If a step was interrupted, the change did happen, unless the step failed twice.
+        BaseException: any error of a part, and any interruption. After an error of `check`, `steps` or `write_ahead`
+            the change did not happen. After an interrupted step the change did happen, unless the step failed twice.
     """
     with long_lived(), Scratch() as scratch:
         for part in parts:
@@ -98,7 +98,7 @@ def commit(change: Change, parts: Sequence[Follower], tear: Callable[[bool], Non
 
 
 class _Work:
-    """A change that is being carried out, and how far it is."""
+    """Change that is being carried out, with its progress."""
 
     def __init__(
         self,
@@ -127,13 +127,13 @@ class _Work:
         self.tear(False)
 
     def settle(self) -> None:
-        """Go on if memory had begun to change, or if what was written ahead stays; otherwise take that back."""
+        """Finish the change if memory began to change or the file went forward; otherwise take the writes back."""
         if self.running or undo(self.change, self.parts[: self.begun]) is Undone.FORWARD:
             self.run()
 
 
 def undo(change: Change, parts: Sequence[Follower]) -> Undone:
-    """Take back what parts wrote ahead, the last first, until one goes forward or is stuck."""
+    """Take back the writes of parts in reverse order, until a part goes forward or is stuck."""
     for part in reversed(parts):
         undone = part.undo(change)
         if undone is not Undone.BACK:

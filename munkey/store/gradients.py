@@ -1,4 +1,4 @@
-"""The gradient of the values: a row for each, which follows."""
+"""Gradient of the values: one row for each value, which follows the changes of the table."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["GradientRows", "gradient_check"]
 
 
 class GradientRows(Follower):
-    """The gradient that the values have, dense or sparse.
+    """The gradient of the values, dense or sparse.
 
     Args:
-        table: whose values.
+        table: table of the values.
     """
 
     def __init__(self, table: Table) -> None:
         self._table = table
 
     def steps(self, change: Change, scratch: Scratch) -> list[Step]:
-        """Return the steps that change the gradient as the values; other rows have none."""
+        """Return the steps that change the gradient like the values; rows that replace all rows have no gradient."""
         values, grad = self._table.values, self._table.values.grad
         if grad is None or isinstance(change, Added):
             return []
@@ -37,7 +37,7 @@ class GradientRows(Follower):
             return self._exchange(grad, _renumbered(grad, change.renumber, len(values)))
         if isinstance(change, Moved):
             new = _renumbered(grad, change.renumber, change.room) if grad.is_sparse else change.made(grad)
-            # PyTorch refuses a gradient of another shape than its parameter, which changes in between.
+            # PyTorch refuses a gradient of another shape than its parameter, whose shape changes in between.
             return [self._dropped(), *self._exchange(grad, new)]
         return [self._dropped()]
 
@@ -55,7 +55,7 @@ class GradientRows(Follower):
 
 
 def _renumbered(grad: Tensor, renumber: Callable[[Tensor], Tensor], room: int) -> Tensor:
-    """Return a sparse gradient with other row numbers; rows numbered -1 go."""
+    """Return a sparse gradient with other row numbers; rows numbered -1 are dropped."""
     summed = grad.coalesce()
     rows = renumber(summed.indices()[0])
     kept = rows >= 0
@@ -67,19 +67,19 @@ def _renumbered(grad: Tensor, renumber: Callable[[Tensor], Tensor], room: int) -
 
 
 def gradient_check(table: Table, attached: bool) -> Callable[[Tensor], None]:
-    """Return a hook that refuses a gradient for rows that are elsewhere now."""
+    """Return a hook that refuses a gradient of rows that moved after the read."""
     read_at = table.changes
 
     def check(_: Tensor) -> None:
         if table.moved_at > read_at:
             raise RuntimeError(
-                "rows have gone, moved or got more room since this loss was computed, so its gradient would fall on "
+                "rows were deleted, moved or got more room since this loss was computed, so its gradient would fall on "
                 "other rows; compute the loss again"
             )
         if not attached:
             warnings.warn(
-                "values of a store are trained by an optimiser the store does not know; what it keeps of an instance "
-                "would not be forgotten. Tell the store: store.attach(optimizer)",
+                "values of a store are trained by an optimiser that is not attached; its state of an instance would "
+                "not be forgotten. Attach the optimiser: store.attach(optimizer)",
                 stacklevel=2,
             )
 

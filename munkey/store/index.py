@@ -23,13 +23,13 @@ class Index(Follower):
     """The rows of each id, in the order of its views.
 
     Args:
-        table: whose rows; the index follows it.
+        table: table of the rows, which the index follows.
     """
 
     def __init__(self, table: Table) -> None:
         self._table = table
         self._first: dict[int, int] = {}
-        # Apart, because most instances have one row, and a list for each would double the memory.
+        # Separate, because most instances have one row, and a list for each instance would double the memory.
         self._more: dict[int, list[int]] = {}
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class Index(Follower):
         return [row for instance in ids for row in self.of(instance)]
 
     def one_of_each(self, ids: Iterable[int], uniform: Iterable[float]) -> list[int]:
-        """Return one row of each id; numbers in [0, 1) decide which."""
+        """Return one row of each id, chosen by uniform numbers in [0, 1)."""
         rows = []
         for instance, number in zip(ids, uniform, strict=True):
             more = self._more.get(instance)
@@ -75,7 +75,7 @@ class Index(Follower):
     # --- changes ------------------------------------------------------------------------------------------
 
     def steps(self, change: Change, scratch: Scratch) -> list[Step]:
-        """Return the steps that follow the rows; all numbers are read before anything moves."""
+        """Return the steps that update the index; all row numbers are read before anything moves."""
         table = self._table
         if isinstance(change, Added):
             first, more = _places(table["ids"][change.rows], table["views"][change.rows], change.start)
@@ -119,7 +119,7 @@ class Index(Follower):
 
 
 def _places(ids: Tensor, views: Tensor, start: int) -> tuple[dict[int, int], dict[int, list[int]]]:
-    """Return the first row of each id, and the further rows of those that have several; rows count from `start`."""
+    """Return the first row of each id, and the further rows of ids with several rows; rows count from `start`."""
     rows = range(start, start + len(ids))
     if not views.any():
         return dict(zip(ids.tolist(), rows, strict=True)), {}

@@ -1,4 +1,4 @@
-"""The lock of a store, which a process that is forked while a thread holds it does not keep."""
+"""Lock of a store, which a forked process does not inherit from a thread that the process lacks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["Lock"]
 
 
 class Lock:
-    """A lock that the thread which holds it can take again; in a forked process, only what that thread has is held."""
+    """A re-entrant lock, which is held in a forked process only if the forking thread held it."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         _locks.add(self)
 
     def after_fork(self) -> None:
-        """Free the lock if a thread holds it that the new process does not have."""
+        """Free the lock if it is held by a thread that the new process does not have."""
         if self._lock.acquire(blocking=False):
             self._lock.release()
         else:
@@ -38,7 +38,7 @@ _locks: weakref.WeakSet[Lock] = weakref.WeakSet()
 def _after_fork() -> None:
     for lock in list(_locks):
         lock.after_fork()
-    if _locks:  # threads of OpenMP do not survive a fork, and a search that waits for them would hang
+    if _locks:  # threads of OpenMP do not survive a fork, and a search that waits for such threads would hang
         torch.set_num_threads(1)
 
 

@@ -1,24 +1,25 @@
-"""Log of receipts that can be checked without the data, and that keeps a backup from bringing anyone back.
+"""Log of receipts, which is checked without the data and keeps a backup from bringing forgotten instances back.
 
 Each line is one event and a chain value,
 
     chain_n = H(chain_{n-1}, event_n),    seal_n = H_s(chain_n)
 
-with `H` a hash anyone can compute and `H_s` one keyed by the store's secret `s`. So a line that was changed, added or
-taken away in the middle shows to everyone, and a log that was written by someone else to whoever knows the secret. A
-chain cannot show that lines are missing at its end, nor that all of it was written anew: publish the last value,
-`head`, now and then, and compare.
+with a hash `H` that anyone can compute, and a hash `H_s` keyed by the store's secret `s`. So everyone can detect a line
+that was changed, inserted or removed in the middle. Holders of the secret can also detect a log that was written
+without the secret. A chain cannot show that lines are missing at its end, nor that the whole log was written again.
+Against both, publish the last value, `head`, now and then, and compare.
 
-What was forgotten is named by *tokens*, keyed hashes of id, label and key: whoever has a candidate image but not the
-secret learns nothing from them. A row that was given another label is another one, so that a backup does not bring the
-old label back. There are three kinds of events:
+Forgotten rows are named by *tokens*, keyed hashes of id, label and key. Without the secret, tokens reveal nothing about
+a candidate image. A row with another label has another token, so that a backup does not bring the old label back. There
+are three kinds of events:
 
-- 'forgot': rows are gone. It is written before they go.
-- 'returning': the very same rows are about to be added again, after which the store has the digest `after`.
-- 'returned': they are there. If the process dies between the two, the store that opens the log next has either the
-  digest `after`, and the rows have returned, or another one, and they are as gone as before.
+- 'forgot': rows are deleted. This event is written before the deletion.
+- 'returning': the same rows are about to be added again, after which the store has the digest `after`.
+- 'returned': the rows are in the store again. If the process dies after 'returning' and before 'returned', the digest
+  of the store decides when the log is next opened. With the digest `after` the rows have returned; with any other
+  digest the rows stay deleted.
 
-Of the events that name a token the last one counts.
+The last event that names a token counts.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ Path = str | os.PathLike[str]
 
 _ROWS = 4096  # at a time
 _BEGINNING = b'{"chain":"' + b"#" * 64 + b'","event":{'  # of each line, with any digit for #
-#: What an interruption may leave of a line in a sector of a disk: text, or zeros if it was not written yet.
+#: Possible content of a line in a sector of a disk after an interruption: text, or zeros if nothing was written yet.
 _PART = re.compile(rb"[\x20-\x7e]*|\x00*")
 _SECTOR = 512
 
@@ -63,7 +64,7 @@ _SECTOR = 512
 def tokens_of(secret: bytes, ids: Tensor, labels: Tensor, keys: Tensor) -> list[str]:
     """Return keyed hashes of rows, by id, label and key.
 
-    They do not depend on whatever wider dtype the keys have, nor on the shape of a label: only its numbers count.
+    Keys in a wider dtype give the same hashes, and so do labels of another shape with the same numbers.
     """
     tokens = []
     for own, named, rows in zip(ids.split(_ROWS), labels.split(_ROWS), keys.detach().split(_ROWS), strict=True):
@@ -76,7 +77,7 @@ def tokens_of(secret: bytes, ids: Tensor, labels: Tensor, keys: Tensor) -> list[
 
 
 def _label_bytes(labels: Tensor) -> list[bytes]:
-    """Return the numbers of each label, as int64 or float64; those of none are always -1."""
+    """Return the bytes of each label as int64 or float64; the bytes of a missing label are always -1 as int64."""
     floating = labels.is_floating_point()
     flat = labels.reshape(len(labels), math.prod(labels.shape[1:])).to(torch.float64 if floating else torch.int64)
     missing = (flat.isnan() if floating else flat < 0).all(1).tolist()
@@ -90,22 +91,22 @@ def row_tokens(table: Table, secret: bytes, rows: Tensor | slice) -> list[str]:
     ids, labels, keys = (table[name][rows] for name in ("ids", "labels", "keys"))
     with Scratch() as scratch:
         if not isinstance(rows, slice):
-            scratch(keys)  # a copy of rows that are to go
+            scratch(keys)  # a copy of rows that may be about to be deleted
         return tokens_of(secret, ids, labels, keys)
 
 
 def known_to(gone: set[str], dtypes: Mapping[str, set[int]], secret: bytes, rows: Rows) -> list[int]:
-    """Return the ids of rows that a log says are gone, in ascending order.
+    """Return the ids of rows that a log lists as forgotten, in ascending order.
 
     Args:
-        gone: tokens of what is gone.
-        dtypes: ids that were forgotten, by the dtype that keys had then; '' where an older log does not say.
-        secret: of the store.
-        rows: what the store holds.
+        gone: tokens of deleted rows.
+        dtypes: forgotten ids by the dtype of their keys at that time; '' if an older log does not record the dtype.
+        secret: secret of the store.
+        rows: rows of the store.
 
     Raises:
-        ValueError: if ids that were forgotten are there with keys of another dtype. Rounding makes other keys of the
-            same ones, so that it cannot be known whether they are what was forgotten.
+        ValueError: if forgotten ids are in the store with keys of another dtype. Rounding changes keys, so that
+            forgotten keys cannot be recognised.
     """
     if not gone:
         return []
@@ -128,9 +129,9 @@ class Verified:
     """The content of a log of which no line was changed.
 
     Args:
-        events: what happened, the first first.
-        head: the last chain value, to compare with one that was published.
-        whole: bytes of whole lines; what is behind them was interrupted while it was written.
+        events: events in the order of the log.
+        head: the last chain value, to compare with a published value.
+        whole: number of bytes of whole lines; the rest of the file was interrupted while it was written.
     """
 
     events: tuple[dict[str, Any], ...]
@@ -138,7 +139,7 @@ class Verified:
     whole: int
 
     def gone(self) -> tuple[set[str], dict[str, set[int]]]:
-        """Return the tokens of what is gone, and the ids that were ever forgotten by the dtype of their keys."""
+        """Return the tokens of deleted rows, and all ids that were ever forgotten, by the dtype of their keys."""
         gone: set[str] = set()
         dtypes: dict[str, set[int]] = {}
         for event in self.events:
@@ -147,21 +148,21 @@ class Verified:
 
     @property
     def receipts(self) -> list[Receipt]:
-        """The receipts of all events, the first first."""
+        """Receipts of all events, in the order of the log."""
         return [Receipt.from_json(json.dumps(event["receipt"])) for event in self.events if "receipt" in event]
 
 
 def verify(path: Path, *, secret: bytes | None = None, disk: Disk | None = None) -> Verified:
-    """Check a log; needs neither the data nor, but for the seals, the secret.
+    """Check a log without the data; only the seals need the secret.
 
     Args:
-        path: the log.
-        secret: of the store; if given, seals are checked, too.
-        disk: what reads.
+        path: path of the log.
+        secret: secret of the store; if given, seals are checked, too.
+        disk: `Disk` that reads.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the first line that is not what was written there.
+        ValueError: naming the first line that differs from what was written.
     """
     disk, name = disk or Disk(), os.fspath(path)
     if not disk.exists(name):
@@ -188,7 +189,7 @@ def _verified(data: bytes, name: str, secret: bytes | None) -> Verified:
 
 
 def _entry(line: bytes, previous: str, where: str, secret: bytes | None) -> tuple[dict[str, Any], str]:
-    """Return the event of a line, and its chain value."""
+    """Return the event and the chain value of a line."""
     try:
         entry = json.loads(line)
         event, found, seal = entry["event"], entry["chain"], entry["seal"]
@@ -207,7 +208,7 @@ def _entry(line: bytes, previous: str, where: str, secret: bytes | None) -> tupl
 
 
 def _interrupted(rest: bytes, chain: str, start: int) -> bool:
-    """Return whether bytes from `start` on, behind the last line, are what an interruption leaves, and not damage."""
+    """Return whether the bytes from `start` on, behind the last line, are left by an interruption and not damage."""
     if not rest:
         return True
     allowed = (b"\0" + (b"0123456789abcdef" if letter == ord("#") else bytes([letter])) for letter in _BEGINNING)
@@ -224,10 +225,10 @@ def _interrupted(rest: bytes, chain: str, start: int) -> bool:
 
 @dataclass(frozen=True)
 class Mark:
-    """A moment in a log, see `ReceiptLog.mark`.
+    """Position in a log, see `ReceiptLog.mark`.
 
     Args:
-        size: bytes of the file.
+        size: size of the file in bytes.
         head: the last chain value.
         pending: as in `ReceiptLog`.
     """
@@ -240,24 +241,24 @@ class Mark:
 class ReceiptLog:
     """An open log, to which lines are added; see `KeyStore.keep_receipts`.
 
-    Only the process that opened it writes to it: one that was forked from it is refused.
+    Only the process that opened the log writes to the log; a forked process is refused.
 
     Args:
-        path: the file.
-        secret: of the store.
-        new: whether to begin a log where there is no file.
-        disk: what reads and writes.
+        path: path of the file.
+        secret: secret of the store.
+        new: whether to begin a log if there is no file.
+        disk: `Disk` that reads and writes.
 
     Raises:
-        BlockingIOError: if another store writes to it.
+        BlockingIOError: if another store writes to the log.
         FileNotFoundError: if there is no such file, unless `new`.
         OSError: if the file cannot be read or written.
-        ValueError: as for `verify`; the file is left as it is.
+        ValueError: as for `verify`; the file is not changed.
 
     Attributes:
         head: the last chain value.
-        gone: tokens of what was forgotten and did not return.
-        pending: the last event, if it says that rows are returning and nothing says that they did.
+        gone: tokens of rows that were forgotten and did not return.
+        pending: the last event if its kind is 'returning', until the return is confirmed or ruled out.
     """
 
     file = -1
@@ -294,58 +295,58 @@ class ReceiptLog:
     # --- events -------------------------------------------------------------------------------------------
 
     def forgot(self, receipt: Receipt, tokens: Iterable[str], dtype: torch.dtype) -> None:
-        """Note that rows are going; their keys have a dtype."""
+        """Log that rows are about to be deleted, with the dtype of their keys."""
         event = {"kind": "forgot", "receipt": json.loads(receipt.to_json()), "tokens": sorted(tokens)}
         self._add({**event, "dtype": dtype_name(dtype)})
 
     def returning(self, tokens: Iterable[str], after: str) -> None:
-        """Note that rows that were gone are about to be added again, which gives the digest `after`."""
+        """Log that deleted rows are about to be added again, which gives the digest `after`."""
         self._add({"kind": "returning", "awaited": sorted(tokens), "after": after})
 
     def returned(self) -> None:
-        """Note that the rows which were returning are there."""
+        """Log that the returning rows are in the store."""
         if self.pending is not None:
             self._add({"kind": "returned", "tokens": self.pending["awaited"]})
 
     def settle(self, digest: str) -> None:
-        """Decide by the digest of the store whether rows that were returning are there."""
+        """Decide by the digest of the store whether returning rows are in the store."""
         if self.pending is not None and self.pending["after"] == digest:
             self.returned()
         self.pending = None
 
     def mark(self) -> Mark:
-        """Return what `restore` goes back to."""
+        """Return the position that `restore` goes back to."""
         self._new = set()
         return Mark(self.size, self.head, self.pending)
 
     def restore(self, mark: Mark) -> None:
-        """Cut off the one event that was added since the last mark."""
+        """Cut off the single event that was added since the last mark."""
         self.take_back(mark.size, mark.head)
         self.gone, self.pending = self.gone - self._new, mark.pending
 
     def take_back(self, size: int, head: str) -> None:
-        """Cut off what was added since the log had a size and a last chain value."""
+        """Cut the log back to an earlier size and last chain value."""
         if self.closed:
             return
         try:
             self.disk.resize(self.file, size)
             self.disk.sync(self.file)
         except BaseException:
-            self.close()  # what it says is not known; whoever opens it next reads it
+            self.close()  # the content of the file is unknown until the log is opened again
             raise
         self.head, self.size = head, size
 
     def back(self, tokens: Iterable[str]) -> list[str]:
-        """Return those of some tokens that are gone."""
+        """Return the given tokens that belong to deleted rows, sorted."""
         return sorted(self.gone.intersection(tokens)) if self.gone else []
 
     @property
     def closed(self) -> bool:
-        """Whether the file was given back."""
+        """True if the file was closed."""
         return self.file < 0
 
     def close(self) -> None:
-        """Give the file back; in a forked process, its descriptor alone."""
+        """Unlock and close the file; in a forked process, only close the descriptor."""
         if not self.closed:
             if self.owner.here:
                 self.disk.unlock(self.file)
@@ -357,7 +358,7 @@ class ReceiptLog:
             self.close()
 
     def __deepcopy__(self, memo: object) -> None:
-        """Return nothing: a copy of a store keeps no log, as two would write over each other's lines."""
+        """Return None: a copy of a store keeps no log, because two logs would overwrite each other's lines."""
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an open log cannot be pickled; close it, and give the other store its path")
@@ -379,7 +380,7 @@ class ReceiptLog:
         chain = _chain(self.head, event)
         line = _line(event, chain, _seal(self.secret, chain))
         try:
-            # Its end last: a line that has one is whole, whatever interrupts.
+            # The line end is written last, so that a line with an end is whole after any interruption.
             for start, stop in ((0, len(line) - 1), (len(line) - 1, len(line))):
                 self.disk.write(self.file, self.size + start, line[start:stop])
                 self.disk.sync(self.file)
@@ -397,11 +398,11 @@ class ReceiptLog:
 
 
 class LoggedRows(Follower):
-    """A log as a follower of a table: it notes what goes before it goes, and what returns.
+    """Log as a follower of a table: it records rows before they are deleted, and rows that return.
 
     Args:
-        table: whose rows.
-        digest: of the table.
+        table: table of the rows.
+        digest: digest of the table.
         log: the open log.
     """
 
@@ -414,21 +415,21 @@ class LoggedRows(Follower):
         return row_tokens(self._table, self._digest.secret, rows)
 
     def known(self, rows: Rows) -> list[int]:
-        """Return the ids of rows that the log says are gone, in ascending order.
+        """Return the ids of rows that the log lists as forgotten, in ascending order.
 
         Raises:
-            ValueError: if the log was written for keys with other digits, so that it cannot tell.
+            ValueError: if the log was written for keys of another dtype, so that rows cannot be recognised.
         """
         return known_to(self.log.gone, self.log.dtypes, self._digest.secret, rows)
 
     def check(self, change: Change) -> None:
-        """Raise an error if the log cannot note what it would have to note."""
+        """Raise an error if the change must be logged and the log cannot be written."""
         noted = isinstance(change, Removed) and change.receipt is not None and len(change.gone)
         if noted or (isinstance(change, Added) and self.log.gone):
             self.log.check()
 
     def write_ahead(self, change: Change) -> None:
-        """Note rows that go, and rows that are to return."""
+        """Log rows that are about to be deleted, and rows that are about to return."""
         log, self._mark = self.log, None
         if isinstance(change, Removed) and change.receipt is not None and len(change.gone):
             self._mark = log.mark()
@@ -447,7 +448,7 @@ class LoggedRows(Follower):
         return Undone.BACK
 
     def confirm(self, change: Change) -> None:
-        """Note that rows have returned."""
+        """Log that rows have returned."""
         if isinstance(change, Added) and self._mark is not None:
             self.log.returned()
         self._mark = None

@@ -1,4 +1,4 @@
-"""The neighbours of stored rows, looked up once: keys are frozen, so in training they are the same in every epoch."""
+"""Neighbours of stored rows, searched once: keys are frozen, so neighbours are the same in every epoch of training."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from munkey.store.follower import Follower
 
 __all__ = ["NeighbourTables"]
 
-_UNKNOWN = -2  # -1 says that there is no neighbour
+_UNKNOWN = -2  # -1 means that there is no neighbour
 
 
 class NeighbourTables(Follower):
-    """Row numbers of the `k` nearest rows of each row, for any `k`; those of the same id are left out.
+    """Row numbers of the `k` nearest rows of each row, for any `k`; rows of the same id are left out.
 
-    The tables hold numbers of rows and nothing of what is in them, and are filled as they are queried. When rows go,
-    the neighbours of rows that had one of them are looked up again; when rows come, those of all rows.
+    The tables hold row numbers, no content of rows, and are filled as they are queried. After rows were removed, only
+    rows with a removed neighbour are searched again. After rows were added, all rows are searched again.
     """
 
     def __init__(self) -> None:
         self.tables: dict[int, Tensor] = {}
 
     def clear(self) -> None:
-        """Drop all that was looked up."""
+        """Drop all tables."""
         self.tables = {}
 
     def steps(self, change: Change, scratch: Scratch) -> list[Step]:
-        """Return the step that follows rows which go; after any other change nothing is known."""
+        """Return the step that updates the tables after a removal; any other change drops the tables."""
         if not isinstance(change, Removed):
             return [self.clear]
         tables = {k: _without(change, rows) for k, rows in self.tables.items()}
@@ -42,10 +42,10 @@ class NeighbourTables(Follower):
         """Return the row numbers `(B, k)` of the neighbours of rows `(B,)`.
 
         Args:
-            k: how many.
-            rows: which rows.
+            k: number of neighbours.
+            rows: row numbers.
             used: number of rows in use.
-            search: from row numbers to their neighbours.
+            search: function from row numbers to neighbours.
         """
         if k not in self.tables:
             with long_lived():

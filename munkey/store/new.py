@@ -1,4 +1,4 @@
-"""New rows: what is given for them is checked as a whole, and written a part at a time.
+"""New rows, which are checked as a whole and written in chunks.
 
 Letters: `B` instances, `P` keys of each, `D` width of a key, `V` width of a value.
 """
@@ -27,13 +27,13 @@ class NewRows:
         keys: `(B, D)` or `(B, P, D)`.
         labels: `(B, ...)`, or None.
         values: `(B, V)` or `(B, P, V)`; None for noise.
-        permanent: whether they are there for good.
+        permanent: whether the instances are permanent.
         schema: the columns of the store.
-        seed: of the noise.
+        seed: seed of the noise.
         scale: standard deviation of the noise.
 
     Attributes:
-        rows: how many rows, `B P`.
+        rows: number of rows, `B P`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class NewRows:
             torch.mul(noise, self._scale, out=values)
 
     def made(self, like: Sequence[Tensor]) -> Rows:
-        """Return the rows as tensors of their own, with the dtypes and on the device of a table."""
+        """Return the rows as new tensors, with the dtypes and on the device of a table."""
         columns = [column.new_zeros(self.rows, *column.shape[1:]) for column in like]
         self.write(columns)
         return Rows(*columns)

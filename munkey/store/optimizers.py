@@ -1,4 +1,4 @@
-"""Optimisers that train the values of a store: their state has a row for each row, and follows.
+"""Optimisers that train the values of a store: their state has one row for each row, and follows the table.
 
 Letters: `R` rows that a parameter has room for.
 """
@@ -24,7 +24,7 @@ class OptimizerRows(Follower):
     """State of one optimiser, such as the moments of Adam, with a row for each value.
 
     Args:
-        table: whose values the optimiser trains.
+        table: table of the values that the optimiser trains.
         optimizer: the optimiser.
         stepped: is called after each step.
 
@@ -48,7 +48,7 @@ class OptimizerRows(Follower):
         )
 
     def release(self) -> None:
-        """Stop following: the optimiser keeps what it has of instances."""
+        """Stop following; the optimiser keeps its state of instances."""
         for hook in self._hooks:
             hook.remove()
 
@@ -58,19 +58,19 @@ class OptimizerRows(Follower):
 
     @property
     def has_rows(self) -> bool:
-        """Whether the state has a row for each value by now."""
+        """True if the state has a row for each value."""
         return bool(self.held.state.get(self._table.values))
 
     def _check_load(self) -> None:
         if self._table.rewritten:
             raise ValueError(
-                "rows have gone or moved since the store was made or loaded, so an older state of the optimiser would "
-                "bring back what it kept of them, under other ids; load it before forget and compact, right after the "
-                "store was loaded"
+                "rows were deleted or moved since the store was made or loaded, so an older state of the optimiser "
+                "would bring back what it kept of these rows, under other ids; load it before forget and compact, "
+                "right after the store was loaded"
             )
 
     def check(self, change: Change) -> None:
-        """Raise ValueError if the state holds something of rows in which no row can be found."""
+        """Raise ValueError if the state cannot be split by row, or has rows when all rows are to be replaced."""
         if isinstance(change, Replaced) and self.has_rows:
             raise ValueError("an optimiser follows the present rows; load first, then attach, or detach it")
         if isinstance(change, Removed) or (isinstance(change, Moved) and change.order is not None):
@@ -85,7 +85,7 @@ class OptimizerRows(Follower):
                         )
 
     def steps(self, change: Change, scratch: Scratch) -> list[Step]:
-        """Return the steps that change all tensors of the state as the values."""
+        """Return the steps that change all tensors of the state like the values."""
         steps: list[Step] = []
         for state, name in self._kept():
             steps += _following(change, state, name, scratch)
@@ -104,7 +104,7 @@ class OptimizerRows(Follower):
 
 
 def _following(change: Change, state: dict[str, Tensor], name: str, scratch: Scratch) -> list[Step]:
-    """Return the steps that change one tensor of a dictionary as the values."""
+    """Return the steps that change one tensor of a dictionary like the values."""
     old = state[name]
     if isinstance(change, Removed):
         return [change.erase(old, scratch)]
@@ -115,7 +115,7 @@ def _following(change: Change, state: dict[str, Tensor], name: str, scratch: Scr
 
 
 def _problem(state: object, values: nn.Parameter | None) -> str | None:
-    """Say why nothing could be erased from a state of the values, or of another weight if these are None."""
+    """Return why rows cannot be erased from a state of `values`, or of another weight if `values` is None."""
     if not isinstance(state, Tensor):
         return None if isinstance(state, int | float | None) else f", a {type(state).__name__}"
     if values is None or state.numel() <= 1:

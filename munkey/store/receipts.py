@@ -1,4 +1,4 @@
-"""What a store says when it has forgotten: what went, how much was erased, and what the store was before and after."""
+"""Receipts of forgetting: the forgotten ids, the number of erased bytes, and the digests before and after."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["Receipt"]
 class Receipt:
     """Evidence of one act of forgetting.
 
-    Digests are keyed by the store's secret (see `munkey.store.digest`), so that whoever sees a receipt cannot test a
-    candidate image against it. It speaks of the store and of what was attached to it, not of weights that were trained
-    on the instances.
+    Digests are keyed by the store's secret (see `munkey.store.digest`), so that a receipt without the secret is no test
+    for a candidate image. A receipt covers the store and its attached optimisers and averages, not weights that were
+    trained on the instances.
 
     Args:
-        forgotten: ids that are gone now, in ascending order.
-        absent: ids that were asked for and were not there; whether they ever were is not known.
+        forgotten: deleted ids, in ascending order.
+        absent: requested ids that were not in the store; it is unknown whether they ever were.
         rows: number of rows erased.
-        bytes: number of bytes erased, in the store and in what is attached to it.
+        bytes: number of bytes erased, in the store and in everything that follows its rows.
         before: hexadecimal digest of the store before.
         after: hexadecimal digest of the store after.
-        time: when, in seconds since 1970-01-01 UTC.
+        time: time in seconds since 1970-01-01 UTC.
     """
 
     forgotten: tuple[int, ...]
@@ -36,15 +36,15 @@ class Receipt:
     time: float
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no spaces."""
+        """Return canonical JSON: sorted keys, no spaces."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Receipt:
-        """What `to_json` wrote.
+        """Return the receipt that `to_json` wrote.
 
         Raises:
-            ValueError: if it is something else.
+            ValueError: if the text is not a receipt.
         """
         try:
             fields: dict[str, Any] = json.loads(text)

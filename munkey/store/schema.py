@@ -1,6 +1,6 @@
 """The row of a store: its columns, each declared once.
 
-A new column is a line of `Rows`. Whatever keeps rows (table, digest, state, file, folder) goes through `columns_of`.
+A new column is a line of `Rows`. Everything that keeps rows (table, digest, state, file, folder) uses `columns_of`.
 
 Letters: `M` rows, `D` width of a key, `V` width of a value.
 """
@@ -30,14 +30,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a store, one for each key; what `KeyStore.get` returns.
+    """Rows of a store, one for each key, as returned by `KeyStore.get`.
 
-    The fields are the columns of the row, in the order in which digests and files have them.
+    The fields are the columns of the row, in the order of digests and files.
 
     Args:
         ids: `(M,)` int64, the owner of each row.
-        views: `(M,)` int64, the number of each key among those of its owner.
-        labels: `(M, ...)`, of the shape and dtype of the store's labels; -1 or NaN for none.
+        views: `(M,)` int64, the number of each key among the keys of its owner.
+        labels: `(M, ...)`, with the shape and dtype of the store's labels; -1 or NaN for none.
         permanent: `(M,)` bool, whether the row cannot be forgotten.
         keys: `(M, D)`.
         values: `(M, V)`.
@@ -54,7 +54,7 @@ class Rows:
         return (getattr(self, name) for name in COLUMNS)
 
 
-#: A dtype, or which of the columns whose shape and dtype a store decides.
+#: Kind of each column: a dtype, or the name of a shape and dtype that a store decides.
 _KINDS = {name: hint.__metadata__[0] for name, hint in get_type_hints(Rows, include_extras=True).items()}
 COLUMNS = tuple(_KINDS)
 
@@ -64,9 +64,9 @@ class Column:
     """One column of a table.
 
     Args:
-        name: as in `Rows`.
-        shape: of one row.
-        dtype: of its numbers.
+        name: name as in `Rows`.
+        shape: shape of one row.
+        dtype: dtype of the numbers.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Column:
     dtype: torch.dtype
 
 
-#: The labels of a store that is not told otherwise: one whole number.
+#: Default labels of a store: one integer for each row.
 ONE_NUMBER = Column("labels", (), torch.int64)
 
 
@@ -102,26 +102,26 @@ def label_column(shape: Sequence[int], dtype: torch.dtype) -> Column:
 
 
 def missing_label(column: Column) -> float:
-    """Return what stands in a column of labels for an instance that has none: -1, or NaN."""
+    """Return the entry of a column of labels for an instance without a label: -1, or NaN."""
     return math.nan if column.dtype.is_floating_point else -1
 
 
 def order_of(ids: Tensor, views: Tensor) -> Tensor:
-    """Return the row numbers `(M,)` by id and view."""
+    """Return the row numbers `(M,)` sorted by id and view."""
     by_view = views.argsort(stable=True)
     return by_view[ids[by_view].argsort(stable=True)]
 
 
 def misfit(found: Mapping[str, Tensor], columns: tuple[Column, ...], *, differ: bool = False) -> str | None:
-    """Say what is wrong with rows that come from a state or a file; None if they can be used.
+    """Return what is wrong with rows from a state or a file; None if the rows can be used.
 
-    Shapes and kinds of numbers must be those of the columns, the views of an id 0, 1, and so on, each once, keys and
-    values finite, and labels at least -1.
+    Shapes and kinds of numbers must match the columns. The views of an id must be 0, 1, and so on, each once. Keys and
+    values must be finite, and labels at least -1.
 
     Args:
         found: the rows by column.
-        columns: what they are to be.
-        differ: whether it is known that no id comes twice.
+        columns: expected columns.
+        differ: whether all ids are known to differ.
     """
     rows = len(found["ids"]) if found["ids"].ndim else 0
     for column in columns:
@@ -156,7 +156,7 @@ def _wrong_labels(labels: Tensor) -> str | None:
 
 
 def _finite(x: Tensor, dtype: torch.dtype) -> bool:
-    # An infinity or NaN makes the extremes what they are, so nothing as large as the rows is allocated.
+    # An infinity or NaN shows in the extremes, so no memory of the size of the rows is allocated.
     if not x.numel():
         return True
     low, high = x.detach().aminmax()

@@ -1,4 +1,4 @@
-"""Keys, labels and values of instances, by id; what is forgotten is erased.
+"""Keys, labels and values of instances, by id; forgotten instances are erased.
 
 Letters: `M` rows, `D` width of a key, `V` width of a value, `B` instances of a call, `P` keys of each, `k` neighbours.
 """
@@ -51,7 +51,7 @@ R = TypeVar("R")
 
 
 def _in_turn(method: Callable[Concatenate[KeyStore, P], R]) -> Callable[Concatenate[KeyStore, P], R]:
-    """Let one thread at a time use a store, and only one that is whole."""
+    """Let one thread at a time use a store, and only a store that is whole."""
 
     @wraps(method)
     def call(self: KeyStore, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -65,42 +65,42 @@ def _in_turn(method: Callable[Concatenate[KeyStore, P], R]) -> Callable[Concaten
 class KeyStore(nn.Module):
     """A table with one row for each instance: id, key, label, and a value that can be trained.
 
-    An id may own several keys, as of changed copies of one image; each has a row and a value of its own, and forgetting
-    the id takes them all.
+    An id may own several keys, such as keys of augmented copies of one image. Each key has its own row and value, and
+    forgetting the id removes all of its rows.
 
-    `forget` overwrites the rows, moves the last rows into the holes, and wipes the tail, in the store and in everything
-    that follows it (`munkey.store.follower`): gradients, optimisers and averages that were attached, a log, a file.
-    Content alone decides what is saved and what `digest` says: a store that forgot cannot be told from one that never
-    held what it forgot.
+    `forget` overwrites the rows, moves the last rows into the holes, and wipes the tail. This happens in the store and
+    in all its followers (`munkey.store.follower`): gradients, attached optimisers and averages, a log, a file. Saved
+    states and digests depend on the content alone: a store that forgot rows is indistinguishable from a store that
+    never held these rows.
 
-    Every change happens wholly or not at all. If a change is interrupted and cannot be finished, as where memory is
+    Every change happens wholly or not at all. If a change is interrupted and cannot be finished, as when memory is
     full, the store refuses everything but `load_state_dict`.
 
-    Calls from several threads take turns; `with store.lock:` keeps several calls together, such as a search and the
-    reading of the rows that it found. A store that is copied or pickled is a copy of its rows: no process shares them.
+    Calls from several threads run one after another; `with store.lock:` keeps several calls together, such as a search
+    and the reading of the rows found. Copying or pickling a store copies its rows: processes never share memory.
 
-    A value begins as `scale` times normal noise which depends on `seed`, id and view only.
+    The initial value of a row is `scale` times normal noise, which depends on `seed`, id and view only.
 
     Args:
         key_width: `D`.
         value_width: `V`.
-        seed: of the first values.
-        scale: standard deviation of the first values.
-        secret: 1 to 64 bytes under which digests are taken; drawn from the system if not given.
-        label_shape: of one label; a number by default.
-        label_dtype: of labels, int64 or float32.
-        device: where the store lives.
-        dtype: of keys and values.
+        seed: seed of the initial values.
+        scale: standard deviation of the initial values.
+        secret: secret of the digests, 1 to 64 bytes; drawn from the system if not given.
+        label_shape: shape of one label; one number by default.
+        label_dtype: dtype of labels, int64 or float32.
+        device: device of the store.
+        dtype: dtype of keys and values.
 
     Raises:
-        TypeError: if a width is not whole.
+        TypeError: if a width is not an integer.
         ValueError: if a width is below 1, or the secret is empty or too long.
 
     Attributes:
-        values: `(R, V)` parameter, with room for `R` rows; the same one however the rows change.
-        seed: of the first values.
-        scale: standard deviation of the first values.
-        lock: is held while a method runs; the same thread can hold it several times.
+        values: `(R, V)` parameter, with room for `R` rows; the same object through all changes.
+        seed: seed of the initial values.
+        scale: standard deviation of the initial values.
+        lock: is held while a method runs; the same thread can hold the lock several times.
 
     Examples:
         >>> store = KeyStore(key_width=3, value_width=2)
@@ -111,7 +111,7 @@ class KeyStore(nn.Module):
         (False, [8])
     """
 
-    any_rows = True  # a state of another number of rows fits
+    any_rows = True  # a state with any number of rows fits
     values: nn.Parameter
 
     def __init__(
@@ -154,12 +154,12 @@ class KeyStore(nn.Module):
 
     @property
     def columns(self) -> tuple[Tensor, ...]:
-        """All content, room included, in the order of `Rows`: ids, views, labels, permanent, keys, values."""
+        """All columns, room included, in the order of `Rows`: ids, views, labels, permanent, keys, values."""
         return self._table.columns
 
     @property
     def used(self) -> int:
-        """`M`, the number of rows in use."""
+        """Number of rows in use, `M`."""
         return self._table.used
 
     @property
@@ -173,11 +173,11 @@ class KeyStore(nn.Module):
         return self.used - int(self._table["permanent"][: self.used].sum())
 
     def order(self) -> Tensor:
-        """Return the row numbers `(M,)` by id and view."""
+        """Return the row numbers `(M,)` sorted by id and view."""
         return self._table.order()
 
     def row_bytes(self) -> int:
-        """Return how many bytes `forget` overwrites for each row that goes."""
+        """Return the number of bytes that `forget` overwrites for each removed row."""
         kept = [tensor for part in self._parts for tensor in part.kept() if tensor.shape[0]]
         size = sum(tensor.numel() // tensor.shape[0] * tensor.element_size() for tensor in kept)
         return size + (0 if self._file is None else self._file.layout.width)
@@ -190,27 +190,27 @@ class KeyStore(nn.Module):
 
     @_in_turn
     def __iter__(self) -> Iterator[int]:
-        """Ids in ascending order; the order of rows would tell the history."""
+        """Iterate over ids in ascending order; the order of rows would reveal the history."""
         return iter(sorted(self._index))
 
     @_in_turn
     def contains(self, ids: Iterable[int] | Tensor) -> Tensor:
-        """Return which ids are there, `(B,)` bool."""
+        """Return which ids are in the store, `(B,)` bool."""
         return torch.tensor([instance in self._index for instance in ordered_ids(ids)], dtype=torch.bool)
 
     @_in_turn
     def missing(self, ids: Iterable[int]) -> list[int]:
-        """Return the ids that are not there."""
+        """Return the ids that are not in the store."""
         return self._index.missing(ids)
 
     @_in_turn
     def rows_of(self, ids: Iterable[int] | Tensor) -> Tensor:
-        """Return the row numbers `(M,)` of ids, those of one id after another.
+        """Return the row numbers `(M,)` of ids, in the order of the ids.
 
-        Row numbers change whenever something is forgotten.
+        Row numbers change whenever an instance is forgotten.
 
         Raises:
-            KeyError: if an id is not there.
+            KeyError: if an id is not in the store.
         """
         wanted = ordered_ids(ids)
         self._require(wanted)
@@ -218,10 +218,10 @@ class KeyStore(nn.Module):
 
     @_in_turn
     def row_counts(self, ids: Iterable[int] | Tensor) -> Tensor:
-        """Return how many rows each id has, `(B,)` int64.
+        """Return the number of rows of each id, `(B,)` int64.
 
         Raises:
-            KeyError: if an id is not there.
+            KeyError: if an id is not in the store.
         """
         wanted = ordered_ids(ids)
         self._require(wanted)
@@ -229,10 +229,10 @@ class KeyStore(nn.Module):
 
     @_in_turn
     def one_row_of_each(self, ids: Iterable[int] | Tensor, uniform: Tensor) -> Tensor:
-        """Return the number of one row of each id, `(B,)`; uniform numbers `(B,)` in [0, 1) decide which of several.
+        """Return one row number for each id, `(B,)`, chosen by uniform numbers `(B,)` in [0, 1).
 
         Raises:
-            KeyError: if an id is not there.
+            KeyError: if an id is not in the store.
         """
         wanted = ordered_ids(ids)
         self._require(wanted)
@@ -241,10 +241,10 @@ class KeyStore(nn.Module):
 
     @_in_turn
     def get(self, ids: Iterable[int] | Tensor) -> Rows:
-        """Return a copy of what is stored of ids, in the order of the request.
+        """Return a copy of the rows of ids, in the order of the ids.
 
         Raises:
-            KeyError: if an id is not there.
+            KeyError: if an id is not in the store.
         """
         rows = self.rows_of(ids)
         return Rows(*(column[rows] for column in self._table.columns))
@@ -257,11 +257,11 @@ class KeyStore(nn.Module):
     def read(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
         """Return the values `(..., V)` of rows, through which a gradient flows.
 
-        The gradient is for the rows as they are now: `backward` raises RuntimeError if rows have gone or moved since.
+        The gradient is for the present rows: `backward` raises RuntimeError if rows were deleted or moved since the read.
 
         Args:
             rows: `(...)` int64 row numbers.
-            sparse: whether the gradient is sparse, so that a step costs no more than the rows that were read.
+            sparse: whether the gradient is sparse, so that the cost of a step depends only on the rows that were read.
         """
         self._check_whole()
         read = F.embedding(rows, self.values, sparse=sparse)
@@ -287,9 +287,9 @@ class KeyStore(nn.Module):
 
     @_in_turn
     def nearest_to_rows(self, rows: Tensor, k: int, search: Search) -> tuple[Tensor, Tensor]:
-        """Return row numbers and scores `(B, k)` of what is nearest to rows `(B,)`, those of the same id left out.
+        """Return row numbers and scores `(B, k)` of the neighbours of rows `(B,)`, without rows of the same id.
 
-        They are looked up once, and again where rows came or went since.
+        Neighbours are searched once, and again after rows were added or removed.
         """
         keys = self._table["keys"]
 
@@ -306,7 +306,7 @@ class KeyStore(nn.Module):
         """Return all pairs with a dot product of at least `threshold`.
 
         Returns:
-            numbers of queries, ids, and float64 scores, `(n,)` each.
+            numbers of queries, ids, and float64 scores of the pairs, `(n,)` each.
         """
         query, row, scores = at_least(queries, self._table["keys"][: self.used], threshold)
         return query, self._table["ids"][row], scores
@@ -321,7 +321,7 @@ class KeyStore(nn.Module):
         return [*first, *own, *self._attached, *self._others]
 
     def _commit(self, change: Change) -> None:
-        if self._changing:  # as a signal handler could, in the thread that holds the lock
+        if self._changing:  # possible for a signal handler, in the thread that holds the lock
             raise RuntimeError("a change of this store is under way; let it finish, and change the store afterwards")
         self._changing = True
         try:
@@ -330,7 +330,7 @@ class KeyStore(nn.Module):
             self._changing = False
 
     def _check_own(self) -> None:
-        """Raise ValueError while the values are those of an average, and their own are elsewhere."""
+        """Raise ValueError while an average is in place of the values."""
         for part in self._attached:
             part.check(Moved(self.used, self._table.room))
 
@@ -355,19 +355,19 @@ class KeyStore(nn.Module):
         *,
         permanent: bool = False,
     ) -> None:
-        """Store new instances; all of them or, if something is wrong, none.
+        """Store new instances, all of them or, after an error, none.
 
         Args:
-            ids: `(B,)` int64, all different and none of them there.
-            keys: `(B, D)`, or `(B, P, D)` for `P` keys of each.
-            labels: `(B,)` int64, at least 0, or as the store has them; none if not given.
-            values: shaped like the keys but for the width `V`; noise if not given.
-            permanent: whether they are there for good, as those are that weights were trained on; `forget` refuses
-                them.
+            ids: `(B,)` int64, all different and not in the store.
+            keys: `(B, D)`, or `(B, P, D)` for `P` keys of each instance.
+            labels: `(B,)` int64, at least 0, or of the store's label shape and dtype; no labels if not given.
+            values: shaped like the keys except for the width `V`; noise if not given.
+            permanent: whether the instances are permanent, as for instances that weights were trained on; `forget`
+                refuses permanent instances.
 
         Raises:
-            TypeError: if ids or labels are no int64, or keys or values no floating-point tensors.
-            ValueError: if ids repeat or are there already, or a shape is wrong, or a number is not finite.
+            TypeError: if ids or labels are not int64, or keys or values are not floating-point tensors.
+            ValueError: if ids repeat or are in the store already, or a shape is wrong, or a number is not finite.
         """
         new = self.new_rows(ids, keys, labels, values, permanent=permanent)
         there = self._index.known(new.ids)
@@ -384,13 +384,13 @@ class KeyStore(nn.Module):
         *,
         permanent: bool = False,
     ) -> NewRows:
-        """Return rows that this store could take, once they are checked; arguments and errors as for `add`."""
+        """Return checked rows for this store, without adding them; arguments and errors as for `add`."""
         given = keys, labels, values
         return NewRows(ordered_ids(ids), *given, permanent, self._table.schema, self.seed, self.scale)
 
     @_in_turn
     def append(self, rows: Rows) -> Added:
-        """Store rows as they are, such as those of another store; their ids are not there and all views are."""
+        """Store unchanged rows, such as rows of another store, with new ids and all views of each id."""
         found = rows.ids.unique().tolist()
 
         def write(columns: Sequence[Tensor]) -> None:
@@ -417,7 +417,7 @@ class KeyStore(nn.Module):
 
     @_in_turn
     def take_back(self, change: Added, ids: Sequence[int]) -> None:
-        """Remove rows that were just added, as if they had never been."""
+        """Remove rows that were just added, without a trace."""
         if self._logged is not None:
             self._logged.undo(change)
         rows = range(change.start, change.stop)
@@ -431,13 +431,13 @@ class KeyStore(nn.Module):
         labels: Tensor | None = None,
         values: Tensor | None = None,
     ) -> Receipt:
-        """Store new keys, labels and values of instances that are there; arguments as for `add`.
+        """Store new keys, labels and values of instances in the store; arguments as for `add`.
 
-        Nothing of the old ones is left: they are forgotten first, which the receipt says. These are two changes, one
-        after the other, so that an interruption between them leaves the ids forgotten.
+        Nothing of the old rows is left: the ids are forgotten first, as the receipt shows. Forgetting and adding are two
+        changes, so that an interruption between the two changes leaves the ids forgotten.
 
         Raises:
-            KeyError: if an id is not there.
+            KeyError: if an id is not in the store.
             TypeError: as for `add`.
             ValueError: as for `add` and `forget`.
         """
@@ -448,20 +448,21 @@ class KeyStore(nn.Module):
 
     @_in_turn
     def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
-        """Erase instances, here and in all that follows; all of them or, if something is wrong, none.
+        """Erase instances in the store and all its followers, all of them or, after an error, none.
 
-        The cost follows the rows that go, not those that stay; but for the digests in the receipt, for which all rows
-        are hashed if that was not done yet or values were trained since. Nothing is left to be done afterwards.
+        The cost is proportional to the removed rows and independent of the remaining rows, except for the digests in the
+        receipt. For the digests all rows are hashed if that was not done yet or values were trained since. No work is
+        left for later.
 
         Args:
             ids: `(B,)` int64; an id that comes twice counts once.
-            missing: 'raise' or 'ignore' ids that are not there. That an id is not there says nothing of whether it ever
-                was.
+            missing: 'raise' or 'ignore' ids that are not in the store. An absent id is no evidence of whether the id
+                ever was in the store.
 
         Raises:
-            KeyError: if an id is not there, unless that is to be ignored.
-            TypeError: if ids are no whole numbers.
-            ValueError: if `missing` is another word, an id is permanent, or an attached optimiser keeps something that
+            KeyError: if an id is not in the store, unless `missing` is 'ignore'.
+            TypeError: if ids are not integers.
+            ValueError: if `missing` is another word, an id is permanent, or an attached optimiser keeps state that
                 mixes instances.
         """
         wanted = to_forget(ids, missing)
@@ -487,15 +488,15 @@ class KeyStore(nn.Module):
         return receipt
 
     def removal_of(self, known: Sequence[int]) -> Removed:
-        """Return what is to happen to the rows of ids that are there; errors as for `forget`."""
+        """Plan the removal of ids that are in the store; errors as for `forget`."""
         table = self._table
         removal = Removed.of(known, self._index.of_all(known), self.used, table.device, planned_at=table.changes)
         stay = table["permanent"].index_select(0, removal.gone)
         if stay.any():
             held = distinct(table["ids"][removal.gone[stay]])
             raise ValueError(
-                f"ids {some(held)} are there for good: weights were trained on them, and would not forget them with "
-                "their rows; train anew without them"
+                f"ids {some(held)} are permanent: weights were trained on these instances, and would not forget them "
+                "with their rows; train again without them"
             )
         for part in self._parts:
             part.check(removal)
@@ -503,20 +504,20 @@ class KeyStore(nn.Module):
 
     @_in_turn
     def remove(self, removal: Removed, receipt: Receipt | None = None) -> None:
-        """Carry out what `removal_of` planned, and note a receipt in the log if there is one."""
+        """Carry out a removal that `removal_of` planned, and write a receipt to the log if there is a log."""
         self._commit(replace(removal, receipt=receipt))
 
     @_in_turn
     def compact(self) -> None:
-        """Sort rows by id and view, and give back room that is not needed; what follows is sorted, too.
+        """Sort rows by id and view in the store and all its followers, and free unused room.
 
-        After it an optimiser's state fits the table as it is saved, which is in this order. In a file, values are
-        written as by `DurableStore.sync`.
+        Afterwards an optimiser's state fits a saved table, which is in this order. In a file, values are written as by
+        `DurableStore.sync`.
 
         Raises:
-            OSError: if the file cannot be written; store and file are then as they were.
-            ValueError: if an attached optimiser keeps something that mixes instances, or while the values are those of
-                an average.
+            OSError: if the file cannot be written; store and file are then unchanged.
+            ValueError: if an attached optimiser keeps state that mixes instances, or while an average is in place of
+                the values.
         """
         self._commit(Moved(self.used, self.used, self.order()))
 
@@ -524,7 +525,7 @@ class KeyStore(nn.Module):
 
     @property
     def secret(self) -> bytes:
-        """1 to 64 bytes under which digests are taken; with another secret they are other ones."""
+        """Secret of the digests, 1 to 64 bytes; another secret gives other digests."""
         return self._digest.secret
 
     @secret.setter
@@ -539,8 +540,8 @@ class KeyStore(nn.Module):
     def digest(self) -> str:
         """Return a hexadecimal digest of the content, the same for the same rows in any order.
 
-        All rows are hashed when a digest is first taken, and after values were trained; otherwise it follows what is
-        added and erased. Changes of `values.data`, which PyTorch does not count, are not seen until `compact`,
+        All rows are hashed when a digest is first taken, and after values were trained; otherwise only added and erased
+        rows are hashed. Changes of `values.data`, which PyTorch does not count, are not noticed until `compact`,
         training, or a save to a folder.
         """
         return self._digest.hexdigest()
@@ -551,60 +552,60 @@ class KeyStore(nn.Module):
         return self._digest.total()
 
     def total_after(self, removal: Removed) -> int:
-        """Return the sum of the hashes once rows are gone."""
+        """Return the sum of the hashes after a removal."""
         return self._digest.total_after(removal)
 
     def digest_of(self, rows: int, total: int) -> str:
-        """Return the digest of so many rows whose hashes add up to `total`."""
+        """Return the digest of `rows` rows whose hashes sum to `total`."""
         return self._digest.hexdigest(rows, total)
 
     def distrust_digest(self) -> None:
-        """Hash all rows again for the next digest: values may have changed unseen."""
+        """Make the next digest hash all rows again: values may have changed unnoticed."""
         self._digest.clear()
 
     def tokens(self, rows: Tensor | slice) -> list[str]:
-        """Return the names that a log gives rows; see `munkey.store.log`."""
+        """Return the tokens of rows in a log; see `munkey.store.log`."""
         return row_tokens(self._table, self.secret, rows)
 
     def tokens_of(self, rows: Rows) -> list[str]:
-        """Return the names that a log gives rows that are not in the store yet."""
+        """Return the tokens in a log of rows that are not in the store yet."""
         return tokens_of(self.secret, rows.ids, rows.labels, rows.keys)
 
     def total_with(self, rows: Rows) -> int:
-        """Return the sum of the hashes of all rows and of some that are not in the store yet."""
+        """Return the sum of the hashes of all rows and of further rows that are not in the store yet."""
         return (self.total() + sum_of(hash_rows(self.secret, tuple(rows)))) % MODULUS
 
     @property
     def log(self) -> ReceiptLog | None:
-        """The log of receipts that is kept."""
+        """Log of receipts; None if no log is kept here."""
         return None if self._logged is None else self._logged.log
 
     @property
     def logged(self) -> bool:
-        """Whether a log of receipts is kept, here or beside the file."""
+        """True if a log of receipts is kept, here or beside the file."""
         return self._logged is not None or (self._file is not None and self._file.state.logged)
 
     @_in_turn
     def keep_receipts(self, path: str | os.PathLike[str], *, new: bool = False, disk: Disk | None = None) -> Receipt:
-        """Write a receipt to a log whenever something is forgotten; first, forget what the log says is gone.
+        """Write a receipt to a log whenever ids are forgotten; first, forget again what the log lists as forgotten.
 
-        So whoever restores a backup and gives it the log has all that was forgotten since forgotten again. A receipt is
-        written before rows are erased: if that fails, they are erased when the log is next given to the store.
+        So a restored backup with its log forgets again all instances that were forgotten since the backup. A receipt is
+        written before rows are erased: if the erasure fails, the rows are erased when the store next gets the log.
 
         Args:
-            path: the log; see `munkey.store.log`.
-            new: whether to begin a log where there is none.
-            disk: what reads and writes.
+            path: path of the log; see `munkey.store.log`.
+            new: whether to begin a log if there is none.
+            disk: `Disk` that reads and writes.
 
         Returns:
-            what was forgotten again; it is not logged twice.
+            receipt of the instances that were forgotten again, which is not logged twice.
 
         Raises:
             BlockingIOError: if another store writes to the log.
-            FileNotFoundError: if there is no log, unless `new`: a store without its log remembers whom a backup holds.
+            FileNotFoundError: if there is no log, unless `new`: without its log a store keeps all instances of a backup.
             OSError: if the log cannot be read or written.
-            ValueError: if a line of the log was changed, or it is of another store or written with other digits, or as
-                for `forget`.
+            ValueError: if a line of the log was changed, if the log is of another store or of keys of another dtype, or
+                as for `forget`.
         """
         if self._file is not None:
             self._file.ready()  # before anything is written
@@ -625,7 +626,7 @@ class KeyStore(nn.Module):
         return receipt
 
     def close(self) -> None:
-        """Give the log of receipts back; what it should hold is refused until `keep_receipts` names one again."""
+        """Close the log of receipts; changes that must be logged are refused until `keep_receipts` opens a log."""
         with self.lock:
             self._close_log()
 
@@ -637,37 +638,37 @@ class KeyStore(nn.Module):
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """The optimisers that were attached."""
+        """Attached optimisers."""
         return [part.held for part in self._attached if isinstance(part, OptimizerRows)]
 
     @property
     def averages(self) -> list[EMA]:
-        """The averages that were attached."""
+        """Attached averages."""
         return [part.held for part in self._attached if isinstance(part, AverageRows)]
 
     @property
     def followed(self) -> bool:
-        """Whether something that was attached has a row for each row there is."""
+        """True if an attached optimiser or average has a row for each row of the store."""
         return any(isinstance(part, AverageRows) or part.has_rows for part in self._attached)
 
     @property
     def changes(self) -> int:
-        """How often rows came, went or moved."""
+        """Number of times that rows were added, removed or moved."""
         return self._table.changes
 
     @_in_turn
     def attach(self, *held: torch.optim.Optimizer | EMA) -> None:
-        """Make optimisers and averages follow the rows, so that what they keep is erased, moved and grown, too.
+        """Make optimisers and averages follow the rows, so that their state is erased, moved and grown, too.
 
-        Attach them before something is forgotten, or right after store and optimiser were loaded.
+        Attach optimisers and averages before anything is forgotten, or right after store and optimiser were loaded.
 
         Args:
             *held: optimisers of PyTorch with `store.values` among their parameters, and averages of a model that
                 holds the store.
 
         Raises:
-            TypeError: if one is something else.
-            ValueError: if one does not follow the values, or may hold something of rows that are gone.
+            TypeError: if an argument is neither an optimiser nor an average.
+            ValueError: if an argument does not follow the values, or may hold data of deleted rows.
         """
         for each in held:
             if not any(part.is_of(each) for part in self._attached):
@@ -677,13 +678,13 @@ class KeyStore(nn.Module):
         if isinstance(held, EMA):
             return AverageRows(self._table, held)
         if isinstance(held, torch.optim.Optimizer):
-            digest = weakref.ref(self._digest)  # an optimiser does not keep a store alive
+            digest = weakref.ref(self._digest)  # an optimiser must not keep a store alive
             return OptimizerRows(self._table, held, lambda: _clear(digest))
         hint = "; use treediff.EMA, which can follow" if isinstance(held, torch.optim.swa_utils.AveragedModel) else ""
         raise TypeError(f"expected an optimiser of PyTorch or an EMA, found {type(held).__name__}{hint}")
 
     def detach(self, *held: torch.optim.Optimizer | EMA) -> None:
-        """Leave out what was attached; it keeps what it has of instances, and forgetting does not reach it any more."""
+        """Detach optimisers and averages, which keep their state of instances and no longer forget with the store."""
         with self.lock:
             for part in list(self._attached):
                 if any(part.is_of(each) for each in held):
@@ -692,18 +693,18 @@ class KeyStore(nn.Module):
 
     @_in_turn
     def follow(self, follower: Follower) -> None:
-        """Make something of your own follow every change of the rows; see `munkey.store.follower`."""
+        """Make a custom follower follow every change of the rows; see `munkey.store.follower`."""
         if follower not in self._others:
             self._others.append(follower)
 
     def unfollow(self, follower: Follower) -> None:
-        """Leave out what `follow` was given."""
+        """Remove a follower that was given to `follow`."""
         with self.lock:
             if follower in self._others:
                 self._others.remove(follower)
 
     def check_replaceable(self) -> None:
-        """Raise ValueError if something would stay behind when another store takes the place of this one."""
+        """Raise ValueError if data would stay behind when another store takes the place of this store."""
         if self._attached:
             raise ValueError("an optimiser or an average follows the values; detach it, shard or load, then attach")
         if self._others:
@@ -751,7 +752,7 @@ class KeyStore(nn.Module):
             self._take(Rows(**found))
 
     def _take(self, rows: Rows) -> None:
-        """Have these rows and no others, but for those that the log says are gone."""
+        """Replace all rows by the given rows, without rows that the log lists as forgotten."""
         with long_lived(), Scratch() as scratch:
             fitting = Rows(*(new.to(own) for new, own in zip(rows, self._table.columns, strict=True)))
             if self._logged is not None:
@@ -779,7 +780,7 @@ class KeyStore(nn.Module):
                     "the index of the others would not follow. Let each process have a copy (copy.deepcopy, pickle, or "
                     "DurableStore.open(path, read_only=True)), or one process answer for all"
                 )
-            self._digest.clear()  # of other bytes
+            self._digest.clear()  # the bytes of rows change
             self._codes.clear()
             before = self._table["values"]
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -787,11 +788,11 @@ class KeyStore(nn.Module):
             if before.data_ptr() != self._table["values"].data_ptr():
                 before.zero_()
             self._table.converted(fn)
-            self._neighbours.clear()  # other digits may have other neighbours
+            self._neighbours.clear()  # rounding to another dtype may change neighbours
         return self
 
     def settings(self) -> dict[str, Any]:
-        """Return what makes an empty store like this one."""
+        """Return the arguments that make an empty store like this store."""
         key_width, value_width = self.widths
         about: dict[str, Any] = {"seed": self.seed, "scale": self.scale, "secret": self.secret}
         labels = self._table["labels"]
@@ -799,7 +800,7 @@ class KeyStore(nn.Module):
         return {"key_width": key_width, "value_width": value_width, "dtype": self._table["keys"].dtype, **about}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyStore:
-        """Return a copy of the rows in memory; nothing follows it."""
+        """Return a copy of the rows in memory, without followers."""
         with self.lock, long_lived():
             self._check_whole()
             other = KeyStore(**self.settings(), device=self._table.device)
@@ -811,7 +812,7 @@ class KeyStore(nn.Module):
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle a copy of the rows as bytes, so that no process shares their memory."""
+        """Pickle a copy of the rows as bytes, so that processes never share memory."""
         with self.lock:
             self._check_whole()
             for part in (self._file, self.log):
@@ -823,7 +824,7 @@ class KeyStore(nn.Module):
             return _unpickled, (self.settings(), data, *about)
 
     def misfit(self) -> str | None:
-        """Say what is wrong with the rows; None if they can be used."""
+        """Return what is wrong with the rows; None if the rows can be used."""
         rows = dict(zip(COLUMNS, self._table.rows, strict=True))
         return misfit(rows, self._table.schema, differ=len(self) == self.used)
 
@@ -835,7 +836,7 @@ class KeyStore(nn.Module):
 
 
 def not_there(ids: list[int]) -> KeyError:
-    """Return the error that says that ids are not in a store."""
+    """Return the error for ids that are not in a store."""
     return KeyError(f"ids {some(ids)} are not in the store; forget can pass over them with missing='ignore'")
 
 

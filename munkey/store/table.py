@@ -25,18 +25,18 @@ _LEAST_ROOM = 16
 class Table(Follower):
     """Columns `(R, ...)` of which the first `used` rows are in use; the rest is zero.
 
-    The column `values` is a parameter, which stays the same one however the table changes, because optimisers know it
+    The column `values` is a parameter, which stays the same object through all changes, because optimisers refer to it
     by identity. The other columns are tensors.
 
     Args:
-        schema: its columns.
-        device: where the columns live.
+        schema: columns of the table.
+        device: device of the columns.
 
     Attributes:
         used: `M`.
-        changes: how often rows were added, removed or moved, or changed as a whole.
+        changes: number of times that rows were added, removed or moved, or changed as a whole.
         moved_at: value of `changes` when a row last got another number, or a column another room.
-        rewritten: whether a row has gone or got another number since the table was made or loaded.
+        rewritten: whether a row was deleted or got another number since the table was made or loaded.
     """
 
     def __init__(self, schema: tuple[Column, ...], device: torch.device | str | None = None) -> None:
@@ -50,7 +50,7 @@ class Table(Follower):
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a column, room included, without its gradient."""
-        # Not `detach()`: what a store writes is no training, which PyTorch's count of changes tells apart.
+        # Not `detach()`: writes of a store must not count as training in PyTorch's count of changes.
         return self.values.data if name == "values" else self._tensors[name]
 
     @property
@@ -60,40 +60,40 @@ class Table(Follower):
 
     @property
     def rows(self) -> tuple[Tensor, ...]:
-        """The rows in use of all columns."""
+        """Rows in use of all columns."""
         return tuple(column[: self.used] for column in self.columns)
 
     @property
     def room(self) -> int:
-        """`R`."""
+        """Number of rows there is room for, `R`."""
         return len(self.values)
 
     @property
     def device(self) -> torch.device:
-        """Where the columns live."""
+        """Device of the columns."""
         return self.values.device
 
     def order(self) -> Tensor:
-        """Return the row numbers `(M,)` by id and view."""
+        """Return the row numbers `(M,)` sorted by id and view."""
         return order_of(self["ids"][: self.used], self["views"][: self.used])
 
     def row_bytes(self) -> int:
-        """Return the bytes of one row."""
+        """Return the size of one row in bytes."""
         return sum(math.prod(column.shape) * self[column.name].element_size() for column in self.schema)
 
     # --- changes ------------------------------------------------------------------------------------------
 
     def more_room(self, count: int) -> Moved | None:
-        """Return the change that makes room for so many more rows; None if there is room."""
+        """Return the change that makes room for `count` more rows; None if there is enough room."""
         stop = self.used + count
         return None if stop <= self.room else Moved(self.used, max(_LEAST_ROOM, stop, self.room + self.room // 2))
 
     def stage(self, write: Callable[[tuple[Tensor, ...]], None], count: int) -> Added:
-        """Write new rows into the room, where nothing sees them before the change they are for is carried out.
+        """Write new rows into the room, where the rows are unused until the returned change is carried out.
 
         Args:
-            write: is given the columns `(count, ...)` to be filled.
-            count: how many rows; there is room for them.
+            write: function that fills the columns `(count, ...)`.
+            count: number of rows, for which there must be room.
         """
         change = Added(self.used, self.used + count)
         try:
@@ -105,13 +105,13 @@ class Table(Follower):
         return change
 
     def check(self, change: Change) -> None:
-        """Raise RuntimeError if rows have changed since the change was planned, as a signal handler could do."""
+        """Raise RuntimeError if rows have changed since the change was planned, as by a signal handler."""
         planned = change.planned_at if isinstance(change, Removed) else -1
         if planned not in (-1, self.changes) or (isinstance(change, Added) and change.start != self.used):
             raise RuntimeError("rows have changed since this change was planned; plan it again")
 
     def undo(self, change: Change) -> Undone:
-        """Wipe rows that were staged."""
+        """Wipe staged rows."""
         if isinstance(change, Added):
             with long_lived():
                 for column in self.columns:
@@ -169,7 +169,7 @@ class Table(Follower):
     # --- as a whole ---------------------------------------------------------------------------------------
 
     def converted(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function, such as a move to a device, to all columns but the values; wipe what it replaced."""
+        """Apply a function, such as a move to a device, to all columns but the values; wipe replaced columns."""
         for name, column in self._tensors.items():
             new = fn(column)
             if new.data_ptr() != column.data_ptr():

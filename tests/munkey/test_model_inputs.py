@@ -55,7 +55,7 @@ def exact_parts(scale: float = 0.0, trained: bool = False, fitted_on: str = "oth
         ),
         (exact_parts(trained=True), ValueError, "in exact mode values are written, not learned"),
         (exact_parts(fitted_on="forgettable"), ValueError, "in exact mode the encoder must not have seen what can be"),
-        (exact_parts() | {"own_token_probability": 0.5}, ValueError, "in exact mode own_token_probability is 0"),
+        (exact_parts() | {"own_token_probability": 0.5}, ValueError, "own_token_probability must be 0 in exact mode"),
         (parts(own_token_probability=1.5), ValueError, "own_token_probability must be between 0 and 1, found 1.5"),
         (parts(drop_input=-0.1), ValueError, "drop_input must be between 0 and 1, found -0.1"),
         (parts(drop_input=0.6, drop_exemplar=0.5), ValueError, "must add up to 1 at most, found 0.6 and 0.5"),

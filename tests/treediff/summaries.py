@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from models import build, louder, observations
 from torch import Tensor
@@ -14,7 +12,6 @@ from worlds import seeded
 
 from treediff import TreeTopology, TreeVAE
 from treediff.pictures import NodeSummary, TreeSummary, summarize_tree
-from treediff.pictures.canvas import Canvas
 
 SPLIT = TreeTopology.balanced(1).split(2).split(3)
 
@@ -72,39 +69,3 @@ def made_up(
         )
         nodes.append(record)
     return TreeSummary(tree, tuple(nodes), rows, class_names)
-
-
-class Text(NamedTuple):
-    """A text in a picture and the pixels that it takes, from the left upper corner."""
-
-    text: str
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    def meets(self, left: float, top: float, right: float, bottom: float) -> bool:
-        return self.left < right and left < self.right and self.top < bottom and top < self.bottom
-
-
-def texts_of_pictures(monkeypatch: pytest.MonkeyPatch) -> list[Text]:
-    """A list that gets the texts of every PNG written from now on."""
-    texts: list[Text] = []
-    save = Canvas.save
-
-    def record(self: Canvas, path: str | os.PathLike[str]) -> None:
-        save(self, path)
-        for artist in self.axes.texts:
-            box, height = artist.get_window_extent(), self.pixels.shape[0]
-            texts.append(Text(artist.get_text(), box.x0, height - box.y1, box.x1, height - box.y0))
-
-    monkeypatch.setattr(Canvas, "save", record)
-    return texts
-
-
-def check_apart(texts: list[Text], height: int, width: int) -> None:
-    """All texts lie in the picture, and no two meet."""
-    for i, text in enumerate(texts):
-        assert 0 <= text.left < text.right <= width and 0 <= text.top < text.bottom <= height, text
-        for other in texts[:i]:
-            assert not text.meets(*other[1:]), (text, other)

@@ -1,1 +1,1 @@
-"""Parts that both packages stand on: noise, files, model hubs, averages, modes, checks, groups of rows."""
+"""Parts that both packages use: noise, files, model hubs, averages, modes, checks, groups of rows."""

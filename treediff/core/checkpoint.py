@@ -1,8 +1,8 @@
-"""One safe file with all that a training run needs to go on as if nothing had happened.
+"""Checkpoints: one safe file with all that a training run needs to continue as if it had never stopped.
 
 A checkpoint holds the states of *parts* by name: models, optimisers, learning rate schedules, averages, generators, and
-plain values such as the settings of the run. It is a file like that of a model (see `treediff.core.io`): tensors, and
-one piece of JSON that says where in the states they belong. Nothing is ever unpickled.
+plain values such as the settings of the run. The file has the format of a model file (see `treediff.core.io`): tensors,
+and one piece of JSON that gives the place of each tensor in the states. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ def save_checkpoint(path: Path, parts: Mapping[str, Any]) -> None:
     """Write the states of some parts to one file; an interruption leaves the old file whole.
 
     Args:
-        path: where to.
-        parts: by name. Of what has a `state_dict` and of a `torch.Generator` the state is written; anything else is
-            written as it is, and must be made of tensors, None, bool, int, float, str, list, tuple and dict.
+        path: the file to write.
+        parts: the parts by name. Of an object with a `state_dict` and of a `torch.Generator` the state is written. Any
+            other part is written as it is, and must consist of tensors, None, bool, int, float, str, list, tuple and
+            dict.
 
     Raises:
-        OSError: if the file cannot be written; the old one is whole.
-        TypeError: naming what is something else.
+        OSError: if the file cannot be written; the old file is whole.
+        TypeError: naming the value of any other type.
 
     Examples:
         >>> import tempfile
@@ -54,11 +55,11 @@ def save_checkpoint(path: Path, parts: Mapping[str, Any]) -> None:
 
 @lasting()
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read what `save_checkpoint` wrote.
+    """Read a file of `save_checkpoint`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, of another kind, or of another format version.
+        ValueError: if the file is damaged, of another kind, or of another format version.
     """
     name = os.fspath(path)
     if not os.path.isfile(name):
@@ -67,7 +68,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             "finished"
         )
     header = read_header(path, _CLASS)
-    # Tensors of safetensors are windows into the file: they would change if somebody overwrote it.
+    # Tensors of safetensors map the file: without a clone they would change when the file is overwritten.
     tensors = {key: tensor.clone() for key, tensor in read_tensors(path).items()}
     try:
         states, classes = header["states"], header["classes"]
@@ -78,11 +79,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The states of some parts.
+    """States of some parts.
 
     Args:
-        states: by name.
-        classes: of those parts that are filled with their states; the others are values.
+        states: the states by name.
+        classes: the class of each part that `fill` fills with its state; the other parts are values.
         name: of the file, for messages.
     """
 
@@ -92,12 +93,12 @@ class Checkpoint:
 
     @classmethod
     def of(cls, parts: Mapping[str, Any]) -> Checkpoint:
-        """The present states of parts, see `save_checkpoint`; tensors are not copied."""
+        """Return the present states of parts, as for `save_checkpoint`; tensors are not copied."""
         classes = {name: kind for name, part in parts.items() if (kind := _class_of(part)) is not None}
         return cls({name: _state_of(part) for name, part in parts.items()}, classes)
 
     def to_bytes(self) -> bytes:
-        """The file; the same states give the same bytes.
+        """Return the bytes of the file; the same states give the same bytes.
 
         Raises:
             TypeError: naming what is neither a tensor nor a plain value.
@@ -107,10 +108,10 @@ class Checkpoint:
         return model_bytes(_CLASS, tensors, {"states": states, "classes": self.classes})
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401
-        """The state of one part, to look at before the parts are made.
+        """Return the state of one part, to read before the parts are built.
 
         Raises:
-            KeyError: if there is none of that name.
+            KeyError: if there is no part of that name.
         """
         if name not in self.states:
             raise KeyError(f"{self.name} holds no {name!r}; it holds {sorted(self.states)}")
@@ -118,19 +119,20 @@ class Checkpoint:
 
     @lasting()
     def fill(self, parts: Mapping[str, Any]) -> None:
-        """Give parts the states they had, in the order in which they are named here.
+        """Restore the saved state of each part, in the order of `parts`.
 
-        A run that is continued differently from how it began would be neither the one nor the other. So the same parts
-        must be named as were saved, each of the same class, and those that are values must be equal. Tensors of a
-        module have the same shapes; where one says `any_rows = True`, such as a memory, the number of rows may differ.
-        If a part then refuses its state, those named before it are filled and those after it are not.
+        A run that continues with other settings than it began with would have the results of neither setting. So
+        `parts` must name exactly the saved parts, each of the same class, and parts that are values must be equal to
+        the saved values. Tensors of a module must have the saved shapes; a module with `any_rows = True`, such as a
+        memory, may have another number of rows. If a part then refuses its state, the parts named before it are filled
+        and the parts named after it are not.
 
         Raises:
             KeyError: as the part's own `load_state_dict`.
-            ValueError: naming the first thing that does not fit.
+            ValueError: naming the first part, name or tensor that does not fit.
         """
         both = {name: part for name, part in parts.items() if name in self.states}
-        for name, part in both.items():  # values first: they say best what is different
+        for name, part in both.items():  # values first: their messages are the clearest
             own, found = ("a value" if kind is None else kind for kind in (_class_of(part), self.classes.get(name)))
             if own != found:
                 raise ValueError(f"{self._misfit} at {name!r}: expected {own}, found {found}")
@@ -154,18 +156,18 @@ class Checkpoint:
                 f"{at}." if at else "" for at, each in part.named_modules() if getattr(each, "any_rows", False)
             )
             require_fit(part.state_dict(), state, self._misfit, prefix=f"{name}/", rows=rows)
-        if isinstance(part, LRScheduler):  # it takes anything
+        if isinstance(part, LRScheduler):  # its `load_state_dict` accepts any keys
             own, found = (dict.fromkeys(names, "there") for names in (part.state_dict(), state))
             _require_same(own, found, name, self._misfit)
         try:
             part.set_state(state) if isinstance(part, torch.Generator) else part.load_state_dict(state)
-        except RuntimeError as error:  # of a module or a generator
+        except RuntimeError as error:  # raised by a module or a generator
             raise ValueError(f"{self._misfit} at {name!r}: {error}") from error
         if isinstance(part, torch.optim.Optimizer):
             self._lay_out(part, name)
 
     def _lay_out(self, optimizer: torch.optim.Optimizer, name: str) -> None:
-        """Give an optimiser's state the memory layout of its weights, as it had: fused steps go by it unchecked."""
+        """Restore the weights' memory layout in an optimiser's state: fused steps rely on the layout unchecked."""
         for weight, states in optimizer.state.items():
             for key, value in states.items():
                 if not isinstance(value, Tensor) or value.ndim != weight.ndim:
@@ -180,7 +182,7 @@ class Checkpoint:
 
 
 def _class_of(part: object) -> str | None:
-    """The class of what has a state; None of a value."""
+    """Return the class of a part that has a state, and None for a value."""
     has_state = hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
     return type(part).__name__ if has_state or isinstance(part, torch.Generator) else None
 
@@ -192,7 +194,7 @@ def _state_of(part: Any) -> Any:  # noqa: ANN401
 
 
 def _encoded(value: object, name: str, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401
-    """JSON for a state, and its tensors by their place; every object in it has one key, which says what it is."""
+    """Return JSON for a state, and put tensors into `tensors` by place; each JSON object has one key, its kind."""
     if isinstance(value, Tensor) and value.layout == torch.strided:
         while name in tensors:  # a key with a slash in it looks like two keys
             name += "+"
@@ -254,7 +256,7 @@ def _require_same(expected: object, found: object, name: str, what: str) -> None
 
 
 def _leaves(value: object, name: str) -> dict[str, object]:
-    """What a value is made of, by its place: tensors, and words for anything else."""
+    """Return the contents of a value by their places: tensors, and text for anything else."""
     if isinstance(value, Mapping):
         parts, kind = list(value.items()), "a dict"
     elif isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""Whether images, times and noise suit what is done with them; one place, so that all say the same.
+"""Checks of images, times and noise, in one place, so that all messages agree.
 
-What can be told from a shape or a dtype is always checked. Values of tensors are looked at on a CPU only, and not while
-PyTorch compiles: elsewhere a look would stop an accelerator's stream, or a graph, at every step.
+Shapes and dtypes are always checked. Values of tensors are read on a CPU only, and not while PyTorch compiles:
+elsewhere reading them would stop an accelerator's stream, or a graph, at every step.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Shape = tuple[int, ...]
 def check_batch(
     x: object, shape: tuple[int, ...], dtype: torch.dtype, data_range: tuple[float, float] | None, what: str
 ) -> Tensor:
-    """The batch itself, once it suits a model; values are looked at on a CPU only.
+    """Return the batch unchanged if it fits the model; values are read on a CPU only.
 
     Args:
-        x: what was given.
+        x: the batch.
         shape: of one row.
         dtype: of the weights; autocast allows others.
         data_range: least and greatest value, both allowed; None for any finite one.
@@ -33,7 +33,7 @@ def check_batch(
 
     Raises:
         TypeError: if `x` is no tensor, not floating point, or of another dtype than the weights.
-        ValueError: if it has another shape, is not finite, or leaves the range.
+        ValueError: if `x` has another shape, is not finite, or leaves the range.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"expected {what} as a tensor, found {type(x).__name__}; torch.as_tensor(x) makes one")
@@ -52,7 +52,7 @@ def check_batch(
 
 
 def check_times(t: Tensor | float, name: str = "t") -> None:
-    """Raise unless times, or levels of noise, lie in [0, 1]; those of a tensor are looked at on a CPU only.
+    """Raise unless times, or levels of noise, lie in [0, 1]; values of a tensor are read on a CPU only.
 
     Args:
         t: a number, or a tensor of any shape.
@@ -78,16 +78,16 @@ def check_times(t: Tensor | float, name: str = "t") -> None:
 
 
 def check_noise(noise: Tensor, like: Tensor, what: str) -> None:
-    """Raise unless there is a number of its own for each number that noise is put on.
+    """Raise unless the noise has one number for each number of the tensor that it is added to.
 
     Args:
-        noise: what was given.
-        like: what it is put on.
-        what: that tensor, for messages.
+        noise: the noise.
+        like: the tensor that the noise is added to.
+        what: name of that tensor, for messages.
 
     Raises:
-        TypeError: if it is not floating point, or (but for autocast) would widen the dtype.
-        ValueError: if it has another shape, which might broadcast, as one noise for all images does.
+        TypeError: if the noise is not floating point, or (except under autocast) would widen the dtype.
+        ValueError: if the noise has another shape, which might broadcast, as one noise for all images does.
     """
     if noise.shape != like.shape:
         raise ValueError(
@@ -103,12 +103,12 @@ def check_noise(noise: Tensor, like: Tensor, what: str) -> None:
 
 
 def _may_look(x: Tensor) -> bool:
-    """Whether there are values that can be looked at without waiting for them."""
+    """Return whether there are values that can be read without waiting for a device."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0
 
 
 def float_advice(dtype: torch.dtype) -> str:
-    """How images of a dtype become floating-point ones in [0, 1]."""
+    """Return advice on how to convert images of a dtype to floating point in [0, 1]."""
     if dtype == torch.bool:
         return "x.float()"
     if dtype in (torch.uint8, torch.uint16):
@@ -129,7 +129,7 @@ def _check_values(x: Tensor, data_range: tuple[float, float] | None, what: str) 
 
 
 def check_shape(name: str, shape: Shape) -> Shape:
-    """A feature shape is `(D,)` or `(D, h, w)`, all positive."""
+    """Return a feature shape as a tuple; raise unless it is `(D,)` or `(D, h, w)`, all positive."""
     shape = check_numbers(name, shape)
     if len(shape) not in (1, 3):
         raise ValueError(f"{name} must be (width,) or (channels, height, width), found {shape}")
@@ -137,19 +137,19 @@ def check_shape(name: str, shape: Shape) -> Shape:
 
 
 def check_numbers(name: str, numbers: Sequence[int], *, some: bool = True) -> Shape:
-    """Sizes or widths: a tuple of whole numbers from 1 on, and not an empty one where there must be `some`."""
+    """Return sizes or widths as a tuple of whole numbers from 1 on, which must not be empty if `some` is set."""
     if isinstance(numbers, int | Integral):
         raise TypeError(f"{name} must be a tuple of numbers, found {numbers}; write ({numbers},) for one")
     if not isinstance(numbers, Sequence) or not all(isinstance(number, Integral) for number in numbers):
         raise TypeError(f"{name} must be a tuple of whole numbers, found {numbers!r}")
-    numbers = tuple(int(number) for number in numbers)  # of numpy, too
+    numbers = tuple(int(number) for number in numbers)  # numpy's integers, too
     if min(numbers, default=0 if some else 1) < 1:
         raise ValueError(f"{name} must hold numbers of at least 1, found {numbers}")
     return numbers
 
 
 def check_size(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return `(height, width)`, of which one number may stand for both."""
+    """Return `(height, width)`; a single number is used for both."""
     pair = (size, size) if isinstance(size, int | Integral) else size
     if len(numbers := check_numbers(name, pair)) != 2:
         raise ValueError(f"{name} must be (height, width), found {numbers}")
@@ -157,7 +157,7 @@ def check_size(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def check_positive(**numbers: int) -> None:
-    """Counts and widths are whole numbers and begin at 1."""
+    """Raise unless counts and widths are whole numbers from 1 on."""
     for name, number in numbers.items():
         if not isinstance(number, Integral) or isinstance(number, bool):
             raise TypeError(f"{name} must be a whole number, found {number!r}")

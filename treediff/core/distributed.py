@@ -1,7 +1,8 @@
-"""The same script on one process or on many, on PyTorch's own engine.
+"""Training with one script on one process or on many, on PyTorch's own engine.
 
-`torchrun --nproc-per-node 2 script.py` starts a script twice; `start` joins the processes. Each takes its share of
-every batch, and `data_parallel` averages gradients, so that a step is that of one process with the whole batch.
+`torchrun --nproc-per-node 2 script.py` starts a script twice; `start` joins the processes. Each process takes its share
+of every batch, and `data_parallel` averages gradients, so that a step equals the step of one process with the whole
+batch.
 
 Letters: `B` batch, `N` processes.
 """
@@ -28,7 +29,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this is; a lone one if not told otherwise.
+    """World of processes, with the rank of this process; a single process by default.
 
     Args:
         rank: from 0 to `size - 1`.
@@ -40,13 +41,13 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and shows progress."""
+        """True if this process is the one that writes files and shows progress."""
         return self.rank == 0
 
     def share(self, rows: Tensor) -> Tensor:
-        """This process's part of a batch `(B,)`, each as long as the others.
+        """Return this process's part of a batch `(B,)`; all parts are equally long.
 
-        Rows are repeated from the start where they do not come out even, as in `torch.utils.data.DistributedSampler`.
+        If `N` does not divide `B`, rows are repeated from the start, as in `torch.utils.data.DistributedSampler`.
 
         Examples:
             >>> World(1, 2).share(torch.tensor([5, 6, 7]))
@@ -58,17 +59,20 @@ class World:
         return rows[torch.arange(self.rank * each, (self.rank + 1) * each, device=rows.device) % len(rows)]
 
     def own(self, generator: torch.Generator) -> torch.Generator:
-        """A generator whose numbers no other process draws, seeded from one that all have; that one itself if alone."""
+        """Return a generator whose numbers no other process draws; on a single process `generator` itself.
+
+        The seed comes from `generator`, which is in the same state on all processes, and the rank.
+        """
         if self.size == 1:
             return generator
         seed = combine_seeds(seed_from(generator), self.rank)
         return torch.Generator(generator.device).manual_seed(seed)
 
     def map(self, act: Callable[[T], R], parts: Sequence[T]) -> list[R]:
-        """What an act makes of all parts, in their order and the same on all processes, each of which does some.
+        """Return the results of `act` for all parts, in order and equal on all processes; each process computes some.
 
         Args:
-            act: its results can be pickled; tensors among them are on the CPU.
+            act: function of one part, whose results can be pickled; tensors in the results are on the CPU.
             parts: the same on all processes.
         """
         mine = [act(part) for part in parts[self.rank :: self.size]]
@@ -79,7 +83,7 @@ class World:
         return [everyone[number % self.size][number // self.size] for number in range(len(parts))]
 
     def greatest(self, number: int) -> int:
-        """The greatest of the numbers that the processes have."""
+        """Return the greatest of the numbers that the processes have."""
         if self.size == 1:
             return number
         found = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -87,7 +91,7 @@ class World:
         return int(found)
 
     def gather(self, x: Tensor) -> Tensor:
-        """`(N B, ...)` rows of all processes, `(B, ...)` of each, those of rank 0 first; gradients flow to all."""
+        """Return the rows `(N B, ...)` of all processes, `(B, ...)` of each, rank 0 first; gradients flow to all."""
         if self.size == 1:
             return x
         from torch.distributed.nn.functional import all_gather
@@ -96,7 +100,7 @@ class World:
 
     @torch.no_grad()
     def follow_first(self, module: nn.Module) -> None:
-        """Have the weights and buffers of the first process."""
+        """Overwrite weights and buffers with the values of the first process."""
         if self.size > 1:
             for tensor in module.state_dict(keep_vars=True).values():
                 dist.broadcast(tensor.detach(), 0)
@@ -107,9 +111,10 @@ ALONE = World()
 
 
 def start() -> World:
-    """Join the processes that `torchrun` started, by nccl on accelerators and gloo elsewhere; or be alone.
+    """Join the processes that `torchrun` started, by nccl on accelerators and gloo elsewhere.
 
-    Each process gets an accelerator of its own, and 'cuda' then means that one.
+    Without `torchrun`, return `ALONE`. Each process gets an accelerator of its own, and 'cuda' then means that
+    accelerator.
     """
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -122,15 +127,15 @@ def start() -> World:
 
 
 def data_parallel(act: Callable[..., Any], *modules: nn.Module, unused: bool = False) -> Callable[..., Any]:
-    """A loss whose gradients are averaged over all processes; the loss itself on a lone one.
+    """Return a loss whose gradients are averaged over all processes; on a single process, the loss itself.
 
-    It is `torch.nn.parallel.DistributedDataParallel` for any function. Modules that say `per_rank = True`, such as a
-    memory that is spread over processes, are left alone.
+    This is `torch.nn.parallel.DistributedDataParallel` for any function. Modules with `per_rank = True`, such as a
+    memory that is spread over processes, are not averaged.
 
     Args:
-        act: such as `model.loss`.
-        modules: whose parameters train in it; the same on all processes.
-        unused: whether a step may leave out some of them.
+        act: the loss, such as `model.loss`.
+        modules: modules whose parameters train in `act`; the same on all processes.
+        unused: whether a step may leave out some of these parameters.
 
     Examples:
         >>> model = torch.nn.Linear(2, 1)
@@ -142,7 +147,7 @@ def data_parallel(act: Callable[..., Any], *modules: nn.Module, unused: bool = F
     call = _Call(act, modules)
     alone = tuple(f"{name}." for name, part in call.named_modules() if getattr(part, "per_rank", False))
     names = [name for name, _ in call.named_parameters() if name.startswith(alone)]
-    names += [name for name, _ in call.named_buffers()]  # nothing here changes them
+    names += [name for name, _ in call.named_buffers()]  # buffers, which no step here changes
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(call, names)
     return DistributedDataParallel(call, find_unused_parameters=unused)
 

@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's weights, which often generates better than the last weights."""
+"""Exponential moving averages of a model's weights, which often generate better than the last weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["EMA"]
 
 
 class EMA:
-    """`average <- decay average + (1 - decay) weight` after every step, with a warm-up.
+    """Average `average <- decay average + (1 - decay) weight` after every step, with a warm-up.
 
-    At step `n` the decay is `min(decay, (1 + n) / (10 + n))`, so that the first, useless weights are soon forgotten
+    At step `n` the decay is `min(decay, (1 + n) / (10 + n))`, so that the first, useless weights soon count for nothing
     (the rule of TensorFlow's moving averages). Buffers are not averaged: the model keeps its own. Weights in half
     precision have averages in float32, because a step of a thousandth would be lost. An average that is made or used in
-    `torch.inference_mode()` is like any other afterwards.
+    `torch.inference_mode()` behaves like any other average afterwards.
 
     Args:
         model: the model to follow; parameters that are added to it later are not followed.
@@ -32,9 +32,9 @@ class EMA:
 
     Attributes:
         own: the model's own weights while it has the averaged ones, otherwise None.
-        before_load: functions without arguments that `load_state_dict` calls once a state fits, before it changes
-            anything. Whoever changes averages by hand, as a store does that erases rows, puts one here that raises if
-            an older state would bring back what is gone. A copy of the average begins with none.
+        before_load: functions without arguments that `load_state_dict` calls once a state fits, before any change. Code
+            that edits averages by hand, such as a store that erases rows, adds a function that raises if an older state
+            would bring back deleted rows. A copy of the average begins with no functions.
 
     Examples:
         >>> model = nn.Linear(2, 1)
@@ -55,15 +55,15 @@ class EMA:
             self.weights = {name: _precise(weight.detach()) for name, weight in model.named_parameters()}
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is called knows the original, and nothing of a copy.
+        # The functions hold the original, not the copy.
         return {**self.__dict__, "before_load": []}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the model's present weights.
+        """Update the averages with the model's present weights.
 
         Raises:
-            KeyError: if the model has lost a parameter, as a tree does that is pruned.
+            KeyError: if the model has lost a parameter, as a pruned tree has.
         """
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warm_up else self.decay
@@ -73,7 +73,7 @@ class EMA:
 
     @contextmanager
     def average(self) -> Iterator[None]:
-        """Within this context the model has the averaged weights; afterwards its own again, whatever happens."""
+        """Give the model the averaged weights in this context, and its own weights again at the end, also on errors."""
         outer = self.own
         with lasting():
             self.own = {name: weight.clone() for name, weight in self._now().items()}
@@ -83,7 +83,7 @@ class EMA:
         finally:
             self._put(self.own)
             for weight in self.own.values():
-                weight.zero_()  # freed memory keeps what was in it
+                weight.zero_()  # freed memory keeps its content
             self.own = outer
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class EMA:
             now[name].copy_(weight)
 
     def _now(self) -> dict[str, Tensor]:
-        """What the model has at present for each average."""
+        """Return the model's present weight for each average."""
         now = dict(self.model.named_parameters())
         gone = sorted(self.weights.keys() - now.keys())
         if gone:
@@ -101,7 +101,7 @@ class EMA:
         return {name: now[name].detach() for name in self.weights}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Averages by name, and the number of steps, as tensors: `safetensors` can save them."""
+        """Return the averages by name, and the number of steps, as tensors, which `safetensors` can save."""
         return {
             **{f"weights.{name}": weight for name, weight in self.weights.items()},
             "steps": torch.tensor(self.steps),
@@ -109,11 +109,11 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state; nothing is changed unless all of it fits, and nobody in `before_load` refuses it.
+        """Continue from a state; nothing is changed unless all of it fits and no function of `before_load` raises.
 
         Raises:
-            ValueError: naming the weights that are missing, unknown, or of another shape. What is raised in
-                `before_load` comes as it is.
+            ValueError: naming the weights that are missing, unknown, or of another shape. Errors of `before_load` are
+                passed on unchanged.
         """
         expected = {f"weights.{name}": tuple(weight.shape) for name, weight in self.weights.items()} | {"steps": ()}
         found = {name: tuple(weight.shape) for name, weight in state.items()}
@@ -129,5 +129,5 @@ class EMA:
 
 
 def _precise(weight: Tensor) -> Tensor:
-    """A copy with at least the digits of float32."""
+    """Return a copy with at least the digits of float32."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)

@@ -1,4 +1,4 @@
-"""Rows that belong to groups.
+"""Groups of the rows of a batch.
 
 Letters: `T` rows in all, `G` groups.
 """
@@ -17,11 +17,11 @@ __all__ = ["Groups", "check_rows", "sizes_of"]
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Which group each row belongs to; rows are sorted by group.
+    """Assignment of rows to groups; rows are sorted by group.
 
     Args:
-        index: `(T,)` int64, ascending: the group of each row. Not checked, because looking would stop an
-            accelerator's stream.
+        index: `(T,)` int64, ascending: the group of each row. Not checked, because reading the values would
+            stop an accelerator's stream.
         count: number of groups `G`; some may have no row.
 
     Examples:
@@ -31,7 +31,7 @@ class Groups:
 
     index: Tensor
     count: int
-    # What was derived so far. A plain dictionary, because `torch.compile` cannot enter a `cached_property`.
+    # Tables derived so far. A plain dictionary, because `torch.compile` cannot enter a `cached_property`.
     _derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -62,5 +62,5 @@ def check_rows(x: Tensor, sets: int, groups: Groups) -> None:
 
 
 def sizes_of(ends: Tensor) -> list[int]:
-    """Rows per group, on the host, from one past the last row of each group."""
+    """Return the rows per group, on the host, from one past the last row of each group."""
     return [b - a for a, b in pairwise([0, *ends.tolist()])]

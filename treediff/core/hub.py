@@ -1,10 +1,10 @@
-"""Share a model: a folder as model hubs expect it, and the way to Hugging Face's hub and back.
+"""Sharing of models: a folder in the layout of model hubs, and the transfer to and from Hugging Face's hub.
 
     model.safetensors     the model, the very file that its `save` writes
-    config.json           how the model was made, for people and for the hub
+    config.json           the model's configuration, for people and for the hub
     README.md             a model card, written where there is none
 
-The file alone counts when a model is read. huggingface_hub is imported when a repository is named, and not before.
+A model is read from model.safetensors alone. huggingface_hub is imported only when a repository is named.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.)){_PART}/{_PART}(?<!\.safetensors)(?
 
 
 class Savable(Protocol):
-    """A model or an encoder with `save` and `load`; attributes `config`, `card_note` and `check_sharing` are used."""
+    """Model or encoder with `save` and `load`; attributes `config`, `card_note` and `check_sharing` are used."""
 
     def save(self, path: Path) -> None:
         """Write one file."""
 
     @classmethod
     def load(cls, path: Path) -> Any:  # noqa: ANN401 - an object of the class
-        """Read what `save` wrote; may take more arguments by name."""
+        """Read a file of `save`; may take more arguments by name."""
 
 
 Model = TypeVar("Model", bound=Savable)
 
 
 def write_folder(model: Savable, folder: Path, *, repo_id: str = "user/name") -> None:
-    """Write a model, what it was made from, and a model card to a folder; a card that is there stays.
+    """Write a model, its configuration, and a model card to a folder; an existing card stays.
 
     Args:
-        model: with `save`.
+        model: a model with `save`.
         folder: made if there is none.
-        repo_id: what the card says the model is loaded from.
+        repo_id: name in the card of the repository that the model is loaded from.
 
     Raises:
         NotADirectoryError: if `folder` is a file.
@@ -83,16 +83,17 @@ def push(
     create_pr: bool | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Upload a model to a repository on Hugging Face's hub, which is made if there is none.
+    """Upload a model to a repository on Hugging Face's hub; a missing repository is made.
 
-    A model card that the repository has stays as it is. Whoever can read the repository can read all that the file
-    holds, and its history keeps what is replaced later: of a model with a memory, the rows of all instances.
+    A model card that the repository has stays unchanged. All readers of the repository can read all content of the
+    file, and the repository's history keeps all content that is replaced later. For a model with a memory, this content
+    includes the rows of all instances.
 
     Args:
-        model: with `save`.
-        repo_id: 'user/name', or 'name' for one of your own.
-        private: whether a new repository is private; one that exists stays what it is.
-        token: of the account; by default the one that `hf auth login` keeps.
+        model: a model with `save`.
+        repo_id: 'user/name', or 'name' for a repository of the account.
+        private: whether a new repository is private; an existing repository is not changed.
+        token: of the account; by default the token that `hf auth login` keeps.
         revision: branch to commit to; the main branch by default.
         create_pr: whether to open a pull request instead.
         commit_message: of the commit.
@@ -101,7 +102,7 @@ def push(
         the address of the commit.
 
     Raises:
-        ImportError: if huggingface_hub is missing. Its errors come as they are.
+        ImportError: if huggingface_hub is missing. Errors of huggingface_hub are passed on unchanged.
         ValueError: if the model cannot be saved as one file.
     """
     try:
@@ -118,7 +119,7 @@ def push(
         write_folder(model, folder, repo_id=repo_id)
         files = [_MODEL, _CONFIG]
         if not api.file_exists(repo_id, _CARD, revision=revision):
-            files.append(_CARD)  # else somebody may have written into it, a licence for one
+            files.append(_CARD)  # an existing card may have been edited, for example to add a licence
         message = commit_message or f"Upload {type(model).__name__}"
         sent: dict[str, Any] = {"folder_path": folder, "allow_patterns": files, "commit_message": message}
         sent |= {"revision": revision, "create_pr": create_pr}
@@ -126,7 +127,7 @@ def push(
             return str(api.upload_folder(repo_id=repo_id, repo_type="model", **sent))
         finally:
             path = os.path.join(folder, _MODEL)
-            with open(path, "r+b") as file:  # a copy of rows that may be forgotten later
+            with open(path, "r+b") as file:  # the file is a copy of rows that may be forgotten later
                 file.write(bytes(os.path.getsize(path)))
 
 
@@ -142,22 +143,22 @@ def pull(
 ) -> Model:
     """Read a model from a folder, a file, or a repository on Hugging Face's hub.
 
-    A name is taken for a repository only if it reads 'user/name' and is neither a path nor in a folder that is here.
+    A name is taken for a repository only if it reads 'user/name', is no path, and there is no folder 'user' here.
 
     Args:
         cls: class of the model, with `load`.
         source: a folder that `write_folder` wrote, a file that `save` wrote, or 'user/name'; a `pathlib.Path` is never
             a repository.
-        revision: branch, tag or commit. With one, a name 'user/name' is a repository even if a folder 'user' is here.
+        revision: branch, tag or commit. With a revision, 'user/name' is a repository even if a folder 'user' is here.
         token: of the account.
-        cache_dir: where fetched files are kept; huggingface_hub's own place by default.
-        local_files_only: whether to look in the cache only.
+        cache_dir: folder that keeps fetched files; huggingface_hub's own folder by default.
+        local_files_only: whether to search the cache only.
         **loading: further arguments of `cls.load`.
 
     Raises:
-        FileNotFoundError: if there is no such folder or file, and the name is not that of a repository; or if a folder
+        FileNotFoundError: if there is no such folder or file, and the name is not a repository's; or if a folder
             lacks model.safetensors.
-        ImportError: if a repository is named and huggingface_hub is missing. Its errors come as they are.
+        ImportError: if a repository is named and huggingface_hub is missing. Errors of huggingface_hub are passed on.
         ValueError: as `cls.load` does.
     """
     name = os.fspath(source)
@@ -181,7 +182,7 @@ def pull(
 
 
 def _check_repository(source: Path, revision: str | None) -> None:
-    """Raise FileNotFoundError unless a name, which is no path of anything here, can only mean a repository."""
+    """Raise FileNotFoundError unless a name, which is no existing path, can only mean a repository."""
     name = os.fspath(source)
     if not isinstance(source, str) or not _REPOSITORY.fullmatch(name):
         raise FileNotFoundError(
@@ -197,10 +198,10 @@ def _check_repository(source: Path, revision: str | None) -> None:
 
 
 def _card(model: type, repo_id: str) -> str:
-    """Return a short model card: what the hub reads, how the model is loaded, and a note of its class."""
+    """Return a short model card: metadata for the hub, code that loads the model, and a note of its class."""
     name, package = model.__name__, model.__module__.partition(".")[0]
     tags = ["treediff", *({package} - {"treediff", "__main__"}), name]
-    modules = accumulate(model.__module__.split("."), "{}.{}".format)  # the outermost is the public one
+    modules = accumulate(model.__module__.split("."), "{}.{}".format)  # the outermost module is the public one
     found = (module for module in modules if getattr(sys.modules.get(module), name, None) is model)
     lines = ["---", "library_name: treediff", "tags:", *(f"- {tag}" for tag in tags), "---", "", f"# {name}", ""]
     lines += [f"A `{name}`, saved by `{package}`. It is loaded by", "", "```python", "from treediff.core import hub"]

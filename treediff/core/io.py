@@ -1,7 +1,7 @@
 """One safe file per model: safetensors, with one metadata key that holds canonical JSON.
 
-Nothing here unpickles. The JSON says the format's version, the class, how the model was configured and its tree;
-the same model always saves to the same bytes.
+Nothing here unpickles. The JSON holds the format's version, the class, the model's configuration and its tree. The same
+model always saves to the same bytes.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ __all__ = [
     "write_file",
 ]
 
-#: What is written. Format 1 is read as well: its networks of nodes had names of their own, see `read_model`.
+#: Format that is written. Format 1, with other names for the networks of nodes, is read as well (`read_model`).
 FORMAT_VERSION = 2
 _READ = (1, 2)
 _KEY = "treediff"
 _BANKS = re.compile(r"^(tree_vae\.)?(heads|transitions|posterior_routers|prior_routers|decoders)\.")
-_DEEPEST = 200  # far below where Python gives up, and far above what any file needs
+_DEEPEST = 200  # far below Python's limit of recursion, and far above the depth of any real file
 
 Path = str | os.PathLike[str]
 
 
 def model_bytes(class_name: str, state: Mapping[str, Any], header: Mapping[str, Any]) -> bytes:
-    """A model's file: its tensors and a header, the same bytes for the same content.
+    """Return the bytes of a model's file, its tensors and a header; the same content gives the same bytes.
 
     Args:
         class_name: of the model.
@@ -82,20 +82,20 @@ def save_model(module: nn.Module, path: Path, header: Mapping[str, Any]) -> None
 
     Args:
         module: the module; its `state_dict` is stored.
-        path: where to.
+        path: the file to write.
         header: as for `model_bytes`, whose errors are raised, too.
     """
     write_file(path, model_bytes(type(module).__name__, module.state_dict(), header))
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Put a file with these bytes in the place of `path`, at once; an interruption leaves the old one whole.
+    """Replace the file at `path` by a file with these bytes, at once; an interruption leaves the old file whole.
 
     Raises:
-        OSError: if the file cannot be written, as on a full disk; the old one is whole, and no part of the new one is
-            left.
+        OSError: if the file cannot be written, as on a full disk; the old file is whole, and no part of the new file
+            is left.
     """
-    # A name of its own, so that two processes that save at once do not write into one file.
+    # A unique name, so that two processes that save at the same time do not write into one file.
     beside = f"{os.fspath(path)}.{secrets.token_hex(4)}.partial"
     try:
         with open(beside, "wb") as file:
@@ -115,7 +115,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             yield file
-    # The last three come from PyTorch, of shapes that safetensors has let pass.
+    # PyTorch raises the last three for shapes that safetensors accepts.
     except (SafetensorError, OverflowError, RuntimeError, TypeError) as error:
         raise _not_whole(path, error) from None
 
@@ -128,12 +128,12 @@ def _not_whole(path: Path, error: Exception) -> ValueError:
 
 
 def read_header(path: Path, expected_class: str) -> dict[str, Any]:
-    """The header of a file, once it is sure that this version can read it.
+    """Return the header of a file, once all checks that this version can read the file have passed.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no safetensors file, was not written by treediff, holds another class of model, or has
-            another format version.
+        ValueError: if the file is no safetensors file, was not written by treediff, holds another class of model, or
+            has another format version.
     """
     with _opened(path) as file:
         metadata = file.metadata() or {}
@@ -145,11 +145,11 @@ def parse_model(data: bytearray, path: Path, expected_class: str) -> tuple[dict[
 
     Args:
         data: all bytes of the file.
-        path: its name, for messages.
+        path: name of the file, for messages.
         expected_class: as for `read_header`.
 
     Raises:
-        ValueError: as there.
+        ValueError: as for `read_header`.
     """
     content = bytes(data)
     try:
@@ -172,7 +172,7 @@ def _header(metadata: Mapping[str, str], path: Path, expected_class: str) -> dic
         version, found_class = header["format"], header["class"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"the header of {os.fspath(path)!r} is damaged ({type(error).__name__}: {error})") from None
-    if type(version) is not int or version not in _READ:  # to Python True and 1.0 are 1, too
+    if type(version) is not int or version not in _READ:  # in Python True == 1 and 1.0 == 1
         raise ValueError(
             f"{os.fspath(path)!r} has format version {version}, this treediff reads versions "
             f"{' and '.join(map(str, _READ))}; install the release that wrote it, or a newer one"
@@ -183,10 +183,10 @@ def _header(metadata: Mapping[str, str], path: Path, expected_class: str) -> dic
 
 
 def parse_json(text: str) -> Any:  # noqa: ANN401
-    """Read JSON that nobody vouches for.
+    """Parse JSON of an untrusted source.
 
     Raises:
-        ValueError: if it is none, or is nested too deeply for what is done with it later.
+        ValueError: if the text is no JSON, or is nested too deeply for later use.
     """
     deep = f"expected JSON nested at most {_DEEPEST} deep, found more"
     try:
@@ -202,22 +202,22 @@ def parse_json(text: str) -> Any:  # noqa: ANN401
 
 
 def _below(level: list[Any]) -> list[Any]:
-    """What the objects and lists among some values of JSON are made of."""
+    """Return the members of all objects and lists among some values of JSON."""
     lists = [value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list)]
     return [part for parts in lists for part in parts]
 
 
 @contextmanager
 def described_by(path: Path, *sizes: object) -> Iterator[None]:
-    """Make what a file says; whatever goes wrong becomes a ValueError that names the file.
+    """Turn errors while a model is built from a file's description into a ValueError that names the file.
 
     Args:
         path: the file.
-        sizes: parts of its header that say how large something is: no number in them may exceed the bytes of the file,
-            so that a few false digits do not fill the memory.
+        sizes: parts of the header that hold sizes: no number in them may exceed the bytes of the file, so that a few
+            false digits do not fill the memory.
 
     Raises:
-        ValueError: if a number does, or what is done here raises an error that a false description may lead to.
+        ValueError: if a number exceeds them, or the block raises an error that a false description may lead to.
     """
     name = os.fspath(path)
     try:
@@ -241,14 +241,14 @@ Model = TypeVar("Model")
 
 
 def record(factory: str, arguments: Mapping[str, Any], own: Mapping[str, object] | None = None) -> dict[str, Any]:
-    """Return the configuration of a model: the factory that made it, its arguments, and parts of the caller's own.
+    """Return the configuration of a model: the factory that made it, the factory's arguments, and custom parts.
 
-    Numbers of any kind, such as numpy's, become those of JSON, and tuples become lists.
+    Numbers of any kind, such as numpy's, become numbers of JSON, and tuples become lists.
 
     Args:
         factory: name of a class method.
-        arguments: what it was called with, `build` calls it with the same.
-        own: modules that were given in place of the factory's, by name; a file cannot hold how they are made.
+        arguments: arguments of that call; `build` calls the factory with the same.
+        own: modules that were given in place of the factory's, by name; a file cannot describe how to build them.
 
     Examples:
         >>> record("for_images", {"size": (8, 8)}, {"decoder": nn.Linear(1, 1)})
@@ -277,17 +277,18 @@ def build(
     parts: Mapping[str, object],
     **more: Any,  # noqa: ANN401 - arguments of the factory
 ) -> Model:
-    """Return the untrained model that a configuration describes; the global random state is left alone.
+    """Return the untrained model that a configuration describes; the global random state does not change.
 
     Args:
-        cls: class of the model, with the factories `for_images` and `for_vectors`, or one of them.
-        config: what `record` returned.
-        path: name of the file that has it, for messages.
-        parts: the modules of the caller's own that it names, by name.
+        cls: class of the model, with the factory `for_images`, `for_vectors`, or both.
+        config: the configuration that `record` returned.
+        path: name of the file that holds the configuration, for messages.
+        parts: the custom modules that the configuration names, by name.
         **more: further arguments of the factory, such as the tree and the dtype.
 
     Raises:
-        ValueError: if it is not what a factory of this class recorded, or a part is missing or was not named.
+        ValueError: if no factory of this class recorded the configuration, a part is missing, or a part is not named
+            in the configuration.
     """
     entries = {name: value for name, value in config.items() if name != "own"}
     known = [name for name in ("for_images", "for_vectors") if hasattr(cls, name)]
@@ -308,9 +309,9 @@ def build(
 
 
 def _check_parts(own: Any, parts: Mapping[str, object], path: Path) -> None:  # noqa: ANN401 - of a file
-    """Raise ValueError unless the given parts are those that a model was built with, and that no file holds."""
+    """Raise ValueError unless the given parts are the custom parts of the model, which no file holds."""
     if not isinstance(own, Mapping):
-        raise ValueError(f"expected the names of own parts {{name: class}}, found {own!r}")
+        raise ValueError(f"expected the names of custom parts {{name: class}}, found {own!r}")
     missing = [f"{name}= (a {own[name]})" for name in sorted(own.keys() - parts.keys())]
     if missing:
         raise ValueError(
@@ -320,16 +321,17 @@ def _check_parts(own: Any, parts: Mapping[str, object], path: Path) -> None:  # 
     unknown = sorted(parts.keys() - own.keys())
     if unknown:
         raise ValueError(
-            f"the model in {os.fspath(path)!r} was built with {sorted(own) or 'no'} parts of its own, found {unknown}; "
-            "leave out what the file itself describes"
+            f"the model in {os.fspath(path)!r} was built with {sorted(own) or 'no'} custom parts, found {unknown}; "
+            "leave out the parts that the file itself describes"
         )
 
 
 def require_config(header: Mapping[str, Any], path: Path) -> Any:  # noqa: ANN401
-    """The configuration in a file's header.
+    """Return the configuration in a file's header.
 
     Raises:
-        ValueError: if there is none, because the model was built from parts; or if it is no object of JSON.
+        ValueError: if the header has no configuration, because the model was built from parts, or the configuration is
+            no object of JSON.
     """
     if header.get("config") is None:
         raise ValueError(
@@ -345,15 +347,15 @@ def require_config(header: Mapping[str, Any], path: Path) -> Any:  # noqa: ANN40
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """How files name a dtype, as `dtype_named` reads it: 'float32' and so on."""
+    """Return the name of a dtype in files, as `dtype_named` reads it: 'float32' and so on."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_named(name: object, path: Path) -> torch.dtype:
-    """The floating-point dtype that a file names.
+    """Return the floating-point dtype that a file names.
 
     Raises:
-        ValueError: if it names none.
+        ValueError: if `name` is not the name of a floating-point dtype.
     """
     found = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
@@ -362,21 +364,21 @@ def dtype_named(name: object, path: Path) -> torch.dtype:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file.
+    """Return all tensors of a file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no safetensors file.
+        ValueError: if the file is no safetensors file.
     """
     with lasting(), _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def read_model(path: Path, expected_class: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return header and tensors of a model's file, with the names that its module has today.
+    """Return header and tensors of a model's file, with the present names of the module's tensors.
 
-    In format 1 the networks of nodes stood in the model itself (`decoders.0.weight`); now they are a part of it
-    (`banks.decoders.0.weight`).
+    In format 1 the networks of nodes were attributes of the model itself (`decoders.0.weight`); now they are attributes
+    of its part `banks` (`banks.decoders.0.weight`).
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -389,13 +391,13 @@ def read_model(path: Path, expected_class: str) -> tuple[dict[str, Any], dict[st
 
 
 def load_into(module: nn.Module, path: Path, *, rows: str | None = None, without: tuple[str, ...] = ()) -> None:
-    """Fill a module with a file's tensors; all must fit, and nothing is changed unless all do.
+    """Fill a module with a file's tensors; nothing is changed unless all tensors fit.
 
-    Arguments and errors are those of `fill`, and:
+    Arguments and errors are as for `fill`, and:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no safetensors file.
+        ValueError: if the file is no safetensors file.
     """
     fill(module, read_tensors(path), path, rows=rows, without=without)
 
@@ -408,24 +410,23 @@ def fill(
     rows: str | None = None,
     without: tuple[str, ...] = (),
 ) -> None:
-    """Fill a module with a file's tensors; all must fit, and nothing is changed unless all do.
+    """Fill a module with a file's tensors; nothing is changed unless all tensors fit.
 
-    Names, shapes and dtypes are compared before anything is changed. A part of the module may know more and refuse its
-    tensors only when they come, after others have theirs: then those get back what they had, through
-    `load_state_dict`, of which a copy is kept until all is done. Parameters are filled in place, and can be trained
-    afterwards, in whatever mode the caller is; a module that was itself made in `torch.inference_mode()` stays as
-    limited as it was.
+    Names, shapes and dtypes are compared before any change. A part of the module may check more, and refuse its tensors
+    after other parts are filled. Then the old tensors, of which a copy is kept until the end, are restored through
+    `load_state_dict`. Parameters are filled in place and can be trained afterwards, in any mode of the caller. A module
+    that was itself made in `torch.inference_mode()` keeps its limits.
 
     Args:
         module: the module.
         tensors: of the file, by name.
         path: the name of the file, for messages.
-        rows: how the names of tensors begin which may have another number of rows than the module's.
-        without: how the names begin of tensors that the file does not hold, and that stay as they are.
+        rows: prefix of the names of tensors that may have another number of rows than the module's.
+        without: prefixes of the names of tensors that the file does not hold, and that stay unchanged.
 
     Raises:
-        ValueError: naming the first tensor that is missing, unknown, or of another shape or dtype; or with what a part
-            of the module says of its tensors.
+        ValueError: naming the first tensor that is missing, unknown, or of another shape or dtype; or with the error of
+            the part that refuses its tensors.
     """
     found = dict(tensors)
     expected = module.state_dict()
@@ -445,14 +446,14 @@ def _load_or_restore(module: nn.Module, found: Mapping[str, Any], expected: Mapp
     try:
         module.load_state_dict(found)
     except BaseException:
-        # Who refused the file's tensors may refuse its own, which it still has.
+        # A part that refused the file's tensors may refuse its own, which it still holds.
         with suppress(RuntimeError, ValueError):
             module.load_state_dict(before)
         raise
     finally:
         for value in before.values():
             if isinstance(value, Tensor):
-                value.zero_()  # freed memory keeps what was in it
+                value.zero_()  # freed memory keeps its content
 
 
 def require_fit(
@@ -466,14 +467,14 @@ def require_fit(
     """Require the same names, and tensors of the same shapes and dtypes.
 
     Args:
-        expected: what there is to fill.
-        found: what a file holds.
-        what: how the message begins.
+        expected: the tensors to fill.
+        found: the tensors of a file.
+        what: the beginning of the message.
         prefix: of names in the message.
-        rows: how the names of tensors begin which may have another number of rows.
+        rows: prefixes of the names of tensors that may have another number of rows.
 
     Raises:
-        ValueError: naming the first that is missing, unknown, or of another shape or dtype.
+        ValueError: naming the first tensor that is missing, unknown, or of another shape or dtype.
     """
     for name in sorted(expected.keys() | found.keys()):
         want, got = (_describe(values.get(name), name.startswith(rows)) for values in (expected, found))

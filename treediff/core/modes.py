@@ -13,23 +13,23 @@ __all__ = ["evaluating", "lasting"]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards every part is in the mode it was in."""
+    """Set eval mode in this context; at the end every part is in its earlier mode again."""
     modes = [(module, module.training) for module in model.modules()]
-    if not any(training for _, training in modes):  # to say it again would throw away what banks have packed
+    if not any(training for _, training in modes):  # setting eval mode again would drop the packed weights of banks
         yield
         return
     model.eval()
     try:
         yield
     finally:
-        # By `train`, for a module may tell it to parts that `modules` does not list; those above come first.
+        # By `train`, for a module may pass the mode on to parts that `modules` does not list; parents come first.
         for module, training in modes:
             module.train(training)
 
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Make tensors that outlive the call, in whatever mode the caller is; also a decorator.
+    """Make tensors usable after the call, in any mode of the caller; also a decorator.
 
     A tensor made in `torch.inference_mode()` can never be trained with, nor changed in place once that mode is left.
     Gradients are recorded here only where the caller records them.
@@ -41,6 +41,6 @@ def lasting() -> Iterator[None]:
         False
     """
     records = torch.is_grad_enabled()
-    # Leaving inference mode alone would also turn `no_grad` off.
+    # Leaving inference mode, by itself, would also turn `no_grad` off.
     with torch.inference_mode(False), torch.set_grad_enabled(records):
         yield

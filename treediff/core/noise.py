@@ -1,8 +1,8 @@
-"""Noise that depends on what it is for, and on nothing else.
+"""Noise that depends only on its seed, its sample and its draw.
 
-A number drawn here is a pure function of a seed, the index of the sample it belongs to, and a number that says which
-draw of that sample it is. So image 7 gets the same noise in a batch of 8 and in a batch of 800, on one process or four,
-and two leaves under one root share the noise of the path they share. No state, no loop over generators.
+A number drawn here is a pure function of a seed, the index of its sample, and the number of the draw within that
+sample. So image 7 gets the same noise in a batch of 8 and in a batch of 800, on one process or four. Two leaves under
+one root share the noise of their common path. There is no state and no loop over generators.
 
 The generator is counter-based: the 64-bit finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014) applied to the
 three numbers in turn and then to the position inside the sample.
@@ -24,22 +24,22 @@ from treediff.core.threads import in_threads
 __all__ = ["NoiseStream", "combine_seeds", "counter_normal", "counter_uniform", "drawing_from", "seed_from", "widest"]
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_BLOCK = 1 << 15  # numbers at a time, which a cache holds and one thread makes
+_BLOCK = 1 << 15  # numbers per block: a block fits into a cache, and one thread computes it
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def seed_from(generator: torch.Generator | None) -> int:
-    """One seed taken from a generator, or from PyTorch's default one if there is none."""
+    """Return a seed drawn from a generator, or from PyTorch's default generator if there is none."""
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
 @contextmanager
 def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Let layers that are built inside draw their weights from a generator, by its seed; the seed 0 for None.
+    """Seed the weights of layers that are built in this context from a generator; None means the seed 0.
 
-    PyTorch's layers draw from the default generator and no other; its state is put back afterwards.
+    PyTorch's layers draw from the default generator only; its state is restored afterwards.
 
     Examples:
         >>> with drawing_from(torch.Generator().manual_seed(1)):
@@ -55,9 +55,9 @@ def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
 
 
 def combine_seeds(*numbers: int) -> int:
-    """One seed, 0 to 2**63 - 1, from several whole numbers of any sign; another order gives another seed.
+    """Return one seed, 0 to 2**63 - 1, from several whole numbers of any sign; another order gives another seed.
 
-    So do other numbers, but those that differ by a multiple of 2**62 count as the same.
+    Other numbers give another seed, too, except that numbers that differ by a multiple of 2**62 count as the same.
 
     Examples:
         >>> combine_seeds(0, 1) == combine_seeds(0, 1), combine_seeds(0, 1) == combine_seeds(1, 0)
@@ -70,12 +70,12 @@ def combine_seeds(*numbers: int) -> int:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """The most precise floating-point dtype of a device: float64, or float32 on Apple's, which has nothing wider."""
+    """Return the most precise floating-point dtype of a device: float64, or float32 on Apple's, the widest there."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    # int64 shifts keep the sign; the mask makes the shift that of an unsigned number.
+    # int64 shifts keep the sign; the mask turns the shift into an unsigned one.
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -84,7 +84,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _mix_(x: Tensor) -> Tensor:
-    """Mix in place, with one piece of memory beside."""
+    """Mix in place, with one temporary tensor."""
     moved = torch.empty_like(x)
     for bits, factor in ((30, _MIX_1), (27, _MIX_2), (31, 1)):
         # As in `_shift_right`.
@@ -96,12 +96,12 @@ def _mix_(x: Tensor) -> Tensor:
 
 
 def _bits(seed: int, index: Tensor, draw: int | Tensor, count: int) -> Tensor:
-    """`(n, count)` int64 of which all 64 bits are mixed."""
+    """Return `(n, count)` int64 with all 64 bits mixed."""
     return _spread(_keys(seed, index, draw), _positions(count, index.device))
 
 
 def _keys(seed: int, index: Tensor, draw: int | Tensor) -> Tensor:
-    """`(n,)` int64, one for each row."""
+    """Return `(n,)` int64, one key for each row."""
     if index.dtype != torch.int64 or index.ndim != 1:
         raise TypeError(f"index must be (n,) int64, found {index.dtype} of shape {tuple(index.shape)}")
     if isinstance(draw, Tensor) and (draw.dtype != torch.int64 or draw.shape not in ((), index.shape)):
@@ -139,14 +139,14 @@ def counter_uniform(
     draw: int | Tensor = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Uniform numbers in [0, 1), never 1.
+    """Draw uniform numbers in [0, 1), never 1.
 
     Args:
         seed: any int of 64 bits, from -2**63 to 2**63 - 1.
-        index: `(n,)` int64, which sample each row is for.
+        index: `(n,)` int64, the index of the sample of each row.
         shape: of one sample.
-        draw: which draw of the sample; an int like the seed, or `(n,)` int64, one for each row.
-        dtype: of the result; PyTorch's default one if not given.
+        draw: number of the draw within the sample; an int like the seed, or `(n,)` int64, one for each row.
+        dtype: of the result; PyTorch's default dtype if not given.
 
     Returns:
         `(n, *shape)`.
@@ -162,7 +162,7 @@ def counter_uniform(
     """
     dtype = _checked(dtype)
     bits = _bits(seed, index, draw, math.prod(shape))
-    # As many digits as the dtype holds, so that nothing is rounded: more would round up to 1.
+    # As many digits as the dtype holds, so that nothing is rounded: more digits could round up to 1.
     digits = min(53, 1 - int(math.log2(torch.finfo(dtype).eps)))
     return (_shift_right(bits, 64 - digits).to(dtype) * 2.0**-digits).view(len(index), *shape)
 
@@ -175,10 +175,10 @@ def counter_normal(
     draw: int | Tensor = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Standard normal numbers, by the transform of Box and Muller; arguments as for `counter_uniform`.
+    """Draw standard normal numbers, by the transform of Box and Muller; arguments as for `counter_uniform`.
 
-    Their size never exceeds 6.77, which one in 7e10 would. On Apple's devices, which have no float64, they are rounded
-    a little otherwise than elsewhere.
+    No absolute value exceeds 6.77, which one normal number in 7e10 would. On Apple's devices, which have no float64,
+    the numbers are rounded slightly differently.
 
     Raises:
         TypeError: if index or draw is no int64 of its shape, or the dtype is not floating point.
@@ -190,7 +190,7 @@ def counter_normal(
     """
     dtype = _checked(dtype)
     count = math.prod(shape)
-    with lasting():  # threads are in no inference mode
+    with lasting():  # threads do not inherit inference mode
         found = torch.empty(len(index), count, dtype=dtype, device=index.device)
     size = max(1, _BLOCK // max(1, count)) if index.device.type == "cpu" else max(1, len(index))
 
@@ -213,13 +213,13 @@ def _normal(bits: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class NoiseStream:
-    """Standard normal noise for a batch, one stream per image: draw `i` of an image depends on nothing but its index.
+    """Standard normal noise for a batch, one stream per image: draw `i` of an image depends on the image's index only.
 
     Args:
         seed: any int of 64 bits.
-        index: `(B,)` int64, which image each row is.
+        index: `(B,)` int64, the index of the image of each row.
         shape: of one image.
-        dtype: of the noise; PyTorch's default one if not given.
+        dtype: of the noise; PyTorch's default dtype if not given.
 
     Examples:
         >>> all_four = NoiseStream(0, torch.arange(4), (1, 2, 2))(7)
@@ -233,5 +233,5 @@ class NoiseStream:
     dtype: torch.dtype | None = None
 
     def __call__(self, draw: int) -> Tensor:
-        """`(B, *shape)`."""
+        """Return the noise of one draw, `(B, *shape)`."""
         return counter_normal(self.seed, self.index, self.shape, draw=draw, dtype=self.dtype)

@@ -1,4 +1,4 @@
-"""Blocks of a tensor, worked on by threads of Python where an operation is too small for those of PyTorch."""
+"""Threads of Python for the blocks of a tensor, where an operation is too small for the threads of PyTorch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 __all__ = ["in_threads"]
 
-_EACH = 4  # blocks for each thread at least, or a thread is not worth its start
+_EACH = 4  # blocks for each thread at least; for fewer a thread is not worth its start
 
 
 def in_threads(act: Callable[[int], object], starts: range) -> None:
     """Call `act` for every start of a block, without gradients, by as many threads as PyTorch may use.
 
-    PyTorch divides an operation on many numbers among its own threads, which wait for one another after each. Blocks
-    that a cache holds are below that size, so that a thread works on a block alone, and no thread waits.
+    PyTorch divides an operation on many numbers among its own threads, which wait for one another after each operation.
+    Blocks that fit into a cache are below that size, so that a thread works on a block alone, and no thread waits.
 
     Args:
-        act: works on one block; writes only where no other block is.
+        act: function of the start of a block; writes only to that block.
         starts: of the blocks.
 
     Examples:

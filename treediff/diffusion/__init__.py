@@ -1,8 +1,8 @@
 """Diffusion models in parts: schedules, predictions, samplers, guidance, conditioners, and a U-Net.
 
-A *schedule* says how much noise there is at a time, a *denoiser* estimates the clean image under it, a *sampler* takes
-noise to images along a *grid* of times, and *guidance* is a denoiser around denoisers. A *conditioner* turns a place in
-a tree into what the *U-Net* is told.
+A *schedule* gives the noise level of each time, and a *denoiser* estimates the clean image under a schedule. A
+*sampler* takes noise to images along a *grid* of times, and *guidance* is a denoiser around denoisers. A *conditioner*
+turns a condition, which is a node of a tree with its latents or image, into inputs of the *U-Net*.
 """
 
 from treediff.diffusion.condition import NodeIndex, TreeCondition

@@ -1,4 +1,4 @@
-"""Where in the tree an image belongs, as data: what conditioners read.
+"""Conditions as data, the input of conditioners: the node of a tree that each image belongs to, with details.
 
 Letters: `B` batch, `N` nodes, `K` leaves, `S` depth of the tree, `D` latent, `C H W` image.
 """
@@ -21,21 +21,21 @@ __all__ = ["NodeIndex", "TreeCondition"]
 
 @dataclass(frozen=True, eq=False)
 class TreeCondition:
-    """A node for each image and, where it is known, what lies on the way to it.
+    """Condition of each image: a node and, where they are known, details such as the latents on the path to it.
 
-    A row with only a node says "an image of this cluster": at a leaf one of that leaf, at an inner node one of any leaf
-    under it, at the root any image. A row with details says which image of the cluster.
+    A row with only a node means "an image of this cluster": at a leaf an image of that leaf, at the root any image. At
+    an inner node it means an image of any leaf under the node. A row with details means one image of the cluster.
 
     Args:
         node: `(B,)` node ids.
-        z: `(B, S + 1, D, ...)` latents along the path from the root to the node; what comes after is ignored.
-        image: `(B, C, H, W)` in [0, 1], what the leaf's decoder makes of them.
+        z: `(B, S + 1, D, ...)` latents along the path from the root to the node; entries past the node are ignored.
+        image: `(B, C, H, W)` in [0, 1], the image that the leaf's decoder makes of the latents.
         weights: `(B, K)` probabilities of the leaves, in the order of the topology.
-        known: `(B,)` booleans, whether a row has its details; every row by default, if there are any.
-        noise_level: `(B,)` from 0 to 1, how much noise was put on `image`; none by default.
+        known: `(B,)` booleans, whether a row has its details; by default every row, if any details are given.
+        noise_level: `(B,)` from 0 to 1, level of the noise on `image`; no noise by default.
 
     Raises:
-        TypeError: if `node` is no tensor of integers.
+        TypeError: if `node` is not a tensor of integers.
         ValueError: if a part has another number of rows.
 
     Examples:
@@ -69,14 +69,14 @@ class TreeCondition:
         *,
         device: torch.device | str | None = None,
     ) -> TreeCondition:
-        """Only a place: one node for `n` images (1 by default), or a list with a node for each.
+        """Build a condition from nodes only: one node for `n` images (1 by default), or a list with a node for each.
 
         Raises:
-            TypeError: if nodes are no whole numbers.
-            ValueError: if a list has not `n` nodes.
+            TypeError: if nodes are not whole numbers.
+            ValueError: if a list does not have `n` nodes.
         """
         nodes = torch.as_tensor(node, device=device)
-        if not (nodes.is_floating_point() and nodes.numel()):  # an empty list counts as one of floats
+        if not (nodes.is_floating_point() and nodes.numel()):  # torch makes a float tensor of an empty list
             nodes = nodes.to(torch.int64)
         if nodes.ndim and n not in (None, len(nodes)):
             raise ValueError(f"a list has a node for each image, found {len(nodes)} nodes and n={n}; leave n out")
@@ -90,38 +90,37 @@ class TreeCondition:
         return len(self.node)
 
     def __getitem__(self, rows: Tensor | slice) -> TreeCondition:
-        """Some of the rows."""
+        """Return some of the rows."""
         return replace(self, **{name: part[rows] for name, part in self._parts()})
 
     def is_known(self) -> Tensor:
-        """`(B,)` booleans, whether a row has its details."""
+        """Return whether each row has its details, `(B,)` booleans."""
         if self.known is not None:
             return self.known
         has_details = not (self.z is None and self.image is None and self.weights is None)
         return torch.full_like(self.node, has_details, dtype=torch.bool)
 
     def require_image(self) -> Tensor:
-        """The image.
+        """Return the image.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there is no image.
         """
         if self.image is None:
             raise ValueError("this condition has no image; make one with a TreeVAE, or pass image=")
         return self.image
 
     def coarser(self, index: NodeIndex, where: Tensor, level: Tensor) -> TreeCondition:
-        """Forget details of some rows, and go up from their nodes.
+        """Remove the details of some rows, and replace their nodes by nodes on the paths from the root.
 
-        Every depth of the tree is as likely as any other, and below its own depth a node stands for itself. So leaves
-        count under an inner node by their probability, however deep they lie, and what a model learns of it is
-        `p(x | node)`.
+        All depths of the tree are equally likely, and a depth below the node gives the node itself. So leaves count
+        under an inner node by their probability, at any depth, and a model learns `p(x | node)` for the inner node.
 
         Args:
             index: the tree.
-            where: `(B,)` booleans, which rows.
-            level: `(B,)` uniform numbers in [0, 1): how far down the tree the new place is; 0 is the root, and just
-                below 1 the node itself, without its details.
+            where: `(B,)` booleans, the rows to change.
+            level: `(B,)` uniform numbers in [0, 1), depth of the new node: 0 is the root, and just below 1 the old
+                node, without its details.
         """
         path = index.paths[index.rank_of(self.node)]
         depth = (level * path.shape[1]).to(torch.int64)
@@ -130,10 +129,10 @@ class TreeCondition:
         return replace(self, node=torch.where(where, above, self.node), known=self.is_known() & ~where)
 
     def noised(self, level: Tensor, noise: Tensor) -> TreeCondition:
-        """Put noise on the image, `sqrt(1 - level^2) image + level noise` on the scale from -1 to 1.
+        """Add noise to the image, `sqrt(1 - level^2) image + level noise` on the scale from -1 to 1.
 
-        A denoiser trained on reconstructions that are a little too good learns to trust them less (Ho et al., arXiv
-        2106.15282, section 4.2). The result leaves [0, 1], as it must.
+        Reconstructions in training are slightly too good; with noise on them a denoiser learns to rely on them less (Ho
+        et al., arXiv 2106.15282, section 4.2). The result can leave [0, 1], by design.
 
         Args:
             level: `(B,)` from 0 to 1.
@@ -142,7 +141,7 @@ class TreeCondition:
         Raises:
             TypeError: if the level is not floating point, or noise has another dtype than the image.
             ValueError: if there is no image, not one level for each row, noise of another shape than the image, or
-                (looked at on a CPU only) a level outside of [0, 1].
+                (read on a CPU only) a level outside of [0, 1].
         """
         image = self.require_image()
         check_noise(noise, image, "image")
@@ -155,22 +154,21 @@ class TreeCondition:
 
 
 class NodeIndex(nn.Module):
-    """A tree as tables of its node ids; no parameters, nothing in the state.
+    """Tables of the node ids of a tree; no parameters, nothing in the state dict.
 
-    The tables go where the module goes and keep what they say: on the meta device, and when `to_empty` forgets weights,
-    too.
+    The tables move with the module and keep their values, also on the meta device and under `to_empty`.
 
     Args:
         topology: the tree.
-        device: where the tables live; on the CPU in place of the meta device.
+        device: device of the tables; the CPU in place of the meta device.
 
     Attributes:
         topology: the tree.
-        leaves: `(K,)` where the leaves stand in `topology.ids`.
-        paths: `(N, S + 1)` ids from the root to each node, in the order of `topology.ids`; -1 after it.
+        leaves: `(K,)` positions of the leaves in `topology.ids`.
+        paths: `(N, S + 1)` ids from the root to each node, in the order of `topology.ids`; -1 after the node.
         depth: `(N,)` steps from the root.
-        sibling: `(N,)` id of the parent's other child; the parent of an only child; the root of the root.
-        parent: `(N,)` id of the parent; the root of the root.
+        sibling: `(N,)` id of the parent's other child; for an only child the parent, for the root the root.
+        parent: `(N,)` id of the parent; for the root the root.
 
     Examples:
         >>> index = NodeIndex(TreeTopology.balanced(1).split(2))
@@ -192,7 +190,7 @@ class NodeIndex(nn.Module):
         super().__init__()
         self.topology = topology
         device = "cpu" if device is None or torch.device(device).type == "meta" else device
-        ranks = [-1] * (max(topology.ids) + 2)  # the last one answers for what is not in the tree
+        ranks = [-1] * (max(topology.ids) + 2)  # the last entry is for ids that are not in the tree
         for rank, node in enumerate(topology.ids):
             ranks[node] = rank
         longest = topology.max_depth + 1
@@ -216,10 +214,10 @@ class NodeIndex(nn.Module):
         return self
 
     def rank_of(self, node: Tensor) -> Tensor:
-        """Where nodes stand in `topology.ids`, `(B,)` to `(B,)`.
+        """Return the positions of nodes in `topology.ids`, `(B,)` to `(B,)`.
 
         Raises:
-            KeyError: if a node is not in the tree; looked at on a CPU only.
+            KeyError: if a node is not in the tree; read on a CPU only.
         """
         known = (node >= 0) & (node < len(self.ranks) - 1)
         rank = self.ranks[torch.where(known, node, -1)]
@@ -229,7 +227,7 @@ class NodeIndex(nn.Module):
         return rank
 
     def extra_repr(self) -> str:
-        """The tree."""
+        """Return the tree as text."""
         return repr(self.topology)
 
 

@@ -1,8 +1,8 @@
-"""From a place in the tree to what the U-Net is told: vectors, tokens, an image.
+"""Conditioners: from a condition on a tree to inputs of the U-Net, which are vectors, tokens, or an image.
 
-A conditioner reads a `TreeCondition` and returns a `Signal`. Each owns what stands for "not known", and all of them
-together (`Conditioners`) are a conditioner again. Where only a node is known, each says what it can: an embedding of
-the node, or its null. Those that read latents are in `treediff.diffusion.paths`.
+A conditioner reads a `TreeCondition` and returns a `Signal`. Each conditioner has its own null for details that are not
+known. Several conditioners together (`Conditioners`) are a conditioner again. For a row with only a node, a conditioner
+returns an embedding of the node, or its null.
 
 Letters: `B` batch, `N` nodes, `K` leaves, `S` depth of the tree, `D` latent, `E` embedding width, `C H W` image.
 """
@@ -36,13 +36,13 @@ __all__ = [
 
 
 class Signal(NamedTuple):
-    """What a U-Net is told besides the noisy image and the time.
+    """Inputs of a U-Net besides the noisy image and the time.
 
     Attributes:
         vector: `(B, E)`, added to the embedding of the time.
         tokens: `(B, T, context)`, for cross-attention.
         mask: `(B, T)`, True where a token may be read.
-        image: `(B, C, H, W)`, more channels of the input.
+        image: `(B, C, H, W)`, additional channels of the input.
     """
 
     vector: Tensor | None = None
@@ -52,28 +52,29 @@ class Signal(NamedTuple):
 
 
 class Conditioner(nn.Module, ABC):
-    """The face of all conditioners."""
+    """Base class of all conditioners."""
 
     #: Channels that the signal's image adds to the input of the U-Net.
     channels: int = 0
-    #: Width of the signal's tokens, None where it has none.
+    #: Width of the signal's tokens, None for a signal without tokens.
     context: int | None = None
 
     @abstractmethod
     def forward(self, condition: TreeCondition) -> Signal:
-        """What the condition means for the network."""
+        """Return the signal of a condition."""
 
 
 class NodeEmbedding(Conditioner):
-    """One learned vector per node. The root's says nothing of the image, and so is the null of guidance.
+    """Embedding of the node, one learned vector per node.
 
-    A real embedding, where the paper feeds the leaf's index as one number (Diffuse-TreeVAE, arXiv 2407.06124).
+    The root's vector carries no information about the image, and so is the null of guidance. The paper feeds the leaf's
+    index as one number in place of an embedding (Diffuse-TreeVAE, arXiv 2407.06124).
 
     Args:
         topology: the tree.
         embedding: width `E`.
-        device: where the parameters live.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Examples:
         >>> embed = NodeEmbedding(TreeTopology.balanced(1), 8)
@@ -95,21 +96,21 @@ class NodeEmbedding(Conditioner):
         self.table = nn.Embedding(len(topology), embedding, device=device, dtype=dtype)
 
     def forward(self, condition: TreeCondition) -> Signal:
-        """A vector."""
+        """Return the vector of each row's node."""
         return Signal(vector=self.table(self.index.rank_of(condition.node)))
 
 
 class LeafWeightsEmbedding(NodeEmbedding):
-    """The mean of the leaves' vectors under `P(leaf | x)`; the node's own vector where the weights are not known.
+    """Embedding of the leaf weights: the mean of the leaves' vectors under `P(leaf | x)`.
 
-    Args and shapes are those of `NodeEmbedding`.
+    Where the weights are not known, it is the node's vector. Args and shapes are as for `NodeEmbedding`.
 
     Raises:
         ValueError: on a condition whose weights do not fit the tree.
     """
 
     def forward(self, condition: TreeCondition) -> Signal:
-        """A vector."""
+        """Return the mean vector of the leaves, or the node's vector where the weights are not known."""
         own: Tensor = self.table(self.index.rank_of(condition.node))
         if condition.weights is None:
             return Signal(vector=own)
@@ -119,22 +120,22 @@ class LeafWeightsEmbedding(NodeEmbedding):
                 f"weights must have one column for each of the {len(leaves)} leaves, found the shape "
                 f"{tuple(condition.weights.shape)}"
             )
-        # Weights that are not known may be NaN, and 0 times NaN would be the gradient.
+        # Unknown weights may be NaN, and 0 times NaN is NaN in the gradient.
         mean = torch.where(known, condition.weights, 0).to(own.dtype) @ self.table.weight[leaves]
         return Signal(vector=torch.where(known, mean, own))
 
 
 class ReconstructionConcat(Conditioner):
-    """The leaf decoder's image as more channels of the input, from -1 to 1; a learned colour where it is not known.
+    """Concatenation of the leaf decoder's image, from -1 to 1, to the input; a learned colour for unknown images.
 
-    With `embedding` it also says how noisy that image is, for training with noise on the condition.
+    With `embedding` the signal also has a vector of the image's noise level, for training with noise on the condition.
 
     Args:
         channels: of the image.
         size: height and width of the image, or one number for both.
-        embedding: width `E` of the vector that tells the noise level; None for images without noise.
-        device: where the parameters live.
-        dtype: of the parameters.
+        embedding: width `E` of the vector of the noise level; None for images without noise.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
         ValueError: on a condition with an image of another shape.
@@ -157,7 +158,7 @@ class ReconstructionConcat(Conditioner):
         self.level = None if embedding is None else TimestepEmbedding(embedding, device=device, dtype=dtype)
 
     def forward(self, condition: TreeCondition) -> Signal:
-        """An image, and a vector if noise levels are told."""
+        """Return an image, and a vector of the noise level if the conditioner has an embedding."""
         image, level = condition.image, condition.noise_level
         null = self.null.expand(len(condition), -1, *self.size)
         if image is None:
@@ -169,7 +170,7 @@ class ReconstructionConcat(Conditioner):
             image = torch.where(known[:, None, None, None], (2 * image - 1).to(null.dtype), null)
         if self.level is None:
             return Signal(image=image)
-        # An image that is not known is as good as nothing but noise.
+        # An unknown image carries as much information as pure noise.
         level = torch.zeros(len(known), device=known.device) if level is None else level
         level = torch.where(known, level, 1.0)
         check_times(level, "noise_level")
@@ -177,13 +178,13 @@ class ReconstructionConcat(Conditioner):
 
 
 class Conditioners(Conditioner):
-    """Several conditioners as one: vectors are added up, tokens and images stand side by side.
+    """Combination of several conditioners: vectors are added, tokens and images are concatenated.
 
     Args:
-        parts: any conditioners; tokens must be of one width.
+        parts: any conditioners; all tokens must have one width.
 
     Raises:
-        ValueError: if two have tokens of different widths.
+        ValueError: if two parts have tokens of different widths.
     """
 
     def __init__(self, *parts: Conditioner) -> None:
@@ -196,7 +197,7 @@ class Conditioners(Conditioner):
         self.context = widths[0] if widths else None
 
     def forward(self, condition: TreeCondition) -> Signal:
-        """All signals together."""
+        """Return the combined signal of all parts."""
         signals: list[Signal] = [part(condition) for part in self.parts]
         vectors = [signal.vector for signal in signals if signal.vector is not None]
         told = [(signal.tokens, signal.mask) for signal in signals if signal.tokens is not None]
@@ -214,7 +215,7 @@ def _mask(tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _LatentReader(Conditioner):
-    """What both have: `f`, which is Linear, SiLU, Linear, and a null for latents that are not known."""
+    """Base class of the readers of latents: `f`, which is Linear, SiLU, Linear, and a null for unknown latents."""
 
     def __init__(
         self,
@@ -234,21 +235,21 @@ class _LatentReader(Conditioner):
 
 
 class LatentEmbedding(_LatentReader):
-    """The latent at the node through Linear, SiLU, Linear; a learned null where it is not known.
+    """Embedding of the latent at the node by Linear, SiLU, Linear; a learned null for unknown latents.
 
     Args:
         topology: the tree.
         latent: shape of one latent.
         embedding: width `E`.
-        device: where the parameters live.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
         ValueError: on a condition whose latents do not fit the tree.
     """
 
     def forward(self, condition: TreeCondition) -> Signal:
-        """A vector."""
+        """Return the vector of the latent at each row's node."""
         rank = self.index.rank_of(condition.node)
         if condition.z is None:
             return Signal(vector=self.null.expand(len(condition), -1))
@@ -259,16 +260,17 @@ class LatentEmbedding(_LatentReader):
 
 
 class PathEncoder(_LatentReader):
-    """The path from the root to the node as one vector: `sum over i of f(z_i) + e_i` (TreeDiffusion, arXiv 2410.16910).
+    """Encoder of the path from the root to the node: `sum over i of f(z_i) + e_i` (TreeDiffusion, arXiv 2410.16910).
 
-    `e_i` is a vector of node `i`, `f` is Linear, SiLU, Linear, and a learned null where a latent is not known.
+    The result is one vector. `e_i` is a learned vector of node `i`. `f` is Linear, SiLU, Linear, or a learned
+    null where a latent is not known.
 
     Args:
         topology: the tree.
         latent: shape of one latent.
         embedding: width `E`.
-        device: where the parameters live.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
         ValueError: on a condition whose latents do not fit the tree.
@@ -292,7 +294,7 @@ class PathEncoder(_LatentReader):
         self.table = nn.Embedding(len(topology), embedding, device=device, dtype=dtype)
 
     def steps(self, condition: TreeCondition) -> tuple[Tensor, Tensor]:
-        """A vector for each step of the paths `(B, S + 1, E)`, and which steps there are, `(B, S + 1)`."""
+        """Return a vector for each step of the paths `(B, S + 1, E)`, and which steps exist, `(B, S + 1)`."""
         path = self.index.paths[self.index.rank_of(condition.node)]
         there = path >= 0
         steps: Tensor = self.table(self.index.ranks[torch.where(there, path, path[:, :1])])
@@ -304,16 +306,16 @@ class PathEncoder(_LatentReader):
         return steps + torch.where(known, self.embed(z.to(steps.dtype)), self.null), there
 
     def forward(self, condition: TreeCondition) -> Signal:
-        """A vector."""
+        """Return the sum over the steps, one vector per row."""
         steps, there = self.steps(condition)
         return Signal(vector=_only(there[..., None], steps).sum(1))
 
 
 class PathTokens(PathEncoder):
-    """The path as a sequence of tokens that know their depth, for cross-attention.
+    """Tokens of the steps of the path, each with an embedding of its depth, for cross-attention.
 
-    Unlike a sum it keeps apart what belongs to which step. Args and errors are those of `PathEncoder`, with `embedding`
-    the width of the tokens.
+    Unlike a sum, tokens keep the steps apart. Args and errors are as for `PathEncoder`, with `embedding` the width of
+    the tokens.
     """
 
     def __init__(
@@ -330,7 +332,7 @@ class PathTokens(PathEncoder):
         self.depths = nn.Parameter(0.02 * torch.randn(topology.max_depth + 1, embedding, device=device, dtype=dtype))
 
     def forward(self, condition: TreeCondition) -> Signal:
-        """Tokens and a mask."""
+        """Return tokens and a mask."""
         steps, there = self.steps(condition)
         return Signal(tokens=steps + self.depths, mask=there)
 
@@ -340,7 +342,7 @@ def _perceptron(inputs: int, outputs: int, **factory: Any) -> nn.Sequential:  # 
 
 
 def _only(known: Tensor, z: Tensor) -> Tensor:
-    """Latents that are known; others may be NaN, and 0 times NaN would be the gradient."""
+    """Replace unknown latents by 0: they may be NaN, and 0 times NaN is NaN in the gradient."""
     return torch.where(known, z, 0)
 
 

@@ -1,7 +1,7 @@
-"""The second stage: a diffusion model that draws images which belong to a place in a tree.
+"""Diffusion model of the second stage, which generates images under a condition on a tree.
 
-Denoising diffusion (Ho et al., arXiv 2006.11239) conditioned on a leaf, the leaf decoder's image and the path of
-latents that leads to it (Diffuse-TreeVAE, arXiv 2407.06124; TreeDiffusion, arXiv 2410.16910), or on any node. It knows
+Denoising diffusion (Ho et al., arXiv 2006.11239) is conditioned on a leaf, the leaf decoder's image and the path of
+latents to the leaf (Diffuse-TreeVAE, arXiv 2407.06124; TreeDiffusion, arXiv 2410.16910), or on any node. The model has
 the tree but not the TreeVAE: conditions come as data, see `TreeCondition`.
 
 Letters: `B` batch, `C H W` image, `N` nodes.
@@ -40,36 +40,36 @@ if TYPE_CHECKING:
 
 __all__ = ["LeafConditionedDDPM"]
 
-# Draws of an image: the noise on its condition, the start of its chain, and from then on one for each step.
+# Draw numbers of an image: the noise on its condition, the start of its chain, and then one for each step.
 _ON_CONDITION, _START, _STEPS = -1, 0, 1
 
 
 class LeafConditionedDDPM(nn.Module):
-    """A diffusion model of images, conditioned on a place in a tree: a U-Net, a conditioner, and a noise schedule.
+    """Diffusion model of images, conditioned on a node of a tree: a U-Net, a conditioner, and a noise schedule.
 
-    `LeafConditionedDDPM.for_tree` and `.for_images` choose good parts. `denoiser` gives the denoiser of a condition,
-    for any sampler; `sample` runs one.
+    `LeafConditionedDDPM.for_tree` and `.for_images` choose good parts. `denoiser` returns the denoiser of a condition,
+    for any sampler; `sample` runs a sampler.
 
     Args:
         unet: the network.
-        conditioner: what the network is told; its `channels` and `context` must be those the network was built for.
+        conditioner: turns conditions into inputs of the network, which must be built for its `channels` and `context`.
         topology: the tree.
         schedule: the noise schedule.
         prediction: what the network predicts: 'epsilon', 'x0' or 'v'.
         weighting: from log-SNRs to the weight of each noise level in the loss.
-        coarsen: share of the rows that training tells only a node on the path to the leaf, of a depth drawn evenly; see
-            `TreeCondition.coarser`. From these the model learns what a cluster at any level looks like, and from those
-            at the root the unconditional one that guidance needs.
+        coarsen: share of the rows that training conditions on only a node on the path to the leaf, of a depth drawn
+            evenly; see `TreeCondition.coarser`. From these rows the model learns the images of clusters at any level,
+            and from the rows at the root the unconditional model that guidance needs.
         condition_noise: greatest noise level put on the condition's image in training; 0 for none.
-        shift: weight of the condition's image in what the network sees, `x_t + shift image`: 1 is formulation 2 of
+        shift: weight of the condition's image in the input of the network, `x_t + shift image`: 1 is formulation 2 of
             DiffuseVAE (Pandey et al., arXiv 2201.00308), 0 is formulation 1.
 
     Raises:
         ValueError: if network and conditioner do not fit, a share is out of range, there is no such prediction, or
-            noise is to be predicted under a schedule at whose end nothing of the image is left.
+            the prediction is noise under a schedule that leaves nothing of the image at its end.
 
     Attributes:
-        config: how a factory made the model; None for a model that was built from parts.
+        config: arguments of the factory that built the model; None for a model that was built from parts.
 
     Examples:
         >>> from treediff import TreeTopology
@@ -133,14 +133,14 @@ class LeafConditionedDDPM(nn.Module):
             topology: the tree.
             channels: 1 for grey, 3 for colour.
             generator: gives the seed of the initial weights; the seed 0 if not given.
-            device: where the model lives.
-            dtype: of the weights.
-            **settings: see `treediff.diffusion.presets.Settings`. A file of the model names the modules among them, and
-                `load` expects them again.
+            device: device of the model.
+            dtype: dtype of the weights.
+            **settings: see `treediff.diffusion.presets.Settings`. A file of the model names the modules among the
+                settings, and `load` expects these modules again.
 
         Raises:
             TypeError: if there is no such setting.
-            ValueError: if a setting is out of range, or there is no schedule, prediction or condition of a name.
+            ValueError: if a setting is out of range, or there is no schedule, prediction or condition of that name.
 
         Examples:
             >>> tree = TreeTopology.balanced(1)
@@ -159,7 +159,7 @@ class LeafConditionedDDPM(nn.Module):
             name: value for name, value in arguments.items() if isinstance(value, nn.Module | NoiseSchedule)
         }
         own |= {"weighting": settings["weighting"]} if "weighting" in settings else {}
-        with drawing_from(generator):  # layers draw their weights as they are built
+        with drawing_from(generator):  # weights are drawn when layers are built
             model = cls(**image_parts(**arguments, topology=topology, device=device, dtype=dtype))
         arguments = {name: value for name, value in arguments.items() if name not in own}
         model.config = io.record("for_images", arguments, own)
@@ -170,7 +170,7 @@ class LeafConditionedDDPM(nn.Module):
         """Build a model for the images, latents and tree of a TreeVAE; arguments as for `for_images`.
 
         Raises:
-            ValueError: if the TreeVAE is not one of images, or as for `for_images`.
+            ValueError: if the inputs of the TreeVAE are not images, or as for `for_images`.
         """
         if len(tree.inputs) != 3:
             raise ValueError(f"expected a tree of images (C, H, W), found one of inputs of shape {tree.inputs}")
@@ -188,17 +188,17 @@ class LeafConditionedDDPM(nn.Module):
 
     @property
     def topology(self) -> TreeTopology:
-        """The tree."""
+        """Tree of the conditions."""
         return self.index.topology
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored as."""
+        """Dtype of the weights."""
         return self.unet.out.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.unet.out.weight.device
 
     # --- running -------------------------------------------------------------------------------------------
@@ -218,16 +218,16 @@ class LeafConditionedDDPM(nn.Module):
         return output
 
     def check(self, x: Tensor, condition: TreeCondition) -> None:
-        """Raise unless images suit the model, and there is a place for each; values are looked at on a CPU only.
+        """Raise unless images fit the model, and there is a condition for each image; values are read on a CPU only.
 
         Raises:
-            TypeError: if `x` is no floating-point tensor, or of another dtype than the weights.
-            ValueError: if it has another shape, is not finite or leaves [0, 1], or has another number of rows.
+            TypeError: if `x` is not a floating-point tensor, or of another dtype than the weights.
+            ValueError: if `x` has another shape, is not finite or leaves [0, 1], or has another number of rows.
         """
         shape = (self.unet.out_channels, *self.unet.size)
         check_batch(x, shape, self.unet.out.weight.dtype, (0.0, 1.0), "images")
         if len(condition) != len(x):
-            raise ValueError(f"expected a place in the tree for each of the {len(x)} images, found {len(condition)}")
+            raise ValueError(f"condition must have one row for each of the {len(x)} images, found {len(condition)}")
 
     # --- files --------------------------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class LeafConditionedDDPM(nn.Module):
         io.save_model(self, path, self.header())
 
     def header(self) -> dict[str, Any]:
-        """Return what a file says of the model besides its weights: how it was made, with the settings of today."""
+        """Return the header of a file of the model: the arguments of its factory, with the current settings."""
         header = header_of(self)
         if self.config is not None:
             today = {name: getattr(self, name) for name in ("coarsen", "condition_noise", "shift", "prediction")}
@@ -250,13 +250,13 @@ class LeafConditionedDDPM(nn.Module):
 
         Args:
             path: the file.
-            model: a model on the same tree to fill, for one built from parts. It stays as it was if the file does not
-                fit.
-            **parts: the modules that were given to the factory in place of its own.
+            model: for a model built from parts, a model on the same tree to fill. If the file does not fit, this model
+                is unchanged.
+            **parts: the modules that were given to the factory in place of the modules that it builds.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is damaged, foreign, of another version, or does not fit; or if parts are missing.
+            ValueError: if the file is damaged, foreign, of another version, or does not fit, or if parts are missing.
         """
         header, tensors = io.read_model(path, cls.__name__)
         if model is None:
@@ -286,20 +286,20 @@ class LeafConditionedDDPM(nn.Module):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The mean of `weight(t) (output - target)^2` over images and pixels, a scalar (Ho et al., eq. 14).
+        """Return the mean of `weight(t) (output - target)^2` over images and pixels, a scalar (Ho et al., eq. 14).
 
         Args:
             x: `(B, C, H, W)` in [0, 1].
-            condition: where each image belongs.
+            condition: the condition of each image.
             t: `(B,)` times from 0, the data, to 1; by default spread evenly over all noise levels from a random start
                 (Kingma et al., arXiv 2107.00630, appendix I.1), whole steps for a discrete schedule.
             noise: standard normal, of the shape and dtype of `x`; drawn if not given.
-            generator: where times, noise, and what is hidden from the network come from; on the images' device.
+            generator: source of times, noise, and the rows whose details are hidden; on the images' device.
 
         Raises:
-            TypeError: if `x` is no floating-point tensor, `t` is not floating point, or noise has another dtype.
-            ValueError: if `x` is empty, has another shape, is not finite or leaves [0, 1]; if there is not one place
-                and one time for each image, or noise has another shape; or (looked at on a CPU only) if a time is NaN
+            TypeError: if `x` is not a floating-point tensor, `t` is not floating point, or noise has another dtype.
+            ValueError: if `x` is empty, has another shape, is not finite or leaves [0, 1]; if there is not one
+                condition and one time for each image, noise has another shape, or (read on a CPU only) a time is NaN
                 or outside of [0, 1].
         """
         self.check(x, condition)
@@ -325,7 +325,7 @@ class LeafConditionedDDPM(nn.Module):
         return weighted.mean()
 
     def _times(self, uniform: Tensor) -> Tensor:
-        """`(B,)` times, each as likely as any other, but together evenly spread."""
+        """Return `(B,)` times, each uniformly distributed, but together evenly spread."""
         shares = (uniform[:1] + torch.arange(len(uniform), device=uniform.device) / max(1, len(uniform))) % 1
         if self.schedule.steps is None:
             return self.schedule.first + (1 - self.schedule.first) * shares
@@ -343,20 +343,20 @@ class LeafConditionedDDPM(nn.Module):
         interval: tuple[float, float] = (0.0, 1.0),
         clip: bool = True,
     ) -> Denoiser:
-        """The denoiser of images from -1 to 1 under a condition, for any sampler.
+        """Return the denoiser of images from -1 to 1 under a condition, for any sampler.
 
         Args:
-            condition: where the images belong.
-            guidance: weight of the condition; 1 for no guidance; a number, or one for each image.
-            away_from: what guidance leads away from: the 'root' (anything at all), the 'parent' of each node, or its
-                'sibling'.
+            condition: the condition of each image.
+            guidance: weight of the condition, a number or one number for each image; 1 for no guidance.
+            away_from: node that guidance leads away from: the 'root' (any image), the 'parent' of each node, or the
+                'sibling' of each node.
             rescale: see `GuidedDenoiser`.
             interval: see `GuidedDenoiser`.
-            clip: whether estimates are kept from -1 to 1.
+            clip: whether estimates are clipped to [-1, 1].
 
         Raises:
-            ValueError: if `away_from` is none of these, a setting is out of range, or the model has no idea of what
-                guidance is to lead away from, because its `coarsen` is 0.
+            ValueError: if `away_from` is none of these, a setting is out of range, or guidance leads away from
+                inner nodes, which a model with `coarsen` 0 was not trained on.
         """
         places = {"root": self.index.paths[0, 0], "parent": self.index.parent, "sibling": self.index.sibling}
         if away_from not in places:
@@ -394,27 +394,27 @@ class LeafConditionedDDPM(nn.Module):
     ) -> Tensor:
         """Draw an image for each condition, `(B, C, H, W)` in [0, 1].
 
-        Image `i` is drawn from noise that depends on the generator's seed and on `first_index + i` only. Whatever mode
-        the model is in, it draws in that of evaluation, without dropout.
+        Image `i` is drawn from noise that depends on the generator's seed and on `first_index + i` only. The model runs
+        in evaluation mode, without dropout, whatever its current mode.
 
         Args:
-            condition: where each image belongs.
+            condition: the condition of each image.
             sampler: DPM-Solver++(2M) by default.
             steps: number of steps.
-            grid: 'uniform', 'trailing', 'quadratic', 'karras', or a function like those.
-            start: `(B, C, H, W)` in [0, 1]: images to begin with, once noise of `start_time` is on them.
-            start_time: where the chain begins, rounded to a step where the schedule has steps; below 1 only with a
-                start.
-            condition_noise: level of noise on the condition's image, at most that of training. A little of it hides how
-                an image of the prior differs from those of training (Ho et al., arXiv 2106.15282, section 4.2).
+            grid: 'uniform', 'trailing', 'quadratic', 'karras', or a function with their arguments.
+            start: `(B, C, H, W)` in [0, 1]: images to begin with, to which noise of `start_time` is added.
+            start_time: time at which the chain begins, rounded to a step of a discrete schedule; below 1 only with
+                `start`.
+            condition_noise: level of noise on the condition's image, at most the level of training. A low level hides
+                how images of the prior differ from images of training (Ho et al., arXiv 2106.15282, section 4.2).
             first_index: index of the first image, to continue a series.
             generator: gives the seed.
-            callback: told of each step; its images are from -1 to 1.
+            callback: called with the progress after each step; the images in it are from -1 to 1.
             **guidance: settings of `denoiser`.
 
         Raises:
-            ValueError: if the grid has no such name, a chain begins late without a start, a setting is out of range, or
-                noise is to go on a condition without an image.
+            ValueError: if there is no grid of that name, `start_time` is not 1 without `start`, a setting is out of
+                range, or `condition_noise` is above 0 on a condition without an image.
         """
         if isinstance(grid, str):
             if grid not in GRIDS:
@@ -424,7 +424,7 @@ class LeafConditionedDDPM(nn.Module):
             raise ValueError(f"a chain that begins at t = {start_time} needs images to begin with; pass start=")
         times = grid(self.schedule, steps, start=start_time)
         weight = self.unet.out.weight
-        seed = combine_seeds(seed_from(generator), 1)  # apart from the draws of the tree
+        seed = combine_seeds(seed_from(generator), 1)  # independent of the draws of the tree
         index = torch.arange(first_index, first_index + len(condition), device=weight.device)
         shape = (self.unet.out_channels, *self.unet.size)
         x = counter_normal(seed, index, shape, draw=_START, dtype=weight.dtype)
@@ -440,7 +440,7 @@ class LeafConditionedDDPM(nn.Module):
         return ((x + 1) / 2).clamp(0, 1)
 
     def _noised(self, condition: TreeCondition, level: float, seed: int, index: Tensor) -> TreeCondition:
-        """The condition with noise of one level on every image."""
+        """Return the condition with noise of one level on every image."""
         if not 0 <= level <= self.condition_noise:
             raise ValueError(
                 f"condition_noise must be between 0 and the greatest level of training, {self.condition_noise}, found "
@@ -455,7 +455,7 @@ class LeafConditionedDDPM(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Conditioned:
-    """The denoiser of one condition; what the network is told is worked out once for the whole chain."""
+    """Denoiser of one condition; the signal of the condition is computed once for the whole chain."""
 
     model: LeafConditionedDDPM
     condition: TreeCondition

@@ -1,4 +1,4 @@
-"""Schedules of finitely many steps, as DDPM has them: knots at `t = n / T`, joined so that any time has a value."""
+"""Schedules of finitely many steps, as in DDPM: knots at `t = n / T`, interpolated so that any time has a value."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ __all__ = ["DiscreteSchedule", "rescale_zero_terminal_snr"]
 
 
 class DiscreteSchedule(NoiseSchedule):
-    """`alpha^2` at knot `n` is the product of `1 - beta` over the first `n` betas (Ho et al., arXiv 2006.11239, eq. 4).
+    """Schedule of `T` steps, given by their betas.
 
-    Between knots `alpha` is linear in time. So times need not be whole steps, while at the knots the numbers are
-    exactly those of the betas.
+    `alpha^2` at knot `n` is the product of `1 - beta` over the first `n` betas (Ho et al., arXiv 2006.11239, eq. 4).
+    Between knots `alpha` is linear in time. So times need not be whole steps, while the values at the knots are exactly
+    the values from the betas.
 
     Args:
-        betas: `(T,)`, the variance each step adds: above 0 and below 1, or 1 for the last if nothing is to be left.
+        betas: `(T,)`, the variance that each step adds: above 0 and below 1, or 1 for the last step to leave nothing of
+            the image.
 
     Raises:
-        ValueError: if betas are no list of such numbers.
+        ValueError: if betas are not a list of such numbers.
 
     Examples:
         >>> schedule = DiscreteSchedule.linear(1000)
@@ -54,12 +56,12 @@ class DiscreteSchedule(NoiseSchedule):
 
     @classmethod
     def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
-        """Betas on a straight line, as in DDPM (Ho et al., arXiv 2006.11239, section 4)."""
+        """Build a schedule with betas on a straight line, as in DDPM (Ho et al., arXiv 2006.11239, section 4)."""
         return cls(torch.linspace(beta_start, beta_end, _steps(steps), dtype=torch.float64, device="cpu"))
 
     @classmethod
     def scaled_linear(cls, steps: int = 1000, beta_start: float = 8.5e-4, beta_end: float = 0.012) -> DiscreteSchedule:
-        """Roots of betas on a straight line, as in latent diffusion (Rombach et al., arXiv 2112.10752)."""
+        """Build a schedule with roots of betas on a line, as in latent diffusion (Rombach et al., arXiv 2112.10752)."""
         line = torch.linspace(
             math.sqrt(beta_start), math.sqrt(beta_end), _steps(steps), dtype=torch.float64, device="cpu"
         )
@@ -67,16 +69,16 @@ class DiscreteSchedule(NoiseSchedule):
 
     @classmethod
     def sampled(cls, schedule: NoiseSchedule, steps: int = 1000, max_beta: float = 0.999) -> DiscreteSchedule:
-        """A continuous schedule seen at `steps` knots; with `CosineSchedule(end=1.0)` that of improved DDPM.
+        """Sample a continuous schedule at `steps` knots; `CosineSchedule(end=1.0)` gives that of improved DDPM.
 
         Args:
             schedule: the continuous schedule.
             steps: number of knots, `T`.
-            max_beta: no step adds more variance than this, so that something of the image is left at the end.
+            max_beta: greatest variance that a step adds, so that something of the image is left at the end.
 
         Raises:
-            TypeError: if `steps` is no whole number.
-            ValueError: if it is below 1.
+            TypeError: if `steps` is not a whole number.
+            ValueError: if `steps` is below 1.
 
         Examples:
             >>> from treediff.diffusion.schedule import CosineSchedule
@@ -87,17 +89,17 @@ class DiscreteSchedule(NoiseSchedule):
         return cls((-torch.expm1(2 * knots.diff())).clamp(max=max_beta))
 
     def betas(self) -> Tensor:
-        """`(T,)` in float64."""
+        """Return the betas, `(T,)` in float64."""
         return -torch.expm1(2 * self._knots[torch.device("cpu")].diff())
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._knots:
-            with torch.inference_mode(False):  # the table is kept
+            with torch.inference_mode(False):  # the table outlives this context
                 self._knots[device] = self._knots[torch.device("cpu")].to(device, widest(device))
         return self._knots[device]
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The knots before and after a time, and how far between them it lies."""
+        """Return the knots before and after a time, and the share of the segment before the time."""
         check_times(t)
         knots, position = self._table(t.device), t.to(widest(t.device)) * self.steps
         below = position.floor().clamp(0, self.steps - 1).to(torch.int64)
@@ -105,19 +107,19 @@ class DiscreteSchedule(NoiseSchedule):
         return knots[below], knots[below + 1], _snapped(position - below, t.dtype, self.steps)
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        """See the class."""
+        """Return `log alpha`, with `alpha` linear between knots."""
         before, after, share = self._segment(t)
         between = before + torch.log1p(share * torch.expm1(after - before))
         return torch.where(share == 1, after, between).to(t.dtype)
 
     def d_log_alpha(self, t: Tensor) -> Tensor:
-        """In the segment that follows the time; at `t = 1`, in the last one."""
+        """Return the derivative in the segment that follows the time; at `t = 1`, in the last segment."""
         before, after, share = self._segment(t)
         change = torch.expm1(after - before)
         return (self.steps * change / (1 + share * change)).to(t.dtype)
 
     def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
-        """By a search among the knots, then along the straight line."""
+        """Find the time by a search among the knots, then along the straight line."""
         knots, value = self._table(log_alpha.device), log_alpha.to(widest(log_alpha.device))
         after = torch.searchsorted(-knots, -value).clamp(1, self.steps)
         before = knots[after - 1]
@@ -130,13 +132,13 @@ class DiscreteSchedule(NoiseSchedule):
 
 
 def rescale_zero_terminal_snr(schedule: DiscreteSchedule) -> DiscreteSchedule:
-    """Shift and stretch `alpha` so that nothing of the image is left at the end and the first step stays as it is.
+    """Shift and stretch `alpha` so that nothing of the image is left at the end and the first step is unchanged.
 
-    (Lin et al., arXiv 2305.08891, algorithm 1.) A network that predicts noise cannot tell what the image is at such an
-    end; use the parameterisation 'v' or 'x0'.
+    (Lin et al., arXiv 2305.08891, algorithm 1.) At such an end predicted noise does not determine the image; use the
+    prediction 'v' or 'x0'.
 
     Raises:
-        ValueError: if the schedule has one step, which cannot stay as it is and end in noise.
+        ValueError: if the schedule has one step, which cannot be unchanged and end in noise.
 
     Examples:
         >>> rescale_zero_terminal_snr(DiscreteSchedule.linear(1000)).ends_in_noise
@@ -159,7 +161,7 @@ def _steps(steps: int) -> int:
 
 
 def _snapped(share: Tensor, dtype: torch.dtype, steps: int) -> Tensor:
-    """Shares of a segment, with what only rounding keeps from its ends put there."""
-    slack = min(0.5, 2 * steps * torch.finfo(dtype).eps)  # half precision knows nothing between two of many steps
+    """Snap shares of a segment to its ends where they differ from an end by rounding only."""
+    slack = min(0.5, 2 * steps * torch.finfo(dtype).eps)  # half precision has no digits between two of many steps
     share = torch.where(share < slack, 0.0, share)
     return torch.where(share > 1 - slack, 1.0, share)

@@ -1,8 +1,8 @@
-"""Which times a sampler visits, from the noisiest to the clean image.
+"""Grids: the times that a sampler visits, from the noisiest to the clean image.
 
-A grid is a tensor of `steps + 1` decreasing times in float64, from `start` (1 by default) to 0. A network is asked at
-all but the last, so `steps` is the number of steps and, for samplers that ask once per step, of network calls. The last
-call is at `schedule.first`, or for `trailing` later; both ends are always there.
+A grid is a tensor of `steps + 1` decreasing times in float64, from `start` (1 by default) to 0. A network is evaluated
+at all times but the last. So `steps` is the number of steps and, for samplers with one evaluation per step, of network
+calls. The last call is at `schedule.first`, or for `trailing` at a noisier time; a grid always has both ends.
 
 The times of a discrete schedule are whole steps `n / T` and all different.
 """
@@ -23,7 +23,7 @@ Grid = Callable[..., Tensor]
 
 
 def uniform(schedule: NoiseSchedule, steps: int, *, start: float = 1.0) -> Tensor:
-    """Equal distances from `start` to `schedule.first`, then 0.
+    """Return times at equal distances from `start` to `schedule.first`, then 0.
 
     Args:
         schedule: the noise schedule.
@@ -31,7 +31,7 @@ def uniform(schedule: NoiseSchedule, steps: int, *, start: float = 1.0) -> Tenso
         start: noisiest time; below 1 for a chain that begins with a noised image.
 
     Raises:
-        TypeError: if `steps` is no whole number.
+        TypeError: if `steps` is not a whole number.
         ValueError: if `steps` is below 1, more than a discrete schedule has, or `start` is not a time after the first.
 
     Examples:
@@ -44,9 +44,9 @@ def uniform(schedule: NoiseSchedule, steps: int, *, start: float = 1.0) -> Tenso
 
 
 def trailing(schedule: NoiseSchedule, steps: int, *, start: float = 1.0) -> Tensor:
-    """Equal distances from `start` to 0: the last call is a whole step before the end (Lin et al., arXiv 2305.08891).
+    """Return times at equal distances from `start` to 0 (Lin et al., arXiv 2305.08891).
 
-    Arguments and errors are those of `uniform`.
+    The last call is a whole step before the end. Arguments and errors are as for `uniform`.
 
     Examples:
         >>> from treediff.diffusion.schedule import LinearSchedule
@@ -58,9 +58,9 @@ def trailing(schedule: NoiseSchedule, steps: int, *, start: float = 1.0) -> Tens
 
 
 def quadratic(schedule: NoiseSchedule, steps: int, *, start: float = 1.0) -> Tensor:
-    """Equal distances of the roots of times: more steps near the image (Song et al., arXiv 2010.02502, D.2).
+    """Return times whose roots have equal distances: more steps near the image (Song et al., arXiv 2010.02502, D.2).
 
-    Arguments and errors are those of `uniform`.
+    Arguments and errors are as for `uniform`.
 
     Examples:
         >>> from treediff.diffusion.discrete import DiscreteSchedule
@@ -72,16 +72,16 @@ def quadratic(schedule: NoiseSchedule, steps: int, *, start: float = 1.0) -> Ten
 
 
 def karras(schedule: NoiseSchedule, steps: int, *, start: float = 1.0, rho: float = 7.0) -> Tensor:
-    """Equal distances of `(sigma / alpha)^(1 / rho)` (Karras et al., arXiv 2206.00364, eq. 5).
+    """Return times at equal distances of `(sigma / alpha)^(1 / rho)` (Karras et al., arXiv 2206.00364, eq. 5).
 
     Args:
         schedule: the noise schedule.
         steps: number of steps.
         start: noisiest time.
-        rho: how strongly steps crowd towards the image.
+        rho: strength of the concentration of steps near the image.
 
     Raises:
-        TypeError: if `steps` is no whole number.
+        TypeError: if `steps` is not a whole number.
         ValueError: as for `uniform`, and if the schedule has nothing of the image left at `start`, where
             `sigma / alpha` is infinite.
 
@@ -113,11 +113,11 @@ def _check(schedule: NoiseSchedule, steps: int, start: float) -> None:
         raise TypeError(f"steps must be a whole number, found {steps!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, found {steps}")
-    # From the first time on one step is enough, and with a schedule of one step all there is.
+    # One step from the first time is enough; in a schedule of one step the first time is also the last.
     if not schedule.first <= start <= 1 or (start == schedule.first and steps > 1 and schedule.steps is None):
         raise ValueError(f"start must be a time after {schedule.first:g} and at most 1, found {start}")
     if schedule.steps is not None and steps > (most := round(start * schedule.steps)):
-        raise ValueError(f"the schedule has {most} steps up to t = {start:g}, found {steps} asked for")
+        raise ValueError(f"steps must be at most {most}, the steps of the schedule up to t = {start:g}, found {steps}")
 
 
 def _finished(schedule: NoiseSchedule, times: Tensor, start: float) -> Tensor:
@@ -125,7 +125,7 @@ def _finished(schedule: NoiseSchedule, times: Tensor, start: float) -> Tensor:
     if schedule.steps is not None:
         knots = (times.flip(0) * schedule.steps).round()
         order = torch.arange(len(knots), dtype=torch.float64)
-        # From the clean end each time is at least a step after the one before, and none leaves the range.
+        # From the clean end each time is at least a step after the previous time, and no time leaves the range.
         knots = (knots.clamp(min=1) - order).cummax(0).values + order
         last = round(start * schedule.steps)
         knots = torch.minimum(knots, last - order.flip(0))

@@ -1,7 +1,7 @@
-"""Denoisers around denoisers: guidance, and limits.
+"""Denoisers around denoisers: guidance and clipping.
 
-A guided denoiser is a denoiser. Guidance works on the estimate of `x_0`; as noise, velocity and score are linear in it
-for a given `x_t`, this is the same as guidance on any of those.
+A guided denoiser is a denoiser. Guidance works on the estimate of `x_0`. For a given `x_t`, noise, velocity and score
+are linear in `x_0`, so guidance on any of these three is the same.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ __all__ = ["ClippedDenoiser", "GuidedDenoiser", "check_guidance"]
 
 @dataclass(frozen=True, eq=False)
 class GuidedDenoiser:
-    """`x0 = negative + weight (positive - negative)`: towards one thing and away from another.
+    """Denoiser `x0 = negative + weight (positive - negative)`: towards one condition and away from another condition.
 
-    With the unconditional denoiser as the negative it is classifier-free guidance (Ho and Salimans, arXiv 2207.12598);
-    with that of the sibling it pulls a leaf away from what it is most easily mistaken for.
+    The unconditional denoiser as the negative gives classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
+    With the denoiser of the sibling as the negative, guidance leads away from the cluster most easily confused with a
+    leaf.
 
     Args:
-        positive: the denoiser of what is wanted.
-        negative: that of what is not; it must have the same schedule.
+        positive: the denoiser of the wanted condition.
+        negative: the denoiser of the unwanted condition; must have the same schedule.
         weight: 1 for the positive alone, more for more guidance; a number, or `(B,)`, one for each image.
-        rescale: how far the spread of each image is brought back to that of the positive's estimate, from 0 to 1
-            (Lin et al., arXiv 2305.08891, section 3.4).
-        interval: times between which guidance acts; elsewhere the positive alone is asked (Kynkaanniemi et al., arXiv
-            2404.07724).
+        rescale: share, from 0 to 1, by which the standard deviation of each image is brought back to the standard
+            deviation of the positive's estimate (Lin et al., arXiv 2305.08891, section 3.4).
+        interval: times between which guidance acts; elsewhere only the positive is evaluated (Kynkaanniemi et al.,
+            arXiv 2404.07724).
 
     Raises:
-        ValueError: if `rescale` is not between 0 and 1, or the interval is no part of [0, 1].
+        ValueError: if `rescale` is not between 0 and 1, or the interval is not a part of [0, 1].
     """
 
     positive: Denoiser
@@ -48,11 +49,11 @@ class GuidedDenoiser:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """That of the positive."""
+        """Schedule of the positive."""
         return self.positive.schedule
 
     def __call__(self, x_t: Tensor, t: float) -> Tensor:
-        """The guided estimate of `x_0`.
+        """Return the guided estimate of `x_0`.
 
         Raises:
             ValueError: if there is not one weight for each image.
@@ -65,13 +66,13 @@ class GuidedDenoiser:
         if not self.rescale:
             return guided
         spread, wanted = (_deviation(x.flatten(1)) for x in (guided, positive))
-        # An image of one colour has no spread to bring back.
+        # An image of one colour has a standard deviation of 0, which no factor changes.
         factor = torch.where(spread > 0, wanted / spread.clamp_min(torch.finfo(spread.dtype).tiny), 1.0)
         return guided * torch.lerp(torch.ones_like(factor), factor, self.rescale).view(-1, *[1] * (x_t.ndim - 1))
 
     def _weight(self, x0: Tensor) -> Tensor | float:
         if not isinstance(self.weight, Tensor):
-            return self.weight  # as a number: to send it to an accelerator would wait for it
+            return self.weight  # stays a number: a copy to an accelerator would synchronise
         weight = self.weight.to(x0)
         if weight.ndim and weight.shape != x0.shape[:1]:
             raise ValueError(
@@ -90,13 +91,13 @@ def check_guidance(rescale: float, interval: tuple[float, float]) -> None:
 
 
 def _deviation(x: Tensor) -> Tensor:
-    """That of each row; `Tensor.std` warns where there is none."""
+    """Return the standard deviation of each row; `Tensor.std` warns on an empty batch."""
     return (x - x.mean(1, keepdim=True)).square().mean(1).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
 class ClippedDenoiser:
-    """Keeps the estimate of `x_0` inside a range, because every image is (Ho et al., arXiv 2006.11239).
+    """Denoiser with its estimate of `x_0` clipped to the range of all images (Ho et al., arXiv 2006.11239).
 
     Args:
         denoiser: the denoiser.
@@ -110,9 +111,9 @@ class ClippedDenoiser:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """That of the denoiser."""
+        """Schedule of the denoiser."""
         return self.denoiser.schedule
 
     def __call__(self, x_t: Tensor, t: float) -> Tensor:
-        """The estimate of `x_0`, clipped."""
+        """Return the clipped estimate of `x_0`."""
         return self.denoiser(x_t, t).clamp(self.low, self.high)

@@ -1,12 +1,12 @@
-"""What the network predicts: the noise, the image, or the velocity. Each can be turned into any other.
+"""Predictions of the network: the noise, the image, or the velocity. Each can be converted to any other.
 
 With `x_t = alpha x_0 + sigma eps` and `v = alpha eps - sigma x_0`, and `alpha^2 + sigma^2 = 1`:
 
     x_0 = (x_t - sigma eps) / alpha = alpha x_t - sigma v
     eps = (x_t - alpha x_0) / sigma = sigma x_t + alpha v
 
-A network that predicts noise says nothing of the image where `alpha` is 0, and one that predicts the image nothing of
-the noise where `sigma` is 0; the velocity (Salimans and Ho, arXiv 2202.00512, appendix D) serves at both ends.
+Predicted noise does not determine the image where `alpha` is 0, and a predicted image does not determine the noise
+where `sigma` is 0. The velocity (Salimans and Ho, arXiv 2202.00512, appendix D) works at both ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Prediction = Literal["epsilon", "x0", "v"]
 
 
 def check_prediction(prediction: str) -> Prediction:
-    """The name itself, if it is one.
+    """Return the name unchanged if it is a prediction.
 
     Raises:
         ValueError: if there is no such prediction.
@@ -35,7 +35,7 @@ def check_prediction(prediction: str) -> Prediction:
 
 
 def target(prediction: Prediction, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the network should have said of `x_t = alpha x0 + sigma noise`.
+    """Return the target of the network for `x_t = alpha x0 + sigma noise`.
 
     Args:
         prediction: 'epsilon', 'x0' or 'v'.
@@ -64,12 +64,12 @@ def target(prediction: Prediction, x0: Tensor, noise: Tensor, alpha: Tensor, sig
 
 
 def as_x0(prediction: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-    """The image that a network's output means; infinite or NaN for predicted noise where `alpha` is 0.
+    """Convert a network's output to an image; infinite or NaN for predicted noise where `alpha` is 0.
 
     Args:
-        prediction: what the output is.
-        output: of the network.
-        x_t: what the network was given.
+        prediction: kind of the output.
+        output: output of the network.
+        x_t: input of the network.
         alpha: a number, or broadcasts with `x_t`.
         sigma: a number, or broadcasts with `x_t`.
 
@@ -88,9 +88,9 @@ def as_x0(prediction: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor | f
 def as_noise(
     prediction: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float
 ) -> Tensor:
-    """The noise that a network's output means; infinite or NaN for a predicted image where `sigma` is 0.
+    """Convert a network's output to noise; infinite or NaN for a predicted image where `sigma` is 0.
 
-    Arguments and errors are those of `as_x0`. To get any other prediction: `target(wanted, as_x0(...), as_noise(...),
+    Arguments and errors are as for `as_x0`. To get any other prediction: `target(wanted, as_x0(...), as_noise(...),
     alpha, sigma)`.
     """
     match check_prediction(prediction):

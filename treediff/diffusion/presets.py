@@ -1,4 +1,4 @@
-"""Good parts of a diffusion model for images, by the kind of condition.
+"""Presets of diffusion models for images, by the kind of condition.
 
 `diffuse_tree_vae` conditions on the leaf decoder's image and the leaf (arXiv 2407.06124), `tree_diffusion` on the path
 of latents (arXiv 2410.16910).
@@ -39,7 +39,7 @@ SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
     "ddpm": DiscreteSchedule.linear,
 }
 
-#: Kinds of conditions by name, and the conditioners that each is made of.
+#: Kinds of conditions by name, and the conditioners of each kind.
 CONDITIONS: dict[str, tuple[str, ...]] = {
     "diffuse_tree_vae": ("reconstruction", "node"),
     "tree_diffusion": ("path",),
@@ -52,7 +52,7 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
 
 
 class Settings(TypedDict, total=False):
-    """What the factories of `LeafConditionedDDPM` take beyond shapes and tree.
+    """Settings of the factories of `LeafConditionedDDPM`, beyond shapes and tree.
 
     Attributes:
         condition: what the network is conditioned on, one of `CONDITIONS`; 'diffuse_tree_vae' if not given.
@@ -60,8 +60,8 @@ class Settings(TypedDict, total=False):
         multipliers: channels of each level, in units of `width`; `(1, 2, 2)`.
         blocks: layers per level; 2.
         attention: resolutions with attention, each the larger side of a level's maps; none.
-        heads: of every attention; 4.
-        dropout: share of numbers dropped in training; 0.
+        heads: number of heads of every attention; 4.
+        dropout: share of activations dropped in training; 0.
         schedule: one of `SCHEDULES`, or a schedule; 'cosine'.
         prediction: 'epsilon', 'x0' or 'v'; 'v'.
         min_snr: gamma of the min-SNR weighting; None weighs all noise levels alike.
@@ -69,9 +69,9 @@ class Settings(TypedDict, total=False):
         condition_noise: see `LeafConditionedDDPM`; 0.
         shift: see `LeafConditionedDDPM`; 0.
         checkpoint: whether the network trades time for memory, see `UNet`; False.
-        unet: a network in place of the one that would be built.
-        conditioner: a conditioner in place of the one that `condition` names.
-        weighting: a weighting in place of the one that `min_snr` gives.
+        unet: a network in place of the network that the factory builds.
+        conditioner: a conditioner in place of the conditioner that `condition` names.
+        weighting: a weighting in place of the weighting that `min_snr` gives.
     """
 
     condition: str
@@ -93,7 +93,7 @@ class Settings(TypedDict, total=False):
     weighting: Weighting
 
 
-#: Values of the settings that are not given.
+#: Default values of the settings.
 DEFAULTS: Settings = {
     "condition": "diffuse_tree_vae",
     "width": 32,
@@ -141,7 +141,7 @@ def image_parts(
     """Return the arguments of `LeafConditionedDDPM`; see `Settings`.
 
     Raises:
-        ValueError: if there is no schedule, prediction or condition of a name.
+        ValueError: if there is no schedule, prediction or condition of that name.
     """
     for name, found, table in (("schedule", schedule, SCHEDULES), ("condition", condition, CONDITIONS)):
         if isinstance(found, str) and found not in table:

@@ -1,12 +1,11 @@
-"""From noise to images: one loop, and for each method the step from one time to the next.
+"""Samplers, from noise to images: one loop, and for each method the step from one time to the next.
 
-A sampler is called with a denoiser, noise and a grid of times (see `grids`), and returns images. It keeps no state:
-called twice with the same arguments it gives the same images. A denoiser is anything with a `schedule` that, called as
-`denoiser(x_t, t)`, returns its estimate of `x_0`, the mean `E[x_0 | x_t]` if it is perfect; a guided denoiser is a
-denoiser too, so no sampler knows of guidance or of conditions.
+A sampler is called with a denoiser, noise and a grid of times (see `grids`), and returns images. A sampler has no
+state: the same arguments give the same images. A denoiser is anything with a `schedule` that, called as
+`denoiser(x_t, t)`, returns its estimate of `x_0`. The estimate of a perfect denoiser is the mean `E[x_0 | x_t]`. A
+guided denoiser is a denoiser too, so samplers do not depend on guidance or on conditions.
 
-`s` is the noisier time of a step and `t` the cleaner one. The last step, to `t = 0`, gives the denoiser's estimate
-itself.
+`s` is the noisier and `t` the cleaner time of a step. The last step, to `t = 0`, gives the denoiser's estimate itself.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ __all__ = ["DDIMSampler", "DDPMSampler", "DPMSolverSampler", "HeunSampler", "Sam
 
 
 class Sampler(ABC):
-    """The loop that all samplers share."""
+    """Base class of samplers: the loop over the times."""
 
     #: Whether steps draw noise.
     stochastic: bool = False
@@ -44,16 +43,16 @@ class Sampler(ABC):
         noise: Noise | None = None,
         callback: Callable[[Progress], object] | None = None,
     ) -> Tensor:
-        """Take `x` from the first of some times to the last.
+        """Take `x` from the first time of a grid to the last.
 
         Args:
             denoiser: estimates the clean image.
-            x: `(B, *shape)`, what to start from: standard normal noise at `t = 1`, or images with the noise of
-                `times[0]` on them.
+            x: `(B, *shape)`, start of the chain: standard normal noise at `t = 1`, or images with added noise of
+                `times[0]`.
             times: `(steps + 1,)`, decreasing; see `treediff.diffusion.grids`.
-            noise: from the index of a step to standard normal noise shaped like `x`, such as a
+            noise: function from the index of a step to standard normal noise shaped like `x`, such as a
                 `treediff.core.noise.NoiseStream`; needed by stochastic samplers only.
-            callback: told of each step, for progress and pictures; what it returns is ignored.
+            callback: called after each step, for progress and pictures; the returned value is ignored.
 
         Returns:
             `(B, *shape)` at the last time.
@@ -79,16 +78,16 @@ class Sampler(ABC):
 
     @abstractmethod
     def step(self, at: Step) -> Tensor:
-        """The images at the end of a step."""
+        """Return the images at the end of a step."""
 
     def calls(self, steps: int) -> int:
-        """Network calls in so many steps that end at the clean image."""
+        """Return the number of network calls in `steps` steps that end at the clean image."""
         return steps
 
 
 @dataclass(frozen=True)
 class _WithEta(Sampler):
-    """Samplers that can do without new noise."""
+    """Sampler with a share `eta` of new noise, which may be 0."""
 
     eta: float = 0.0
 
@@ -98,11 +97,11 @@ class _WithEta(Sampler):
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
-        """Whether `eta` is above 0."""
+        """True if `eta` is above 0."""
         return self.eta > 0
 
     def with_noise(self, at: Step, x0: Tensor) -> Tensor:
-        """Towards an estimate, with `eta` times the noise of the posterior."""
+        """Step towards an estimate, with `eta` times the noise of the posterior."""
         std = self.eta * at.posterior_std()
         x = at.towards(x0, std)
         return x + std * at.noise() if std else x
@@ -110,7 +109,7 @@ class _WithEta(Sampler):
 
 @dataclass(frozen=True)
 class DDIMSampler(_WithEta):
-    """Denoising diffusion implicit models (Song et al., arXiv 2010.02502, eq. 12), of first order.
+    """Sampler of denoising diffusion implicit models (Song et al., arXiv 2010.02502, eq. 12), of first order.
 
     `x_t = alpha_t x0 + sqrt(sigma_t^2 - std^2) eps + std z` with `eps = (x_s - alpha_s x0) / sigma_s` and
     `std = eta sigma_t / sigma_s sqrt(1 - alpha_s^2 / alpha_t^2)`.
@@ -127,16 +126,17 @@ class DDIMSampler(_WithEta):
     """
 
     def step(self, at: Step) -> Tensor:
-        """See the class."""
+        """Take one step of DDIM."""
         return self.with_noise(at, at.x0)
 
 
 @dataclass(frozen=True)
 class DDPMSampler(Sampler):
-    """Ancestral sampling (Ho et al., arXiv 2006.11239, algorithm 2), on any grid.
+    """Ancestral sampler (Ho et al., arXiv 2006.11239, algorithm 2), on any grid.
 
-    The mean is that of `q(x_t | x_s, x0)` and the noise has the variance of that posterior (`small`), or that of the
-    forward step, `1 - alpha_s^2 / alpha_t^2` (`large`). With the small one it is `DDIMSampler(eta=1)`.
+    The mean is the mean of the posterior `q(x_t | x_s, x0)`. The noise has the variance of the posterior (`small`), or
+    the variance of the forward step, `1 - alpha_s^2 / alpha_t^2` (`large`). With the small variance the sampler is
+    `DDIMSampler(eta=1)`.
 
     Args:
         variance: 'small' or 'large'.
@@ -153,11 +153,11 @@ class DDPMSampler(Sampler):
             raise ValueError(f"variance must be 'small' or 'large', found {self.variance!r}")
 
     def step(self, at: Step) -> Tensor:
-        """See the class."""
+        """Take one step of DDPM."""
         small = at.posterior_std()
         x = at.towards(at.x0, small)
         if at.t.sigma == 0:
-            return x  # nothing is added to the clean image, with the large variance neither
+            return x  # the clean image gets no noise, not even with the large variance
         return x + at.noise() * (small if self.variance == "small" else math.sqrt(at.forward_variance()))
 
 
@@ -165,18 +165,19 @@ class DDPMSampler(Sampler):
 class DPMSolverSampler(_WithEta):
     """DPM-Solver++(2M), of second order with one network call per step (Lu et al., arXiv 2211.01095, algorithm 2).
 
-    A DDIM step with `D = (1 + 1 / 2r) x0_s - 1 / 2r x0_before` in place of `x0`, where `r` is the step before over this
-    one, both in `log(alpha / sigma)`. The first step and the one to the clean image, which is infinitely long, are of
-    first order. With `eta = 1` it is SDE-DPM-Solver++(2M) (appendix E of the same paper): new noise hides what is wrong
-    with the estimates of earlier steps, which shows when a network is small or has not been trained for long.
+    A step is a DDIM step with `D = (1 + 1 / 2r) x0_s - 1 / 2r x0_before` in place of `x0`. Here `r` is the length of
+    the previous step over the length of this step, both in `log(alpha / sigma)`. The first step is of first order, and
+    so is the step to the clean image, which is infinitely long. With `eta = 1` the sampler is SDE-DPM-Solver++(2M)
+    (appendix E of the same paper). New noise hides errors in the estimates of earlier steps, which matters for a
+    network that is small or was trained for a short time.
 
-    A step much longer than the one before it would extrapolate far: on a uniform grid the one to `schedule.first` has
-    `1 / 2r` above 2. So `1 / 2r` is limited, by default to what it is between equal steps, which it tends to on any
-    smooth grid: the order stays the same, and few steps become better.
+    A step much longer than the previous step would extrapolate far: on a uniform grid the step to `schedule.first` has
+    `1 / 2r` above 2. So `1 / 2r` is limited, by default to its value between equal steps, which it tends to on any
+    smooth grid. The order stays the same, and results with few steps are better.
 
     Args:
         eta: 0 for no new noise, 1 for as much as DDPM with the small variance.
-        limit: greatest `1 / 2r`; `math.inf` for the algorithm as it was published, 0 for one of first order.
+        limit: greatest `1 / 2r`; `math.inf` for the algorithm as it was published, 0 for first order.
 
     Raises:
         ValueError: if `eta` is not between 0 and 1, or the limit is negative.
@@ -194,7 +195,7 @@ class DPMSolverSampler(_WithEta):
             raise ValueError(f"limit must be at least 0, found {self.limit}")
 
     def step(self, at: Step) -> Tensor:
-        """See the class."""
+        """Take one step of DPM-Solver++(2M)."""
         x0, length = at.x0, at.t.log_snr - at.s.log_snr
         if at.before is not None and math.isfinite(length):
             level, earlier = at.before
@@ -205,15 +206,15 @@ class DPMSolverSampler(_WithEta):
 
 @dataclass(frozen=True)
 class HeunSampler(Sampler):
-    """Heun's method on the probability-flow equation, of second order with two calls per step.
+    """Sampler by Heun's method on the probability-flow equation, of second order with two calls per step.
 
     `d(x / alpha) / d(sigma / alpha) = (x / alpha - x0) / (sigma / alpha)`, trapezoidal rule (Karras et al., arXiv
-    2206.00364, algorithm 1 without churn). The step to the clean image, and one from where nothing of it is left, are
-    Euler's, which is DDIM's.
+    2206.00364, algorithm 1 without churn). The step to the clean image, and a step from `alpha = 0`, are Euler steps,
+    which are DDIM steps.
     """
 
     def step(self, at: Step) -> Tensor:
-        """See the class."""
+        """Take one step of Heun's method."""
         s, t, euler = at.s, at.t, at.towards(at.x0)
         if t.sigma == 0 or s.alpha == 0:
             return euler
@@ -222,7 +223,7 @@ class HeunSampler(Sampler):
         return t.alpha * (at.x / s.alpha + 0.5 * (clean - noisy) * slopes)
 
     def calls(self, steps: int) -> int:
-        """Two per step, one for the last."""
+        """Return the number of network calls: two per step, and one for the last step."""
         return 2 * steps - 1
 
 
@@ -233,4 +234,4 @@ def _drawn(noise: Noise, index: int, x: Tensor) -> Tensor:
 
 
 def _no_noise(index: int) -> Tensor:
-    raise AssertionError("a deterministic sampler asked for noise")
+    raise AssertionError("a deterministic sampler drew noise")

@@ -1,17 +1,17 @@
-"""How fast an image turns into noise.
+"""Schedules of noise: how fast an image turns into noise.
 
-A schedule says, for every time `t` in [0, 1], how much of the image `x_0` is left and how much noise there is:
+A schedule gives, for every time `t` in [0, 1], the factors of the image `x_0` and of the noise:
 
     x_t = alpha(t) x_0 + sigma(t) eps,    eps ~ N(0, I),    alpha^2 + sigma^2 = 1.
 
-`t = 0` is the clean image (`alpha = 1`) and `t = 1` the noisiest. All schedules here preserve variance, so each is one
-decreasing function, kept as `log alpha`; from it come `alpha`, `sigma`, the log-SNR `log(alpha^2 / sigma^2)`, the
-derivatives, and the way back from a log-SNR to its time. That way back puts every schedule on one axis, the continuous
-ones (`treediff.diffusion.continuous`) as well as those of `T` steps (`treediff.diffusion.discrete`): step `n` of the
-literature, counted from 1, is `t = n / T`, and libraries that count from 0 call it timestep `n - 1`.
+`t = 0` is the clean image (`alpha = 1`) and `t = 1` the noisiest. All schedules here preserve variance, so each
+schedule is one decreasing function, kept as `log alpha`. This function gives `alpha`, `sigma`, the log-SNR
+`log(alpha^2 / sigma^2)`, the derivatives, and the inverse from a log-SNR to its time. The inverse puts every schedule
+on one axis, the continuous schedules here and the schedules of `T` steps (`treediff.diffusion.discrete`). Step `n` of
+the literature, counted from 1, is `t = n / T`; libraries that count from 0 call this step timestep `n - 1`.
 
-What a schedule leaves open: what the network predicts (`parameterization`), which times are visited (`grids`), and how
-one gets from one time to the next (`samplers`).
+A schedule leaves open the prediction of the network (`parameterization`), the visited times (`grids`), and the step
+from one time to the next (`samplers`).
 """
 
 from __future__ import annotations
@@ -37,63 +37,62 @@ __all__ = [
 
 
 class NoiseSchedule(ABC):
-    """One decreasing function `log alpha(t)` and everything that follows from it.
+    """Base class of schedules: one decreasing function `log alpha(t)` and everything that follows from it.
 
     Times are floating-point tensors of any shape with values in [0, 1], and results have that shape and dtype. Other
-    dtypes are a TypeError, and other values and NaN a ValueError where they can be looked at for nothing, see
-    `treediff.core.checks.check_times`; a schedule of your own calls it in `log_alpha` and `d_log_alpha`. A schedule has
-    no
-    state: nothing that is called changes it.
+    dtypes are a TypeError. Other values and NaN are a ValueError where reading the values is free; a custom schedule
+    calls `treediff.core.checks.check_times` for this in `log_alpha` and `d_log_alpha`. A schedule has no state: no
+    method changes its results.
     """
 
     #: Number of knots of a discrete schedule, None for a continuous one.
     steps: int | None = None
-    #: The least time at which a network is asked; from there one step leads to the clean image.
+    #: The least time at which a network is evaluated; from there one step leads to the clean image.
     first: float = 1e-3
 
     @abstractmethod
     def log_alpha(self, t: Tensor) -> Tensor:
-        """`log alpha(t)`; 0 at `t = 0`, and `-inf` where nothing of the image is left."""
+        """Return `log alpha(t)`; 0 at `t = 0`, and `-inf` where nothing of the image is left."""
 
     @abstractmethod
     def d_log_alpha(self, t: Tensor) -> Tensor:
-        """The derivative of `log alpha` by `t`, which is minus half of the rate `beta(t)` of the diffusion."""
+        """Return the derivative of `log alpha` by `t`, which is minus half of the rate `beta(t)` of the diffusion."""
 
     @abstractmethod
     def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
-        """The time at which `log alpha` has a value; the nearest end if it never has."""
+        """Return the time at which `log alpha` has a value; the nearest end for a value that is never reached."""
 
     def alpha(self, t: Tensor) -> Tensor:
-        """What is left of the image."""
+        """Return the factor of the image."""
         check_times(t)
         return self.log_alpha(t).exp()
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Standard deviation of the noise."""
+        """Return the factor of the noise, which is its standard deviation."""
         check_times(t)
         return torch.sqrt(-torch.expm1(2 * self.log_alpha(t)))
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """`log(alpha^2 / sigma^2)`, decreasing; infinite at `t = 0`."""
+        """Return `log(alpha^2 / sigma^2)`, decreasing; infinite at `t = 0`."""
         check_times(t)
         log_alpha_squared = 2 * self.log_alpha(t)
         return log_alpha_squared - torch.log(-torch.expm1(log_alpha_squared))
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        """The derivative of `alpha` by `t`."""
+        """Return the derivative of `alpha` by `t`."""
         return self.alpha(t) * self.d_log_alpha(t)
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        """The derivative of `sigma` by `t`; infinite at `t = 0`, where the first noise comes in."""
+        """Return the derivative of `sigma` by `t`; infinite at `t = 0`, where the noise begins."""
         # sigma sigma' = -alpha alpha', because the squares add up to 1.
         return -(2 * self.log_alpha(t)).exp() * self.d_log_alpha(t) / self.sigma(t)
 
     def time_of(self, log_snr: Tensor) -> Tensor:
-        """The time that has a given log-SNR; the nearest end of [0, 1] for one that is never reached."""
+        """Return the time of a log-SNR; the nearest end of [0, 1] for a log-SNR that is never reached."""
         return self.time_of_log_alpha(-0.5 * F.softplus(-log_snr))
 
     def add_noise(self, x: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
-        """`alpha(t) x + sigma(t) noise`: the forward process in one leap (Ho et al., arXiv 2006.11239, eq. 4).
+        """Return `alpha(t) x + sigma(t) noise`, the forward process in one step (Ho et al., arXiv 2006.11239, eq. 4).
 
         Args:
             x: `(B, *shape)`, clean.
@@ -103,7 +102,7 @@ class NoiseSchedule(ABC):
         Raises:
             TypeError: if `x` or `t` is not floating point, or noise has another dtype than `x`.
             ValueError: if noise has another shape than `x`, there is not one time for each row or for all, or a time is
-                NaN or outside of [0, 1] (looked at on a CPU only).
+                NaN or outside of [0, 1] (read on a CPU only).
         """
         if not x.is_floating_point():
             raise TypeError(f"x must be floating point, found {x.dtype}; convert it with {float_advice(x.dtype)}")
@@ -120,7 +119,7 @@ class NoiseSchedule(ABC):
 
     @property
     def ends_in_noise(self) -> bool:
-        """Whether nothing of the image is left at `t = 1` (zero terminal SNR, Lin et al., arXiv 2305.08891)."""
+        """True if nothing of the image is left at `t = 1` (zero terminal SNR, Lin et al., arXiv 2305.08891)."""
         return float(self.log_alpha(torch.ones((), dtype=torch.float64, device="cpu"))) == -math.inf
 
     def __repr__(self) -> str:
@@ -129,9 +128,9 @@ class NoiseSchedule(ABC):
 
 
 class LinearSchedule(NoiseSchedule):
-    """`beta(t) = beta_min + t (beta_max - beta_min)`: the continuous limit of DDPM's (Song et al., arXiv 2011.13456).
+    """Linear schedule, the continuous limit of DDPM's (Song et al., arXiv 2011.13456).
 
-    `log alpha = -(beta_min t + (beta_max - beta_min) t^2 / 2) / 2`.
+    `beta(t) = beta_min + t (beta_max - beta_min)` and `log alpha = -(beta_min t + (beta_max - beta_min) t^2 / 2) / 2`.
 
     Args:
         beta_min: rate at `t = 0`, per unit of time; 1000 times the first beta of 1000 discrete steps.
@@ -154,25 +153,25 @@ class LinearSchedule(NoiseSchedule):
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        """See the class."""
+        """Return minus half of the integral of `beta`."""
         check_times(t)
         return -0.5 * t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
 
     def d_log_alpha(self, t: Tensor) -> Tensor:
-        """`-beta(t) / 2`."""
+        """Return `-beta(t) / 2`."""
         check_times(t)
         return -0.5 * (self.beta_min + (self.beta_max - self.beta_min) * t)
 
     def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
-        """The root of a quadratic equation, in the form that loses no digits near 0."""
+        """Return the root of a quadratic equation, in the form that loses no digits near 0."""
         root = torch.sqrt(self.beta_min**2 - 4 * (self.beta_max - self.beta_min) * log_alpha)
         return _ratio(-4 * log_alpha, self.beta_min + root).clamp(0, 1)
 
 
 class ScaledLinearSchedule(NoiseSchedule):
-    """The root of the rate is linear: `sqrt(beta(t)) = sqrt(beta_min) + t (sqrt(beta_max) - sqrt(beta_min))`.
+    """Schedule with a linear root of the rate: `sqrt(beta(t)) = sqrt(beta_min) + t (sqrt(beta_max) - sqrt(beta_min))`.
 
-    The continuous limit of the schedule of latent diffusion (Rombach et al., arXiv 2112.10752).
+    It is the continuous limit of the schedule of latent diffusion (Rombach et al., arXiv 2112.10752).
 
     Args:
         beta_min: rate at `t = 0`, per unit of time.
@@ -198,19 +197,19 @@ class ScaledLinearSchedule(NoiseSchedule):
         return math.sqrt(self.beta_min), math.sqrt(self.beta_max) - math.sqrt(self.beta_min)
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        """Minus half of the integral of `beta`."""
+        """Return minus half of the integral of `beta`."""
         check_times(t)
         start, slope = self._roots()
         return -0.5 * t * (start**2 + start * slope * t + slope**2 * t**2 / 3)
 
     def d_log_alpha(self, t: Tensor) -> Tensor:
-        """`-beta(t) / 2`."""
+        """Return `-beta(t) / 2`."""
         check_times(t)
         start, slope = self._roots()
         return -0.5 * (start + slope * t) ** 2
 
     def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
-        """Cube roots of `start^3 - 6 slope log_alpha`, as a difference that loses no digits near 0."""
+        """Return the time from cube roots of `start^3 - 6 slope log_alpha`, in the form that loses no digits near 0."""
         start, slope = self._roots()
         grown = -6 * slope * log_alpha
         root = (start**3 + grown) ** (1 / 3)
@@ -218,12 +217,14 @@ class ScaledLinearSchedule(NoiseSchedule):
 
 
 class CosineSchedule(NoiseSchedule):
-    """`alpha(t) = cos(pi/2 (end t + s) / (1 + s)) / cos(pi/2 s / (1 + s))` (Nichol and Dhariwal, arXiv 2102.09672).
+    """Cosine schedule (Nichol and Dhariwal, arXiv 2102.09672).
+
+    `alpha(t) = cos(pi/2 (end t + s) / (1 + s)) / cos(pi/2 s / (1 + s))`.
 
     Args:
         s: offset that keeps the first steps from being too small.
-        end: how far along its way the schedule is at `t = 1`. At 1 nothing of the image is left, and a network that
-            predicts noise cannot start there; just below, it can.
+        end: share of the curve that is reached at `t = 1`. At 1 nothing of the image is left, and a network that
+            predicts noise cannot start there; just below 1 it can.
 
     Raises:
         ValueError: if `s` is below 0, or `end` not above 0 and at most 1.
@@ -241,41 +242,41 @@ class CosineSchedule(NoiseSchedule):
         self.s, self.end = s, end
 
     def _angles(self) -> tuple[float, float]:
-        """The angle at `t = 0`, and the way from there to a right angle."""
+        """Return the angle at `t = 0`, and the difference from this angle to a right angle."""
         return 0.5 * math.pi * self.s / (1 + self.s), 0.5 * math.pi / (1 + self.s)
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        """See the class."""
+        """Return `log alpha(t)` by the formula of the class."""
         check_times(t)
         start, way = self._angles()
         gone = way * self.end * t
-        # Two forms of the same ratio: one keeps its digits near the image, the other near the noise.
+        # Two forms of the same ratio: the first keeps its digits near the image, the second near the noise.
         near_image = torch.log1p(-2 * torch.sin(gone / 2) ** 2 - math.tan(start) * torch.sin(gone))
         near_noise = torch.log(torch.sin(way * (1 - self.end * t))) - math.log(math.cos(start))
         return torch.where(gone < 0.5, near_image, near_noise)
 
     def d_log_alpha(self, t: Tensor) -> Tensor:
-        """`-slope tan(angle)`."""
+        """Return `-slope tan(angle)`."""
         check_times(t)
         _, way = self._angles()
         return -way * self.end / torch.tan(way * (1 - self.end * t))
 
     def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
-        """By the arc of the cosine."""
+        """Return the time from the arc cosine."""
         start, way = self._angles()
         cosine = (log_alpha.exp() * math.cos(start)).clamp(-1, 1)
         return ((torch.acos(cosine) - start) / (way * self.end)).clamp(0, 1)
 
 
 class SigmoidSchedule(NoiseSchedule):
-    """`alpha^2(t)` falls along a logistic curve (Jabri et al., arXiv 2212.11972; Chen, arXiv 2301.10972).
+    """Sigmoid schedule, with `alpha^2(t)` on a logistic curve (Jabri et al., arXiv 2212.11972; Chen, arXiv 2301.10972).
 
     `alpha^2 = (g(1) - g(t)) / (g(1) - g(0))` with `g(t) = sigmoid((low + (high - low) end t) / tau)`; here `g(1)` is
-    that of `end = 1`.
+    its value for `end = 1`.
 
     Args:
-        low: where on the curve `t = 0` lies.
-        high: where `t = 1` lies when `end` is 1.
+        low: position of `t = 0` on the curve.
+        high: position of `t = 1` on the curve when `end` is 1.
         tau: temperature; larger is closer to a straight line.
         end: as for `CosineSchedule`.
 
@@ -296,13 +297,13 @@ class SigmoidSchedule(NoiseSchedule):
         self.low, self.high, self.tau, self.end = low, high, tau, end
 
     def _curve(self) -> tuple[float, float]:
-        """The logit at `t = 0`, and the way from there to the logit of the end."""
+        """Return the logit at `t = 0`, and the difference from this logit to the logit of the end."""
         return self.low / self.tau, (self.high - self.low) / self.tau
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        """See the class."""
+        """Return `log alpha(t)` by the formula of the class."""
         check_times(t)
-        # g(b) - g(a) = (1 - exp(a - b)) g(b) g(-a); which end it is taken from decides where digits are kept.
+        # g(b) - g(a) = (1 - exp(a - b)) g(b) g(-a); the choice of the end decides where digits are kept.
         start, way = self._curve()
         logit = start + way * self.end * t
         gone = torch.expm1(-way * self.end * t) * torch.sigmoid(logit) / (math.expm1(-way) * _logistic(start + way))
@@ -310,7 +311,7 @@ class SigmoidSchedule(NoiseSchedule):
         return 0.5 * torch.where(gone < 0.5, torch.log1p(-gone), torch.log(left))
 
     def d_log_alpha(self, t: Tensor) -> Tensor:
-        """By the derivative of the logistic curve."""
+        """Return the derivative, from the derivative of the logistic curve."""
         check_times(t)
         start, way = self._curve()
         logit = start + way * self.end * t
@@ -324,7 +325,7 @@ class SigmoidSchedule(NoiseSchedule):
         )
 
     def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
-        """By the logit."""
+        """Return the time from the logit."""
         start, way = self._curve()
         total = _logistic(start + way) - _logistic(start)
         logit = torch.logit(_logistic(start) - torch.expm1(2 * log_alpha) * total)
@@ -332,15 +333,15 @@ class SigmoidSchedule(NoiseSchedule):
 
 
 class CustomSchedule(NoiseSchedule):
-    """A schedule given by its log-SNR, any decreasing and differentiable function of time.
+    """Schedule given by its log-SNR, any decreasing and differentiable function of time.
 
-    Derivatives come from autograd, and the way back from 60 halvings of an interval.
+    Derivatives come from autograd, and the inverse from 60 halvings of an interval.
 
     Args:
-        log_snr: from times in [0, 1], of any shape, to log-SNRs.
+        log_snr: function from times in [0, 1], of any shape, to log-SNRs.
 
     Raises:
-        ValueError: if the function does not decrease, seen at 257 times.
+        ValueError: if the function does not decrease, checked at 257 times.
 
     Examples:
         >>> schedule = CustomSchedule(lambda t: 10 - 20 * t)
@@ -358,17 +359,17 @@ class CustomSchedule(NoiseSchedule):
         self.function = log_snr
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """The function itself."""
+        """Return the value of the given function."""
         check_times(t)
         return self.function(t)
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        """`log alpha = -softplus(-log_snr) / 2`."""
+        """Return `log alpha = -softplus(-log_snr) / 2`."""
         check_times(t)
         return -0.5 * F.softplus(-self.function(t))
 
     def d_log_alpha(self, t: Tensor) -> Tensor:
-        """By autograd, one time apart from the other."""
+        """Return the derivative by autograd, separately for each time."""
         check_times(t)
         with torch.enable_grad():
             times = t.detach().requires_grad_()
@@ -376,7 +377,7 @@ class CustomSchedule(NoiseSchedule):
         return slope
 
     def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
-        """By halving [0, 1] until the dtype has no more digits."""
+        """Find the time by halving [0, 1] until the dtype has no more digits."""
         low, high = torch.zeros_like(log_alpha), torch.ones_like(log_alpha)
         for _ in range(60):
             middle = 0.5 * (low + high)
@@ -397,6 +398,6 @@ def _logistic(x: float) -> float:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """A ratio that is 0 where both are, and 1 or more where both are infinite."""
+    """Return a ratio that is 0 where both numbers are 0, and 1 or more where both are infinite."""
     ratio = torch.where(numerator == 0, 0.0, numerator / torch.where(numerator == 0, 1.0, denominator))
     return torch.where(numerator == math.inf, math.inf, ratio)

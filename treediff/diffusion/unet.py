@@ -1,7 +1,7 @@
-"""The U-Net: from a noisy image and a time to an image of the same size.
+"""U-Net from a noisy image and a time to an image of the same size.
 
-It knows nothing of noise schedules or of trees. What it may be told besides the time comes as a vector, which is added
-to the embedding of the time, and as tokens, which cross-attention reads.
+The network does not depend on noise schedules or on trees. Conditions besides the time are a vector, which is added to
+the embedding of the time, and tokens, which cross-attention reads.
 
 Letters: `B` batch, `C H W` image, `h w` feature map, `E` embedding width, `S` tokens.
 """
@@ -30,15 +30,16 @@ from treediff.diffusion.unet_blocks import (
 
 __all__ = ["UNet", "UNetLayer", "way_down", "way_up"]
 
-LayerFactory = Callable[[int, int, bool], "UNetLayer"]  # from channels in, channels out, and whether it attends
+LayerFactory = Callable[[int, int, bool], "UNetLayer"]  # of channels in, channels out, and attention or not
 
 
 class UNet(nn.Module):
-    r"""An image to an image of the same size, through coarser and coarser maps and back.
+    r"""U-Net from an image to an image of the same size, through coarser and coarser maps and back.
 
     The levels have the sizes `size`, `ceil(size / 2)`, `ceil(size / 4)` and so on. On the way down each level has
-    `blocks` layers, on the way up `blocks + 1`, each of which also sees one map of the way down. Any height and width
-    will do: nothing is padded, and the way up is cut to the sizes of the way down. At first the output is zero.
+    `blocks` layers, on the way up `blocks + 1` layers, each of which also reads one map of the way down. Any height
+    and width is allowed: nothing is padded, and maps on the way up are cut to the sizes on the way down. At first the
+    output is zero.
 
     Args:
         in_channels: channels of the input.
@@ -47,16 +48,16 @@ class UNet(nn.Module):
         width: channels of the stem.
         multipliers: channels of each level, in units of `width`.
         blocks: layers per level.
-        attention: resolutions with attention, each the larger side of a level's maps. The middle always has it.
+        attention: resolutions with attention, each the larger side of a level's maps. The middle always has attention.
         embedding: width `E` of the embedding; `4 * width` by default.
-        context: width of the tokens; None for a network that reads none. With it, a cross-attention stands behind each
+        context: width of the tokens; None for a network without tokens. With tokens, a cross-attention follows each
             self-attention.
-        heads: of every attention; must divide the channels of the levels that have one.
-        dropout: share of the numbers that is dropped inside the residual blocks, in training.
-        checkpoint: keep only the maps between the layers for the backward pass and compute the others again: less
+        heads: number of heads of every attention; must divide the channels of the levels with attention.
+        dropout: share of the activations that is dropped inside the residual blocks, in training.
+        checkpoint: keep only the maps between the layers for the backward pass and compute the other maps again: less
             memory, more time, the same values and gradients.
-        device: where the parameters live.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Attributes:
         in_channels: channels of the input.
@@ -141,15 +142,15 @@ class UNet(nn.Module):
             x: `(B, in_channels, H, W)` images.
             t: `(B,)` times from 0 to 1.
             vector: `(B, E)`, added to the embedding of the time; None adds nothing.
-            tokens: `(B, S, context)`, needed where the network was built with `context`, and only there.
-            mask: True = may be attended to. `(B, S)` booleans; None lets all tokens be read.
+            tokens: `(B, S, context)`, required if the network was built with `context`, and not allowed otherwise.
+            mask: True = may be attended to. `(B, S)` booleans; with None all tokens may be attended to.
 
         Returns:
             `(B, out_channels, H, W)`.
 
         Raises:
-            ValueError: if a shape does not fit, tokens are missing or cannot be read, or a time is NaN or outside of
-                [0, 1] (looked at on a CPU only).
+            ValueError: if a shape does not fit, tokens are missing or not allowed, or a time is NaN or outside of
+                [0, 1] (read on a CPU only).
             TypeError: if the mask is not boolean, or the times are not floating point.
         """
         self._check(x, t, vector, tokens, mask)
@@ -177,7 +178,7 @@ class UNet(nn.Module):
         return y
 
     def _check(self, x: Tensor, t: Tensor, vector: Tensor | None, tokens: Tensor | None, mask: Tensor | None) -> None:
-        """Refuse what a layer inside would not notice, or not explain."""
+        """Raise on inputs that a layer inside would accept, or would refuse without a clear message."""
         if x.ndim != 4 or x.shape[1:] != (self.in_channels, *self.size):
             raise ValueError(
                 f"expected images of shape (B, {self.in_channels}, {self.size[0]}, {self.size[1]}), found "
@@ -192,19 +193,19 @@ class UNet(nn.Module):
             raise ValueError(f"expected a vector of shape {(len(x), self.embedding)}, found {tuple(vector.shape)}")
         if tokens is None and self.context is not None:
             raise ValueError(
-                f"this network reads tokens of shape ({len(x)}, S, {self.context}), found none; to say nothing, pass "
-                "tokens with S = 0"
+                f"this network reads tokens of shape ({len(x)}, S, {self.context}), found none; for no condition, "
+                "pass tokens with S = 0"
             )
         if self.context is None and (tokens is not None or mask is not None):
             raise ValueError("this network reads no tokens, found some or a mask; build it with context=")
 
     def extra_repr(self) -> str:
-        """What the layers do not show."""
+        """Return the settings that the layers do not show."""
         return f"size={self.size}, embedding={self.embedding}, context={self.context}, checkpoint={self.checkpoint}"
 
 
 def _levels_with_attention(resolutions: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[bool]:
-    """For each level, whether it has attention."""
+    """Return for each level whether it has attention."""
     present = [max(size) for size in sizes]
     missing = sorted(set(check_numbers("attention", resolutions, some=False)) - set(present))
     if missing:
@@ -216,12 +217,12 @@ def _levels_with_attention(resolutions: Sequence[int], sizes: Sequence[tuple[int
 
 
 class UNetLayer(nn.Module):
-    """One step of the U-Net at one resolution: a residual block, then attention where there is any.
+    """Layer of the U-Net at one resolution: a residual block, then attention if there is any.
 
     Args:
         block: the residual block.
-        attention: of the map to itself, or None.
-        cross_attention: of the map to the tokens, or None.
+        attention: self-attention of the map, or None.
+        cross_attention: cross-attention of the map to the tokens, or None.
 
     Shapes:
         `(B, inputs, h, w)` and `(B, E)` to `(B, outputs, h, w)`.
@@ -244,7 +245,7 @@ class UNetLayer(nn.Module):
         self.block, self.attention, self.cross_attention = block, attention, cross_attention
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """`(B, inputs, h, w)` and `(B, E)` to `(B, outputs, h, w)`; tokens and mask as for `UNet`."""
+        """Map `(B, inputs, h, w)` and `(B, E)` to `(B, outputs, h, w)`; tokens and mask as for `UNet`."""
         x = self.block(x, embedding)
         if self.attention is not None:
             x = self.attention(x)
@@ -261,7 +262,7 @@ def way_down(
     skips: list[int],
     **factory: Any,  # noqa: ANN401
 ) -> nn.ModuleList:
-    """The layers from the first level to the last; the channels of each result are added to `skips`."""
+    """Build the layers from the first level to the last; the channels of each result are added to `skips`."""
     layers = nn.ModuleList()
     for level, outputs in enumerate(channels):
         if level > 0:
@@ -281,7 +282,7 @@ def way_up(
     skips: list[int],
     **factory: Any,  # noqa: ANN401
 ) -> nn.ModuleList:
-    """The layers from the last level to the first; each takes the last of `skips` besides what comes from below."""
+    """Build the layers from the last level to the first; each takes the last of `skips` besides the map from below."""
     layers, inputs = nn.ModuleList(), channels[-1]
     for level, outputs in reversed(list(enumerate(channels))):
         for _ in range(blocks + 1):

@@ -1,4 +1,4 @@
-"""The residual block of the U-Net, and what it is made of.
+"""Residual block of the U-Net, and its parts.
 
 Letters: `B` batch, `C h w` feature map, `E` embedding width.
 """
@@ -29,16 +29,16 @@ __all__ = [
 
 
 def groups_of(channels: int) -> int:
-    """The number of groups of a norm: 16 channels in each where 16 divides their number, else more.
+    """Return the number of groups of a norm: 16 channels in each group where 16 divides `channels`, else more.
 
-    Fewer do not fill the vector registers of a CPU: with two channels in a group, as 32 groups of 64 channels have it,
-    PyTorch's GroupNorm takes many times as long on channels_last maps, in bfloat16 above all.
+    Fewer channels in a group do not fill the vector registers of a CPU. With two channels in a group, as in 32 groups
+    of 64 channels, PyTorch's GroupNorm takes many times as long on channels_last maps, above all in bfloat16.
     """
     return math.gcd(channels, max(1, channels // 16))
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero, so that a residual branch which ends in it starts as nothing."""
+    """Linear layer that starts at zero, so that a residual branch with this last layer adds nothing at first."""
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set weight and bias to zero; nothing is drawn from the generator."""
@@ -47,7 +47,7 @@ class ZeroLinear(nn.Linear):
 
 
 class ZeroConv2d(nn.Conv2d):
-    """A convolution that starts at zero, like `ZeroLinear`."""
+    """Convolution that starts at zero, like `ZeroLinear`."""
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set weight and bias to zero; nothing is drawn from the generator."""
@@ -56,15 +56,15 @@ class ZeroConv2d(nn.Conv2d):
 
 
 class TimestepEmbedding(nn.Module):
-    r"""Time to a vector: sinusoids, then Linear, SiLU, Linear.
+    r"""Embedding of a time as a vector: sinusoids, then Linear, SiLU, Linear.
 
         s_i = cos(1000 t f_i), s_{F+i} = sin(1000 t f_i), f_i = 10000^(-i/F), i = 0 ... F-1
 
     Args:
         embedding: width `E` of the vector.
-        frequencies: their number `F`.
-        device: where the parameters live.
-        dtype: of the parameters.
+        frequencies: number `F` of frequencies.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shapes:
         `(B,)` times from 0 to 1, to `(B, E)`.
@@ -96,11 +96,11 @@ class TimestepEmbedding(nn.Module):
         self.out = nn.Linear(embedding, embedding, **factory)
 
     def forward(self, t: Tensor) -> Tensor:
-        """`(B,)` to `(B, E)`.
+        """Map times `(B,)` to vectors `(B, E)`.
 
         Raises:
             TypeError: if the times are not floating point.
-            ValueError: if they are not `(B,)`, or (looked at on a CPU only) not from 0 to 1.
+            ValueError: if the times are not `(B,)`, or (read on a CPU only) not from 0 to 1.
         """
         if t.ndim != 1:
             raise ValueError(f"expected times of shape (B,), one for each image, found {tuple(t.shape)}")
@@ -114,20 +114,20 @@ class TimestepEmbedding(nn.Module):
         return embedding
 
     def extra_repr(self) -> str:
-        """The number of frequencies."""
+        """Return the number of frequencies as text."""
         return f"frequencies={self.frequencies}"
 
 
 class AdaGroupNorm(nn.Module):
-    """GroupNorm whose scale and shift come from an embedding; it starts as a plain norm.
+    """GroupNorm with scale and shift from an embedding; it starts as a plain norm.
 
         [scale, shift] = W e + b        y = norm(x) (1 + scale) + shift
 
     Args:
-        channels: of the map.
+        channels: channels of the map.
         embedding: width `E` of the embedding.
-        device: where the parameters live.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shapes:
         `(B, C, h, w)` and `(B, E)` to `(B, C, h, w)`.
@@ -157,7 +157,7 @@ class AdaGroupNorm(nn.Module):
         self.project = ZeroLinear(embedding, 2 * channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Normalise `(B, C, h, w)`, then scale and shift as the embedding `(B, E)` says."""
+        """Normalise `(B, C, h, w)`, then scale and shift by the embedding `(B, E)`."""
         scale, shift = self.project(embedding)[:, :, None, None].chunk(2, dim=1)
         return torch.addcmul(shift, self.norm(x), 1 + scale)
 
@@ -165,15 +165,15 @@ class AdaGroupNorm(nn.Module):
 class UNetBlock(nn.Module):
     """Residual block: norm, SiLU, convolution, adaptive norm, SiLU, dropout, convolution, added to the input.
 
-    It starts as its skip: the identity, or a 1x1 convolution where the number of channels changes.
+    The block starts as its skip: the identity, or a 1x1 convolution where the number of channels changes.
 
     Args:
         inputs: channels in.
         outputs: channels out.
-        embedding: width `E` of the embedding, which is taken as it comes: apply SiLU to it once, for all blocks.
-        dropout: share of the numbers that is dropped in training.
-        device: where the parameters live.
-        dtype: of the parameters.
+        embedding: width `E` of the embedding, which already includes SiLU: apply SiLU once, for all blocks.
+        dropout: share of the activations that is dropped in training.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shapes:
         `(B, inputs, h, w)` and `(B, E)` to `(B, outputs, h, w)`.
@@ -210,7 +210,7 @@ class UNetBlock(nn.Module):
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, **factory)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """`(B, inputs, h, w)` and `(B, E)` to `(B, outputs, h, w)`."""
+        """Map `(B, inputs, h, w)` and `(B, E)` to `(B, outputs, h, w)`."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h, embedding))))
         y: Tensor = self.skip(x) + h
@@ -218,15 +218,15 @@ class UNetBlock(nn.Module):
 
 
 class SelfAttention2d(nn.Module):
-    """Every position of a map reads from all positions; norm, attention, added to the input.
+    """Self-attention between all positions of a map: norm, attention, added to the input.
 
     The output projection starts at zero, so the block starts as the identity.
 
     Args:
-        channels: of the map.
-        heads: of the attention; must divide the channels.
-        device: where the parameters live.
-        dtype: of the parameters.
+        channels: channels of the map.
+        heads: number of heads of the attention; must divide the channels.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shapes:
         `(B, C, h, w)` to `(B, C, h, w)`.
@@ -253,21 +253,21 @@ class SelfAttention2d(nn.Module):
         self.norm = nn.GroupNorm(groups_of(channels), channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, h, w)` to `(B, C, h, w)`."""
+        """Map `(B, C, h, w)` to `(B, C, h, w)`."""
         return x + _to_map(self.attention(_to_tokens(self.norm(x))), x)
 
 
 class CrossAttention2d(nn.Module):
-    """Every position of a map reads from given tokens; norm, attention, added to the input.
+    """Cross-attention of all positions of a map to given tokens: norm, attention, added to the input.
 
     The output projection starts at zero, so the block starts as the identity.
 
     Args:
-        channels: of the map.
+        channels: channels of the map.
         context: width of the tokens.
-        heads: of the attention; must divide the channels.
-        device: where the parameters live.
-        dtype: of the parameters.
+        heads: number of heads of the attention; must divide the channels.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shapes:
         `(B, C, h, w)` and `(B, S, context)` to `(B, C, h, w)`.
@@ -295,7 +295,7 @@ class CrossAttention2d(nn.Module):
         self.norm = nn.GroupNorm(groups_of(channels), channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`(B, C, h, w)`, `(B, S, context)` and `(B, S)`, True = may be attended to, to `(B, C, h, w)`."""
+        """Map `(B, C, h, w)`, `(B, S, context)` and `(B, S)`, True = may be attended to, to `(B, C, h, w)`."""
         return x + _to_map(self.attention(_to_tokens(self.norm(x)), tokens, mask), x)
 
 
@@ -306,30 +306,30 @@ def _attention(channels: int, context: int | None, heads: int, **factory: Any) -
 
 
 def _to_tokens(x: Tensor) -> Tensor:
-    """`(B, C, h, w)` to `(B, h * w, C)`: a view of a channels_last map."""
+    """Reshape `(B, C, h, w)` to `(B, h * w, C)`: a view of a channels_last map."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _to_map(tokens: Tensor, like: Tensor) -> Tensor:
-    """`(B, h * w, C)` to `(B, C, h, w)`, channels_last."""
+    """Reshape `(B, h * w, C)` to `(B, C, h, w)`, channels_last."""
     rows: Tensor = tokens.unflatten(1, like.shape[2:])
     return rows.permute(0, 3, 1, 2)
 
 
 class Downsample2d(nn.Module):
-    """A strided 3x3 convolution that halves a map, rounded up.
+    """Strided 3x3 convolution that halves a map, rounded up.
 
     Args:
-        channels: of the map.
-        device: where the parameters live.
-        dtype: of the parameters.
+        channels: channels of the map.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shapes:
         `(B, C, h, w)` to `(B, C, ceil(h / 2), ceil(w / 2))`.
 
     Raises:
         ValueError: if `channels` is below 1.
-        TypeError: if `channels` is no whole number.
+        TypeError: if `channels` is not a whole number.
 
     Examples:
         >>> Downsample2d(8)(torch.zeros(2, 8, 7, 4)).shape
@@ -344,25 +344,25 @@ class Downsample2d(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, h, w)` to `(B, C, ceil(h / 2), ceil(w / 2))`."""
+        """Map `(B, C, h, w)` to `(B, C, ceil(h / 2), ceil(w / 2))`."""
         y: Tensor = self.conv(x)
         return y
 
 
 class Upsample2d(nn.Module):
-    """Nearest-neighbour doubling of a map, a 3x3 convolution, and a cut to the size that is wanted.
+    """Nearest-neighbour doubling of a map, a 3x3 convolution, and a cut to the given size.
 
     Args:
-        channels: of the map.
-        device: where the parameters live.
-        dtype: of the parameters.
+        channels: channels of the map.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shapes:
         `(B, C, h, w)` to `(B, C, H, W)`, where `H` is `2h` or `2h - 1`, and `W` likewise.
 
     Raises:
         ValueError: if `channels` is below 1.
-        TypeError: if `channels` is no whole number.
+        TypeError: if `channels` is not a whole number.
 
     Examples:
         >>> Upsample2d(8)(torch.zeros(2, 8, 4, 2), size=(7, 4)).shape
@@ -377,10 +377,10 @@ class Upsample2d(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """`(B, C, h, w)` to `(B, C, *size)`.
+        """Map `(B, C, h, w)` to `(B, C, *size)`.
 
         Raises:
-            ValueError: if the size is not twice that of `x`, or one less.
+            ValueError: if the size is not twice the size of `x`, or one less.
         """
         height, width = size
         if -(-height // 2) != x.shape[2] or -(-width // 2) != x.shape[3]:
@@ -392,10 +392,10 @@ class Upsample2d(nn.Module):
         return y[:, :, :height, :width]
 
     def _kernel(self) -> Tensor:
-        """Doubling and convolution in one: weights `(C, C, 4, 4)` of a transposed convolution of stride 2.
+        """Return doubling and convolution in one: weights `(C, C, 4, 4)` of a transposed convolution of stride 2.
 
-        On the doubled map neighbouring weights meet the same pixel. Added up first, they are multiplied once: 16
-        products for a pixel of `x` and its four copies, in place of 36.
+        On the doubled map neighbouring weights multiply the same pixel. With their sum the pixel is multiplied once: 16
+        multiplications for a pixel of `x` and its four copies, in place of 36.
         """
         eye = torch.eye(3, device=self.conv.weight.device, dtype=self.conv.weight.dtype)
         pairs = F.pad(eye, (0, 0, 0, 1)) + F.pad(eye, (0, 0, 1, 0))  # rows of weights w0, w0 + w1, w1 + w2, w2

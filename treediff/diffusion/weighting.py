@@ -1,7 +1,7 @@
-"""How much each noise level counts in the loss.
+"""Weightings of the noise levels in the loss.
 
-A weighting is any function from log-SNRs `(B,)` to factors `(B,)` on the squared error of what the network itself
-predicts. `simple` and `min_snr` are two of them.
+A weighting is any function from log-SNRs `(B,)` to factors `(B,)` on the squared error of the network's own prediction.
+`simple` and `min_snr` are two weightings.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ Weighting = Callable[[Tensor], Tensor]
 
 
 def simple(log_snr: Tensor) -> Tensor:
-    """1 everywhere (Ho et al., arXiv 2006.11239, eq. 14, where the network predicts noise)."""
+    """Return 1 for every noise level (Ho et al., arXiv 2006.11239, eq. 14, where the network predicts noise)."""
     return torch.ones_like(log_snr)
 
 
 def min_snr(prediction: Prediction, gamma: float = 5.0) -> Weighting:
-    """The weight `min(SNR, gamma)` on the error of the image (Hang et al., arXiv 2303.09556, section 3.4).
+    """Build the weighting `min(SNR, gamma)` on the error of the image (Hang et al., arXiv 2303.09556, section 3.4).
 
-    On the error of other predictions that is `min(SNR, gamma) / SNR` for the noise and `min(SNR, gamma) / (SNR + 1)`
-    for the velocity. Where nothing of the image is left, as at zero terminal SNR, the weight is 0: nothing is learned
-    there.
+    On the error of other predictions the weight is `min(SNR, gamma) / SNR` for the noise and
+    `min(SNR, gamma) / (SNR + 1)` for the velocity. Where nothing of the image is left, as at zero terminal SNR, the
+    weight is 0: nothing is learned there.
 
     Args:
         prediction: what the network predicts.
-        gamma: where the weight stops growing; above 0.
+        gamma: SNR at which the weight stops growing; above 0.
 
     Raises:
         ValueError: if there is no such prediction, or gamma is not above 0.

@@ -1,4 +1,4 @@
-"""The layers a TreeVAE is made of, each a small module of its own."""
+"""Layers of a TreeVAE, each a small module of its own."""
 
 from treediff.core.groups import Groups
 from treediff.growth.annealing import KLAnnealing

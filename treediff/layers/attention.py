@@ -1,6 +1,6 @@
 """Multi-head attention between sets of tokens.
 
-Letters: `B` batch, `S` tokens that ask, `T` tokens that answer.
+Letters: `B` batch, `S` query tokens, `T` key tokens.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ __all__ = ["Attention"]
 
 
 def check_dropout(dropout: float) -> float:
-    """A share of what is dropped: from 0 on, and below 1, or nothing would be left."""
+    """Return a dropout rate; raise unless it is at least 0, and below 1, since 1 would drop everything."""
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, found {dropout}")
     return dropout
 
 
 class Attention(nn.Module):
-    r"""Every token reads from all tokens of its own set, or of another one.
+    r"""Multi-head attention of every token to all tokens of its own set, or of another set.
 
-    With `q = W_q x`, `k = W_k c`, `v = W_v c`, cut into heads of `d = width / heads` numbers,
+    With `q = W_q x`, `k = W_k c`, `v = W_v c`, split into heads of `d = width / heads` dimensions,
 
         y = W_o [softmax(q k^T / sqrt(d)) v]
 
     where `c` is `x` itself (self-attention) or the context (cross-attention). There are no positions: the order of
-    the tokens that answer does not matter.
+    the key tokens does not matter.
 
     Args:
-        width: numbers per token of `x`, and of the result.
-        context: numbers per token of the context; None for self-attention.
-        heads: in how many parts the width is cut; must divide it.
+        width: dimensions per token of `x`, and of the result.
+        context: dimensions per token of the context; None for self-attention.
+        heads: number of heads; must divide the width.
         dropout: share of the attention weights that is dropped, in training only.
-        device: where the parameters live.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
@@ -81,19 +81,19 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, **factory)
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Let the tokens of `x` read.
+        """Attend from the tokens of `x` to the key tokens.
 
         Args:
-            x: `(B, S, width)` tokens that ask.
-            context: `(B, T, context)` tokens that answer; None where the module was built for self-attention.
-            mask: True = may be attended to. `(B, T)` booleans; None lets every token be attended to. Where nothing may
-                be attended to, in a row of False or for `T = 0`, the result is the output projection of zero.
+            x: `(B, S, width)` query tokens.
+            context: `(B, T, context)` key tokens; None if the module was built for self-attention.
+            mask: `(B, T)` booleans, True = may be attended to; None means that all tokens may be attended to. Where no
+                token may be attended to, in a row of False or for `T = 0`, the result is the output projection of zero.
 
         Returns:
             `(B, S, width)`.
 
         Raises:
-            ValueError: if a shape does not fit, or the context is missing or not wanted.
+            ValueError: if a shape does not fit, or the context is missing or superfluous.
             TypeError: if the mask is not boolean.
         """
         source = self._source(x, context)
@@ -101,7 +101,7 @@ class Attention(nn.Module):
         key, value = (self._split(part) for part in self.key_value(source).chunk(2, dim=-1))
         if mask is not None:
             _check_mask(mask, source)
-            # Not every kernel is safe from 0/0 in a row of False: open such a row, and let it read zeros.
+            # Not every kernel avoids 0/0 in a row of False: open such a row, with values of zero.
             empty = ~mask.any(-1, keepdim=True)
             value = value.masked_fill(empty[:, :, None, None], 0)
             mask = (mask | empty)[:, None, None]
@@ -111,12 +111,12 @@ class Attention(nn.Module):
         return y
 
     def _split(self, tokens: Tensor) -> Tensor:
-        """`(B, S, width)` to `(B, heads, S, width / heads)`, a view."""
+        """Return a view of `(B, S, width)` as `(B, heads, S, width / heads)`."""
         heads: Tensor = tokens.unflatten(-1, (self.heads, self.width // self.heads))
         return heads.transpose(1, 2)
 
     def _source(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """The tokens that answer, once it is sure that all shapes fit."""
+        """Return the key tokens; raise unless all shapes fit."""
         if x.ndim != 3 or x.shape[-1] != self.width:
             raise ValueError(f"expected tokens of shape (B, S, {self.width}), found {tuple(x.shape)}")
         if self.context is None:
@@ -130,15 +130,15 @@ class Attention(nn.Module):
         return context
 
     def extra_repr(self) -> str:
-        """The widths, for `print(attention)`."""
+        """Return the widths, for `print(attention)`."""
         return f"width={self.width}, context={self.context}, heads={self.heads}, dropout={self.dropout}"
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """`softmax(q k^T / sqrt(d)) v`, of the dtype of the query."""
+    """Compute `softmax(q k^T / sqrt(d)) v`, in the dtype of the query."""
     if query.device.type != "cpu" or query.dtype == torch.float64:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    # On a CPU the kernel for bfloat16 is slower than that for float32, its backward pass many times.
+    # On a CPU the kernel for bfloat16 is slower than the kernel for float32, its backward pass many times.
     with torch.autocast("cpu", enabled=False):
         wide = F.scaled_dot_product_attention(
             query.float(), key.float(), value.float(), attn_mask=mask, dropout_p=dropout

@@ -1,10 +1,10 @@
-"""Contrastive losses: two views of one image should look alike to the encoder and turn alike at every router.
+"""Contrastive losses: two views of one image should have similar features and the same turn at every router.
 
-TreeVAE (arXiv 2306.08984) adds both to the negative ELBO on colour images, times 100 in its reference code:
-`nt_xent` on the projected features of every bottom-up level, averaged over levels, and `decision_nt_xent` on
-the routers, summed over routers.
+TreeVAE (arXiv 2306.08984) adds both losses to the negative ELBO on colour images, times 100 in its reference
+code. `nt_xent` is applied to the projected features of every bottom-up level and averaged over levels.
+`decision_nt_xent` is applied to the routers and summed over routers.
 
-Letters: `B` pairs of views, so `2B` items; `D` feature width; `I` routed nodes.
+Letters: `B` pairs of views, so `2B` items, `D` feature width, `I` routed nodes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["ProjectionHead", "decision_nt_xent", "nt_xent"]
 
 
 def nt_xent(first: Tensor, second: Tensor, *, temperature: float = 0.5, weights: Tensor | None = None) -> Tensor:
-    r"""Normalised, temperature-scaled cross-entropy between the two views of every image (SimCLR).
+    r"""Compute the normalised, temperature-scaled cross-entropy between the two views of every image (SimCLR).
 
     With `u` the rows of `[first; second]` scaled to length 1, `s_ij = u_i . u_j / temperature`, and `p(i)`
     the other view of item `i`:
@@ -27,19 +27,19 @@ def nt_xent(first: Tensor, second: Tensor, *, temperature: float = 0.5, weights:
         loss_i = log sum_{j != i} exp(s_ij) - s_{i p(i)}        loss = sum_i w_i loss_i / sum_i w_i
 
     The sum in the denominator runs over all other `2B - 1` items. A weight of 0 takes an item out of the
-    *mean* only: it stays in the denominators of the others, and gradient still reaches it through them. If
-    all weights are 0 the loss is 0. A row of zeros has no direction and counts as orthogonal to every other.
+    *mean* only: the item stays in the denominators of other items, through which it still gets a gradient. If
+    all weights are 0 the loss is 0. A row of zeros has no direction and counts as orthogonal to every other row.
 
-    Computed in float32 at least, under autocast too. Symmetric in its two views.
+    The loss is computed in float32 at least, under autocast too. It is symmetric in its two views.
 
     Args:
         first: `(B, D)` features of the first views, of any length.
         second: `(B, D)` features of the second views, row by row of the same images.
-        temperature: above 0; the smaller, the more the most similar of the others count.
-        weights: none below 0; `(B,)` for one weight per pair, `(2, B)` for one per item, None for equal ones.
+        temperature: above 0; the smaller, the more the most similar of the other items count.
+        weights: none below 0; `(B,)` for one weight per pair, `(2, B)` for one per item, None for equal weights.
 
     Returns:
-        The loss in nats, a scalar; `log(2B - 1)` when all items look the same, and 0 for a single pair.
+        The loss in nats, a scalar; `log(2B - 1)` if all items are equal, and 0 for a single pair.
 
     Raises:
         ValueError: if the shapes do not fit or the temperature is not above 0.
@@ -66,21 +66,21 @@ def decision_nt_xent(
     weights: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    r"""NT-Xent on routing decisions: both views of an image should take one turn, other images the other.
+    r"""Compute NT-Xent on decisions: both views of an image should take one turn, other images the other turn.
 
-    At one router a sample is the vector `(s, 1 - s) / |(s, 1 - s)|` with `s = sigmoid(logit)`; the loss is
-    then that of `nt_xent`. With a column per router the losses of the columns are added up.
+    At one router a sample is the vector `(s, 1 - s) / |(s, 1 - s)|` with `s = sigmoid(logit)`; the loss is then
+    `nt_xent` of these vectors. With a column per router the losses of the columns are added up.
 
-    The weights are the probabilities of reaching the router. They say who counts, not what to learn, so no
-    gradient flows into them. A router that nobody reaches (all weights 0) adds 0.
+    The weights are the probabilities of reaching the router. They weight the items and are not to be learned, so
+    no gradient flows into the weights. A router that no item reaches (all weights 0) adds 0.
 
     Memory grows as `I (2B)^2`: all routers are computed at once.
 
     Args:
         logits_first: `(B,)` for one router, or `(B, I)` for all of them, from the first views.
-        logits_second: the same for the second views.
-        weights: none below 0; of the logits' shape for one weight per pair, `(2, B)` or `(2, B, I)` for one
-            per item (`torch.stack([reach_first, reach_second])`, as TreeVAE has it), None for equal ones.
+        logits_second: `(B,)` or `(B, I)` from the second views.
+        weights: none below 0. The logits' shape gives one weight per pair, and `(2, B)` or `(2, B, I)` one per item
+            (`torch.stack([reach_first, reach_second])`, as in TreeVAE). None means equal weights.
         temperature: above 0.
 
     Returns:
@@ -113,7 +113,7 @@ def decision_nt_xent(
 
 
 class ProjectionHead(nn.Module):
-    """The small network between features and the contrastive loss; thrown away when training is over.
+    """Projection head: the small network between features and the contrastive loss, discarded after training.
 
     `Linear -> norm -> SiLU -> Linear`. A map `(B, C, H, W)` is flattened first. The loss scales the output to
     length 1 itself.
@@ -122,9 +122,9 @@ class ProjectionHead(nn.Module):
         in_features: width `D` of the vectors, or `C * H * W` of the maps.
         hidden: width of the hidden layer.
         out_features: width of the output.
-        norm: makes the norm from its width and `device`, `dtype`. The default treats rows independently;
-            `nn.BatchNorm1d`, as the papers have it, ties the instances of a batch together.
-        device: where the parameters live.
+        norm: builds the norm from its width and `device`, `dtype`. The default treats rows independently;
+            `nn.BatchNorm1d`, which the papers use, couples the instances of a batch.
+        device: of the parameters.
         dtype: of the parameters.
 
     Raises:
@@ -175,21 +175,21 @@ class ProjectionHead(nn.Module):
         return projected
 
     def extra_repr(self) -> str:
-        """The widths, for `print(head)`."""
+        """Return the widths, for `print(head)`."""
         return f"in_features={self.in_features}, hidden={self.hidden}, out_features={self.out_features}"
 
 
 def _directions(rows: Tensor) -> Tensor:
-    """Rows scaled to length 1; rows of zeros stay, with the gradient of the identity.
+    """Scale rows to length 1; rows of zeros stay, with the gradient of the identity.
 
-    `F.normalize` divides them by its epsilon instead, and their gradient becomes 1e12 times too large.
+    `F.normalize` divides rows of zeros by its epsilon instead, and their gradient becomes 1e12 times too large.
     """
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return rows / lengths.masked_fill(lengths == 0, 1)
 
 
 def _item_losses(units: Tensor, temperature: float) -> Tensor:
-    """Every item's loss: unit vectors `(..., 2B, D)`, first views before second ones, to `(..., 2B)`."""
+    """Compute each item's loss: unit vectors `(..., 2B, D)`, first views before second views, to `(..., 2B)`."""
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, found {temperature}; the usual values are 0.1 to 1")
     items = units.shape[-2]
@@ -201,16 +201,16 @@ def _item_losses(units: Tensor, temperature: float) -> Tensor:
 
 
 def _weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean over the items, the first axis, leaving one number per router; 0 where the weights add up to 0."""
+    """Return the mean over the items, the first axis: one number per router, 0 where the weights add up to 0."""
     if weights is None:
         return losses.mean(0)
     total = weights.sum(0)
-    # Where nobody has weight the sum is 0 already; only the division by 0 must not happen.
+    # Where all weights are 0 the sum is 0 already; only the division by 0 must be avoided.
     return (weights * losses).sum(0) / total.masked_fill(total == 0, 1)
 
 
 def _weights_per_item(weights: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Weights per pair `shape`, or per item `(2, *shape)`, as a column of `2B` in the order of the items."""
+    """Return weights per pair `shape`, or per item `(2, *shape)`, as a column of `2B` in the order of the items."""
     if weights is None:
         return None
     if weights.shape not in (shape, (2, *shape)):
@@ -222,7 +222,7 @@ def _weights_per_item(weights: Tensor | None, shape: torch.Size) -> Tensor | Non
 
 
 def _check_views(first: Tensor, second: Tensor, *, ndims: tuple[int, ...], expected: str) -> None:
-    """Refuse views that are not row by row the two sides of at least one pair."""
+    """Raise unless the views are, row by row, the two sides of at least one pair."""
     if first.shape != second.shape or first.ndim not in ndims or len(first) == 0:
         raise ValueError(
             f"expected two views of the same shape {expected} with at least one pair; found "
@@ -233,5 +233,5 @@ def _check_views(first: Tensor, second: Tensor, *, ndims: tuple[int, ...], expec
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    """Half precision has too few digits for a sum of exponentials."""
+    """Convert half precision to float32: it has too few digits for a sum of exponentials."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

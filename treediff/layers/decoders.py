@@ -1,7 +1,7 @@
-"""From a leaf's latent to the raw output that a likelihood reads. One decoder per leaf.
+"""Decoders from a leaf's latent to the raw output that a likelihood reads. One decoder per leaf.
 
-Each takes a latent of shape `(D,)` or `(D, h, w)` and returns one observation. They are built from layers
-that compute all leaves at once (see `treediff.layers.grouped.call`), except `ResidualBlock`, which goes from leaf to
+Each decoder takes a latent of shape `(D,)` or `(D, h, w)` and returns one observation. Decoders are built from layers
+that compute all leaves at once (see `treediff.layers.grouped.call`), except `ResidualBlock`, which computes leaf by
 leaf.
 """
 
@@ -23,13 +23,13 @@ __all__ = ["ConvDecoder", "MLPDecoder", "PatchDecoder", "ResidualDecoder"]
 
 
 class MLPDecoder(nn.Sequential):
-    """Hidden layers, then one product to every output: the cheapest decoder of small images, and of vectors.
+    """Hidden layers, then one matmul to all outputs: the cheapest decoder of small images, and of vectors.
 
     Args:
         latent: shape of the latent.
         outputs: shape of one observation.
         hidden: widths of the hidden layers.
-        device: where the parameters live.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
@@ -62,10 +62,10 @@ class MLPDecoder(nn.Sequential):
 
 
 class PatchDecoder(nn.Sequential):
-    """A few numbers for each patch of the image, then one small network that paints every patch from its own.
+    """Decoder by patches: a few numbers for each patch, and one small network that turns these into the patch.
 
-    The patches do not overlap, so all is matrix products, as cheap as an `MLPDecoder`; but what a patch can look like
-    is learned once for all places, and is not linear.
+    The patches do not overlap, so all layers are matmuls, as cheap as an `MLPDecoder`. But the map from numbers to a
+    patch is learned once for all places, and is not linear.
 
     Args:
         latent: shape of the latent.
@@ -73,9 +73,9 @@ class PatchDecoder(nn.Sequential):
         size: height and width of the image; any size, also odd or not square.
         hidden: width of the layer between the latent and the patches.
         width: numbers per patch.
-        patch_hidden: width of the hidden layer of the network that paints a patch.
+        patch_hidden: width of the hidden layer of the network that generates a patch.
         patch: side of a patch; 4 by default, 2 where the image is small.
-        device: where the parameters live.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
@@ -124,15 +124,15 @@ class PatchDecoder(nn.Sequential):
 
 
 class ConvDecoder(nn.Sequential):
-    """A product to a small map, then transposed convolutions, each doubling it, cropped to the image.
+    """Projection to a small map, then transposed convolutions that each double it, cropped to the image.
 
     Args:
         latent: shape of the latent.
         channels: channels of the image.
         size: height and width of the image; any size, also odd or not square.
         width: channels before the last layer; doubled towards the latent.
-        smallest: the first map is the image halved until no side exceeds this.
-        device: where the parameters live.
+        smallest: greatest side of the first map, whose size is the image's size halved until it fits.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
@@ -174,15 +174,15 @@ class ConvDecoder(nn.Sequential):
 
 
 class ResidualDecoder(nn.Sequential):
-    """A product to a small map, then residual blocks, each doubling it: the decoder for colour images.
+    """Projection to a small map, then residual blocks that each double it: the decoder for colour images.
 
     Args:
         latent: shape of the latent.
         channels: channels of the image.
         size: height and width of the image.
         width: channels of the last block; doubled towards the latent.
-        smallest: the first map is the image halved until no side exceeds this.
-        device: where the parameters live.
+        smallest: greatest side of the first map, whose size is the image's size halved until it fits.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
@@ -227,7 +227,7 @@ def _start(
     smallest: int,
     **factory: Any,  # noqa: ANN401
 ) -> tuple[list[nn.Module], int, int, tuple[int, int]]:
-    """Layers from the latent to the first map, its channels, how often it is doubled, and its size."""
+    """Return layers from the latent to the first map, its channels, the number of doublings, and its size."""
     latent, size = check_shape("latent", latent), check_size("size", size)
     doublings = max(0, math.ceil(math.log2(max(size) / smallest)))
     start = (math.ceil(size[0] / 2**doublings), math.ceil(size[1] / 2**doublings))
@@ -244,7 +244,7 @@ def _start(
 
 
 def _crop(start: tuple[int, int], doublings: int, size: tuple[int, int]) -> list[nn.Module]:
-    """Cut what the doublings made too large, as evenly from both sides as can be."""
+    """Return the layers that crop the surplus of the doublings, as evenly on both sides as possible."""
     surplus = [s * 2**doublings - n for s, n in zip(start, size, strict=True)]
     if not any(surplus):
         return []

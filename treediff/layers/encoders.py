@@ -1,6 +1,6 @@
-"""From an observation to the features at the bottom of the ladder.
+"""Encoders from an observation to the features at the bottom of the ladder.
 
-Each encoder returns features of the shape it was asked for: a vector `(width,)`, or a map `(channels, h, w)`.
+Each encoder returns features of the requested shape: a vector `(width,)`, or a map `(channels, h, w)`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class MLPEncoder(nn.Sequential):
     Args:
         inputs: shape of one observation.
         features: shape of the result.
-        hidden: widths of the hidden layers before it.
-        device: where the parameters live.
+        hidden: widths of the hidden layers before the result.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
@@ -58,7 +58,7 @@ class MLPEncoder(nn.Sequential):
 
 
 def _halvings(size: tuple[int, int], smallest: int) -> list[tuple[int, int]]:
-    """Sizes from the image down to `smallest`, each half the one before, rounded up."""
+    """Return sizes from the image down to `smallest`, each half the size before, rounded up."""
     sizes = [size]
     while min(sizes[-1]) > smallest:
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
@@ -66,15 +66,15 @@ def _halvings(size: tuple[int, int], smallest: int) -> list[tuple[int, int]]:
 
 
 class ConvEncoder(nn.Sequential):
-    """A patch embedding and strided convolutions, then one product to the features.
+    """Patch embedding and strided convolutions, then one projection to the features.
 
     Args:
         channels: channels of the image.
         size: height and width of the image.
-        features: shape of the result; a map is reached by pooling, a vector by flattening.
+        features: shape of the result: maps are pooled to the shape of a map, and flattened for a vector.
         width: channels of the patches; doubled by each later convolution.
         patch: side of a patch; 4 by default, 2 where the image is small.
-        device: where the parameters live.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
@@ -133,15 +133,15 @@ class ResidualBlock(nn.Module):
     Args:
         inputs: channels in.
         outputs: channels out.
-        resample: 'down' halves the map (rounded up), 'up' doubles it, 'keep' leaves it.
-        device: where the parameters live.
+        resample: 'down' halves the map (rounded up), 'up' doubles it, 'keep' keeps its size.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
         `(B, inputs, h, w)` to `(B, outputs, h', w')`.
 
     Raises:
-        ValueError: if `resample` is none of the three, or a number of channels is below 1.
+        ValueError: if `resample` is none of these words, or a number of channels is below 1.
 
     Examples:
         >>> ResidualBlock(8, 16, resample="down")(torch.zeros(1, 8, 6, 6)).shape
@@ -174,11 +174,11 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, **factory)
 
     def extra_repr(self) -> str:
-        """How the map is resized."""
+        """Return the kind of resampling, for `print(block)`."""
         return f"resample={self.resample!r}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, inputs, h, w)` to `(B, outputs, h', w')`."""
+        """Map `(B, inputs, h, w)` to `(B, outputs, h', w')`."""
         if self.resample == "up":
             x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
         y = torch.add(self.skip(x), self.branch(x), alpha=0.1)
@@ -186,15 +186,15 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualEncoder(nn.Sequential):
-    """A stem and residual blocks, each halving the map: the encoder for colour images.
+    """Stem and residual blocks, each of which halves the map: the encoder for colour images.
 
     Args:
         channels: channels of the image.
         size: height and width of the image.
         features: shape of the result.
         width: channels of the stem; doubled by each block up to `max_width`.
-        max_width: most channels of a block.
-        device: where the parameters live.
+        max_width: greatest number of channels of a block.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:

@@ -1,4 +1,4 @@
-"""The small pieces that node networks, encoders and decoders are made of.
+"""Building blocks of node networks, encoders and decoders.
 
 Latents and features are vectors `(B, D)`, or maps `(B, D, h, w)` of a fixed size.
 """
@@ -19,7 +19,7 @@ __all__ = ["BottomUpBlock", "GaussianHead", "LatentTransition"]
 
 
 class GaussianHead(nn.Sequential):
-    """Features to a diagonal Gaussian: the part of a node's posterior that sees the image.
+    """Head from features to a diagonal Gaussian: the part of a node's posterior that depends on the image.
 
     The variance is `softplus` of a projection, kept as its logarithm (TreeVAE, arXiv 2306.08984, eq. 7).
 
@@ -27,12 +27,12 @@ class GaussianHead(nn.Sequential):
         inputs: shape of the features, `(D,)` or `(D, h, w)`.
         latent: width of the latent.
         hidden: widths of hidden layers in between; none by default.
-        device: where the parameters live.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
-        `(B, D, ...)` to `(B, 2 * latent, ...)`: the mean, then the log-variance; `.chunk(2, dim=1)` parts
-        them.
+        `(B, D, ...)` to `(B, 2 * latent, ...)`: the mean, then the log-variance; `.chunk(2, dim=1)`
+        separates both.
 
     Raises:
         ValueError: if a shape or a width has numbers below 1, or is no shape at all.
@@ -63,14 +63,14 @@ class GaussianHead(nn.Sequential):
 
 
 class LatentTransition(GaussianHead):
-    """A parent's latent to the prior of its child, `p(z_child | z_parent)` (TreeVAE, eq. 3).
+    """Transition from a parent's latent to the prior of its child, `p(z_child | z_parent)` (TreeVAE, eq. 3).
 
-    A `GaussianHead` that keeps the latent's shape, with a hidden layer by default.
+    This is a `GaussianHead` that keeps the latent's shape, with a hidden layer by default.
 
     Args:
         latent: shape of the latent, `(D,)` or `(D, h, w)`.
         hidden: widths of the hidden layers.
-        device: where the parameters live.
+        device: of the parameters.
         dtype: of the parameters.
 
     Raises:
@@ -94,15 +94,15 @@ class LatentTransition(GaussianHead):
 
 
 class BottomUpBlock(nn.Module):
-    """One step of the deterministic ladder, from the features of a depth to those of the depth above.
+    """Block of the deterministic ladder, from the features of a depth to the features of the depth above.
 
     `d_{h-1} = d_h + f(d_h)` with `f` a stack of project, normalise, activate. The sum keeps the root, at the
     far end of the ladder, as close to the image as the leaves are.
 
     Args:
         inputs: shape of the features, `(D,)` or `(D, h, w)`; kept.
-        layers: how many times project, normalise, activate.
-        device: where the parameters live.
+        layers: number of repetitions of project, normalise, activate.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
@@ -131,6 +131,6 @@ class BottomUpBlock(nn.Module):
         self.step = nn.Sequential(stack(inputs, [inputs[0]] * layers, device=device, dtype=dtype))
 
     def forward(self, d: Tensor) -> Tensor:
-        """See the class."""
+        """Return the features of the depth above, `d + f(d)`."""
         step: Tensor = self.step(d)
         return d + step

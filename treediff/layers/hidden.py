@@ -13,10 +13,10 @@ from treediff.core.checks import Shape, check_numbers
 
 
 def norm(shape: Shape, **factory: Any) -> nn.Module:  # noqa: ANN401
-    """A norm of one instance: LayerNorm for vectors, GroupNorm for maps.
+    """Build a norm over one instance: LayerNorm for vectors, GroupNorm for maps.
 
-    A group of channels has 8 of them where 8 divides their number, else more. A vector of one number has no
-    norm: it would always come out as the same.
+    A group has 8 channels where 8 divides their number, otherwise more. A vector of one number has no norm,
+    because a norm would always return the same number.
     """
     if len(shape) == 1:
         return nn.LayerNorm(shape[0], **factory) if shape[0] > 1 else nn.Identity()
@@ -24,14 +24,14 @@ def norm(shape: Shape, **factory: Any) -> nn.Module:  # noqa: ANN401
 
 
 def project(inputs: Shape, width: int, **factory: Any) -> nn.Module:  # noqa: ANN401
-    """A linear layer for vectors, a 3x3 convolution for maps."""
+    """Build a linear layer for vectors, a 3x3 convolution for maps."""
     if len(inputs) == 1:
         return nn.Linear(inputs[0], width, **factory)
     return nn.Conv2d(inputs[0], width, 3, padding=1, **factory)
 
 
 def stack(inputs: Shape, widths: Sequence[int], **factory: Any) -> OrderedDict[str, nn.Module]:  # noqa: ANN401
-    """Hidden layers: project, normalise, activate, for each width."""
+    """Build hidden layers: project, normalise, activate, for each width."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i, width in enumerate(check_numbers("hidden", widths, some=False)):
         layers[f"project{i}"] = project(inputs, width, **factory)

@@ -1,4 +1,4 @@
-"""Initial weights from a generator that the caller owns."""
+"""Initial weights from the caller's generator."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNo
 def initialize(module: nn.Module, *, generator: torch.Generator | None = None) -> None:
     """Give every layer inside `module` fresh weights, in place.
 
-    Linear and convolutional weights and biases are uniform on `+-1/sqrt(fan_in)`, as in PyTorch, where `fan_in` is
-    the input channels times the size of the kernel (PyTorch takes the output channels for a transposed
-    convolution). Norms start as the identity. A layer of your own takes part by having
+    Linear and convolutional weights and biases are uniform on `+-1/sqrt(fan_in)`, as in PyTorch. `fan_in` is the
+    input channels times the size of the kernel (PyTorch takes the output channels for a transposed
+    convolution). Norms start as the identity. A custom layer takes part by a method
     `reset_parameters(generator=...)`.
 
     Args:
         module: the network.
-        generator: where the randomness comes from; None is PyTorch's default generator.
+        generator: source of the random numbers; None is PyTorch's default generator.
 
     Raises:
-        TypeError: if a layer owns parameters and is neither known nor has `reset_parameters(generator=...)`.
+        TypeError: if a layer owns parameters, and is of none of these kinds without `reset_parameters(generator=...)`.
 
     Examples:
         >>> layer = nn.Linear(4, 1)
@@ -44,7 +44,7 @@ def initialize(module: nn.Module, *, generator: torch.Generator | None = None) -
         if reset is not None and "generator" in inspect.signature(reset).parameters:
             reset(generator=generator)
         elif isinstance(layer, _PROJECTIONS):
-            # A transposed convolution keeps its input channels first.
+            # The weight of a transposed convolution has the input channels first.
             inputs = 0 if isinstance(layer, _TRANSPOSED) else 1
             bound = 1 / math.sqrt(layer.weight.shape[inputs] * math.prod(layer.weight.shape[2:]))
             for parameter in own.values():

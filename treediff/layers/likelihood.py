@@ -1,7 +1,7 @@
-"""How likely an observation is, given what a decoder says. Each class states the range of its data.
+"""Likelihoods of an observation given a decoder's output. Each class states the range of its data.
 
-A likelihood maps a decoder's raw output to a log-probability and to a picture. Log-probabilities are in nats,
-summed over everything but the first axis, in float32 at least.
+A likelihood maps a decoder's raw output to a log-probability and to an image. Log-probabilities are in nats,
+summed over all axes but the first, in float32 at least.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ __all__ = ["BernoulliLikelihood", "GaussianLikelihood", "Likelihood"]
 
 
 class Likelihood(nn.Module):
-    """What every likelihood can do.
+    """Base class of likelihoods.
 
     Attributes:
-        data_range: smallest and largest value of the data, or None where any finite number will do.
+        data_range: smallest and largest value of the data, or None if any finite number is allowed.
     """
 
     data_range: tuple[float, float] | None = None
 
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
-        """`log p(x | output)` in nats, `(B, ...)` to `(B,)`.
+        """Return `log p(x | output)` in nats, `(B, ...)` to `(B,)`.
 
         Raises:
-            ValueError: if the two have not the same shape.
+            ValueError: if `output` and `x` do not have the same shape.
         """
         raise TypeError(f"{type(self).__name__} must define log_prob(output, x)")
 
     def mean(self, output: Tensor) -> Tensor:
-        """The expected observation, in the range of the data: what one shows as the picture."""
+        """Return the expected observation, in the range of the data, which is shown as the image."""
         raise TypeError(f"{type(self).__name__} must define mean(output)")
 
 
@@ -41,7 +41,7 @@ class BernoulliLikelihood(Likelihood):
     """Independent Bernoulli variables given by logits, for data in [0, 1].
 
     `log p = sum( x log s + (1 - x) log(1 - s) )`, `s = sigmoid(output)`. For grey values this is TreeVAE's
-    score (arXiv 2306.08984) and not a normalised density: not comparable with binarised data.
+    score (arXiv 2306.08984) and not a normalised density: values are not comparable with binarised data.
 
     Examples:
         >>> BernoulliLikelihood().log_prob(torch.zeros(1, 2), torch.ones(1, 2))
@@ -51,12 +51,12 @@ class BernoulliLikelihood(Likelihood):
     data_range = (0.0, 1.0)
 
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
-        """See the class."""
+        """Return the log-probability of Bernoulli variables, `(B,)`; arguments as for `Likelihood.log_prob`."""
         output, x = _comparable(output, x)
         return -F.binary_cross_entropy_with_logits(output, x, reduction="none").flatten(1).sum(1)
 
     def mean(self, output: Tensor) -> Tensor:
-        """`sigmoid(output)`."""
+        """Return `sigmoid(output)`."""
         return torch.sigmoid(output)
 
 
@@ -68,12 +68,12 @@ class GaussianLikelihood(Likelihood):
     balances reconstruction against the KL terms by itself (sigma-VAE, arXiv 2006.13202).
 
     Args:
-        variance: the variance, or where it starts when learned.
+        variance: the variance, or its initial value when learned.
         learned: whether the variance is a parameter.
-        data_range: range of the data, [0, 1] by default, which pictures are clamped to when shown; None for
+        data_range: range of the data, [0, 1] by default, to which images are clamped for display; None for
             data of any size.
-        device: where the variance lives.
-        dtype: what it is stored as.
+        device: of the variance.
+        dtype: of the variance.
 
     Raises:
         ValueError: if the variance is not positive, or the range is empty.
@@ -106,23 +106,23 @@ class GaussianLikelihood(Likelihood):
             self.register_buffer("logvar", logvar)
 
     def extra_repr(self) -> str:
-        """Variance and whether it learns."""
+        """Return the variance, whether it is learned, and the range of the data."""
         variance = "meta" if self.logvar.is_meta else f"{self.logvar.detach().exp().item():.3g}"
         return f"variance={variance}, learned={self.learned}, data_range={self.data_range}"
 
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
-        """See the class."""
+        """Return the log-density of the Gaussian, `(B,)`; arguments as for `Likelihood.log_prob`."""
         output, x = _comparable(output, x)
         terms = (x - output).square() * torch.exp(-self.logvar) + (self.logvar + math.log(2 * math.pi))
         return -0.5 * terms.flatten(1).sum(1)
 
     def mean(self, output: Tensor) -> Tensor:
-        """The output, clamped to the range of the data."""
+        """Return the output, clamped to the range of the data."""
         return output if self.data_range is None else output.clamp(*self.data_range)
 
 
 def _comparable(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32 at least: a sum over an image is more than half precision can hold."""
+    """Convert both to float32 at least: half precision is too coarse for a sum over an image."""
     if output.shape != x.shape:
         raise ValueError(
             f"expected an output of the shape of the observations, found {tuple(output.shape)} for observations of "

@@ -1,4 +1,4 @@
-"""Routers: the decision at a node."""
+"""Routers: the decisions at nodes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["Router"]
 
 
 class Router(nn.Sequential):
-    """The decision at a node: features or a latent in, the logit of going **left** out.
+    """Router of a node: features or a latent in, the logit of going **left** out.
 
-    Hidden layers with LayerNorm and SiLU on the flattened input, then one number. The same class serves the
-    posterior router `q(c | d)` (TreeVAE, arXiv 2306.08984, eq. 5) and the prior router `p(c | z)` (eq. 2).
+    The flattened input passes hidden layers with LayerNorm and SiLU, then a projection to one number. The posterior
+    router `q(c | d)` (TreeVAE, arXiv 2306.08984, eq. 5) and the prior router `p(c | z)` (eq. 2) are both of this class.
 
     Args:
         inputs: shape of one instance, `(D,)` or `(D, h, w)`.
         hidden: widths of the hidden layers.
-        device: where the parameters live.
+        device: of the parameters.
         dtype: of the parameters.
 
     Shapes:
@@ -64,20 +64,20 @@ class Router(nn.Sequential):
         steps: int = 150,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Learn a given cut of some inputs into two, by cross-entropy.
+        """Train the router on a given cut of inputs into two parts, by cross-entropy.
 
-        A router that learns along with the children it serves soon sends everything to the one that happens to be
-        ahead. Children that begin with a share of the inputs each learn different things from the first step.
+        A router that is trained together with new children soon sends all inputs to the child that happens to be ahead.
+        If each child begins with its own share of the inputs, the children differ from the first step on.
 
         Args:
-            x: `(n, *inputs)`, what the router will see.
-            left: `(n,)` booleans, which of them go left.
-            confidence: probability aimed at for the side an input is on, above 1/2 and below 1.
+            x: `(n, *inputs)`, inputs of the router.
+            left: `(n,)` booleans, True for the inputs that go left.
+            confidence: target probability of the side that an input is on, above 1/2 and below 1.
             steps: of AdamW, on up to 1024 inputs each.
-            generator: where the choice of inputs comes from, a CPU generator.
+            generator: source of the choice of inputs, a CPU generator.
 
         Raises:
-            ValueError: if there is no input, or not one boolean for each; or if the confidence is out of range.
+            ValueError: if there are no inputs, or not one boolean for each input; or if the confidence is out of range.
         """
         if not len(x) or left.shape != x.shape[:1]:
             raise ValueError(

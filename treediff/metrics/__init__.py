@@ -1,7 +1,7 @@
-"""Metrics of clustering and of generation. Each docstring says the range and which end is best.
+"""Metrics of clustering and of generation. Each docstring states the range and which end is best.
 
-`clustering` compares leaves with labels. `frechet` measures how far generated images are from real ones,
-`specificity` how well they keep to the leaf they were drawn from; both look through the features and predictions of a
+`clustering` compares leaves with labels. `frechet` measures how far generated images are from real images, and
+`specificity` how well generated images match the leaf they were drawn from. Both use the features or predictions of a
 network such as the `FeatureClassifier` here, trained on the real images.
 """
 

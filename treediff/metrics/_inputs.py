@@ -1,4 +1,4 @@
-"""What `treediff.metrics` takes: ids, tables, probabilities and trees, checked and brought into one form."""
+"""Inputs of `treediff.metrics`: ids, tables, probabilities and trees, checked and converted to one form."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def as_probabilities(probs: torch.Tensor | npt.ArrayLike) -> npt.NDArray[np.floa
             f"probs: expected rows that sum to 1 over the leaves (within {SUM_TOLERANCE}), found a sum of "
             f"{worst:.4g}; give all leaves, computed in float32 or better"
         )
-    # Float32 rows miss one by rounding; dividing it out keeps the perplexity inside [1, K].
+    # Float32 rows miss 1 by rounding; division by the sums keeps the perplexity inside [1, K].
     p /= sums
     return p
 
 
 def children_first(leaves: Iterable[int], parent: Mapping[int, int | None]) -> list[int]:
-    """Every node at or above `leaves`, each before its parent."""
+    """Return every node at or above `leaves`, each before its parent."""
     if not isinstance(parent, Mapping):
         raise TypeError(
             f"parent: expected a mapping from node id to parent id (None for the root), found "

@@ -1,4 +1,4 @@
-"""A small classifier of images, whose features and predictions the metrics of generation are computed from."""
+"""Classifier of images, small, whose features and predictions the metrics of generation use."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ _LAST_MAP = 4
 
 
 class FeatureClassifier(nn.Module):
-    """A convolutional classifier with features worth comparing: the activations before its last layer.
+    """Convolutional classifier whose features are the activations before its last layer.
 
-    A convolution, convolutions of stride 2 that double the channels (up to `4 * width`) and halve the map until its
-    smaller side is at most 4, and one more at that size; each 3 x 3, with GroupNorm and SiLU. So every place of the
-    last map looks at a square as large as the image's smaller side. The mean over the map, a linear layer and SiLU give
-    the features, a last linear layer the logits. Rows do not know of each other.
+    A convolution is followed by convolutions of stride 2, which double the channels (up to `4 * width`) and halve the
+    map until its smaller side is at most 4. One more convolution keeps that size. Each convolution is 3 x 3, with
+    GroupNorm and SiLU. So the receptive field of every position of the last map is a square as large as the image's
+    smaller side. The mean over the map, a linear layer and SiLU give the features, and a last linear layer gives the
+    logits. Rows are independent.
 
-    Trained on labelled real images, it tells which class a generated image shows (`cluster_specificity`) and how far
-    generated images are from real ones (`frechet_distance` on `features_of`).
+    Trained on labelled real images, it predicts the class of a generated image (`cluster_specificity`). Its features
+    measure how far generated images are from real images (`frechet_distance` on `features_of`).
 
     Args:
         size: height and width, or one number for both; at least 8.
@@ -38,12 +39,12 @@ class FeatureClassifier(nn.Module):
         classes: number of classes.
         features: width of the features.
         width: channels of the first convolution.
-        device: where the parameters live.
-        dtype: of the parameters.
-        generator: where initial weights come from; PyTorch's default generator if not given.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        generator: source of the initial weights; PyTorch's default generator if not given.
 
     Raises:
-        TypeError: if a number is no whole number.
+        TypeError: if a number is not a whole number.
         ValueError: if a number is below 1, or a side of the image below 8.
 
     Examples:
@@ -89,7 +90,7 @@ class FeatureClassifier(nn.Module):
         initialize(self, generator=generator)
 
     def features_of(self, x: Tensor) -> Tensor:
-        """The activations before the last layer.
+        """Return the activations before the last layer.
 
         Args:
             x: `(B, C, H, W)` in [0, 1].
@@ -98,31 +99,31 @@ class FeatureClassifier(nn.Module):
             `(B, features)`.
 
         Raises:
-            TypeError: if `x` is no tensor, not floating point, or of another dtype than the weights (which autocast
+            TypeError: if `x` is not a tensor, not floating point, or of another dtype than the weights (which autocast
                 allows).
-            ValueError: if it has another shape, or (looked at on a CPU only) values outside of [0, 1].
+            ValueError: if `x` has another shape, or (read on a CPU only) values outside of [0, 1].
         """
         self.check(x)
         found: Tensor = self.trunk(x)
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` in [0, 1] to logits `(B, classes)`; raises as `features_of`."""
+        """Map images `(B, C, H, W)` in [0, 1] to logits `(B, classes)`; raises as `features_of`."""
         logits: Tensor = self.last(self.features_of(x))
         return logits
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """The most probable class of each image, `(B,)` int64; raises as `features_of`."""
+        """Return the most probable class of each image, `(B,)` int64; raises as `features_of`."""
         logits: Tensor = self(x)
         return logits.argmax(1)
 
     def check(self, x: Tensor) -> None:
-        """Raise unless `x` suits the model; see `features_of`."""
+        """Raise unless `x` fits the model; see `features_of`."""
         check_batch(x, self.inputs, self.last.weight.dtype, (0.0, 1.0), "images")
 
     def extra_repr(self) -> str:
-        """The settings it was built with."""
+        """Return the settings of the classifier as text."""
         return ", ".join(f"{name}={value}" for name, value in self.config.items())
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -133,7 +134,7 @@ class FeatureClassifier(nn.Module):
     @classmethod
     @lasting()
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote; every tensor is bit-equal, and global random state is left alone.
+        """Read what `save` wrote; every tensor is bit-equal, and global random state is unchanged.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -149,7 +150,7 @@ class FeatureClassifier(nn.Module):
 
 
 def _trunk(size: tuple[int, int], channels: int, features: int, width: int) -> nn.Sequential:
-    """Images to features."""
+    """Build the layers from images to features."""
     halvings = math.ceil(math.log2(min(size) / _LAST_MAP))
     widths = [min(width << step, 4 * width) for step in range(halvings + 1)]
     layers: list[nn.Module] = []

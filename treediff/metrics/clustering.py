@@ -1,8 +1,9 @@
 """Clustering metrics: pure functions over arrays.
 
-Only what no library has: NMI and ARI are scikit-learn's. Each takes tensors, arrays or sequences and computes exactly
-(integer counts, float64). The docstring says the range and which end is best. A *label* is the true class of a point, a
-*cluster* or *leaf* is where a model put it; only equality of ids matters, never their order or size.
+The module has only metrics that no library has; for NMI and ARI use scikit-learn. Each function takes tensors, arrays
+or sequences and computes exactly (integer counts, float64). Its docstring states the range and which end is best. A
+*label* is the true class of a point, and a *cluster* or *leaf* is the assignment of the point by a model. Only equality
+of ids matters, never their order or size.
 
 Shape letters: `N` points, `C` classes, `K` clusters or leaves, `B` images.
 """
@@ -27,10 +28,10 @@ __all__ = [
 
 
 def cluster_accuracy(labels: Ids, clusters: Ids) -> float:
-    """Share of points that are right under the best one-to-one matching of clusters to classes.
+    """Return the share of points that are right under the best one-to-one matching of clusters to classes.
 
     `max_m (1/N) sum_k n_{m(k), k}` over injective maps `m`, found exactly by scipy's solver. With more
-    clusters than classes, or the reverse, the points of the unmatched ones count as wrong.
+    clusters than classes, or the reverse, the points of unmatched clusters or classes count as wrong.
 
     Args:
         labels: class of each point, integers `(N,)`.
@@ -60,14 +61,14 @@ def cluster_accuracy(labels: Ids, clusters: Ids) -> float:
 
 
 def leaf_purity(labels: Ids, leaves: Ids) -> float:
-    """Share of points that belong to the commonest class of their leaf, `sum_l (n_l / N) max_c n_cl / n_l`.
+    """Return the share of points in the commonest class of their leaf, `sum_l (n_l / N) max_c n_cl / n_l`.
 
     Args:
         labels: class of each point, integers `(N,)`.
         leaves: leaf of each point, integers `(N,)`.
 
     Returns:
-        A share in (0, 1]; 1 is best. It never falls when a leaf is split, so compare trees of equal size.
+        A share in (0, 1]; 1 is best. Purity never falls when a leaf is split, so compare trees of equal size.
 
     Raises:
         ValueError: an input is empty or not 1-D, or their lengths differ.
@@ -86,12 +87,12 @@ def leaf_purity(labels: Ids, leaves: Ids) -> float:
 
 
 def dendrogram_purity(labels: Ids, leaves: Ids, parent: Mapping[int, int | None]) -> float:
-    """Mean purity of the lowest common ancestor, over all pairs of distinct points of the same class.
+    """Return the mean purity of the lowest common ancestor, over all pairs of distinct points of the same class.
 
     `(1/|P|) sum_{(i, j) in P} n_c(v) / n(v)`. `P` holds the unordered pairs `i != j` of the same class `c`,
     `v` is the lowest common ancestor of their leaves (the leaf itself if they share it), `n(v)` counts the
-    points under `v` and `n_c(v)` those of class `c`. A pair (i, i) does not count. A class with one point has
-    no pairs and so no term, but its point still dilutes the nodes above it.
+    points under `v` and `n_c(v)` the points of class `c` under `v`. A pair (i, i) does not count. A class with one point has
+    no pairs and so no term, but its point still dilutes the nodes above the point.
 
     Counts replace pairs, so the cost is nodes x classes, plus one pass over the points.
 
@@ -151,7 +152,7 @@ def effective_leaves(probs: torch.Tensor | npt.ArrayLike, *, min_share: float = 
         min_share: smallest mean probability of a leaf in use, in [0, 1]. The default is TreeVAE's 1 %.
 
     Returns:
-        A count in 0..K. No end is best: `K` says that no leaf is empty, less that some could be pruned.
+        A count in 0..K. No end is best: `K` means that no leaf is empty, less means that some leaves could be pruned.
 
     Raises:
         ValueError: `probs` is not `(B, K)` probabilities, or `min_share` lies outside [0, 1].
@@ -171,7 +172,7 @@ def effective_leaves(probs: torch.Tensor | npt.ArrayLike, *, min_share: float = 
 
 
 def leaf_perplexity(probs: torch.Tensor | npt.ArrayLike) -> float:
-    """Effective leaves per image: mean perplexity of `P(leaf | x)`, `(1/B) sum_i exp(H(P(. | x_i)))`.
+    """Return the effective leaves per image, the mean perplexity of `P(leaf | x)`: `(1/B) sum_i exp(H(P(. | x_i)))`.
 
     Args:
         probs: leaf probabilities `P(l | x_i)`, `(B, K)`, each row summing to one (within 0.001).

@@ -1,4 +1,4 @@
-"""Fréchet distance between two sets of features: how far generated images are from real ones, as Gaussians.
+"""Fréchet distance between two sets of features: how far generated images are from real images, as Gaussians.
 
 Letters: `n` rows, one per image; `F` features; `r` rank of a covariance.
 """
@@ -17,10 +17,10 @@ __all__ = ["FeatureStatistics", "frechet_bootstrap", "frechet_distance"]
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Mean and covariance of features seen so far, in float64; `+` adds batches.
+    """Mean and covariance of features, in float64; `+` adds batches.
 
-    Statistics of batches add up to those of all rows, in any order and to rounding, so the rows never have to be in
-    memory at once:
+    Statistics of batches add up to the statistics of all rows, in any order and up to rounding, so the rows never have
+    to be in memory at once:
 
         n = n_a + n_b        mean = mean_a + (n_b / n) d        scatter = scatter_a + scatter_b + (n_a n_b / n) d d^T
 
@@ -59,14 +59,14 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: Tensor) -> Self:
-        """Statistics of one batch.
+        """Compute the statistics of one batch.
 
         Args:
             features: `(n, F)`, floating point; computed in float64 whatever the dtype.
 
         Raises:
-            TypeError: if features is no tensor or not floating point.
-            ValueError: if it has another number of axes, or holds NaN or infinity.
+            TypeError: if features is not a tensor or not floating point.
+            ValueError: if features has another number of axes, or holds NaN or infinity.
         """
         _check_features(features)
         rows = features.detach().double()
@@ -98,28 +98,28 @@ class FeatureStatistics:
 
 
 def frechet_distance(real: Tensor | FeatureStatistics, generated: Tensor | FeatureStatistics) -> float:
-    r"""Squared Fréchet distance between Gaussians fitted to two sets of features.
+    r"""Return the squared Fréchet distance between Gaussians fitted to two sets of features.
 
         d^2 = |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2})
 
     With `S_a = A A^T` and `S_b = B B^T` from their eigendecompositions, `tr (S_a S_b)^{1/2}` is the sum of the singular
-    values of `A^T B`: no complex numbers, and nothing is added to the diagonal, so covariances of fewer rows than
-    features are as welcome as any.
+    values of `A^T B`. There are no complex numbers and nothing is added to the diagonal, so covariances of fewer rows
+    than features are allowed.
 
-    With features of the Inception network this is the FID; with those of a classifier of your own, such as
-    `FeatureClassifier`, it orders models in the same way but its values are those of that network alone.
+    With features of the Inception network this is the FID. With features of a custom classifier, such as
+    `FeatureClassifier`, the distance orders models in the same way, but its values hold for that classifier only.
 
     Args:
         real: `(n, F)` features of real images, or their statistics.
         generated: `(m, F)` features of generated images, or their statistics; `m` may differ from `n`.
 
     Returns:
-        A number of at least 0, in squared units of the features; **lower is better**, and 0 says that means and
-        covariances agree. Few rows make it too large, by about 1/n + 1/m times a constant: compare models at the same
-        number of rows, and with the distance between two sets of real images.
+        A number of at least 0, in squared units of the features; **lower is better**, and 0 means that means and
+        covariances agree. Few rows make the distance too large, by about 1/n + 1/m times a constant. So compare models
+        at the same number of rows, and with the distance between two sets of real images.
 
     Raises:
-        TypeError: if an input is neither, or features are not floating point.
+        TypeError: if an input is neither features nor statistics, or features are not floating point.
         ValueError: if features are not `(n, F)`, not finite or of different widths, or there are fewer than two rows.
 
     Source: Heusel et al., "GANs trained by a two time-scale update rule" (arXiv 1706.08500), eq. 6.
@@ -142,29 +142,29 @@ def frechet_bootstrap(
     level: float = 0.95,
     generator: torch.Generator | None = None,
 ) -> tuple[float, float]:
-    """How far the Fréchet distance might have come out with other generated images, by resampling; the real ones stay.
+    """Estimate an interval of the Fréchet distance by resampling generated images; the real images stay the same.
 
     Each round draws `m` of the `m` generated rows with replacement. Resampled rows repeat, which moves all distances up
-    by about as much as the finite number of rows already did; that shift is taken out, so that the interval lies around
-    `frechet_distance` of all rows:
+    by about as much as the finite number of rows already did. This shift is subtracted, so that the interval lies
+    around `frechet_distance` of all rows:
 
         d^2 + quantiles of (d^2_r - mean of d^2_r over the rounds r)
 
-    It says how much the distance owes to which images happened to be drawn. The bias of a finite number of rows stays
-    in it: compare models at the same number.
+    The interval shows how much the distance depends on the images that happened to be drawn. The bias of a finite
+    number of rows stays in the interval: compare models at the same number of rows.
 
     Args:
         real: `(n, F)` features of real images, or their statistics.
         generated: `(m, F)` features of generated images; rows, since statistics cannot be resampled.
-        rounds: how often to resample; each costs the statistics of `m` rows and one eigendecomposition.
+        rounds: number of resamplings; each costs the statistics of `m` rows and one eigendecomposition.
         level: share of the rounds inside the interval, above 0 and below 1.
-        generator: where the resampling comes from; PyTorch's default generator if not given.
+        generator: source of the resampling; PyTorch's default generator if not given.
 
     Returns:
         `(low, high)` in squared units of the features, `high` at least 0; lower is better.
 
     Raises:
-        TypeError: as `frechet_distance`; or if generated is no tensor, or rounds is no whole number.
+        TypeError: as `frechet_distance`; or if generated is not a tensor, or rounds is not a whole number.
         ValueError: as `frechet_distance`; or if rounds is below 1 or the level is out of range.
 
     Source: Efron and Tibshirani, "An introduction to the bootstrap", 1993, chapter 13.
@@ -197,9 +197,9 @@ def frechet_bootstrap(
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """`A`, `(F, r)`, with `A A^T` the covariance.
+    """Return `A`, `(F, r)`, with `A A^T` the covariance.
 
-    Eigenvalues too small to be told from rounding are left out: their square roots would not be small.
+    Eigenvalues of the size of rounding errors are left out: their square roots would not be small.
     """
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > values.max() * len(values) * torch.finfo(values.dtype).eps
@@ -212,11 +212,11 @@ def _distance(mean: Tensor, root: Tensor, other: FeatureStatistics) -> float:
     shift = (mean - other.mean).square().sum()
     shared = torch.linalg.svdvals(root.mT @ other_root).sum()
     squared = float(shift + root.square().sum() + other_root.square().sum() - 2 * shared)
-    return max(0.0, squared)  # equal statistics may miss 0 by a rounding
+    return max(0.0, squared)  # equal statistics may miss 0 by rounding
 
 
 def _resample(n: int, generator: torch.Generator | None) -> Tensor:
-    """`n` row numbers with replacement, drawn where the generator lives."""
+    """Draw `n` row numbers with replacement, on the generator's device."""
     device = "cpu" if generator is None else generator.device
     return torch.randint(n, (n,), generator=generator, device=device)
 
@@ -242,7 +242,7 @@ def _check_features(features: Tensor, name: str = "features") -> None:
             ".flatten(1) makes rows of maps"
         )
     if not bool(features.isfinite().all()):
-        raise ValueError(f"{name}: expected finite features, found NaN or infinity; look at the images they come from")
+        raise ValueError(f"{name}: expected finite features, found NaN or infinity; check the images they come from")
 
 
 def _check_count(count: int) -> None:

@@ -1,7 +1,8 @@
-"""How well generated images keep to the cluster they were drawn from.
+"""Specificity of clusters: how well generated images match the cluster they were drawn from.
 
-Two questions, asked of images whose leaf is known because they were drawn from it: does a classifier trained on real
-images see one class per leaf, and does the tree itself, on encoding them again, send them back?
+The metrics take images with a known leaf, from which they were drawn. `cluster_specificity` measures whether a
+classifier trained on real images predicts one class per leaf. `return_rate` measures whether the tree itself assigns
+the encoded images to their leaf again.
 
 Letters: `n` images, `K` leaves, `C` classes.
 """
@@ -25,19 +26,19 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class ClusterSpecificity:
-    """Classes seen in the images of each leaf; see `cluster_specificity`.
+    """Classes predicted for the images of each leaf; see `cluster_specificity`.
 
-    A leaf without images has rows and numbers of 0 here and takes no part in the means.
+    A leaf without images has rows and numbers of 0 here and is left out of the means.
 
     Args:
-        counts: `(K,)` int64, images per leaf: how far a row is to be trusted.
+        counts: `(K,)` int64, images per leaf; rows of few images are unreliable.
         histogram: `(K, C)` share of each class among the images of a leaf; rows sum to 1.
-        entropy: `(K,)` nats in [0, log C]; 0 says that all images of a leaf are of one class. Lower is better.
+        entropy: `(K,)` nats in [0, log C]; 0 means that all images of a leaf are of one class. Lower is better.
         purity: `(K,)` largest share, in [1/C, 1]. Higher is better.
         mean_entropy: mean over leaves, in [0, log C] nats. Lower is better.
         mean_purity: mean over leaves, in [1/C, 1]. Higher is better.
-        mutual_information: between leaf and class, in [0, log min(K, C)] nats. Higher is better; 0 says that the leaf
-            makes no difference to what is drawn.
+        mutual_information: between leaf and class, in [0, log min(K, C)] nats. Higher is better; 0 means that
+            the class does not depend on the leaf.
     """
 
     counts: npt.NDArray[np.int64]
@@ -51,11 +52,11 @@ class ClusterSpecificity:
 
 @dataclass(frozen=True)
 class ReturnRate:
-    """Share of samples that come back to their leaf; see `return_rate`.
+    """Share of samples that are assigned to their leaf again; see `return_rate`.
 
     Args:
         overall: over all samples, in [0, 1]. Higher is better.
-        per_leaf: from the id of each leaf that has samples to its share, in ascending order of ids.
+        per_leaf: share of each leaf that has samples, by the id of the leaf, in ascending order of ids.
     """
 
     overall: float
@@ -82,23 +83,23 @@ def cluster_specificity(
 
     Args:
         leaf: id of the leaf that each image was drawn from, integers `(n,)`.
-        predicted: class that a classifier of real images sees in each, integers `(n,)` from 0 to C - 1, or its class
-            probabilities `(n, C)`. With probabilities, doubt about single images counts as mixing too.
-        leaves: ids of all leaves, integers `(K,)` without doubles, in the order the rows shall have, such as
+        predicted: class that a classifier of real images predicts for each, integers `(n,)` from 0 to C - 1, or its
+            class probabilities `(n, C)`. With probabilities, uncertainty about single images counts as mixing too.
+        leaves: ids of all leaves, integers `(K,)` without duplicates, in the order of the rows of the result, such as
             `tree.leaves`.
         classes: number of classes `C`.
         weights: probability of each leaf, `(K,)`, such as the mean prior probability; scaled to sum to 1 over the
             leaves that have images. By default each leaf's share of the images.
 
     Returns:
-        Histogram, entropy and purity of each leaf, and their means; directions and ranges are stated there.
+        Histogram, entropy and purity of each leaf, and their means; `ClusterSpecificity` states directions and ranges.
 
     Raises:
         TypeError: if ids or the number of classes are not integers, or probabilities not real numbers.
         ValueError: if lengths or shapes do not fit, there is no image, an id is unknown or listed twice, a class is out
             of range, rows of probabilities do not sum to 1 (within 0.001), or weights are negative or all 0.
 
-    Source: the histograms per leaf of TreeDiffusion (arXiv 2410.16910, fig. 5); the numbers are those of information
+    Source: the histograms per leaf of TreeDiffusion (arXiv 2410.16910, fig. 5); the numbers are from information
     theory, Cover and Thomas, "Elements of information theory", 2006, chapter 2.
 
     Examples:
@@ -124,20 +125,20 @@ def cluster_specificity(
         purity=purity,
         mean_entropy=mean_entropy,
         mean_purity=float(w @ purity),
-        # Independence may miss 0 by a rounding.
+        # Independence may miss 0 by rounding.
         mutual_information=max(0.0, float(_entropy(w @ histogram)) - mean_entropy),
     )
 
 
 def return_rate(leaf: Ids, encoded: Ids) -> ReturnRate:
-    """Share of samples that, encoded again, come back to the leaf they were drawn from. No labels are needed.
+    """Return the share of samples that are encoded to the leaf they were drawn from. No labels are needed.
 
-    `(1/n) |{i : encoded_i = leaf_i}|`, over all samples and over those of each leaf. Real images in place of generated
-    ones have no leaf they were drawn from; what to compare with is chance, the share of encoded images in a leaf.
+    `(1/n) |{i : encoded_i = leaf_i}|`, over all samples and over the samples of each leaf. Real images were not drawn
+    from a leaf, and so give no reference. Compare with chance, the share of encoded images in a leaf.
 
     Args:
         leaf: id of the leaf that each sample was drawn from, integers `(n,)`.
-        encoded: id of the leaf that the model puts it in, integers `(n,)`, such as `model.cluster(images)`.
+        encoded: id of the leaf that the model assigns each sample to, integers `(n,)`, such as `model.cluster(images)`.
 
     Returns:
         Shares in [0, 1]; 1 is best.
@@ -159,11 +160,11 @@ def return_rate(leaf: Ids, encoded: Ids) -> ReturnRate:
 
 
 def _rows(leaf: npt.NDArray[np.integer[Any]], leaves: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.intp]:
-    """Where each image's leaf stands among the leaves."""
+    """Return the position of each image's leaf among the leaves."""
     order = np.argsort(leaves)
     ids = leaves[order]
     if (ids[1:] == ids[:-1]).any():
-        raise ValueError(f"leaves: expected every leaf once, found {leaves.tolist()}; remove the doubles")
+        raise ValueError(f"leaves: expected every leaf once, found {leaves.tolist()}; remove the duplicates")
     place = np.searchsorted(ids, leaf).clip(max=len(ids) - 1)
     unknown = ids[place] != leaf
     if unknown.any():
@@ -176,7 +177,7 @@ def _rows(leaf: npt.NDArray[np.integer[Any]], leaves: npt.NDArray[np.integer[Any
 
 
 def _class_totals(row: npt.NDArray[np.intp], predicted: Any, leaves: int, classes: int) -> Floats:  # noqa: ANN401
-    """Images, or probability, of each class in each leaf, `(K, C)`."""
+    """Count the images, or add up the probability, of each class in each leaf, `(K, C)`."""
     if np.ndim(predicted) == 2:
         probs = _class_probabilities(predicted, len(row), classes)
         totals: Floats = (np.arange(leaves)[:, None] == row).astype(np.float64) @ probs
@@ -211,7 +212,7 @@ def _class_probabilities(predicted: Any, images: int, classes: int) -> Floats:  
 
 
 def _weights(counts: npt.NDArray[np.int64], weights: torch.Tensor | npt.ArrayLike | None) -> Floats:
-    """Weights of the leaves that have images, summing to 1."""
+    """Return weights of the leaves that have images, summing to 1."""
     w: Floats = counts.astype(np.float64)
     if weights is not None:
         w = _as_floats(weights)
@@ -229,8 +230,8 @@ def _weights(counts: npt.NDArray[np.int64], weights: torch.Tensor | npt.ArrayLik
 
 
 def _entropy(p: Floats) -> Floats:
-    """In nats, over the last axis; 0 log 0 is 0."""
-    # From 0 rather than by a minus sign, which would make -0 of sure leaves.
+    """Compute entropies in nats over the last axis; 0 log 0 is 0."""
+    # Subtracted from 0, since a minus sign would give -0 for leaves of one class.
     entropy: Floats = 0.0 - (p * np.log(np.where(p > 0, p, 1.0))).sum(-1)
     return entropy
 

@@ -5,10 +5,10 @@
 of images in rows and columns: the steps of a sampler, or the same roots in every leaf.
 """
 
-from treediff.pictures.drawing import draw_tree
+from treediff.pictures.grid import draw_grid, draw_strip
 from treediff.pictures.page import write_html
-from treediff.pictures.strip import draw_grid, draw_strip
 from treediff.pictures.summarize import summarize_tree
 from treediff.pictures.summary import NodeSummary, TreeSummary
+from treediff.pictures.tree import draw_tree
 
 __all__ = ["NodeSummary", "TreeSummary", "draw_grid", "draw_strip", "draw_tree", "summarize_tree", "write_html"]

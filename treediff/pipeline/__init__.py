@@ -1,4 +1,4 @@
-"""Both stages as one: a TreeVAE finds the place, a diffusion model draws what belongs there."""
+"""Pipeline of both stages: a TreeVAE gives a condition, and a diffusion model generates images under it."""
 
 from treediff.pipeline.conditions import condition_of, condition_of_sample
 from treediff.pipeline.density import LeafDensity

@@ -1,4 +1,4 @@
-"""Where images belong, as a TreeVAE sees it: from images or from its samples to the conditions of the second stage.
+"""Conditions of the second stage, from images or from samples of a TreeVAE.
 
 Letters: `B` images, `K` leaves, `S` depth of the tree, `N` nodes, `D` latent, `C H W` image.
 """
@@ -20,7 +20,7 @@ from treediff.treevae.prior import TreeSample
 
 __all__ = ["condition_of", "condition_of_sample"]
 
-# Draws of an image: its latents are numbered by their nodes, from 0 on.
+# Draw numbers of an image; latents have the ids of their nodes, from 0 on.
 _LEAF, _PRIOR = -1, -2
 
 
@@ -35,30 +35,30 @@ def condition_of(
     first_index: int = 0,
     generator: torch.Generator | None = None,
 ) -> TreeCondition:
-    """Where images belong by the posterior of a TreeVAE: a leaf, the latents on the way to it, and its reconstruction.
+    """Return conditions of images by the posterior of a TreeVAE: a leaf, the latents on its path, and a reconstruction.
 
-    Leaf and latents of image `i` depend on the generator's seed and on `first_index + i` only. Whatever mode the model
-    is in, it looks in that of evaluation.
+    Leaf and latents of image `i` depend on the generator's seed and on `first_index + i` only. The model runs in
+    evaluation mode, whatever its current mode.
 
-    A second stage that trains on the posterior's conditions and generates from the prior's has never seen what it is
-    given. With `prior_share` some images are told what lies between the two: the root's latent and the leaf are still
-    those of the image, the latents below the root are drawn from `p(z_i | z_parent)`, and the leaf's decoder makes its
-    image of them.
+    A second stage that trains on conditions of the posterior and generates from conditions of the prior has not been
+    trained on the conditions it gets. With `prior_share` some images get conditions between the two. The root's latent
+    and the leaf are still the image's own, and the latents below the root are drawn from `p(z_i | z_parent)`. The
+    leaf's decoder makes the condition's image of these latents.
 
     Args:
         model: the TreeVAE.
         x: `(B, C, H, W)`.
         leaf: 'sample' for a leaf drawn from `P(leaf | x)`, 'argmax' for the most probable one, or `(B,)` leaf ids.
         prior_share: share of the images whose latents below the root come from the prior, from 0 to 1; each image is
-            one of them with this probability, whatever the batch.
-        decode: whether the condition has the leaf decoder's image; a second stage that is told only nodes or latents
-            can do without, and then no decoder runs.
+            selected with this probability, independently of the batch.
+        decode: whether the condition has the leaf decoder's image; without the image no decoder runs, which is enough
+            for a second stage that is conditioned on nodes or latents only.
         first_index: index of the first image.
         generator: gives the seed.
 
     Raises:
-        ValueError: if `leaf` is another word, the share is out of range, or `x` is not what the model takes.
-        KeyError: if an id is not that of a leaf.
+        ValueError: if `leaf` is another word, the share is out of range, or `x` does not fit the model.
+        KeyError: if an id is not the id of a leaf.
     """
     model.check(x)
     if not 0 <= prior_share <= 1:
@@ -84,7 +84,7 @@ def condition_of(
 
 
 def _leaf_ranks(plan: TreePlan, leaf: Tensor | str, log_probs: Tensor, seed: int, index: Tensor) -> Tensor:
-    """`(B,)` which of the leaves each image belongs to."""
+    """Return the rank of each image's leaf among the leaves, `(B,)`."""
     if isinstance(leaf, Tensor):
         return plan.leaf_ranks(leaf, len(index))
     if leaf == "argmax":
@@ -95,8 +95,8 @@ def _leaf_ranks(plan: TreePlan, leaf: Tensor | str, log_probs: Tensor, seed: int
 
 
 def condition_of_sample(sample: TreeSample, topology: TreeTopology) -> TreeCondition:
-    """The place of images that a TreeVAE drew from its prior."""
+    """Return the conditions of images that a TreeVAE drew from its prior."""
     missing = topology.max_depth + 1 - sample.z.shape[1]
-    # A sample is as long as the deepest leaf it could have reached; conditions are as long as the tree is deep.
+    # Paths of a sample end at the deepest leaf it could have reached; paths of conditions have the depth of the tree.
     z = torch.cat([sample.z, sample.z.new_zeros(len(sample.z), missing, *sample.z.shape[2:])], 1)
     return TreeCondition(sample.leaf, z=z, image=sample.images)

@@ -1,12 +1,12 @@
-"""Another way to draw latents: from where the posterior really puts images, not from where the prior expects them.
+"""Density of the posterior latents of images, from which latents are drawn in place of the prior.
 
-The second stage trains on latents of images. Those of the prior lie elsewhere, the more so the worse the prior fits,
-and what is generated suffers. A density fitted to the latents of images after training mends that without training
-anything anew: ex-post density estimation (Ghosh et al., arXiv 1903.12436; for a diffusion model on top of a VAE,
-DiffuseVAE, Pandey et al., arXiv 2201.00308). There it is one mixture over one latent; here it is one per leaf, over the
-path that leads to it.
+The second stage trains on latents of images. Latents of the prior lie elsewhere, the more so the worse the prior fits,
+which degrades generated images. A density fitted to the latents of images after training fixes this without training
+again: ex-post density estimation (Ghosh et al., arXiv 1903.12436; for a diffusion model on top of a VAE, DiffuseVAE,
+Pandey et al., arXiv 2201.00308). There the density is one mixture over one latent; here it is one mixture per leaf,
+over the path to the leaf.
 
-Letters: `B` images, `K` leaves, `M` components, `S` depth of the tree, `D` latent, `F = (S + 1) D` numbers of a path.
+Letters: `B` images, `K` leaves, `M` components, `S` depth of the tree, `D` latent, `F = (S + 1) D` dimensions of a path.
 """
 
 from __future__ import annotations
@@ -38,27 +38,28 @@ from treediff.treevae.prior import TreeSample, check_draw
 __all__ = ["LeafDensity"]
 
 Array = npt.NDArray[np.float64]
-_LEAF, _COMPONENT, _LATENTS = range(3)  # the draws of an image
+_LEAF, _COMPONENT, _LATENTS = range(3)  # draw numbers of an image
 
 
 class LeafDensity(nn.Module):
-    """For each leaf a mixture of Gaussians over all latents from the root to it, and the leaves' shares.
+    """Density of latents: for each leaf its share, and a mixture of Gaussians over all latents from the root to it.
 
     `p(leaf k) = shares_k` and `p(z_root, ..., z_leaf | k) = sum_m weights_km N(means_km, factors_km factors_km^T)`:
-    covariances are full. `LeafDensity.fit` finds them; a new density has equal shares and standard normal latents.
+    covariances are full. `LeafDensity.fit` estimates all parameters; a new density has equal shares and standard normal
+    latents.
 
-    Tables have one shape for all leaves: numbers past a leaf are 0, and a component that a leaf does not need has
-    weight 0. They hold about `K M F^2` numbers, so latents should be vectors, or small maps.
+    Tables have one shape for all leaves: entries past a leaf are 0, and a component that a leaf does not need has
+    weight 0. The tables hold about `K M F^2` numbers, so latents should be vectors, or small maps.
 
     Args:
         topology: the tree.
         latent: shape of one latent, `(D,)` or `(D, h, w)`.
         components: greatest number `M` of Gaussians for a leaf.
-        device: where the tables live.
-        dtype: of the tables.
+        device: device of the tables.
+        dtype: dtype of the tables.
 
     Raises:
-        ValueError: if a shape or a number is below 1, or is no shape at all.
+        ValueError: if a dimension or a number is below 1, or `latent` is not a shape.
         TypeError: if a number is not whole.
 
     Attributes:
@@ -105,11 +106,11 @@ class LeafDensity(nn.Module):
         self.factors.diagonal(dim1=-2, dim2=-1).copy_(on_path[:, None])
 
     def _paths(self) -> Tensor:
-        """`(K, S + 1)` ids from the root to each leaf; -1 past it."""
+        """Return the ids from the root to each leaf, `(K, S + 1)`; -1 past the leaf."""
         return self.index.paths[self.index.leaves]
 
     def extra_repr(self) -> str:
-        """The shapes."""
+        """Return the shape of a latent and the number of components as text."""
         return f"latent={self.latent}, components={self.components}"
 
     def check(self, tree_vae: TreeVAE) -> None:
@@ -135,23 +136,23 @@ class LeafDensity(nn.Module):
     ) -> Self:
         """Fit a density, in float32, to the latents that a TreeVAE's posterior gives images.
 
-        One leaf and one path of latents is drawn per image, as `condition_of` does it, and a leaf's mixture is fitted
-        to the paths that end there (EM from k-means, `sklearn.mixture.GaussianMixture`). A component has a covariance
-        of as many columns as the leaf's path has numbers, and needs more images than that; a leaf with few images gets
-        fewer components, at least one. Its share is the mean of `P(leaf | x)`.
+        One leaf and one path of latents are drawn per image, as in `condition_of`. A leaf's mixture is fitted to the
+        paths that end at the leaf (EM from k-means, `sklearn.mixture.GaussianMixture`). The covariance of a component
+        has as many columns as the leaf's path has dimensions, and a component needs more images than columns. So a leaf
+        with few images gets fewer components, at least one. The share of a leaf is the mean of `P(leaf | x)`.
 
         Args:
             tree_vae: the trained TreeVAE.
-            images: `(N, *inputs)`; those it was trained on.
+            images: `(N, *inputs)`, the images that the TreeVAE was trained on.
             components: greatest number of Gaussians for a leaf.
-            batch_size: images at a time; the result does not depend on it, but for rounding.
+            batch_size: images in a batch; changes the result by rounding only.
             generator: gives the seed.
 
         Raises:
             ImportError: if scikit-learn is not installed.
             TypeError: if `images` has the wrong dtype, or a number is not whole.
-            ValueError: if `images` is not what the TreeVAE takes, a number is below 1, or a leaf gets fewer than two of
-                the images, of which no Gaussian can be made. Such a leaf is best pruned.
+            ValueError: if `images` does not fit the TreeVAE, a number is below 1, or a leaf gets fewer than two images,
+                too few for a Gaussian. Such a leaf is best pruned.
         """
         check_positive(components=components, batch_size=batch_size)
         tree_vae.check(images)
@@ -187,29 +188,29 @@ class LeafDensity(nn.Module):
         first_index: int = 0,
         generator: torch.Generator | None = None,
     ) -> TreeSample:
-        """Draw a leaf, the latents on the way to it, and the image that its decoder makes of them.
+        """Draw a leaf, the latents on the path to the leaf, and the image that its decoder makes of these latents.
 
-        What `TreeVAE.sample` is for the prior, with the same arguments and the same result: image `i` depends on the
-        generator's seed and on `first_index + i` only, and one decoder runs per image.
+        It is the counterpart of `TreeVAE.sample` for the prior, with the same arguments and the same kind of result.
+        Image `i` depends on the generator's seed and on `first_index + i` only, and one decoder runs per image.
 
         Args:
-            tree_vae: has the decoders.
-            n: how many.
-            node: id of a node that every path passes; of the leaves below it each keeps its share of the whole.
-            temperature: factor on the standard deviations of every Gaussian; leaf and component are drawn as ever.
+            tree_vae: the TreeVAE, which has the decoders.
+            n: number of samples.
+            node: id of a node that every path passes; the leaves below the node keep the ratios of their shares.
+            temperature: factor on the standard deviations of every Gaussian; has no effect on leaf and component.
             first_index: index of the first image, to continue a series.
             generator: gives the seed.
 
         Raises:
             KeyError: if there is no such node.
-            TypeError: if `n` or `first_index` is no integer, or the temperature no number.
-            ValueError: if `n` or the temperature is negative, or the TreeVAE is not one this density was made for.
+            TypeError: if `n` or `first_index` is not an integer, or the temperature is not a number.
+            ValueError: if `n` or the temperature is negative, or the TreeVAE does not fit this density.
         """
         self.check(tree_vae)
         tree, device, dtype = self.index.topology, self.means.device, self.means.dtype
         below = tree.leaves_under(tree.root if node is None else node)
         check_draw(n, temperature, first_index)
-        seed = combine_seeds(seed_from(generator), 2)  # apart from the draws of the tree and of the second stage
+        seed = combine_seeds(seed_from(generator), 2)  # independent of the draws of the tree and of the second stage
         index = torch.arange(first_index, first_index + n, device=device)
         ranks = torch.tensor([tree.leaves.index(leaf) for leaf in below], device=device)
         leaf = ranks[_choose(self.shares[ranks].expand(n, -1), seed, index, _LEAF)]
@@ -233,7 +234,7 @@ class LeafDensity(nn.Module):
     # --- files --------------------------------------------------------------------------------------------
 
     def header(self) -> dict[str, Any]:
-        """What a file says of the density besides its tables."""
+        """Return the header of a file of the density, which is everything but the tables."""
         return {
             "components": self.components,
             "dtype": dtype_name(self.means.dtype),
@@ -243,7 +244,7 @@ class LeafDensity(nn.Module):
 
     @classmethod
     def from_header(cls, header: object, path: str | os.PathLike[str]) -> Self:
-        """The density that a file's header describes, without its tables; the path is for messages.
+        """Build the density that a file's header describes, without its tables; the path is for messages.
 
         Raises:
             ValueError: if the header is damaged.
@@ -257,7 +258,7 @@ class LeafDensity(nn.Module):
 
 
 def _paths_of(tree_vae: TreeVAE, images: Tensor, batch_size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leaf ids `(N,)`, latents `(N, F)` and probabilities of the leaves `(N, K)` of all images."""
+    """Return leaf ids `(N,)`, latents `(N, F)` and probabilities of the leaves `(N, K)` of all images."""
     parts = []
     for i, x in enumerate(images.split(batch_size)):
         generator = torch.Generator().manual_seed(seed)
@@ -268,13 +269,13 @@ def _paths_of(tree_vae: TreeVAE, images: Tensor, batch_size: int, seed: int) -> 
 
 
 def _choose(shares: Tensor, seed: int, index: Tensor, draw: int) -> Tensor:
-    """One column for each row of shares `(B, ...)`, which need not add up to 1."""
+    """Draw one column for each row of shares `(B, ...)`, which need not add up to 1."""
     wide = widest(shares.device)
     return sample_leaf(shares.to(wide).log(), counter_uniform(seed, index, draw=draw, dtype=wide))
 
 
 def _mixture(rows: Array, components: int, seed: int) -> tuple[Array, Array, Array]:
-    """Weights, means and Cholesky factors of a mixture of Gaussians for the rows `(n, F)`."""
+    """Fit a mixture of Gaussians to the rows `(n, F)`, and return its weights, means and Cholesky factors."""
     try:
         from sklearn.mixture import GaussianMixture
     except ImportError as error:

@@ -1,11 +1,11 @@
-"""Both stages as one thing that generates: a TreeVAE finds the place, a diffusion model draws what belongs there.
+"""Pipeline of both stages: a TreeVAE gives a condition, and a diffusion model generates images under this condition.
 
-`z_0 ~ N(0, I)` is handed down the tree to a leaf, the leaf's decoder makes a blurry image of it, and the diffusion
-model turns noise into a sharp one under that condition (Diffuse-TreeVAE, arXiv 2407.06124; TreeDiffusion, arXiv
-2410.16910). One path is walked and one decoder runs per image.
+`z_0 ~ N(0, I)` is propagated down the tree to a leaf, and the leaf's decoder makes a blurry image of the latents. The
+diffusion model turns noise into a sharp image under that condition (Diffuse-TreeVAE, arXiv 2407.06124; TreeDiffusion,
+arXiv 2410.16910). One path is drawn and one decoder runs per image.
 
-The second stage is trained on what the posterior says of images and generates from what the prior says. Three things
-bring the two nearer: latents from a `LeafDensity`, noise on the condition, and prior paths in training.
+The second stage is trained on conditions of the posterior and generates from conditions of the prior. Three methods
+reduce the difference: latents from a `LeafDensity`, noise on the condition, and prior paths in training.
 
 Letters: `B` images, `K` leaves, `C H W` image.
 """
@@ -42,7 +42,7 @@ class Refined:
 
     Args:
         images: `(B, C, H, W)` in [0, 1], drawn by the diffusion model.
-        coarse: `(B, C, H, W)`, what the leaf's decoder made of the same latents.
+        coarse: `(B, C, H, W)`, images of the leaf's decoder for the same latents.
         leaf: `(B,)` node id of each image's leaf.
     """
 
@@ -52,16 +52,16 @@ class Refined:
 
 
 class DiffuseTreeVAE(nn.Module):
-    """A TreeVAE and a diffusion model on its tree.
+    """Pipeline of a TreeVAE and a diffusion model on its tree.
 
     Args:
         tree_vae: the first stage.
-        ddpm: the second, for the same tree and images.
-        density: where the latents of images lie; `generate` draws from it in place of the prior. Also later, as an
-            attribute.
+        ddpm: the second stage, for the same tree and images.
+        density: density of the latents of images; `generate` draws from the density in place of the prior. It can also
+            be set later, as an attribute.
 
     Raises:
-        ValueError: if they have different trees, latents or images.
+        ValueError: if the parts have different trees, latents or images.
 
     Examples:
         >>> from treediff import TreeTopology
@@ -88,16 +88,16 @@ class DiffuseTreeVAE(nn.Module):
         self.tree_vae, self.ddpm, self.density = tree_vae, ddpm, density
 
     def loss(self, x: Tensor, *, prior_share: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
-        """The second stage's loss on images whose leaf and latents come from the posterior of the first, frozen one.
+        """Return the second stage's loss on images, with leaf and latents from the posterior of the frozen first stage.
 
         Args:
             x: `(B, C, H, W)` in [0, 1].
             prior_share: share of the images whose latents below the root come from the prior; see `condition_of`.
-            generator: where all randomness comes from.
+            generator: source of all randomness.
 
         Raises:
-            TypeError: if `x` is no floating-point tensor.
-            ValueError: if `x` is not what the model takes, or the share is out of range.
+            TypeError: if `x` is not a floating-point tensor.
+            ValueError: if `x` does not fit the model, or the share is out of range.
         """
         condition = condition_of(self.tree_vae, x, prior_share=prior_share, generator=generator)
         return self.ddpm.loss(x, condition, generator=generator)
@@ -119,18 +119,18 @@ class DiffuseTreeVAE(nn.Module):
         Image `i` depends on the generator's seed and on `first_index + i` only.
 
         Args:
-            n: how many.
+            n: number of images.
             node: id of a node that every path passes; the root by default.
-            leaf: the same for a leaf, and refuses any other node.
-            latents: what leaf and latents are drawn from: the 'prior', or the model's 'density'; by default the density
-                if there is one.
+            leaf: as `node`, but must be a leaf.
+            latents: distribution of leaf and latents: the 'prior', or the model's 'density'; by default the density if
+                there is one.
             temperature: factor on the standard deviation of every latent.
             first_index: index of the first image, to continue a series.
             generator: gives the seed.
             **sampling: settings of `LeafConditionedDDPM.sample`.
 
         Raises:
-            KeyError: if there is no such node, or it is no leaf.
+            KeyError: if there is no such node, or `leaf` is not a leaf.
             ValueError: if both a node and a leaf are given, there are no such latents, or a setting is out of range.
         """
         if leaf is not None:
@@ -148,7 +148,7 @@ class DiffuseTreeVAE(nn.Module):
         return Refined(images, drawn.images, drawn.leaf)
 
     def _drawer(self, latents: str | None) -> Callable[..., TreeSample]:
-        """What draws from the tree."""
+        """Return the function that draws from the tree."""
         if latents is None:
             latents = "prior" if self.density is None else "density"
         if latents not in ("prior", "density"):
@@ -172,10 +172,10 @@ class DiffuseTreeVAE(nn.Module):
         generator: torch.Generator | None = None,
         **sampling: Any,  # noqa: ANN401
     ) -> Refined:
-        """Draw `n` roots from the prior and follow each to every leaf: the same thing seen by every cluster.
+        """Draw `n` roots from the prior and follow each root to every leaf: the same sample under every cluster.
 
         Returns images of shape `(n, K, C, H, W)` in the order of the topology's leaves, and leaves `(n, K)`. Column `k`
-        holds the pictures of `generate(n, leaf=topology.leaves[k], latents="prior")` for the same generator state.
+        holds the images of `generate(n, leaf=topology.leaves[k], latents="prior")` for the same generator state.
         """
         seed = seed_from(generator)
         drawn = self.tree_vae.sample_leaves(
@@ -199,19 +199,19 @@ class DiffuseTreeVAE(nn.Module):
         generator: torch.Generator | None = None,
         **sampling: Any,  # noqa: ANN401
     ) -> Refined:
-        """Draw images that belong where given images belong.
+        """Draw images under the conditions of given images.
 
         Args:
             x: `(B, C, H, W)` in [0, 1].
-            leaf: 'sample' for a leaf drawn from `P(leaf | x)`, 'argmax' for the most probable one, or `(B,)` leaf ids;
-                'all' for every leaf in turn, which gives images `(B, K, C, H, W)`, in each column those of its id.
+            leaf: 'sample' for a leaf drawn from `P(leaf | x)`, 'argmax' for the most probable leaf, or `(B,)` leaf ids;
+                'all' for every leaf, which gives images `(B, K, C, H, W)`, in each column the images of one leaf id.
             first_index: index of the first image.
             generator: gives the seed.
             **sampling: settings of `LeafConditionedDDPM.sample`.
 
         Raises:
-            ValueError: if `leaf` is another word, or `x` is not what the model takes.
-            KeyError: if an id is not that of a leaf.
+            ValueError: if `leaf` is another word, or `x` does not fit the model.
+            KeyError: if an id is not the id of a leaf.
         """
         seed = seed_from(generator)
         if isinstance(leaf, str) and leaf == "all":
@@ -253,13 +253,13 @@ class DiffuseTreeVAE(nn.Module):
 
         Args:
             path: the file.
-            model: a model on the same tree to fill, if a stage was built from parts of your own; its density gives way
-                to the file's, or to none. It stays as it was if the file does not fit.
-            **parts: the modules that were given to the factories of the stages in place of their own.
+            model: for a stage built from custom parts, a model on the same tree to fill. The model's density is replaced
+                by the file's density, or removed. If the file does not fit, the model is unchanged.
+            **parts: the modules that were given to the factories of the stages in place of the modules they build.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is damaged, foreign, of another version, or does not fit; or if a stage was built
+            ValueError: if the file is damaged, foreign, of another version, or does not fit, or if a stage was built
                 from parts and no model is given.
         """
         header, tensors = io.read_model(path, cls.__name__)

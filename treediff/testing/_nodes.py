@@ -1,4 +1,4 @@
-"""Maps from node id to numbers, checked."""
+"""Checks of maps from node id to numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def require_nodes(name: str, found: Mapping[int, object], expected: Iterable[int
 def checked_copies(
     name: str, values: Mapping[int, Tensor | float], nodes: Iterable[int], shape: tuple[int, ...]
 ) -> dict[int, Tensor]:
-    """Private float64 copies, after a look at nodes, shapes and numbers."""
+    """Return private float64 copies, after checks of nodes, shapes and numbers."""
     require_nodes(name, values, nodes)
     copies = {node: torch.as_tensor(values[node], dtype=torch.float64).detach().clone() for node in nodes}
     for node, value in copies.items():

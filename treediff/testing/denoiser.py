@@ -1,4 +1,4 @@
-"""The perfect denoiser of a known distribution."""
+"""Exact denoiser of a known distribution."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ExactDenoiser"]
 
 @dataclass(frozen=True)
 class ExactDenoiser:
-    """`E[x_0 | x_t]` of a mixture of Gaussians under a schedule: a denoiser for any sampler.
+    """Denoiser `E[x_0 | x_t]` of a mixture of Gaussians under a schedule, for any sampler.
 
     Args:
         mixture: the distribution of clean data.
@@ -32,11 +32,11 @@ class ExactDenoiser:
     schedule: NoiseSchedule
 
     def __call__(self, x_t: Tensor, t: float) -> Tensor:
-        """`(B, F)` to `(B, F)`, in float64."""
+        """Return `E[x_0 | x_t]`, `(B, F)` to `(B, F)`, in float64."""
         return self.mixture.denoise(x_t, *self._level(t))
 
     def score(self, x_t: Tensor, t: float) -> Tensor:
-        """The gradient of `log p_t(x_t)`, `(B, F)` to `(B, F)`."""
+        """Return the gradient of `log p_t(x_t)`, `(B, F)` to `(B, F)`."""
         return self.mixture.noised(*self._level(t)).score(x_t)
 
     def _level(self, t: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A tree of linear Gaussians: TreeVAE's generative model where every answer is known."""
+"""Tree of linear Gaussians: TreeVAE's generative model with known answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["GaussianTree"]
 
 
 class GaussianTree:
-    """A tree of linear Gaussians with constant branch probabilities.
+    """Tree of linear Gaussians with constant branch probabilities.
 
     The generative model of TreeVAE (arXiv 2306.08984, section 2) with its networks replaced by matrices:
 
@@ -44,7 +44,7 @@ class GaussianTree:
         variance: of the observation noise, above 0.
 
     Raises:
-        KeyError: if a map does not hold exactly the nodes it should.
+        KeyError: if a map does not hold exactly the expected nodes.
         ValueError: if a shape does not fit, or a number is not finite, or the variance is not above 0.
 
     Examples:
@@ -97,12 +97,12 @@ class GaussianTree:
         variance: float = 0.01,
         generator: torch.Generator | None = None,
     ) -> GaussianTree:
-        """A world whose hierarchy shows in the data.
+        """Draw a random tree whose hierarchy is visible in the data.
 
-        The latent of a node of depth h has a standard deviation of about `2**-h` in every direction, and the
-        means of two siblings are `separation * 2**-h` apart, in `x` as in `z`. Directions are orthogonal
-        along a path while the dimensions last; so while no leaf lies deeper than `min(latent, features)`, the
-        distance between the means of two leaves tells the depth at which their paths part.
+        The latent of a node of depth h has a standard deviation of about `2**-h` in every direction. The means of
+        two siblings are `separation * 2**-h` apart, in `x` as in `z`. Directions are orthogonal
+        along a path while the dimensions last. So if no leaf is deeper than `min(latent, features)`, the
+        distance between the means of two leaves determines the depth at which their paths part.
 
         Args:
             topology: the tree.
@@ -110,7 +110,7 @@ class GaussianTree:
             features: data width `F`.
             separation: distance between siblings, in standard deviations of their latents.
             variance: of the observation noise.
-            generator: source of the random numbers; torch's default one if None.
+            generator: source of the random numbers; torch's default generator if None.
 
         Raises:
             ValueError: if a width is below 1, or the separation is below 0.
@@ -130,7 +130,7 @@ class GaussianTree:
 
         unit = partial(torch.rand, generator=generator, dtype=torch.float64)
         widest = max(latent, features)
-        # The corner of a rotation keeps lengths and angles, seen from the smaller of the two spaces.
+        # The corner of a rotation keeps lengths and angles of vectors in the smaller of the two spaces.
         embed = _rotation(widest, generator)[:features, :latent]
         weight, bias, logvar = {}, {}, {}
         mean = {topology.root: torch.zeros(latent, dtype=torch.float64)}
@@ -164,7 +164,7 @@ class GaussianTree:
 
         Args:
             n: number of samples, at least 0.
-            generator: source of the random numbers; torch's default one if None.
+            generator: source of the random numbers; torch's default generator if None.
 
         Returns:
             `x` as `(n, F)` in float64, and the **ids** of the leaves they came from as `(n,)` in int64.
@@ -203,23 +203,23 @@ class GaussianTree:
         return x, leaf
 
     def leaf_moments(self) -> tuple[Tensor, Tensor]:
-        """Means `(K, F)` and covariances `(K, F, F)` of `x` given the leaf."""
+        """Return means `(K, F)` and covariances `(K, F, F)` of `x` given the leaf."""
         return self.mixture.means, self.mixture.covariances
 
     def log_prior(self) -> Tensor:
-        """Log-probability of every leaf, `(K,)`, in nats."""
+        """Return the log-probability of every leaf, `(K,)`, in nats."""
         return self.mixture.log_weights
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Exact log-evidence `log p(x)` in nats, `(B, F)` to `(B,)`. Raises ValueError for another shape."""
+        """Compute the exact log-evidence `log p(x)` in nats, `(B, F)` to `(B,)`. Raises ValueError for other shapes."""
         return self.mixture.log_prob(x)
 
     def leaf_log_posterior(self, x: Tensor) -> Tensor:
-        """`log P(leaf | x)`, `(B, F)` to `(B, K)`; `exp` sums to 1. Raises ValueError for another shape."""
+        """Compute `log P(leaf | x)`, `(B, F)` to `(B, K)`; `exp` sums to 1. Raises ValueError for other shapes."""
         return self.mixture.log_posterior(x)
 
     def node_log_posterior(self, x: Tensor) -> Tensor:
-        """`log P(node is reached | x)`, `(B, F)` to `(B, N)`: the sum over the leaves under the node.
+        """Compute `log P(node is reached | x)`, `(B, F)` to `(B, N)`: the sum over the leaves under the node.
 
         Raises ValueError for another shape.
         """
@@ -229,7 +229,7 @@ class GaussianTree:
         return torch.stack([posterior[:, columns].logsumexp(1) for columns in under], 1)
 
     def at(self, node: int) -> GaussianMixture:
-        """The distribution of `x` given that its path passes a node: the mixture of the leaves under it.
+        """Return the distribution of `x` given that its path passes a node: the mixture of the leaves under it.
 
         Raises:
             KeyError: if there is no such node.
@@ -238,7 +238,7 @@ class GaussianTree:
         return self.mixture.at([column[leaf] for leaf in self.topology.leaves_under(node)])
 
     def denoiser(self, schedule: NoiseSchedule, node: int | None = None) -> ExactDenoiser:
-        """The perfect denoiser of all data, or of the data whose paths pass a node.
+        """Return the exact denoiser of all data, or of the data whose paths pass a node.
 
         Raises:
             KeyError: if there is no such node.
@@ -270,7 +270,7 @@ class GaussianTree:
 
 
 def _push(mean: Tensor, covariance: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments of `weight z + bias` from those of `z`."""
+    """Return the moments of `weight z + bias` from the moments of `z`."""
     return weight @ mean + bias, weight @ covariance @ weight.T
 
 
@@ -280,7 +280,7 @@ def _rotation(width: int, generator: torch.Generator | None) -> Tensor:
 
 
 def _direction(embed: Tensor, used: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A random unit `(D,)` that `embed` keeps at length 1, orthogonal to the rows `used` if there is room."""
+    """Draw a unit vector `(D,)` that `embed` keeps at length 1, orthogonal to the rows `used` if possible."""
     direction: Tensor = embed.T @ torch.randn(len(embed), generator=generator, dtype=torch.float64)
     if len(used) < min(embed.shape):
         direction = direction - used.T @ (used @ direction)

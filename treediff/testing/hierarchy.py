@@ -1,4 +1,4 @@
-"""When two trees say the same about their leaves."""
+"""Equality of trees as hierarchies of their leaves."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ __all__ = ["same_hierarchy"]
 
 
 def same_hierarchy(first: TreeTopology, second: TreeTopology, leaf_map: Mapping[int, int]) -> bool:
-    """Whether two trees are equal up to node ids, swaps of left and right, and pass-through nodes.
+    """Return whether two trees are equal up to node ids, swaps of left and right, and pass-through nodes.
 
-    Such a tree is determined by its *clades*, the sets of leaves under its nodes, so these are compared.
+    Up to these changes, a tree is determined by its *clades*, the sets of leaves under its nodes, so the clades are
+    compared.
 
     Args:
         first: a tree.
         second: another tree.
-        leaf_map: the leaf of `second` that stands for each leaf of `first`. The answer is False unless it
-            pairs all leaves of both.
+        leaf_map: the leaf of `second` that corresponds to each leaf of `first`. The answer is False unless the map
+            pairs all leaves of both trees.
 
     Raises:
         KeyError: if the map does not hold exactly the leaves of `first`.
-        ValueError: if it leads to something that is not a leaf of `second`.
+        ValueError: if the map leads to an id that is not a leaf of `second`.
 
     Examples:
         >>> tree = TreeTopology.balanced(1)

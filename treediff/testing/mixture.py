@@ -1,4 +1,4 @@
-"""A mixture of Gaussians with exact density and posteriors."""
+"""Mixture of Gaussians with exact density and posteriors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["GaussianMixture"]
 
 @dataclass(frozen=True, eq=False)
 class GaussianMixture:
-    """A mixture of `K` Gaussians with full covariances, in float64.
+    """Mixture of `K` Gaussians with full covariances, in float64.
 
     Args:
         log_weights: `(K,)`, in nats; `exp` sums to 1.
@@ -57,7 +57,7 @@ class GaussianMixture:
         return factors
 
     def component_log_prob(self, x: Tensor) -> Tensor:
-        """`log N(x; mean_k, covariance_k)` in nats, `(B, F)` to `(B, K)`.
+        """Compute `log N(x; mean_k, covariance_k)` in nats, `(B, F)` to `(B, K)`.
 
         Raises:
             ValueError: if `x` is not `(B, F)`.
@@ -71,37 +71,37 @@ class GaussianMixture:
         return -0.5 * (white.square().sum(1).T + features * math.log(2 * math.pi)) - log_volume
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Exact log-density `log sum_k w_k N(x; mean_k, covariance_k)` in nats, `(B, F)` to `(B,)`."""
+        """Compute the exact log-density `log sum_k w_k N(x; mean_k, covariance_k)` in nats, `(B, F)` to `(B,)`."""
         return (self.log_weights + self.component_log_prob(x)).logsumexp(1)
 
     def log_posterior(self, x: Tensor) -> Tensor:
-        """Bayes' rule: log-probability of each component given `x`, `(B, F)` to `(B, K)`; `exp` sums to 1."""
+        """Compute log-probabilities of the components given `x` (Bayes), `(B, F)` to `(B, K)`; `exp` sums to 1."""
         return (self.log_weights + self.component_log_prob(x)).log_softmax(1)
 
     def at(self, components: Sequence[int]) -> GaussianMixture:
-        """The mixture given that `x` comes from one of some components."""
+        """Return the mixture given that `x` comes from one of some components."""
         picked = list(components)
         return GaussianMixture(self.log_weights[picked].log_softmax(0), self.means[picked], self.covariances[picked])
 
     def noised(self, alpha: float, sigma: float) -> GaussianMixture:
-        """The distribution of `x_t = alpha x_0 + sigma eps` with standard normal `eps`: again a mixture."""
+        """Return the distribution of `x_t = alpha x_0 + sigma eps` with standard normal `eps`: again a mixture."""
         eye = torch.eye(self.means.shape[1], dtype=torch.float64)
         return GaussianMixture(self.log_weights, alpha * self.means, alpha**2 * self.covariances + sigma**2 * eye)
 
     def _pull(self, x: Tensor) -> Tensor:
-        """`covariance_k^-1 (x - mean_k)`, `(B, F)` to `(B, K, F)`."""
+        """Compute `covariance_k^-1 (x - mean_k)`, `(B, F)` to `(B, K, F)`."""
         difference = (x.to(torch.float64)[:, None] - self.means).permute(1, 2, 0)
         return torch.cholesky_solve(difference, self._factors).permute(2, 0, 1)
 
     def score(self, x: Tensor) -> Tensor:
-        """The gradient of the log-density, `(B, F)` to `(B, F)`: `-sum_k P(k | x) covariance_k^-1 (x - mean_k)`."""
+        """Compute the log-density's gradient, `(B, F)` to `(B, F)`: `-sum_k P(k | x) covariance_k^-1 (x - mean_k)`."""
         return -(self.log_posterior(x).exp()[:, :, None] * self._pull(x)).sum(1)
 
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
-        """`E[x_0 | x_t]` of `x_t = alpha x_0 + sigma eps`, `(B, F)` to `(B, F)`.
+        """Compute `E[x_0 | x_t]` of `x_t = alpha x_0 + sigma eps`, `(B, F)` to `(B, F)`.
 
         Each component gives `mean_k + alpha covariance_k (alpha^2 covariance_k + sigma^2 I)^-1 (x_t - alpha mean_k)`,
-        and components count by their posterior given `x_t`.
+        and components are weighted by their posterior given `x_t`.
         """
         noised = self.noised(alpha, sigma)
         posterior = noised.log_posterior(x_t).exp()

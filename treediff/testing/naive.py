@@ -1,4 +1,4 @@
-"""TreeVAE written as the plainest loop over nodes: the oracle of the batched model, and its yardstick for speed."""
+"""TreeVAE as the plainest loop over nodes: the reference of the batched model, for values and for speed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _ROLES = ("heads", "transitions", "posterior_routers", "prior_routers", "decoder
 
 
 class NaiveTreeVAE(nn.Module):
-    """A copy of a TreeVAE with an ordinary module per node, visited one after the other on the whole batch.
+    """Copy of a TreeVAE with an ordinary module per node, visited one after the other on the whole batch.
 
-    A queue of nodes, plain probabilities instead of logits and log-variances, and `torch.distributions`: what one would
-    write first, and what the published implementation does. It shares with `TreeVAE` only the code of the layers.
+    The copy uses a queue of nodes, plain probabilities and standard deviations instead of logits and log-variances, and
+    `torch.distributions`. This is the obvious first implementation, and also the published one. The class shares with
+    `TreeVAE` only the code of the layers.
 
     Args:
         model: the model to copy, weights included.
@@ -44,7 +45,7 @@ class NaiveTreeVAE(nn.Module):
             setattr(self, role, nn.ModuleDict({str(node): bank.module(node) for node in bank.nodes}))
 
     def elbo(self, x: Tensor, noise: Tensor) -> ELBO:
-        """`TreeVAE.elbo(x, noise=noise)` at threshold 0; `noise` is `(B, N, *latent)`."""
+        """Compute `TreeVAE.elbo(x, noise=noise)` at threshold 0; `noise` is `(B, N, *latent)`."""
         features = [self.encoder(x)]
         for block in self.bottom_up:
             features.insert(0, block(features[0]))
@@ -73,7 +74,7 @@ class NaiveTreeVAE(nn.Module):
         return ELBO(reconstruction, kl_root, kl_nodes, kl_decisions)
 
     def _gaussians(self, node: int, d: Tensor, parent: Tensor | None) -> tuple[Normal, Normal]:
-        """Posterior and prior of a node, from its features and the parent's sample."""
+        """Return posterior and prior of a node, from its features and the parent's sample."""
         mean_hat, std_hat = self._gaussian("heads", node, d)
         if parent is None:
             return Normal(mean_hat, std_hat), Normal(torch.zeros_like(mean_hat), torch.ones_like(std_hat))

@@ -1,4 +1,4 @@
-"""The tree as data: topology, index tables, visits, and the algebra of path probabilities. No parameters."""
+"""Trees as data: topology, index tables, visits, and the algebra of path probabilities. No parameters."""
 
 from treediff.tree.plan import TreePlan
 from treediff.tree.topology import TreeTopology

@@ -19,21 +19,21 @@ Model = TypeVar("Model")
 
 
 class OnTree(Protocol):
-    """A model on a tree that records how it was made."""
+    """Model on a tree that records its configuration."""
 
     config: dict[str, Any] | None
 
     @property
     def topology(self) -> TreeTopology:
-        """The tree."""
+        """Tree of the model."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Dtype of the weights."""
 
 
 def header_of(model: OnTree) -> dict[str, Any]:
-    """Return what a file says of a model besides its weights."""
+    """Return the header of a model's file: all that the file holds besides the weights."""
     topology = json.loads(model.topology.to_json())
     return {"config": model.config, "topology": topology, "dtype": dtype_name(model.dtype)}
 
@@ -45,7 +45,7 @@ def from_header(cls: type[Model], header: Mapping[str, Any], path: Path, parts: 
         cls: class of the model, whose factories take `topology`, `dtype` and `generator`.
         header: of a file.
         path: name of the file, for messages.
-        parts: modules of the caller's own that the model was built with, by name.
+        parts: custom modules that the model was built with, by name.
 
     Raises:
         ValueError: if the model was built from parts alone, which no header describes, or the header is damaged.
@@ -61,7 +61,7 @@ def require_topology(header: Mapping[str, Any], path: Path) -> TreeTopology:
     """Return the tree in a file's header.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the header holds no tree.
     """
     with described_by(path, header.get("topology")):
         return TreeTopology.from_json(json.dumps(header.get("topology")))

@@ -1,4 +1,4 @@
-"""A tree laid out as index tables, for a traversal of all or some of its nodes.
+"""Plans of traversals: index tables of all or some nodes of a tree.
 
 Letters: `B` batch, `N` nodes, `I` nodes with two children, `K` leaves.
 """
@@ -17,19 +17,19 @@ from treediff.tree.topology import TreeTopology
 
 __all__ = ["TreePlan"]
 
-# Levels whose routers run together in the search for visits: a third as many stops to see who got where, for a few
-# rows too many.
+# Levels whose routers run together in the search for visits. Bands need a third as many synchronisations to find the
+# visits, for a few superfluous rows.
 _BAND = 3
 
 
 class Band(NamedTuple):
-    """Some levels of a tree, one below the other.
+    """Band of consecutive levels of a tree.
 
     Attributes:
-        ids: nodes that decide in it.
-        first: rank of the first of them among all that decide.
-        above: where the node above each, in the band's first level, stands in that level.
-        steps: each level of the band and the level below it.
+        ids: ids of the deciding nodes in the band.
+        first: rank of the first of these nodes among all deciding nodes.
+        above: for each of these nodes, the index of its ancestor in the band's first level within that level.
+        steps: pairs of each level of the band and the level below.
     """
 
     ids: list[int]
@@ -39,32 +39,32 @@ class Band(NamedTuple):
 
 
 class TreePlan:
-    """A tree, or the part of it that one traversal needs, laid out as index tables.
+    """Plan of a traversal: a tree, or the part that the traversal needs, as index tables.
 
     A *position* is an index into `nodes`; the tables map positions to positions.
 
     Args:
         topology: the whole tree.
         nodes: ids to visit, closed under taking parents; all by default.
-        device: where the tables live.
+        device: of the tables.
 
     Raises:
         KeyError: if a node is not in the tree.
-        ValueError: if the nodes are not closed under taking parents, or there is none.
+        ValueError: if the nodes are not closed under taking parents, or there are no nodes.
 
     Attributes:
         nodes: ids in level order.
         levels: positions of each depth, as ranges.
         routed: positions where a router decides, in level order.
         leaves: positions of the tree's leaves, in level order.
-        rank: `(N,)` where each position stands among all nodes of the tree, in level order.
+        rank: `(N,)` rank of each position among all nodes of the tree, in level order.
         positions: `(I,)` the same as `routed`, as a tensor.
         depth: `(N,)` steps from the root.
         parent: `(N,)` the position above; -1 at the root.
-        side: `(N, 1)` 1 where a left turn leads, and at the root; -1 where a right one does.
-        decider: `(N,)` rank among `routed` of the node above; -1 where none decides.
-        bands: the levels again, a few at a time.
-        turns: `(2, N)` where a left and a right turn lead; -1 is nowhere.
+        side: `(N, 1)` 1 after a left turn and at the root, -1 after a right turn.
+        decider: `(N,)` rank among `routed` of the node above; -1 if that node does not decide.
+        bands: the levels in bands of a few levels.
+        turns: `(2, N)` positions after a left and a right turn; -1 if there is no such position.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TreePlan:
         inside = [[position[n] for n in level if n in wanted] for level in topology.levels]
         self.levels = [range(level[0], level[-1] + 1) for level in inside if level]
         two = set(topology.routed)
-        # For each position: where a left and a right turn lead; -1 is nowhere. A pass-through has only a left one.
+        # A pass-through has only a left turn, whatever the side of its child.
         turns = [[-1, -1] for _ in self.nodes]
         for node, turn in zip(self.nodes, turns, strict=True):
             for side, child in enumerate(topology.children(node)):
@@ -95,7 +95,7 @@ class TreePlan:
         self.routed = [p for p, n in enumerate(self.nodes) if n in two and max(turns[p]) >= 0]
         self.leaves = [p for p, n in enumerate(self.nodes) if not topology.children(n)]
         self.device = torch.device(device) if device is not None else torch.device("cpu")
-        # All tables are kept, and a tensor made in inference mode could never be trained with afterwards.
+        # All tables are kept, and a tensor made in inference mode can never be used in training afterwards.
         with torch.inference_mode(False):
             self.turns = self._tensor(turns).T.contiguous()
             self.rank = self._tensor([i for i, n in enumerate(topology.ids) if n in wanted])
@@ -124,14 +124,14 @@ class TreePlan:
 
     @cached_property
     def leads_to(self) -> Tensor:
-        """`(N, K)` whether a leaf lies at or below a position."""
+        """`(N, K)` booleans: True where the leaf is at or below the position."""
         tree = self.topology
         below = [[n in tree.path(self.nodes[leaf]) for leaf in self.leaves] for n in self.nodes]
         with torch.inference_mode(False):
             return torch.tensor(below, device=self.device).view(len(self.nodes), len(self.leaves))
 
     def along(self, values: Tensor) -> Tensor:
-        """Values of all nodes `(N, B, ...)` along the path to each leaf: `(B, K, S + 1, ...)`, 0 past the leaf."""
+        """Return values of all nodes `(N, B, ...)` along the path to each leaf: `(B, K, S + 1, ...)`, 0 past it."""
         paths = [self.topology.path(self.nodes[leaf]) for leaf in self.leaves]
         steps = self._tensor([[*map(self.nodes.index, path), *[-1] * (len(self.levels) - len(path))] for path in paths])
         there = (steps >= 0).view(*steps.shape, *[1] * (values.ndim - 1))
@@ -141,13 +141,13 @@ class TreePlan:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _ranks(self, positions: Sequence[int]) -> Tensor:
-        """For each position its rank among `positions`; -1 for the others."""
+        """Return for each position its rank among `positions`, and -1 for all other positions."""
         ranks = self._tensor([-1] * len(self.nodes))
         ranks[positions] = torch.arange(len(positions), device=self.device)
         return ranks
 
     def ids(self, positions: Sequence[int]) -> list[int]:
-        """Node ids of some positions."""
+        """Return the node ids of some positions."""
         return [self.nodes[p] for p in positions]
 
     def leaf_ranks(self, leaf: Tensor, batch: int) -> Tensor:
@@ -158,7 +158,7 @@ class TreePlan:
             batch: number of images.
 
         Raises:
-            KeyError: if an id is not that of a leaf to visit.
+            KeyError: if an id is not the id of a leaf to visit.
             TypeError: if ids are not integers.
             ValueError: if there is not one id for each image, or no leaf to visit.
         """
@@ -177,9 +177,9 @@ class TreePlan:
         return matches.to(torch.int64).argmax(1)
 
     def everyone(self, positions: Sequence[int], batch: int) -> Tensor:
-        """Visits to `positions` when every image visits every node: node by node, image by image."""
+        """Return the visits to `positions` if every image visits every node: node by node, image by image."""
         return (self._tensor(positions)[:, None] * batch + torch.arange(batch, device=self.device)).flatten()
 
     def ladder_rows(self, image: Tensor, node: Tensor, batch: int) -> Tensor:
-        """Where some images at some nodes stand in what is kept per depth and image, `(depths, B, ...)` flattened."""
+        """Return the rows of some images at some nodes in a table per depth and image, `(depths, B, ...)` flattened."""
         return self.depth[node] * batch + image

@@ -1,9 +1,9 @@
 """Gaussian and Bernoulli algebra in log space, and the probabilities of paths through a tree.
 
-Gaussians are diagonal and carry a mean and a **log-variance**; binary decisions carry a **logit**. Nothing
-here adds an epsilon or clamps, so every gradient is the true one. Functions of Gaussians work element by
-element; `gaussian_kl` and `gaussian_log_prob` sum over everything but the first axis, because a latent may be
-a vector `(B, D)` or a map `(B, C, H, W)`.
+Gaussians are diagonal and have a mean and a **log-variance**; binary decisions have a **logit**. No function
+here adds an epsilon or clamps, so every gradient is exact. Functions of Gaussians work element by element.
+`gaussian_kl` and `gaussian_log_prob` sum over all axes but the first, because a latent may be a vector
+`(B, D)` or a map `(B, C, H, W)`.
 
 Letters: `B` batch, `D` latent width, `N` nodes, `I` routed nodes, `K` leaves.
 """
@@ -35,10 +35,10 @@ __all__ = [
 def gaussian_kl(
     mean_q: Tensor, logvar_q: Tensor, mean_p: Tensor | None = None, logvar_p: Tensor | None = None
 ) -> Tensor:
-    r"""KL divergence between diagonal Gaussians, in nats, at least 0 up to rounding.
+    r"""Compute the KL divergence between diagonal Gaussians, in nats, at least 0 up to rounding.
 
-    `KL = 1/2 sum( exp(lv_q - lv_p) + (mu_q - mu_p)^2 exp(-lv_p) - 1 - (lv_q - lv_p) )`; without a second
-    Gaussian the standard normal takes its place.
+    `KL = 1/2 sum( exp(lv_q - lv_p) + (mu_q - mu_p)^2 exp(-lv_p) - 1 - (lv_q - lv_p) )`; the default for the
+    second Gaussian is the standard normal.
 
     Args:
         mean_q: `(B, ...)`.
@@ -47,8 +47,8 @@ def gaussian_kl(
         logvar_p: `(B, ...)`, or None for zero.
 
     Returns:
-        `(B,)`, summed over all other axes. In float32 rounding can make a divergence of 0 come out as low as
-        about -1e-6 per element.
+        `(B,)`, summed over all other axes. In float32 a divergence of 0 can be rounded to as low as about -1e-6
+        per element.
 
     Examples:
         >>> gaussian_kl(torch.ones(1, 2), torch.zeros(1, 2))
@@ -64,7 +64,7 @@ def gaussian_kl(
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-    """Log-density `log N(x; mean, exp(logvar))` in nats, `(B, ...)` to `(B,)`, summed over all other axes.
+    """Compute the log-density `log N(x; mean, exp(logvar))` in nats, `(B, ...)` to `(B,)`, summed over other axes.
 
     Examples:
         >>> gaussian_log_prob(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
@@ -77,11 +77,11 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
 def precision_weighted_merge(
     mean_a: Tensor, logvar_a: Tensor, mean_b: Tensor, logvar_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Product of two Gaussians, renormalised: precisions add, means are weighted by precision.
+    """Multiply two Gaussians and renormalise: precisions add, means are weighted by precision.
 
     With `w = sigmoid(lv_b - lv_a)`: `mean = w mean_a + (1 - w) mean_b` and
-    `logvar = -logaddexp(-lv_a, -lv_b)`. LadderVAE (arXiv 1602.02282), eq. 9 and 10; TreeVAE's posterior of
-    every node but the root.
+    `logvar = -logaddexp(-lv_a, -lv_b)`. Sources: LadderVAE (arXiv 1602.02282), eq. 9 and 10; TreeVAE's posterior
+    of every node but the root.
 
     Returns:
         mean and log-variance, each of the inputs' shape.
@@ -96,11 +96,11 @@ def precision_weighted_merge(
 
 
 def reparameterize(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """A sample `mean + exp(logvar / 2) noise` through which gradients flow; `noise` is standard normal.
+    """Return a sample `mean + exp(logvar / 2) noise` through which gradients flow; `noise` is standard normal.
 
     Raises:
         TypeError: if noise is not floating point, or would widen the dtype of the mean.
-        ValueError: if it has not a number for each number of the sample, so that some would share theirs.
+        ValueError: if noise does not have one number for each number of the sample, so that noise would be shared.
     """
     shape = torch.broadcast_shapes(mean.shape, logvar.shape, noise.shape)
     check_noise(noise, mean.detach().expand(shape), "mean")
@@ -108,9 +108,9 @@ def reparameterize(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
 
 
 def bernoulli_kl_with_logits(logits_q: Tensor, logits_p: Tensor) -> Tensor:
-    """KL divergence between Bernoulli variables given by logits, element by element, in nats.
+    """Compute the KL divergence between Bernoulli variables given by logits, element by element, in nats.
 
-    `KL = sigmoid(a) (a - b) + softplus(b) - softplus(a)`, finite and with a gradient however sure both are.
+    `KL = sigmoid(a) (a - b) + softplus(b) - softplus(a)`, finite and with a gradient for logits of any size.
 
     Examples:
         >>> bernoulli_kl_with_logits(torch.tensor(0.0), torch.tensor(0.0))
@@ -120,23 +120,23 @@ def bernoulli_kl_with_logits(logits_q: Tensor, logits_p: Tensor) -> Tensor:
 
 
 def log_softplus(x: Tensor) -> Tensor:
-    """`log(log(1 + exp(x)))` without underflow: `x` where x is very negative, about `log x` for large x.
+    """Compute `log(log(1 + exp(x)))` without underflow: `x` where x is very negative, about `log x` for large x.
 
-    The log-variance of a Gaussian head: TreeVAE takes the variance as `softplus`, which grows slowly, so that
-    no step of the optimiser can make a variance explode.
+    The result is the log-variance of a Gaussian head: TreeVAE takes the variance as `softplus`, which grows
+    slowly, so that no step of the optimiser can make a variance explode.
     """
-    # Down there softplus(x) equals exp(x) to the precision of the type, and its logarithm is x itself.
+    # Below the floor softplus(x) equals exp(x) to the precision of the dtype, and its logarithm is x itself.
     floor = torch.full((), -37.0 if x.dtype == torch.float64 else -15.0, dtype=x.dtype, device=x.device)
-    # <= and not <: where the two are equal, maximum would pass on half of the gradient.
+    # <= and not <: at x == floor, maximum would pass on half of the gradient.
     return torch.where(x <= floor, x, F.softplus(torch.maximum(x, floor)).log())
 
 
 def path_log_probs(logits: Tensor, topology: TreeTopology) -> Tensor:
-    """Log-probability of reaching every node, from the routers' logits.
+    """Compute the log-probability of reaching every node, from the routers' logits.
 
     `log P(n) = sum over the routed nodes i on the path to n of logsigmoid(+-logit_i)`, plus for a left turn;
-    two matrix products with the tree's incidence matrices. A pass-through node hands its probability on
-    unchanged.
+    two matmuls with the tree's incidence matrices. The child of a pass-through node has the probability of that
+    node.
 
     Args:
         logits: `(B, I)`, one column per node of `topology.routed`; positive means left. Must be finite.
@@ -162,7 +162,7 @@ def path_log_probs(logits: Tensor, topology: TreeTopology) -> Tensor:
 
 
 def leaf_log_probs(logits: Tensor, topology: TreeTopology) -> Tensor:
-    """The columns of `path_log_probs` for `topology.leaves`: `(B, I)` to `(B, K)`; `exp` sums to 1.
+    """Return the columns of `path_log_probs` for `topology.leaves`: `(B, I)` to `(B, K)`; `exp` sums to 1.
 
     Examples:
         >>> leaf_log_probs(torch.zeros(1, 1), TreeTopology.balanced(1)).exp()
@@ -188,5 +188,5 @@ def sample_leaf(log_probs: Tensor, uniform: Tensor) -> Tensor:
     """
     cumulative = log_probs.softmax(1).cumsum(1)
     # Divided by the last column, which rounding may leave below 1: a draw must not fall behind the last leaf
-    # that has any probability.
+    # with a positive probability.
     return (uniform[:, None] >= cumulative / cumulative[:, -1:]).sum(1)

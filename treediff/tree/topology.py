@@ -1,13 +1,13 @@
-"""The tree itself: which node is whose child. No parameters, no tensors that learn.
+"""Topology of a tree: the children of each node. No parameters, no trainable tensors.
 
-A `TreeTopology` is a value. Growing or pruning returns a new one and leaves the old one as it was. Every node
-has an integer **id that it keeps for ever**: splitting hands out ids never used before, pruning retires ids
-for good, so whatever is stored by id (parameters, pictures, notes) still belongs to the same node afterwards.
+A `TreeTopology` is a value. Growing or pruning returns a new topology and does not change the old one. Every
+node has a **permanent integer id**: splitting assigns ids never used before, and pruning retires ids
+permanently. So all that is stored by id (parameters, images, notes) still belongs to the same node afterwards.
 
 Nodes are listed in *level order*: by depth, and from left to right within a depth. A node has two children,
-one (a *pass-through*, left behind when its other child was pruned) or none (a *leaf*).
+one child (a *pass-through*, whose other child was pruned) or no child (a *leaf*).
 
-Letters: `N` nodes, `I` routed nodes (those with two children), `K` leaves.
+Letters: `N` nodes, `I` routed nodes (nodes with two children), `K` leaves.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["TreeTopology"]
 
 @dataclass(frozen=True)
 class TreeTopology:
-    """An immutable binary tree with stable node ids.
+    """Immutable binary tree with permanent node ids.
 
-    Lists are taken as well and kept as tuples.
+    Lists are accepted, too, and kept as tuples.
 
     Args:
         ids: node ids in level order; the root comes first.
@@ -79,7 +79,7 @@ class TreeTopology:
                 f"ids must be at least 0 and below next_id; found ids from {min(self.ids)} to "
                 f"{max(self.ids)} and next_id {self.next_id}"
             )
-        # Looked up now: Python 3.11 takes a lock at the first use, and torch.compile cannot trace a lock.
+        # Computed now: Python 3.11 takes a lock at the first use, and torch.compile cannot trace a lock.
         for name in ("index", "parents", "leaves", "routed", "levels", "_turns"):
             getattr(self, name)
 
@@ -87,7 +87,7 @@ class TreeTopology:
 
     @classmethod
     def balanced(cls, depth: int) -> TreeTopology:
-        """The full binary tree with `2**depth` leaves; depth 0 is a lone root, the tree of a plain VAE."""
+        """Build the full binary tree with `2**depth` leaves; depth 0 is a single root, the tree of a plain VAE."""
         if depth < 0:
             raise ValueError(f"depth must be at least 0, found {depth}")
         inner, total = 2**depth - 1, 2 ** (depth + 1) - 1
@@ -101,7 +101,7 @@ class TreeTopology:
 
     @classmethod
     def chain(cls, depth: int) -> TreeTopology:
-        """A root with one descendant per depth and no branching: the tree of a LadderVAE."""
+        """Build a root with one descendant per depth and no branching: the tree of a LadderVAE."""
         if depth < 0:
             raise ValueError(f"depth must be at least 0, found {depth}")
         return cls(
@@ -117,7 +117,7 @@ class TreeTopology:
     ) -> TreeTopology:
         """Build the tree below `root` from a map of node id to (left child, right child).
 
-        Leaves may be left out.
+        Leaves may be missing from the map.
         """
         order = [root]
         for node in order:
@@ -128,7 +128,7 @@ class TreeTopology:
         return cls(tuple(order), tuple(p[0] for p in pairs), tuple(p[1] for p in pairs), next_id)
 
     def split(self, leaf: int) -> TreeTopology:
-        """Give `leaf` two children with new ids; the left one is `next_id`.
+        """Give `leaf` two children with new ids; the left child is `next_id`.
 
         Raises:
             KeyError: if there is no such node.
@@ -140,14 +140,14 @@ class TreeTopology:
         return self.from_children(children, root=self.root, next_id=self.next_id + 2)
 
     def prune(self, leaf: int) -> TreeTopology:
-        """Remove `leaf`, and every ancestor that it leaves without children.
+        """Remove `leaf`, and every ancestor that then has no children.
 
-        A parent that keeps its other child becomes a pass-through: no decision is taken there any more, and
-        whatever reached it goes on to the remaining child.
+        A parent that keeps its other child becomes a pass-through: it decides no longer, and all images that
+        reach it go on to the remaining child.
 
         Raises:
             KeyError: if there is no such node.
-            ValueError: if the node is not a leaf, or the only one.
+            ValueError: if the node is not a leaf, or is the only leaf.
         """
         self._require_leaf(leaf)
         if len(self.leaves) == 1:
@@ -164,7 +164,7 @@ class TreeTopology:
             gone = parent if children[parent] == (None, None) else None
         return self.from_children(children, root=self.root, next_id=self.next_id)
 
-    # --- looking at trees ---------------------------------------------------------------------------------
+    # --- reading trees ------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -217,28 +217,28 @@ class TreeTopology:
 
     @cached_property
     def parents(self) -> Mapping[int, int | None]:
-        """Parent of each node; None for the root; read-only."""
+        """Parent of each node, None for the root; read-only."""
         found: dict[int, int | None] = {self.root: None}
         for node, *below in self._rows():
             found.update({child: node for child in below if child is not None})
         return MappingProxyType(found)
 
     def parent(self, node: int) -> int | None:
-        """Id of the parent, or None for the root. Raises KeyError for an unknown node."""
+        """Return the id of the parent, or None for the root. Raises KeyError for an unknown node."""
         self._require(node)
         return self.parents[node]
 
     def children(self, node: int) -> tuple[int, ...]:
-        """Ids of the children from left to right: two, one or none. Raises KeyError for an unknown node."""
+        """Return ids of the children from left to right: two, one or none. Raises KeyError for an unknown node."""
         i = self._require(node)
         return tuple(c for c in (self.left[i], self.right[i]) if c is not None)
 
     def depth(self, node: int) -> int:
-        """Number of edges between the root and `node`. Raises KeyError for an unknown node."""
+        """Return the number of edges between the root and `node`. Raises KeyError for an unknown node."""
         return len(self.path(node)) - 1
 
     def path(self, node: int) -> tuple[int, ...]:
-        """Ids from the root down to `node`, both included. Raises KeyError for an unknown node."""
+        """Return the ids from the root down to `node`, both included. Raises KeyError for an unknown node."""
         self._require(node)
         steps = [node]
         while (above := self.parents[steps[-1]]) is not None:
@@ -246,20 +246,20 @@ class TreeTopology:
         return tuple(reversed(steps))
 
     def leaves_under(self, node: int) -> tuple[int, ...]:
-        """Ids of the leaves that descend from `node` (itself, if it is a leaf), in level order."""
+        """Return the ids of the leaves under `node` (the node itself, if it is a leaf), in level order."""
         self._require(node)
         return tuple(leaf for leaf in self.leaves if node in self.path(leaf))
 
     def lowest_common_ancestor(self, first: int, second: int) -> int:
-        """Id of the deepest node that lies on both paths from the root."""
+        """Return the id of the deepest node that is on both paths from the root."""
         shared = [a for a, b in zip(self.path(first), self.path(second), strict=False) if a == b]
         return shared[-1]
 
     def incidence(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """The two 0/1 matrices `(N, I)` that turn decisions into paths.
+        """Return the two 0/1 matrices `(N, I)` that turn decisions into paths.
 
-        Entry `[n, i]` of the first is 1 where the path to node `n` turns left at routed node `i`, of the
-        second where it turns right. They are shared by all callers and must not be written to.
+        Entry `[n, i]` of the first matrix is 1 where the path to node `n` turns left at routed node `i`. The
+        second matrix has a 1 where the path turns right. All callers share both matrices: do not write to them.
         """
         return self._turns
 
@@ -277,17 +277,17 @@ class TreeTopology:
     # --- files --------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """Canonical JSON; `from_json` gives the same tree back."""
+        """Return canonical JSON, from which `from_json` returns the same tree."""
         nodes = [[node, first, second] for node, first, second in self._rows()]
         return json.dumps({"next_id": self.next_id, "nodes": nodes}, separators=(",", ":"), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> TreeTopology:
-        """Read what `to_json` wrote.
+        """Build a tree from the JSON of `to_json`.
 
         Raises:
-            ValueError: if the text is not such JSON, an id in it is not an integer, or it does not describe a
-                tree.
+            ValueError: if the text is not such JSON, an id in the text is not an integer, or the text does not
+                describe a tree.
         """
         try:
             found = json.loads(text)
@@ -304,7 +304,7 @@ class TreeTopology:
     # --- helpers ------------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[Callable[..., TreeTopology], tuple[object, ...]]:
-        # Copied and pickled by its fields, for a read-only mapping can be neither.
+        # Copied and pickled by its fields, because a read-only mapping can be neither copied nor pickled.
         return type(self), (self.ids, self.left, self.right, self.next_id)
 
     def _rows(self) -> Iterator[tuple[int, int | None, int | None]]:
@@ -326,7 +326,7 @@ class TreeTopology:
 
 
 def _id(found: object) -> int:
-    # Not isinstance, to which True is an integer.
+    # Not isinstance, which accepts True as an integer.
     if type(found) is not int:
         raise TypeError(f"expected integers as ids, found {found!r}")
     return found

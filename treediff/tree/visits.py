@@ -1,7 +1,8 @@
-"""Which image visits which node: the ragged table that everything about a batch in a tree is read from.
+"""Visits of images to nodes: one ragged table holds all that is computed for a batch in a tree.
 
 A *visit* is an image at a node. With 32 leaves each of `B` images could visit 63 nodes, but a trained router sends
-an image down few of them, so only the visits that happen are listed, sorted by node. Work then follows the visits.
+an image to few of them. So only the visits that take place are listed, sorted by node, and the cost grows with the
+number of visits.
 
 Letters: `B` batch, `T` visits, `R` visits to routed nodes, `N` nodes, `K` leaves.
 """
@@ -24,19 +25,19 @@ __all__ = ["Visits", "descend"]
 
 @dataclass(frozen=True, eq=False)
 class Visits:
-    """All visits of a batch, sorted by node and, within a node, by image.
+    """Visits of a batch, sorted by node and, within a node, by image.
 
     Args:
-        plan: the nodes; tables below speak in its positions.
+        plan: the nodes; the tables below hold positions of this plan.
         batch: number of images `B`.
-        image: `(T,)` which image.
-        node: `(T,)` at which position.
-        parent: `(T,)` the visit it came from; -1 at the root.
+        image: `(T,)` index of the image.
+        node: `(T,)` position of the node.
+        parent: `(T,)` index of the image's visit to the parent node; -1 at the root.
         log_reach: `(T,)` log-probability of reaching the node, in nats.
         routed: `(R,)` the visits where a router decided.
-        logits: `(R,)` what it said; positive means left.
+        logits: `(R,)` the router's logits; positive means left.
         starts: first visit of each level, and at the end `T`.
-        roulette: below this probability a visit took place by chance only, see `descend`; 0 if none did.
+        roulette: below this probability a visit took place by chance only, see `descend`; 0 without roulette.
     """
 
     plan: TreePlan
@@ -51,31 +52,31 @@ class Visits:
     roulette: float = 0.0
 
     def reach(self) -> Tensor:
-        """`(T,)` the probability of reaching the node, over that of the visit where that was left to chance.
+        """Return `(T,)` the probability of reaching the node, divided by the visit's probability under roulette.
 
-        Sums of terms weighted by it are then right on average, and so are their gradients.
+        Sums of terms with these weights are unbiased, and so are their gradients.
         """
         if not self.roulette:
             return self.log_reach.exp()
         return torch.exp(self.log_reach - (self.log_reach.detach() - math.log(self.roulette)).clamp_max(0))
 
     def groups(self) -> Groups:
-        """The visits grouped by node; group = position."""
+        """Return the groups of the visits by node; group = position."""
         return Groups(self.node, len(self.plan.nodes))
 
     def routed_groups(self) -> Groups:
-        """The routed visits grouped by routed node."""
+        """Return the groups of the routed visits by routed node."""
         return Groups(self.plan.routed_rank[self.node[self.routed]], len(self.plan.routed))
 
     def at_leaves(self) -> Tensor:
-        """`(L,)` the visits at leaves of the tree."""
+        """Return `(L,)` the visits at leaves of the tree."""
         if self.dense:
             return self.plan.everyone(self.plan.leaves, self.batch)
         return (self.plan.leaf_rank[self.node] >= 0).nonzero().squeeze(1)
 
     @property
     def dense(self) -> bool:
-        """Whether every image visits every node."""
+        """True if every image visits every node."""
         return self.starts[-1] == self.batch * len(self.plan.nodes)
 
     def table(self, visits: Tensor, values: Tensor, columns: Tensor, width: int, fill: float) -> Tensor:
@@ -84,7 +85,7 @@ class Visits:
         return empty.index_put((self.image[visits], columns[self.node[visits]]), values)
 
     def along(self, leaf: Tensor) -> Visits:
-        """Only the visits on each image's path to a leaf of its own; `leaf` is `(B,)`, ranks among the leaves."""
+        """Keep only the visits on each image's path to its own leaf; `leaf` is `(B,)`, ranks among the leaves."""
         plan = self.plan
         keep = plan.leads_to[self.node, leaf[self.image]]
         before = F.pad(keep.cumsum(0), (1, 0))
@@ -97,7 +98,7 @@ class Visits:
         return Visits(plan, self.batch, *columns, *decisions, before[self.starts].tolist(), self.roulette)
 
     def repeated(self, times: int) -> Visits:
-        """Those of a batch in which each image stands several times in a row; all must visit every node."""
+        """Return the visits of a batch that repeats each image `times` times in a row; all must visit every node."""
         plan, batch = self.plan, self.batch * times
         log_reach, logits = (
             values.view(len(positions), self.batch).repeat_interleave(times, 1).flatten()
@@ -108,7 +109,7 @@ class Visits:
         return Visits(plan, batch, image, node, parent, log_reach, routed, logits, starts)
 
     def turns_left(self, leaf: Tensor) -> Tensor:
-        """`(R,)` whether the way from each routed visit to its image's leaf turns left."""
+        """Return `(R,)` whether the path from each routed visit to its image's leaf turns left."""
         left = self.plan.turns[0][self.node[self.routed]]
         # A left turn that leads out of the plan (-1) leads to no leaf.
         return self.plan.leads_to[left, leaf[self.image[self.routed]]] & (left >= 0)
@@ -134,22 +135,23 @@ def descend(
 ) -> Visits:
     """Send a batch down the tree, following every turn whose probability of being reached stays above `threshold`.
 
-    Where to go is found a few levels at a time without gradients; then all decisions are made at once, with them.
+    The visits are found a few levels at a time without gradients; then all decisions are computed at once, with
+    gradients.
 
     Args:
         plan: the nodes to visit.
         batch: number of images.
-        route: `(image (R,), node (R,), groups, node ids) -> logits (R,)`: what routers say of some images at their
+        route: `(image (R,), node (R,), groups, node ids) -> logits (R,)`: the routers' logits for some images at their
             nodes, which are positions.
-        threshold: visits reached with less probability than this are left out; 0 keeps all, and then no shape
-            depends on the data.
-        chance: `(B,)` uniform numbers in [0, 1): a visit reached with less probability than the threshold then takes
-            place if the ratio of the two is at least the image's number, and is weighted up in return (Russian
-            roulette). Without it, no gradient ever comes from what lies below the threshold, and probabilities pile up
-            just above it, where they cost most.
-        leaf: `(B,)` ranks among the plan's leaves: each image visits the path to its own leaf and nothing else.
-        like: tensor whose dtype and device log-probabilities take; never less precise than float32, because many are
-            added up.
+        threshold: visits reached with less probability than the threshold are left out; 0 keeps all visits, and then no
+            shape depends on the data.
+        chance: `(B,)` uniform numbers in [0, 1). A visit reached with less probability than the threshold then takes
+            place if the ratio of the two is at least the image's number. The weight of such a visit is increased in
+            return (Russian roulette). Without roulette, no gradient ever comes from visits below the threshold, and
+            probabilities pile up just above the threshold, where they cost most.
+        leaf: `(B,)` ranks among the plan's leaves: each image visits only the path to its own leaf.
+        like: tensor whose dtype and device log-probabilities take; never less precise than float32, because many
+            log-probabilities are added up.
 
     Returns:
         the visits.
@@ -186,7 +188,7 @@ def descend(
 
 
 def _everywhere(plan: TreePlan, batch: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Image, node and parent of the visits of all images to all nodes; starts of levels."""
+    """Return image, node and parent of the visits of all images to all nodes, and the starts of levels."""
     node = torch.arange(len(plan.nodes), device=plan.device).repeat_interleave(batch)
     image = torch.arange(batch, device=plan.device).repeat(len(plan.nodes))
     parent = torch.where(node == 0, -1, plan.parent[node] * batch + image)
@@ -194,7 +196,7 @@ def _everywhere(plan: TreePlan, batch: int) -> tuple[Tensor, Tensor, Tensor, lis
 
 
 def _listed(plan: TreePlan, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """The same of some visits, `(N, B)` booleans that hold a node's parent wherever they hold the node."""
+    """Return the result of `_everywhere` for the visits in `keep`, `(N, B)`, which also keeps the parents of nodes."""
     node, image = keep.nonzero(as_tuple=True)
     visits = keep.flatten().cumsum(0)
     parent = torch.where(node == 0, -1, visits[plan.parent[node] * keep.shape[1] + image] - 1)
@@ -203,7 +205,7 @@ def _listed(plan: TreePlan, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, list[
 
 @torch.no_grad()
 def _reached(plan: TreePlan, least: Tensor, route: Route) -> Tensor:
-    """`(N, B)` whether the log-probability of a node is at least the image's `least`."""
+    """Return `(N, B)` whether the log-probability of a node is at least the image's `least`."""
     reach = [least.new_zeros(1, len(least))]
     decisions = _undecided(plan, len(least), least, least.dtype)
     for band in plan.bands:
@@ -219,20 +221,20 @@ def _reached(plan: TreePlan, least: Tensor, route: Route) -> Tensor:
 
 
 def _undecided(plan: TreePlan, batch: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(I + 1, B)` logits of all decisions, and a last row for nodes without one, which surely pass images on."""
+    """Return `(I + 1, B)` logits 0 of all decisions, and a last row inf for nodes that pass all images on."""
     decisions = like.new_zeros(len(plan.routed) + 1, batch, dtype=dtype)
     decisions[-1] = math.inf
     return decisions
 
 
 def _turns(plan: TreePlan, decisions: Tensor, nodes: slice) -> Tensor:
-    """`(n, B)` log-probability of the turn that leads to each of some nodes; 0 for the root."""
+    """Return `(n, B)` log-probability of the turn that leads to each of some nodes; 0 for the root."""
     return F.logsigmoid(decisions[plan.decider[nodes]] * plan.side[nodes])
 
 
 def _sums_of_paths(values: Tensor, plan: TreePlan) -> Tensor:
     """Sum the rows `(N, B)` of all nodes on the way from the root to each node."""
-    # Each round doubles how much of its path a sum covers: three rounds for a tree of depth 8. The root adds 0.
+    # Each round doubles the part of a path that its sum covers: three rounds for a tree of depth 8. The root adds 0.
     above = plan.parent.clamp_min(0)
     for _ in range((len(plan.levels) - 2).bit_length() if len(plan.levels) > 1 else 0):
         values = values + values[above]

@@ -1,6 +1,6 @@
-"""The networks of a tree's nodes: one bank for each role that a node can play, in step with the tree.
+"""Networks of a tree's nodes: one bank for each role that a node can have, in step with the tree.
 
-Nothing here knows of probability, nor of what all nodes share, such as the encoder.
+This module holds no probabilities, and no networks that all nodes share, such as the encoder.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["NodeBanks", "by_node"]
 
 
 class NodeBanks(nn.Module):
-    """A tree and, for each of its nodes, the networks of the roles that the node plays.
+    """Banks of networks for a tree: for each node the networks of the roles that the node has.
 
-    Every network is given as a template of which each node gets its own copy, see `NodeBank`: all nodes have a head,
+    Every network is given as a template of which each node gets its own copy, see `NodeBank`. All nodes have a head,
     all but the root a transition, nodes with two children two routers, and leaves a decoder.
 
     Args:
@@ -32,13 +32,13 @@ class NodeBanks(nn.Module):
         posterior_router: features to the logit of going left, `(B,)`.
         prior_router: latent to the logit of going left, `(B,)`.
         decoder: a leaf's latent to the raw output that the likelihood reads.
-        generator: where initial weights come from; a seed of the tree's own if not given.
-        device: where the networks live; where the templates are, by default.
-        dtype: what weights are stored as.
+        generator: source of the initial weights; if not given, the seed follows from the tree.
+        device: of the networks; by default the device of the templates.
+        dtype: of the weights.
 
     Raises:
-        TypeError: if the topology is none.
-        ValueError: if a template keeps buffers.
+        TypeError: if `topology` is no TreeTopology.
+        ValueError: if a template has buffers.
 
     Examples:
         >>> networks = {"head": nn.Linear(4, 4), "transition": nn.Linear(2, 4), "decoder": nn.Linear(2, 3)}
@@ -64,7 +64,7 @@ class NodeBanks(nn.Module):
         super().__init__()
         if not isinstance(topology, TreeTopology):
             raise TypeError(
-                f"topology must be a TreeTopology, found {topology!r}; TreeTopology.balanced(0) is a lone root"
+                f"topology must be a TreeTopology, found {topology!r}; TreeTopology.balanced(0) is a single root"
             )
         self.heads = NodeBank(head, device=device, dtype=dtype)
         self.transitions = NodeBank(transition, device=device, dtype=dtype)
@@ -75,7 +75,7 @@ class NodeBanks(nn.Module):
         self.become(topology, generator=generator)
 
     def extra_repr(self) -> str:
-        """The tree."""
+        """Return the tree, for `print(banks)`."""
         return f"topology={self.topology}"
 
     def split(
@@ -97,7 +97,7 @@ class NodeBanks(nn.Module):
 
         Args:
             topology: the tree.
-            generator: where weights of new nodes come from; a seed of the tree's own if not given.
+            generator: source of the weights of new nodes; if not given, the seed follows from the tree.
         """
         self.topology = topology
         generator = self._seeded(topology) if generator is None else generator
@@ -129,12 +129,12 @@ class NodeBanks(nn.Module):
 
 
 def by_node(bank: NodeBank, x: Tensor, rank: Tensor, nodes: Sequence[int]) -> Tensor:
-    """Run each row through the network of its node, whatever the order of the rows.
+    """Run each row through the network of its node, for rows in any order.
 
     Args:
         bank: the networks.
         x: `(T, ...)` rows.
-        rank: `(T,)` the place of each row's node in `nodes`.
+        rank: `(T,)` the index of each row's node in `nodes`.
         nodes: ids.
     """
     order = rank.argsort(stable=True)

@@ -1,8 +1,8 @@
-"""The contrastive terms of a TreeVAE: two views of an image should look alike and take the same turns.
+"""Contrastive terms of a TreeVAE: two views of an image should have similar features and take the same turns.
 
-TreeVAE (arXiv 2306.08984) adds them to the negative ELBO on colour images, where reconstruction alone groups pictures
-by their background. The losses themselves are in `treediff.layers.contrastive`; here they meet
-the ladder and the routers.
+TreeVAE (arXiv 2306.08984) adds the terms to the negative ELBO on colour images, where reconstruction alone groups
+images by their background. The losses themselves are in `treediff.layers.contrastive`; this module applies the losses
+to the ladder and the routers.
 
 Letters: `B` pairs of views, so `2B` rows.
 """
@@ -28,23 +28,26 @@ __all__ = ["TreeContrast"]
 
 
 class TreeContrast(nn.Module):
-    """`weight * mean over levels of NT-Xent(features) + decision_weight * sum over routers of NT-Xent(decisions)`.
+    """Contrastive loss of a TreeVAE: a term on the features of the ladder and a term on the routers' decisions.
 
-    Features pass through a projection head per level of the ladder; both are thrown away after training. A router's
-    term counts each view by the probability with which it reaches the router.
+    `weight * mean over levels of NT-Xent(features) + decision_weight * sum over routers of NT-Xent(decisions)`
 
-    Give it to `Stage.loss` together with a second view of the batch, and train its parameters along with the stage's.
+    Features pass through a projection head per level of the ladder; features and heads are discarded after training. A
+    router's term weights each view by the probability with which the view reaches the router.
+
+    Give the module to `Stage.loss` together with a second view of the batch, and train its parameters along with the
+    stage's.
 
     Args:
         model: the TreeVAE whose ladder is projected; only shapes are read.
         weight: of the term on features against the negative ELBO in nats; 100 in TreeVAE.
-        decision_weight: of the term on decisions, `weight` by default as in TreeVAE. It prefers halves: where clusters
-            differ in size it can move a good cut, and 0 leaves routers to the ELBO.
-        temperature: of the term on features; the one on decisions has 1.
+        decision_weight: of the term on decisions, `weight` by default as in TreeVAE. The term prefers halves: where
+            clusters differ in size it can move a good cut, and 0 leaves routers to the ELBO.
+        temperature: of the term on features; the temperature of the term on decisions is 1.
         hidden: width of the heads' hidden layer.
-        out_features: width of their output.
-        generator: where initial weights come from.
-        world: the processes that share a batch; pairs of all of them are told apart.
+        out_features: width of the heads' output.
+        generator: source of the initial weights.
+        world: the processes that share a batch; the loss contrasts pairs of all processes.
 
     Raises:
         ValueError: if a weight is negative or not finite, or a width is below 1.
@@ -86,17 +89,17 @@ class TreeContrast(nn.Module):
         initialize(self.heads, generator=generator)
 
     def extra_repr(self) -> str:
-        """Weights and temperature."""
+        """Return weights and temperature, for `print(contrast)`."""
         return f"weight={self.weight}, decision_weight={self.decision_weight}, temperature={self.temperature}"
 
     def forward(self, ladder: Tensor, visits: Visits, *, split: int | None = None) -> Tensor:
-        """The weighted sum of both terms, a scalar in nats.
+        """Return the weighted sum of both terms, a scalar in nats.
 
         Args:
-            ladder: `model.features(x)` for `2B` rows, the first views before the second ones.
+            ladder: `model.features(x)` for `2B` rows, the first views before the second views.
             visits: `model.route(ladder)`, without a threshold.
-            split: id of a routed node whose decision alone counts, with the features left out: the term of a stage that
-                trains nothing else.
+            split: id of a routed node whose decision alone counts, without the term on features: the loss of a stage
+                that trains only this decision.
 
         Raises:
             ValueError: if the number of rows is odd, `visits` belongs to other rows, or decisions count and a threshold
@@ -137,6 +140,6 @@ class TreeContrast(nn.Module):
         return decision_nt_xent(*self._pairs(logits), weights=torch.stack(self._pairs(reach)))
 
     def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """First and second views of all processes."""
+        """Return the first and the second views of all processes."""
         first, second = x.chunk(2)
         return self.world.gather(first), self.world.gather(second)

@@ -1,7 +1,7 @@
 """TreeVAE: a variational autoencoder whose latents form a tree (Manduchi et al., arXiv 2306.08984).
 
-Generative model: `z_0 ~ N(0, I)`; at every node with two children a router decides `c_i ~ Bernoulli(r_p(z_i))`, left or
-right; a child's latent is `z_i ~ N(mu_p(z_parent), sigma_p^2(z_parent))`; the leaf's decoder gives `p(x | z_leaf)`.
+Generative model: `z_0 ~ N(0, I)`. At every node with two children a router decides `c_i ~ Bernoulli(r_p(z_i))`, left or
+right. A child's latent is `z_i ~ N(mu_p(z_parent), sigma_p^2(z_parent))`. The leaf's decoder gives `p(x | z_leaf)`.
 
 Inference: an encoder and a ladder of bottom-up blocks give features `d_h` for each depth `h`. Posterior routers read
 `d_h`, and each node's Gaussian head reads `d_h` and is merged with the prior from the sampled parent by precision.
@@ -43,31 +43,31 @@ class TreeVAE(nn.Module):
     """A tree of latent variables with one decoder per leaf.
 
     `TreeVAE.for_images` and `TreeVAE.for_vectors` choose good parts. Networks of nodes are given as templates, of which
-    each node gets its own copy, see `NodeBanks`. A lone root is a plain VAE, a chain a LadderVAE (arXiv 1602.02282).
+    each node gets its own copy, see `NodeBanks`. A single root is a plain VAE, a chain a LadderVAE (arXiv 1602.02282).
 
     Args:
         topology: the tree to start with.
         encoder: observations to the features of the deepest level.
-        bottom_up: blocks that lead up the ladder; `len(bottom_up)` is the greatest depth the tree may have.
+        bottom_up: blocks of the ladder, from the deepest level up; `len(bottom_up)` is the tree's greatest depth.
         head: a node's Gaussian from features: `(B, ...)` to `(B, 2D, ...)`.
         transition: a child's prior from the parent's latent: `(B, D, ...)` to `(B, 2D, ...)`.
         posterior_router: features to the logit of going left, `(B,)`.
         prior_router: latent to the logit of going left, `(B,)`.
         decoder: a leaf's latent to the raw output that the likelihood reads.
-        likelihood: how outputs and observations compare.
+        likelihood: distribution of observations given the decoder's output.
         latent: shape of one latent, `(D,)` or `(D, h, w)`.
         inputs: shape of one observation.
-        generator: where initial weights of the node networks come from; a seed of the tree's own if not given.
-        device: where the node networks live; where the templates are, by default.
-        dtype: what the node networks are stored as.
+        generator: source of the node networks' initial weights; if not given, the seed follows from the tree.
+        device: of the node networks; by default the device of the templates.
+        dtype: of the node networks.
 
     Attributes:
         banks: the networks of the nodes, and the tree.
-        config: how a factory made the model; None for a model that was built from parts.
+        config: factory and arguments that built the model; None for a model that was built from parts.
 
     Raises:
-        TypeError: if the topology is none.
-        ValueError: if the tree is deeper than the ladder, or a template keeps buffers.
+        TypeError: if `topology` is no TreeTopology.
+        ValueError: if the tree is deeper than the ladder, or a template has buffers.
 
     Examples:
         >>> model = TreeVAE.for_images(size=8, topology=TreeTopology.balanced(1))
@@ -134,16 +134,16 @@ class TreeVAE(nn.Module):
             size: height and width, or one number for both.
             channels: 1 for grey, 3 for colour.
             latent: width of a latent vector, or `(channels, h, w)` for latents that are maps.
-            width: width of features and hidden layers; what a residual network's channels are in proportion to.
+            width: width of features and hidden layers; a residual network's channels are proportional to it.
             max_depth: greatest depth the tree may grow to.
             network: 'conv' for small images, 'mlp' for tiny ones, 'residual' for colour.
             likelihood: 'bernoulli', 'gaussian' (variance 1/2), 'gaussian_learned', or a module.
-            topology: the tree to start with; a lone root by default, which growth splits.
-            generator: where initial weights come from; the seed 0 if not given.
-            device: where the model lives.
-            dtype: what weights are stored as.
-            **parts: modules in place of those that would be chosen, such as `decoder=`; see `TreeVAE`. A file of the
-                model names them, and `load` expects them again.
+            topology: the tree to start with; a single root by default, which growth splits.
+            generator: source of the initial weights; the seed 0 if not given.
+            device: of the model.
+            dtype: of the weights.
+            **parts: modules in place of the chosen modules, such as `decoder=`; see `TreeVAE`. A file of the model
+                names these parts, and `load` expects them again.
 
         Raises:
             TypeError: if a number is not whole.
@@ -202,7 +202,7 @@ class TreeVAE(nn.Module):
         given: TreeParts,
         topology: TreeTopology | None,
     ) -> Self:
-        """Build a model from parts, some of the caller's own, and record how."""
+        """Build a model from parts, some of them custom, and record its configuration."""
         own: dict[str, Any] = dict(given)
         if not isinstance(arguments["likelihood"], str):
             own["likelihood"] = arguments.pop("likelihood")
@@ -212,21 +212,21 @@ class TreeVAE(nn.Module):
 
     @property
     def topology(self) -> TreeTopology:
-        """The tree."""
+        """Tree of the model."""
         return self.banks.topology
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored as."""
+        """Dtype of the weights."""
         return next(self.parameters()).dtype
 
     def extra_repr(self) -> str:
-        """The tree and the shapes."""
+        """Return the tree and the shapes, for `print(model)`."""
         return f"topology={self.topology}, inputs={self.inputs}, latent={self.latent}"
 
     # --- the tree changes ---------------------------------------------------------------------------------
@@ -236,32 +236,32 @@ class TreeVAE(nn.Module):
     ) -> tuple[int, int]:
         """Turn a leaf into a parent of two new leaves, whose ids are returned.
 
-        The leaf's decoder goes; with `warm_start` the children begin with copies of it and of the leaf's head, else
-        with fresh weights. Transitions and routers are always fresh. No other node is touched.
+        The leaf's decoder is removed. With `warm_start` the children begin with copies of that decoder and of the
+        leaf's head, otherwise with fresh weights. Transitions and routers are always fresh. No other node changes.
 
         Raises:
             KeyError: if there is no such node.
-            ValueError: if it is not a leaf, or lies at the greatest depth.
+            ValueError: if the node is not a leaf, or is at the greatest depth.
         """
         self._require_depth(self.topology.split(leaf))
         return self.banks.split(leaf, warm_start=warm_start, generator=generator)
 
     def prune(self, leaf: int) -> None:
-        """Remove a leaf, and ancestors left without children; a parent with one child left decides nothing any more.
+        """Remove a leaf, and ancestors left without children; a parent with one child left decides no longer.
 
-        Probability that went to the leaf goes to its sibling.
+        The probability of the leaf goes to its sibling.
 
         Raises:
             KeyError: if there is no such node.
-            ValueError: if it is not a leaf, or the only one.
+            ValueError: if the node is not a leaf, or is the only leaf.
         """
         self.banks.become(self.topology.prune(leaf))
 
     def become(self, topology: TreeTopology) -> None:
-        """Take on another tree, such as that of weights to be loaded; nodes that are new have weights of no meaning.
+        """Change to another tree, such as the tree of weights to be loaded; new nodes have fresh, untrained weights.
 
         Raises:
-            ValueError: if it is deeper than the ladder.
+            ValueError: if the tree is deeper than the ladder.
         """
         self._require_depth(topology)
         self.banks.become(topology)
@@ -282,13 +282,13 @@ class TreeVAE(nn.Module):
     @classmethod
     @lasting()
     def load(cls, path: io.Path, *, model: Self | None = None, **parts: Unpack[TreeParts]) -> Self:
-        """Read what `save` wrote; every tensor is bit-equal.
+        """Read a model from a file of `save`; every tensor is bit-equal.
 
         Args:
             path: the file.
-            model: a model to fill, for one built from parts; its tree is replaced by the file's. It stays as it was if
-                the file does not fit.
-            **parts: the modules that were given to the factory in place of its own.
+            model: a model to fill, if the saved model was built from parts; its tree is replaced by the file's tree.
+                The model does not change if the file does not fit.
+            **parts: the modules that were given to the factory in place of its own modules.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -309,7 +309,7 @@ class TreeVAE(nn.Module):
     # --- one traversal ------------------------------------------------------------------------------------
 
     def features(self, x: Tensor) -> Tensor:
-        """The bottom-up ladder: features `d_h` for the depths 0 (root) to `len(bottom_up)`, `(depths, B, ...)`."""
+        """Compute the bottom-up ladder: features `d_h` for depths 0 (root) to `len(bottom_up)`, `(depths, B, ...)`."""
         ladder = [self.encoder(x)]
         for block in self.bottom_up:
             ladder.append(block(ladder[-1]))
@@ -324,7 +324,7 @@ class TreeVAE(nn.Module):
         chance: Tensor | None = None,
         leaf: Tensor | None = None,
     ) -> Visits:
-        """Follow the posterior routers down the tree; nothing but routers runs. Arguments as for `visits.descend`."""
+        """Follow the posterior routers down the tree; only routers run. Arguments as for `visits.descend`."""
         batch, rows = features.shape[1], features.flatten(0, 1)
         plan = self.banks.plan(nodes, features.device)
 
@@ -343,24 +343,24 @@ class TreeVAE(nn.Module):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> TreePosterior:
-        """Everything the model believes about `x`, in one pass from the root to the leaves.
+        """Compute the posterior of `x`, in one pass from the root to the leaves.
 
         Args:
             x: `(B, *inputs)`, in the range of the likelihood.
             nodes: ids to visit, closed under taking parents; all by default.
-            leaf: `(B,)` leaf ids; each image then visits the path to its own leaf and nothing else.
+            leaf: `(B,)` leaf ids; each image then visits only the path to its own leaf.
             threshold: nodes that an image reaches with less probability than this are not visited. 0 is exact.
             noise: `(B, N, *latent)` standard normal, one per image and node of `topology.ids`; drawn if not given.
-            generator: where noise comes from.
+            generator: source of the noise.
 
         Returns:
-            the structured result that bounds, clusters and reconstructions are read from.
+            the posterior, from which bounds, clusters and reconstructions are read.
 
         Raises:
             TypeError: if `x`, `leaf` or `noise` has the wrong dtype.
-            KeyError: if an id in `nodes` is unknown, or one in `leaf` is not that of a leaf to visit.
-            ValueError: if `x` has another shape, is not finite, or leaves the range of the data; if `leaf` or `noise`
-                has another shape, `nodes` lacks a parent, or the threshold is no probability below 1.
+            KeyError: if an id in `nodes` is unknown, or an id in `leaf` is not the id of a leaf to visit.
+            ValueError: if `x` has another shape, is not finite, or leaves the range of the data. Also if `leaf` or
+                `noise` has another shape, `nodes` lacks a parent, or the threshold is no probability below 1.
         """
         self.check(x)
         features, plan = self.features(x), self.banks.plan(nodes, x.device)
@@ -377,16 +377,16 @@ class TreeVAE(nn.Module):
         from_prior: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> TreePosterior:
-        """The second half of `posterior`: Gaussians, samples and prior decisions for visits already found.
+        """Compute the second half of `posterior`: Gaussians, samples and prior decisions for given visits.
 
-        Noise is that of every image and node, `(B, N, *latent)`, or of the visits alone, `(T, *latent)`. Images of
-        `from_prior`, `(B,)` booleans, are seen at the root only; below it their latents follow the prior.
+        Noise is given for every image and node, `(B, N, *latent)`, or for the visits alone, `(T, *latent)`. For images
+        of `from_prior`, `(B,)` booleans, only the root's latent depends on `features`; deeper latents follow the prior.
         """
         where = visits.plan.ladder_rows(visits.image, visits.node, visits.batch)
         rows = features.flatten(0, 1).index_select(0, where)
         hats = self.banks.heads(rows, visits.groups(), visits.plan.nodes)
         if from_prior is not None:
-            # A head that knows nothing leaves all to the prior it is merged with, exactly.
+            # A head with infinite variance leaves the prior unchanged when both are merged, exactly.
             silent = from_prior[visits.image] & (visits.parent >= 0)
             mean, logvar = hats.chunk(2, 1)
             hats = torch.cat([mean, torch.where(silent.view(-1, *[1] * (hats.ndim - 1)), torch.inf, logvar)], 1)
@@ -406,7 +406,7 @@ class TreeVAE(nn.Module):
         return self._top_down(visits, hats, noise.to(hats.dtype))
 
     def _top_down(self, visits: Visits, hats: Tensor, noise: Tensor) -> TreePosterior:
-        """Priors from sampled parents, merged with what the heads say, level by level."""
+        """Merge priors from sampled parents with the Gaussians of the heads, level by level."""
         plan, sizes = visits.plan, [stop - start for start, stop in pairwise(visits.starts)]
         columns = (hats, noise, visits.node, visits.parent)
         (hat, own_noise, _, _), *below = zip(*(column.split(sizes) for column in columns), strict=True)
@@ -440,7 +440,7 @@ class TreeVAE(nn.Module):
         """Return the evidence lower bound of each image, term by term.
 
         `ELBO = E_q[ log p(x | z_leaf) ] - KL_root - KL_nodes - KL_decisions`, one sample of the latents, KLs analytic
-        (TreeVAE, arXiv 2306.08984, eq. 9). A `threshold` above 0 leaves out what is hardly reached, which makes
+        (TreeVAE, arXiv 2306.08984, eq. 9). A `threshold` above 0 leaves out visits of small probability, which makes
         training fast and the value slightly too high: report values with 0.
         """
         posterior = self.posterior(x, threshold=threshold, noise=noise, generator=generator)
@@ -455,21 +455,21 @@ class TreeVAE(nn.Module):
     def iwae(
         self, x: Tensor, samples: int = 64, *, generator: torch.Generator | None = None, chunk: int = 64
     ) -> Tensor:
-        """The importance-weighted bound on `log p(x)`, `(B,)` in nats; tighter with more samples.
+        """Compute the importance-weighted bound on `log p(x)`, `(B,)` in nats; tighter with more samples.
 
         `log 1/k sum_k w_k`, `w = p(x | z_leaf) prod p(z_i | z_parent) p(c_i | z_i) / prod q(z_i | .) q(c_i | x)` with a
         path and its latents drawn from the posterior (Burda et al., arXiv 1509.00519). Unlike an average of ELBOs with
-        analytic KLs it never exceeds the evidence in expectation.
+        analytic KLs, this bound never exceeds the evidence in expectation.
 
         Args:
             x: `(B, *inputs)`.
             samples: importance samples per image, `k`.
-            generator: where the randomness comes from.
+            generator: source of the random numbers.
             chunk: samples in memory at a time.
 
         Raises:
             TypeError: if `samples` or `chunk` is no integer, or `x` has the wrong dtype.
-            ValueError: if `samples` or `chunk` is below 1, or `x` is not what the model takes.
+            ValueError: if `samples` or `chunk` is below 1, or `check` refuses `x`.
         """
         self.check(x)
         if not (isinstance(samples, Integral) and isinstance(chunk, Integral)):
@@ -491,13 +491,13 @@ class TreeVAE(nn.Module):
         return total - math.log(samples)
 
     def leaf_log_probs(self, x: Tensor, *, threshold: float = 0.0) -> Tensor:
-        """`log P(leaf | x)` in nats, `(B, K)` in the order of `topology.leaves`; only routers run."""
+        """Return `log P(leaf | x)` in nats, `(B, K)` in the order of `topology.leaves`; only routers run."""
         self.check(x)
         return leaf_log_probs_of(self.route(self.features(x), threshold=threshold))
 
     @torch.no_grad()
     def cluster(self, x: Tensor) -> Tensor:
-        """The id of each image's most probable leaf, `(B,)`, without gradients and in eval mode."""
+        """Return the id of each image's most probable leaf, `(B,)`, without gradients and in eval mode."""
         with evaluating(self):
             best = self.leaf_log_probs(x).argmax(1)
         return torch.tensor(self.topology.leaves, device=best.device)[best]
@@ -505,15 +505,15 @@ class TreeVAE(nn.Module):
     def reconstruct(
         self, x: Tensor, *, leaf: Tensor | int | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """What a leaf's decoder makes of `x`: `(B, *inputs)`. One path and one decoder run per image.
+        """Reconstruct `x` by a leaf's decoder: `(B, *inputs)`. One path and one decoder run per image.
 
         Args:
             x: `(B, *inputs)`.
             leaf: leaf id, one for all or `(B,)`; each image's most probable leaf by default.
-            generator: where the noise of the latents comes from.
+            generator: source of the latents' noise.
 
         Raises:
-            KeyError: if an id is not that of a leaf.
+            KeyError: if an id is not the id of a leaf.
             TypeError: if ids are not integers.
             ValueError: if there is not one id for each image.
         """
@@ -528,13 +528,13 @@ class TreeVAE(nn.Module):
         return self.images_of(posterior)
 
     def images_of(self, posterior: TreePosterior) -> Tensor:
-        """`(B, *inputs)`, what the decoders make of a posterior in which each image has one leaf."""
+        """Decode a posterior in which each image has one leaf: `(B, *inputs)`."""
         leaves = posterior.visits.at_leaves()
         images = self.likelihood.mean(self.decode_visits(posterior, leaves))
         return torch.empty_like(images).index_copy(0, posterior.visits.image[leaves], images)
 
     def decode_visits(self, posterior: TreePosterior, leaves: Tensor) -> Tensor:
-        """The decoders' raw output at some leaf visits: `(L, *inputs)`."""
+        """Return the decoders' raw output at some leaf visits: `(L, *inputs)`."""
         visits, plan = posterior.visits, posterior.visits.plan
         groups = Groups(plan.leaf_rank[visits.node[leaves]], len(plan.leaves))
         return self.banks.decoders(posterior.z.index_select(0, leaves), groups, plan.ids(plan.leaves))
@@ -552,16 +552,16 @@ class TreeVAE(nn.Module):
     ) -> TreeSample:
         """Draw images from the prior, through any node of the tree.
 
-        A root latent is drawn and handed down. Above `node` the way is given; at `node` and below it the prior routers
-        choose. One path and one decoder run per image. Image `i` depends on the generator's seed and on
-        `first_index + i` only, never on the rest of the batch. It is drawn in eval mode.
+        A root latent is drawn and propagated down the tree. Above `node` the path is given; at `node` and below it the
+        prior routers choose. One path and one decoder run per image. Image `i` depends on the generator's seed and on
+        `first_index + i` only, never on the rest of the batch. Images are drawn in eval mode.
 
         Args:
-            n: how many.
+            n: number of images.
             node: id of a node that every path passes; the root by default, a leaf to choose the cluster.
             temperature: factor on the standard deviation of every latent; below 1 is closer to the typical image.
             first_index: index of the first image, to continue a series.
-            generator: gives the seed.
+            generator: source of the seed.
 
         Raises:
             KeyError: if there is no such node.
@@ -588,9 +588,9 @@ class TreeVAE(nn.Module):
         first_index: int = 0,
         generator: torch.Generator | None = None,
     ) -> LeafSamples:
-        """Draw `n` roots and follow each to every leaf, for the same thing seen by every cluster.
+        """Draw `n` roots and follow each root to every leaf, for one image per cluster from the same root latent.
 
-        Column `k` holds the pictures that `sample(n, node=topology.leaves[k])` gives for the same generator state.
+        Column `k` holds the images that `sample(n, node=topology.leaves[k])` returns for the same generator state.
         """
         with evaluating(self):
             return sample_leaves(
@@ -606,11 +606,11 @@ class TreeVAE(nn.Module):
     # --- checks -------------------------------------------------------------------------------------------
 
     def check(self, x: Tensor) -> None:
-        """Raise unless `x` suits the model; values are looked at on a CPU only.
+        """Raise unless `x` fits the model; values are read on a CPU only.
 
         Raises:
             TypeError: if `x` is no tensor, not floating point, or of another dtype than the weights (which autocast
                 allows).
-            ValueError: if it has another shape, is not finite, or leaves the range of the data.
+            ValueError: if `x` has another shape, is not finite, or leaves the range of the data.
         """
         check_batch(x, self.inputs, self.dtype, self.likelihood.data_range, "observations")

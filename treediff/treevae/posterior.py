@@ -1,4 +1,4 @@
-"""What a TreeVAE believes about a batch, found in one traversal and read in many ways.
+"""Posterior of a TreeVAE for a batch, computed in one traversal, and the quantities read from it.
 
 Letters: `B` batch, `T` visits, `R` visits to routed nodes, `L` visits to leaves, `N` nodes, `K` leaves, `D` latent.
 """
@@ -24,11 +24,11 @@ class TreePosterior:
     """Latents, Gaussians, decisions and reach probabilities of every visit.
 
     Args:
-        visits: which image is at which node, with `log_reach` and the posterior routers' `logits`.
+        visits: the visits of images to nodes, with `log_reach` and the posterior routers' `logits`.
         z: `(T, D, ...)` a sample of each visited node's latent.
         posterior: `(T, 2D, ...)` mean and log-variance of `q(z_i | z_parent, x)`.
         prior: `(T, 2D, ...)` mean and log-variance of `p(z_i | z_parent)`; 0 at the root.
-        prior_logits: `(R,)` what the prior routers `p(c | z)` say at the routed visits.
+        prior_logits: `(R,)` logits of the prior routers `p(c | z)` at the routed visits.
     """
 
     visits: Visits
@@ -39,30 +39,30 @@ class TreePosterior:
 
     @property
     def mean(self) -> Tensor:
-        """`(T, D, ...)` of the posterior."""
+        """`(T, D, ...)` mean of the posterior."""
         return self.posterior.chunk(2, 1)[0]
 
     @property
     def logvar(self) -> Tensor:
-        """`(T, D, ...)` of the posterior."""
+        """`(T, D, ...)` log-variance of the posterior."""
         return self.posterior.chunk(2, 1)[1]
 
     @property
     def prior_mean(self) -> Tensor:
-        """`(T, D, ...)` of the prior."""
+        """`(T, D, ...)` mean of the prior."""
         return self.prior.chunk(2, 1)[0]
 
     @property
     def prior_logvar(self) -> Tensor:
-        """`(T, D, ...)` of the prior."""
+        """`(T, D, ...)` log-variance of the prior."""
         return self.prior.chunk(2, 1)[1]
 
     def leaf_log_probs(self) -> Tensor:
-        """`log P(leaf | x)`, `(B, K)` in the order of the topology's leaves; -inf where a visit was left out."""
+        """Return `log P(leaf | x)`, `(B, K)` in the order of the topology's leaves; -inf for visits left out."""
         return leaf_log_probs_of(self.visits)
 
     def latents(self, node: int) -> Tensor:
-        """The latents `(B, D, ...)` at one node; NaN for images that did not visit it.
+        """Return the latents `(B, D, ...)` at one node; NaN for images that did not visit the node.
 
         Raises:
             KeyError: if there is no such node.
@@ -74,15 +74,15 @@ class TreePosterior:
         return z.index_put((self.visits.image[here],), self.z[here])
 
     def kl_nodes(self) -> Tensor:
-        """`(T,)` analytic KL of each visit's posterior from its prior, not yet weighted by the reach, in nats."""
+        """Return `(T,)` analytic KL of each visit's posterior from its prior, not weighted by reach, in nats."""
         return kl(self.posterior, self.prior)
 
     def kl_decisions(self) -> Tensor:
-        """`(R,)` KL of each decision's posterior from its prior, not yet weighted, in nats."""
+        """Return `(R,)` KL of each decision's posterior from its prior, not weighted by reach, in nats."""
         return bernoulli_kl_with_logits(self.visits.logits, self.prior_logits)
 
     def log_ratio_nodes(self) -> Tensor:
-        """`(T,)` `log p(z_i | z_parent) - log q(z_i | z_parent, x)` at the sample, in nats."""
+        """Return `(T,)` `log p(z_i | z_parent) - log q(z_i | z_parent, x)` at the sample, in nats."""
         prior = gaussian_log_prob(self.z, self.prior_mean, self.prior_logvar)
         return prior - gaussian_log_prob(self.z, self.mean, self.logvar)
 
@@ -91,8 +91,8 @@ class TreePosterior:
 
         Args:
             log_likelihood: `(L,)` `log p(x | z_leaf)` in nats at `visits.at_leaves()`.
-            from_depth: if given, only decisions at that depth or below count, and KLs of nodes below it: the part of
-                the bound that a split at that depth takes part in.
+            from_depth: if given, only decisions at that depth or below count, and KLs of nodes below that depth. This
+                is the part of the bound that depends on a split at that depth.
         """
         visits, root = self.visits, self.visits.batch
         reach, leaves = visits.reach(), visits.at_leaves()
@@ -111,11 +111,11 @@ class TreePosterior:
         )
 
     def log_weights(self, log_likelihood: Tensor, leaf: Tensor) -> Tensor:
-        """Return the log importance weight of each image's one path and latents, `(B,)` in nats; see `TreeVAE.iwae`.
+        """Return the log importance weight of each image's path and latents, `(B,)` in nats; see `TreeVAE.iwae`.
 
         Args:
             log_likelihood: `(L,)` as for `bound`.
-            leaf: `(B,)` the rank of the leaf that each image's path leads to.
+            leaf: `(B,)` the rank of the leaf at the end of each image's path.
         """
         visits = self.visits
         sign = torch.where(visits.turns_left(leaf), 1.0, -1.0).to(log_likelihood.dtype)
@@ -128,14 +128,14 @@ class TreePosterior:
 
 
 def leaf_log_probs_of(visits: Visits) -> Tensor:
-    """`(B, K)` log-probabilities of the leaves from the visits alone."""
+    """Return the log-probabilities `(B, K)` of the leaves, from the visits alone."""
     leaves, plan = visits.at_leaves(), visits.plan
     return visits.table(leaves, visits.log_reach[leaves], plan.leaf_rank, len(plan.leaves), -math.inf)
 
 
 @dataclass(frozen=True, eq=False)
 class ELBO:
-    """The evidence lower bound of each image, term by term, in nats, all `(B,)` (TreeVAE, arXiv 2306.08984, eq. 9).
+    """Evidence lower bound of each image, term by term, in nats, all `(B,)` (TreeVAE, arXiv 2306.08984, eq. 9).
 
     Args:
         reconstruction: `sum over leaves of P(leaf | x) (-log p(x | z_leaf))`.
@@ -151,14 +151,14 @@ class ELBO:
 
     @property
     def kl(self) -> Tensor:
-        """The three KL terms together."""
+        """Sum of the three KL terms."""
         return self.kl_root + self.kl_nodes + self.kl_decisions
 
     @property
     def elbo(self) -> Tensor:
-        """The bound itself; higher is better."""
+        """Bound itself; higher is better."""
         return -(self.reconstruction + self.kl)
 
     def loss(self, kl_weight: float = 1.0) -> Tensor:
-        """What training minimises: the mean over images of `reconstruction + kl_weight * kl`, a scalar."""
+        """Return the training loss: the mean over images of `reconstruction + kl_weight * kl`, a scalar."""
         return torch.mean(self.reconstruction + kl_weight * self.kl)

@@ -1,4 +1,4 @@
-"""Good parts of a TreeVAE for common data: functions that return what its constructor takes."""
+"""Presets of a TreeVAE for common data: functions that return arguments of its constructor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["TreeParts", "image_parts", "latent_shape", "vector_parts"]
 
 
 class TreeParts(TypedDict, total=False):
-    """Parts of a `TreeVAE` that may be given in place of those a factory chooses; see its arguments."""
+    """Parts of a `TreeVAE` that may replace the parts chosen by a factory; see the arguments of `TreeVAE`."""
 
     encoder: nn.Module
     bottom_up: Sequence[nn.Module]
@@ -45,7 +45,7 @@ def image_parts(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """Return parts for images; see `TreeVAE.for_images`."""
+    """Return the parts of a model for images; see `TreeVAE.for_images`."""
     check_positive(width=width, channels=channels)
     features, outputs = (width, *latent[1:]), (channels, *size)
     with torch.device("meta"):
@@ -76,7 +76,7 @@ def vector_parts(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """Return parts for vectors; see `TreeVAE.for_vectors`."""
+    """Return the parts of a model for vectors; see `TreeVAE.for_vectors`."""
     check_positive(features=features, width=width)
     latent = latent_shape(latent)
     if len(latent) != 1:
@@ -90,7 +90,7 @@ def vector_parts(
 
 
 def latent_shape(latent: int | Shape) -> Shape:
-    """Return the shape of a latent, of which one number stands for a vector of that width."""
+    """Return the shape of a latent; a single number is the width of a vector."""
     return check_shape("latent", (latent,) if isinstance(latent, int | Integral) else latent)
 
 
@@ -104,7 +104,7 @@ def _tree_parts(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """The encoder and the ladder with weights; the node networks as templates without."""
+    """Return the encoder and the ladder with weights, and the node networks as templates without weights."""
     if not isinstance(max_depth, Integral):
         raise TypeError(f"max_depth must be a whole number, found {max_depth!r}")
     if max_depth < 0:

@@ -1,8 +1,7 @@
-"""Drawing from the prior of a TreeVAE: one path per image, or one root and every leaf below it.
+"""Samples from the prior of a TreeVAE: one path per image, or one root and every leaf below it.
 
-All noise comes from `treediff.core.noise`, keyed by image and node. So a picture depends on the seed, its index and its
-path
-only: `sample` into a leaf and the column of that leaf in `sample_leaves` are the same picture.
+All noise comes from `treediff.core.noise`, keyed by image and node. So an image depends only on the seed, its index and
+its path: `sample` into a leaf and the column of that leaf in `sample_leaves` give the same image.
 
 Letters: `B` images, `S` steps from the root to the deepest leaf, `N` nodes, `K` leaves, `D` latent.
 """
@@ -28,7 +27,7 @@ from treediff.treevae.banks import NodeBanks, by_node
 
 __all__ = ["LeafSamples", "TreeSample", "sample", "sample_leaves"]
 
-# Draws are numbered by node id, twice: once for the latent, once for the decision taken there.
+# Draws are numbered by node id, twice: once for the latent of the node, once for its decision.
 _DECISIONS = 1 << 32
 
 
@@ -38,9 +37,9 @@ class TreeSample:
 
     Args:
         images: `(B, *inputs)`, the mean of the likelihood.
-        leaf: `(B,)` node id of the leaf that each image was decoded by.
+        leaf: `(B,)` node id of the leaf whose decoder made each image.
         path: `(B, S + 1)` node ids from the root on; -1 past the leaf. `S` is the depth of the deepest leaf that can be
-            reached, whether or not an image got there.
+            reached, whether or not an image reached it.
         z: `(B, S + 1, D, ...)` the latents along the path; 0 past the leaf.
     """
 
@@ -52,7 +51,7 @@ class TreeSample:
 
 @dataclass(frozen=True, eq=False)
 class LeafSamples:
-    """One image per leaf from each root.
+    """Images drawn from each root, one per leaf.
 
     Args:
         images: `(B, K, *inputs)` in the order of the topology's leaves.
@@ -110,7 +109,7 @@ def sample(
 
 
 def _next_position(banks: NodeBanks, plan: TreePlan, position: Tensor, z: Tensor, seed: int, index: Tensor) -> Tensor:
-    """Where each image goes by the prior routers; -1 for those that are at a leaf."""
+    """Return each image's next position by the prior routers; -1 for images at a leaf."""
     left, right = plan.turns[:, position].unbind()
     if not plan.routed:
         return left
@@ -124,8 +123,8 @@ def _next_position(banks: NodeBanks, plan: TreePlan, position: Tensor, z: Tensor
 
 
 def check_draw(n: int, temperature: float, first_index: int) -> None:
-    """Raise TypeError or ValueError unless so many images can be drawn like this."""
-    # A whole number of numpy's will do; True is no count.
+    """Raise TypeError or ValueError unless the arguments of a draw are valid."""
+    # Whole numbers of numpy are accepted; True is no count.
     counts = all(isinstance(i, Integral) and not isinstance(i, bool) for i in (n, first_index))
     if not counts or not isinstance(temperature, Real):
         raise TypeError(
@@ -153,7 +152,7 @@ def sample_leaves(
     first_index: int = 0,
     generator: torch.Generator | None = None,
 ) -> LeafSamples:
-    """Draw `n` roots and follow each to every leaf; see `TreeVAE.sample_leaves`."""
+    """Draw `n` roots and follow each root to every leaf; see `TreeVAE.sample_leaves`."""
     check_draw(n, temperature, first_index)
     seed, weight = seed_from(generator), next(banks.parameters())
     device, dtype = weight.device, weight.dtype

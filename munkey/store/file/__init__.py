@@ -1,1 +1,1 @@
-"""The file of a store: kept whole at every moment, whatever happens to process, power and disk."""
+"""File of a store, whole at every moment, also after a failure of process, power or disk."""

@@ -1,4 +1,4 @@
-"""The operations of a durable store on a disk, one method each, so that tests can stop between any two of them."""
+"""Operations of a durable store on a disk, one method each, so that tests can stop between any two operations."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ __all__ = [
     "write_whole",
 ]
 
-# Bytes that are written at once. The cache of the system keeps what is written and read at once as one piece, and
-# changing any of it costs as much as the piece is large: a hundred scattered rows of a file that was written 4 MiB at a
-# time take five times as long as of one that was written 64 KiB at a time (ext4, Linux 6.18).
+# Bytes that are written at once. The cache of the system keeps data that are written or read at once as one piece, and
+# the cost of any change in a piece grows with the size of the piece. Scattered changes of a hundred rows take five times
+# as long in a file written 4 MiB at a time as in a file written 64 KiB at a time (ext4, Linux 6.18).
 _PIECE = 1 << 16
 T = TypeVar("T")
 
 
 class Owner:
-    """The process that opened something, which a process that was forked from it must not change."""
+    """Process that opened a file, which forked processes must not change."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
 
     @property
     def here(self) -> bool:
-        """Whether this is the process."""
+        """True in the process that opened the file."""
         return os.getpid() == self.process
 
     def check(self, what: str) -> None:
@@ -55,15 +55,15 @@ class Disk:
     """Files of the operating system."""
 
     def open_to_read(self, path: str) -> int:
-        """Return a descriptor to read only."""
+        """Return a descriptor for reading only."""
         return _scattered(os.open(path, os.O_RDONLY))
 
     def open(self, path: str, *, create: bool = False) -> int:
-        """Return a descriptor to read and write."""
+        """Return a descriptor for reading and writing."""
         return _scattered(os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600))
 
     def create(self, path: str) -> int:
-        """Return a descriptor of a new file, to read and write.
+        """Return a descriptor of a new file, for reading and writing.
 
         Raises:
             FileExistsError: if there is anything of that name, a link included.
@@ -71,12 +71,12 @@ class Disk:
         return _scattered(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
     def lock(self, file: int, *, shared: bool = False, wait: bool = False) -> bool:
-        """Lock a file until it is unlocked or closed; return False if another process has it.
+        """Lock a file until it is unlocked or closed; return False if another process holds the lock.
 
         Args:
-            file: its descriptor.
-            shared: whether others may have it, too.
-            wait: whether to wait for others.
+            file: descriptor of the file.
+            shared: whether other processes may hold the lock, too.
+            wait: whether to wait for other processes.
         """
         how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         try:
@@ -86,15 +86,15 @@ class Disk:
         return True
 
     def unlock(self, file: int) -> None:
-        """Give a lock back, for all processes that share the descriptor."""
+        """Release a lock, for all processes that share the descriptor."""
         fcntl.flock(file, fcntl.LOCK_UN)
 
     def size(self, file: int) -> int:
-        """Return the size in bytes."""
+        """Return the size of a file in bytes."""
         return os.fstat(file).st_size
 
     def read(self, file: int, start: int, count: int) -> bytes:
-        """Read bytes from a place on, fewer at the end of the file."""
+        """Read `count` bytes from an offset on, fewer at the end of the file."""
         parts = []
         while count and (part := os.pread(file, min(count, 1 << 30), start)):
             parts.append(part)
@@ -102,10 +102,10 @@ class Disk:
         return b"".join(parts)
 
     def fill(self, file: int, start: int, buffer: memoryview) -> None:
-        """Read bytes from a place on into a buffer, which leaves no copy elsewhere.
+        """Read bytes from an offset on into a buffer, without a copy elsewhere.
 
         Raises:
-            EOFError: if the file ends before.
+            EOFError: if the file ends before the buffer is full.
         """
         while len(buffer):
             count = os.preadv(file, [buffer[: 1 << 30]], start)
@@ -114,36 +114,36 @@ class Disk:
             start, buffer = start + count, buffer[count:]
 
     def write(self, file: int, start: int, data: bytes | memoryview) -> None:
-        """Write bytes to a place."""
+        """Write bytes at an offset."""
         written = os.pwrite(file, data[:_PIECE], start)
         while written < len(data):
             start, data = start + written, memoryview(data)[written:]
             written = os.pwrite(file, data[:_PIECE], start)
 
     def zero(self, file: int, start: int, count: int) -> None:
-        """Overwrite a stretch with zeros."""
+        """Overwrite `count` bytes from an offset on with zeros."""
         for at in range(start, start + count, _PIECE):
             self.write(file, at, bytes(min(_PIECE, start + count - at)))
 
     def resize(self, file: int, size: int) -> None:
-        """Cut, or add zeros."""
+        """Cut a file, or extend it with zeros."""
         os.ftruncate(file, size)
 
     def allocate(self, file: int, size: int) -> None:
-        """Make an empty file so long, with blocks of its own, so that no write to it fails for want of room."""
+        """Extend an empty file to a size, with allocated blocks, so that no later write fails for lack of space."""
         try:
             os.posix_fallocate(file, 0, size)
-        except (AttributeError, OSError) as error:  # not on every system, and not on every file system
+        except (AttributeError, OSError) as error:  # not supported by every system and file system
             if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
             self.zero(file, 0, size)
 
     def sync(self, file: int) -> None:
-        """Wait until all that was written is on the medium."""
+        """Wait until all written data are on the medium."""
         getattr(os, "fdatasync", os.fsync)(file)
 
     def resolve(self, path: str) -> str:
-        """Return the name that leads to the same file wherever the process goes, without links."""
+        """Return the name of the same file without links, valid in any working folder of the process."""
         return os.path.realpath(path)
 
     def exists(self, path: str) -> bool:
@@ -151,7 +151,7 @@ class Disk:
         return os.path.exists(path)
 
     def is_of(self, file: int, path: str) -> bool:
-        """Return whether an open file is the one that has a name."""
+        """Return whether a name leads to an open file."""
         try:
             there, own = os.stat(path), os.fstat(file)
         except FileNotFoundError:
@@ -159,22 +159,22 @@ class Disk:
         return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
 
     def same(self, first: str, second: str) -> bool:
-        """Return whether two names are of one file."""
+        """Return whether two names lead to one file."""
         return os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)
 
     def beside(self, path: str) -> list[str]:
-        """Return the names of plain files whose names begin as that of a file, links left out."""
+        """Return the names of plain files that begin with the name of a file, without links."""
         folder, name = os.path.split(path)
         with os.scandir(folder or ".") as entries:
             found = [e.name for e in entries if e.name.startswith(name) and e.is_file(follow_symlinks=False)]
         return sorted(os.path.join(folder, other) for other in found)
 
     def links(self, file: int) -> int:
-        """Return how many names a file has."""
+        """Return the number of names of a file."""
         return os.fstat(file).st_nlink
 
     def link(self, path: str, other: str) -> bool:
-        """Give a file a second name; return False if the file system knows no second names."""
+        """Give a file a second name; return False if the file system has no second names."""
         try:
             os.link(path, other)
         except OSError as error:
@@ -184,15 +184,15 @@ class Disk:
         return True
 
     def replace(self, source: str, target: str) -> None:
-        """Put a file in the place of another one, at once."""
+        """Replace a file by another file, atomically."""
         os.replace(source, target)
 
     def remove(self, path: str) -> None:
-        """Take away a name."""
+        """Remove a name."""
         os.remove(path)
 
     def open_folder(self, path: str) -> int:
-        """Return a descriptor of the folder that a file is in, to lock."""
+        """Return a descriptor of the folder of a file, for locking."""
         return os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
 
     def sync_folder(self, path: str) -> None:
@@ -204,56 +204,56 @@ class Disk:
             self.close(folder)
 
     def close(self, file: int) -> None:
-        """Give a descriptor back."""
+        """Close a descriptor."""
         os.close(file)
 
 
 def _scattered(file: int) -> int:
-    """Let the system read no further than it has to, in pages, as rows are changed one here and one there."""
+    """Limit reads of the system to the pages that are needed, because changed rows are scattered."""
     if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):  # as of a pipe
+        with suppress(OSError):  # as for a pipe
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
     return file
 
 
 def give_back(disk: Disk, file: int) -> None:
-    """Unlock and close: a process that was forked meanwhile has the descriptor, too, and would keep the lock."""
+    """Unlock and close a file; after closing alone, a forked process with the same descriptor would keep the lock."""
     try:
         disk.unlock(file)
     finally:
         disk.close(file)
 
 
-#: How the names end of a file that is being written, and of one that was replaced: the name of the file it is for, a
-#: number of its own, and this.
+#: Ends of the names of a file that is being written and of a file that was replaced. Such a name is the name of the
+#: target file, a unique number, and one of these ends.
 _PARTIAL, _OLD = ".munkey-partial", ".munkey-old"
 _NUMBER = 16  # hexadecimal digits
 
 
 class replacing:
-    """Context that gives a descriptor of a new file, which takes the place of `path`, at once, when it is left.
+    """Context that gives a descriptor of a new file, which replaces the file `path` atomically on exit.
 
-    The new file has a name of its own and is locked, so that several processes can save to one name: each save is
-    whole, and the last one wins. What was there before is overwritten, once nobody reads it any more (see
-    `read_whole`), and so is the new file if there is an error before. An interruption leaves the old file or the new
-    one; what it may leave beside it, `wipe_leftovers` finds. A link stays a link: the file that it leads to is
-    replaced. The descriptor stays open and locked, unless there is an error.
+    The new file has a unique name and is locked, so that several processes can save to one name. Each save is whole,
+    and the last save wins. The old file is overwritten once no process reads it any more (see `read_whole`). After an
+    error before the replacement, the new file is overwritten instead. An interruption leaves the old file or the new
+    file at `path`; `wipe_leftovers` finds any other file that an interruption leaves. A link stays a link: its target
+    is replaced. The descriptor stays open and locked, unless there is an error.
 
-    Where the file system knows no second names, an interruption between replacing and overwriting leaves the bytes of
-    the old file in free blocks of the disk.
+    If the file system has no second names, an interruption between replacing and overwriting leaves the bytes of the
+    old file in free blocks of the disk.
 
     Args:
-        disk: what reads and writes.
-        path: the name.
+        disk: `Disk` that reads and writes.
+        path: name of the file.
         held: descriptor of the old file, if the caller has it open and locked; the caller closes it afterwards.
-        new: whether there is to be no file of that name yet.
+        new: whether there must be no file of that name yet.
 
     Raises:
-        FileExistsError: if there is one all the same.
-        FileNotFoundError: if the name no longer leads to the file that is held.
+        FileExistsError: if `new`, and there is a file of that name.
+        FileNotFoundError: if the name no longer leads to the file `held`.
 
     Attributes:
-        file: the descriptor; -1 once it was closed after an error.
+        file: descriptor of the new file; -1 once it was closed after an error.
     """
 
     file = -1
@@ -269,7 +269,7 @@ class replacing:
     def __enter__(self) -> int:
         try:
             self.file = self.disk.create(self._partial)
-            # Before it was locked, another save may have taken it for what an interruption left.
+            # Another save may have removed the file as a leftover before it was locked.
             while not (self.disk.lock(self.file) and self.disk.is_of(self.file, self._partial)):
                 self.release()
                 self._name()
@@ -301,12 +301,12 @@ class replacing:
             elif disk.exists(path):
                 self._before = disk.open(path)
             if self._before >= 0:
-                disk.link(path, self._old)  # a name by which it is found once the other one is gone
+                disk.link(path, self._old)  # a name by which the old file is found after the replacement
             disk.replace(self._partial, path)
             disk.sync_folder(path)
         if self._before >= 0:
             _retire(disk, self._before, self._old, path, wait=self._before != self.held)
-            disk.unlock(self._before)  # or its other names could not be taken away
+            disk.unlock(self._before)  # `wipe_leftovers` could not remove other names of a locked file
         wipe_leftovers(disk, path)
 
     def _give_up(self) -> None:
@@ -329,16 +329,16 @@ class replacing:
 
 
 def check_name(disk: Disk, file: int, path: str) -> None:
-    """Raise FileNotFoundError if a name no longer leads to an open file: another one may be there."""
+    """Raise FileNotFoundError if a name no longer leads to an open file: another file may have the name."""
     if not disk.is_of(file, path):
         raise FileNotFoundError(
-            f"the file that was opened as {path!r} was renamed, removed or replaced since, and cannot be written anew "
+            f"the file that was opened as {path!r} was renamed, removed or replaced since, and cannot be written again "
             "under that name; close it, and open it by the name it has now"
         )
 
 
 def _retire(disk: Disk, before: int, old: str, path: str, *, wait: bool) -> None:
-    """Overwrite the file that was replaced, once nobody reads it, and take away its second name."""
+    """Overwrite the replaced file once no process reads it, and remove its second name."""
     if wait:
         disk.lock(before, wait=True)
     disk.zero(before, 0, disk.size(before))
@@ -349,7 +349,7 @@ def _retire(disk: Disk, before: int, old: str, path: str, *, wait: bool) -> None
 
 
 def _discard(disk: Disk, file: int, before: int, path: str, names: tuple[str, str]) -> None:
-    """After an error: overwrite the new file, or the old one if it was replaced, and take away their own names."""
+    """Overwrite the new file after an error, or the old file if it was replaced, and remove their unique names."""
     partial, old = names
     if disk.exists(partial) and disk.is_of(file, partial):
         disk.zero(file, 0, disk.size(file))
@@ -366,10 +366,10 @@ def _discard(disk: Disk, file: int, before: int, path: str, names: tuple[str, st
 
 @contextmanager
 def _locked_folder(disk: Disk, path: str) -> Iterator[None]:
-    """Let one process at a time replace files of a folder, or two could lose sight of a file between them."""
+    """Let one process at a time replace files of a folder; two processes at once could both miss a replaced file."""
     folder = disk.open_folder(path)
     try:
-        with suppress(OSError):  # not on every file system
+        with suppress(OSError):  # not supported by every file system
             disk.lock(folder, wait=True)
         yield
     finally:
@@ -379,7 +379,7 @@ def _locked_folder(disk: Disk, path: str) -> Iterator[None]:
 
 
 def wipe_leftovers(disk: Disk, path: str) -> None:
-    """Overwrite and remove what an interrupted `replacing` left beside a file; links are left alone."""
+    """Overwrite and remove the leftovers of an interrupted `replacing` beside a file; links are not touched."""
     if not any(_is_leftover(name[len(path) :]) for name in disk.beside(path)):
         return
     with _locked_folder(disk, path):
@@ -390,14 +390,14 @@ def wipe_leftovers(disk: Disk, path: str) -> None:
 
 
 def _wipe_leftover(disk: Disk, name: str, path: str) -> None:
-    if disk.same(name, path):  # as between the two names of a file that was about to be replaced
+    if disk.same(name, path):  # as for the two names of a file that was about to be replaced
         disk.remove(name)
         return
     file = disk.open(name)
     try:
         if not disk.lock(file):
-            return  # it is being written, or overwritten
-        if disk.links(file) == 1:  # another name of a file of somebody else is only a name
+            return  # the file is being written, or overwritten
+        if disk.links(file) == 1:  # a file with further names may be in use under another name
             disk.zero(file, 0, disk.size(file))
             disk.sync(file)
         disk.remove(name)
@@ -406,7 +406,7 @@ def _wipe_leftover(disk: Disk, name: str, path: str) -> None:
 
 
 def _is_leftover(end: str) -> bool:
-    """Return whether a name ends as `replacing` lets names end, in this release or the first one."""
+    """Return whether a name has an end that `replacing` uses, in this release or the first release."""
     for suffix in (_PARTIAL, _OLD):
         if end == suffix:
             return True
@@ -427,20 +427,20 @@ def wipe(disk: Disk, path: str) -> None:
         disk.lock(file, wait=True)
         disk.zero(file, 0, disk.size(file))
         disk.sync(file)
-        disk.remove(path)  # while it is locked, so that nobody reads zeros
+        disk.remove(path)  # before unlocking, so that no process reads zeros
     finally:
         give_back(disk, file)
 
 
 def write_whole(disk: Disk, path: str, data: bytes) -> None:
-    """Put a file with these bytes in the place of `path`, as `replacing` does."""
+    """Replace the file `path` by a file with given bytes, as `replacing` does."""
     with replacing(disk, path) as file:
         disk.write(file, 0, data)
     give_back(disk, file)
 
 
 def read_whole(disk: Disk, path: str) -> bytearray:
-    """Read a file that others may replace at the same time: all of the old one or all of the new one.
+    """Read a file that other processes may replace at the same time: the whole old file or the whole new file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -455,12 +455,12 @@ def read_whole(disk: Disk, path: str) -> bytearray:
 
 
 def while_whole(disk: Disk, path: str, read: Callable[[int], T]) -> T:
-    """Return what `read` makes of a file that others may replace, but do not overwrite before it returns.
+    """Return the result of `read` on a file that other processes may replace, but not overwrite before `read` returns.
 
     Args:
-        disk: what reads.
-        path: the name.
-        read: is given the descriptor; what it reads by the name, it reads again if that leads to another file then.
+        disk: `Disk` that reads.
+        path: name of the file.
+        read: function of the descriptor, which is called again if the name leads to another file afterwards.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -232,7 +232,7 @@ def test_what_an_encoder_wrote_before_an_error_is_taken_back() -> None:
 def test_an_encoder_that_begins_to_write_later_is_to_be_made_anew() -> None:
     encoder = ModuleEncoder(Writing("buffer", first=1), 48, fitted_on="other data")
     encoder.keys(images(1))
-    with pytest.raises(ValueError, match=r"'module.total' .* Make the encoder anew: this one has kept something of th"):
+    with pytest.raises(ValueError, match=r"'module.total' .* Build the encoder again: it has kept traces of th"):
         encoder.keys(images(1))
 
 

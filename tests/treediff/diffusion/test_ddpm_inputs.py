@@ -32,7 +32,7 @@ from treediff.diffusion import (
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), TypeError, "expected floating-point images, found torch.uint8"),
         (torch.zeros(2, 8, 8), ValueError, "expected images of shape (batch, 1, 8, 8), found (2, 8, 8)"),
         (torch.zeros(2, 3, 8, 8), ValueError, "expected images of shape (batch, 1, 8, 8), found (2, 3, 8, 8)"),
-        (torch.zeros(3, 1, 8, 8), ValueError, "expected a place in the tree for each of the 3 images, found 2"),
+        (torch.zeros(3, 1, 8, 8), ValueError, "condition must have one row for each of the 3 images, found 2"),
         (
             torch.zeros(2, 1, 8, 8).double(),
             TypeError,

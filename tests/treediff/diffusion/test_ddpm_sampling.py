@@ -316,7 +316,7 @@ def test_noise_of_a_late_start_is_that_of_the_first_time_of_the_grid() -> None:
         ({"rescale": 2.0}, "rescale must be between 0 and 1, found 2.0"),
         ({"interval": (0.6, 0.5)}, "interval must be two times, 0 <= low <= high <= 1, found (0.6, 0.5)"),
         ({"start": images(2), "start_time": 0.0}, "start must be a time after 0.001 and at most 1, found 0.0"),
-        ({"start": images(1)}, "expected a place in the tree for each of the 1 images, found 2"),
+        ({"start": images(1)}, "condition must have one row for each of the 1 images, found 2"),
     ],
 )
 def test_errors_teach(settings: dict[str, Any], message: str) -> None:

@@ -77,9 +77,9 @@ def test_diffusers_chooses_the_same_timesteps() -> None:
         (True, 1.0, TypeError, "steps must be a whole number, found True"),
         (3, 1.5, ValueError, r"start must be a time after 0\.1 and at most 1, found 1\.5"),
         (1, 0.05, ValueError, r"start must be a time after 0\.1 and at most 1, found 0\.05"),
-        (3, 0.1, ValueError, r"the schedule has 1 steps up to t = 0\.1, found 3 asked for"),
-        (11, 1.0, ValueError, "the schedule has 10 steps up to t = 1, found 11 asked for"),
-        (6, 0.5, ValueError, r"the schedule has 5 steps up to t = 0\.5, found 6 asked for"),
+        (3, 0.1, ValueError, r"steps must be at most 1, the steps of the schedule up to t = 0\.1, found 3"),
+        (11, 1.0, ValueError, "steps must be at most 10, the steps of the schedule up to t = 1, found 11"),
+        (6, 0.5, ValueError, r"steps must be at most 5, the steps of the schedule up to t = 0\.5, found 6"),
     ],
 )
 def test_bad_settings(grid: Grid, steps: int, start: float, error: type[Exception], message: str) -> None:

@@ -214,7 +214,7 @@ def test_refuses_unknown_nodes() -> None:
         lambda: call(bank, normal(2, 3), [0, 1]),
     ]
     for refused in bank_calls:
-        with pytest.raises(KeyError, match=r"node 1 has no weights here; those that have are \[0, 2\]"):
+        with pytest.raises(KeyError, match=r"node 1 has no weights here; the nodes with weights are \[0, 2\]"):
             refused()
     assert bank.nodes == (0, 2)
 

@@ -173,5 +173,5 @@ def test_refuses_missing_weights() -> None:
     layer = nn.Linear(2, 2)
     twice = nn.Sequential(layer, nn.Tanh(), layer)
     weights = {key: p[None] for key, p in twice.named_parameters()}
-    with pytest.raises(ValueError, match=r"no weights for Linear\(.*a layer must not stand in a network twice"):
+    with pytest.raises(ValueError, match=r"no weights for Linear\(.*a layer must not occur in a network twice"):
         grouped_call(twice, weights, torch.zeros(1, 2), Groups(torch.tensor([0]), 1))

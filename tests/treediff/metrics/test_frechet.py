@@ -270,7 +270,7 @@ ROWS = torch.ones(3, 2)
         ),
         (torch.ones(3, 2, 1, 1), ValueError, r"expected one row of .*found shape \(3, 2, 1, 1\)"),
         (torch.ones(3, 0), ValueError, r"expected one row of .*found shape \(3, 0\)"),
-        (ROWS / 0, ValueError, r"expected finite features, found NaN or infinity; look at the images"),
+        (ROWS / 0, ValueError, r"expected finite features, found NaN or infinity; check the images"),
         (ROWS * math.nan, ValueError, r"expected finite features"),
     ],
 )

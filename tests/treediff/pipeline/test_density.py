@@ -264,7 +264,7 @@ def test_scikit_learn_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(GROWN)
     monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
     filled_density(model).sample(model, 1)  # drawing does without
-    message = "mixtures are fitted by scikit-learn, which is not installed; pip install 'treediff[examples]'"
+    message = "mixtures are fitted by scikit-learn, which is not installed; pip install 'treediff[metrics]'"
     with pytest.raises(ImportError, match=re.escape(message)):
         LeafDensity.fit(model, observations(model, 60))
 

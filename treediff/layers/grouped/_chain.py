@@ -1,8 +1,8 @@
 """Layers with weights per group as one function of autograd.
 
-Layer by layer autograd keeps a record of each operation and comes back to Python for each product. On the few rows of a
-node that takes as long as the arithmetic. Here layers run one after the other and are undone in reverse, and autograd
-sees one step. It has a gradient, but not a gradient of the gradient.
+Layer by layer, autograd records each operation and returns to Python for each matmul. On the few rows of a node this
+overhead takes as long as the arithmetic. Here the layers run one after the other, their backward passes run in reverse,
+and autograd records one function. This function has a gradient, but no gradient of the gradient.
 
 Letters: `T` rows in all, `G` groups.
 """
@@ -25,15 +25,15 @@ Kept = tuple[Tensor, ...]
 
 
 class Done(NamedTuple):
-    """What a layer's backward pass knows of its forward pass.
+    """Record of a layer's forward pass for the backward pass.
 
     Attributes:
         module: the layer.
-        weights: its weights, each `(G, ...)`.
+        weights: the layer's weights, each `(G, ...)`.
         kept: the tensors that `Step.forward` kept.
         shape: of the input.
         groups: the groups of the rows.
-        need: which gradients are wanted.
+        need: the gradients to compute.
     """
 
     module: Any
@@ -45,19 +45,19 @@ class Done(NamedTuple):
 
 
 class Step(Protocol):
-    """How one kind of layer runs for all groups, and how it is undone."""
+    """Forward and backward pass of one kind of layer, for all groups."""
 
     def forward(self, module: Any, weights: Sequence[Tensor], x: Tensor, groups: Groups) -> tuple[Tensor, Kept]:  # noqa: ANN401
-        """The layer's output, and the tensors to keep until it is undone."""
+        """Return the layer's output, and the tensors to keep for the backward pass."""
         ...
 
     def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """Gradients of the input and of each weight, as needed, from that of the output."""
+        """Return the gradients of the input and of each weight, as needed, from the gradient of the output."""
         ...
 
 
 class Link(NamedTuple):
-    """A layer of a chain: how it runs, its module, and the number of its weights."""
+    """Layer of a chain: its step, its module, and the number of its weights."""
 
     step: Step
     module: nn.Module
@@ -69,7 +69,7 @@ def run(links: Sequence[Link], weights: Sequence[Tensor], x: Tensor, groups: Gro
 
     Args:
         links: the layers.
-        weights: of all layers in turn, each `(G, ...)`.
+        weights: weights of all layers in order, each `(G, ...)`.
         x: `(T, ...)`, sorted by group.
         groups: the groups of the rows.
     """
@@ -82,7 +82,7 @@ def run(links: Sequence[Link], weights: Sequence[Tensor], x: Tensor, groups: Gro
 
 
 def _shares(links: Sequence[Link], weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """Each layer's own weights."""
+    """Return each layer's own weights."""
     shares, first = [], 0
     for link in links:
         shares.append(weights[first : first + link.weights])
@@ -125,6 +125,6 @@ class _Chain(torch.autograd.Function):
 
 
 def _like(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    # Asking first takes less time than a call that changes nothing.
+    # A comparison takes less time than a call without effect.
     x = x if x.shape == shape else x.reshape(shape)
     return x if x.dtype == dtype else x.to(dtype)

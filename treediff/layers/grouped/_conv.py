@@ -1,4 +1,4 @@
-"""The geometry of convolutions: sizes of maps, and which weight joins which two pixels."""
+"""Geometry of convolutions: sizes of maps, and the weights that join pixels of input and output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["check_map", "geometry", "map_size", "touches_of", "transposed_map_si
 
 
 def geometry(module: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
-    """Kernel, padding, stride and dilation, as `F.unfold` and `F.fold` want them."""
+    """Return kernel, padding, stride and dilation as arguments of `F.unfold` and `F.fold`."""
     return {
         "kernel_size": module.kernel_size,
         "padding": module.padding,
@@ -23,7 +23,7 @@ def geometry(module: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
 
 
 def check_map(module: nn.Conv2d | nn.ConvTranspose2d, shape: torch.Size, out: tuple[int, ...]) -> None:
-    """Raise ValueError unless rows of a shape are maps that a layer takes, with `out` the size of its result."""
+    """Raise ValueError unless the layer accepts maps of `shape`; `out` is the size of its result."""
     if len(shape) != 4 or shape[1] != module.in_channels or min(out) < 1:
         raise ValueError(
             f"expected rows of shape ({module.in_channels}, height, width), no smaller than the kernel, for "
@@ -32,12 +32,12 @@ def check_map(module: nn.Conv2d | nn.ConvTranspose2d, shape: torch.Size, out: tu
 
 
 def map_size(module: nn.Conv2d, shape: torch.Size) -> tuple[int, ...]:
-    """Height and width of a convolution's output.
+    """Return height and width of a convolution's output.
 
     Raises:
-        ValueError: if the rows are no maps that it takes.
+        ValueError: if the convolution does not accept maps of this shape.
     """
-    padding: Any = module.padding  # never a word here, see `step_of`
+    padding: Any = module.padding  # never a string here, see `step_of`
     axes = zip(shape[2:], module.kernel_size, padding, module.stride, module.dilation, strict=False)
     out = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, p, s, d in axes)
     check_map(module, shape, out)
@@ -45,10 +45,10 @@ def map_size(module: nn.Conv2d, shape: torch.Size) -> tuple[int, ...]:
 
 
 def transposed_map_size(module: nn.ConvTranspose2d, shape: torch.Size) -> tuple[int, ...]:
-    """Height and width of a transposed convolution's output.
+    """Return height and width of a transposed convolution's output.
 
     Raises:
-        ValueError: if the rows are no maps that it takes.
+        ValueError: if the convolution does not accept maps of this shape.
     """
     padding: Any = module.padding
     extra: Any = module.output_padding
@@ -59,9 +59,9 @@ def transposed_map_size(module: nn.ConvTranspose2d, shape: torch.Size) -> tuple[
 
 
 def touches_of(module: nn.Conv2d, size: tuple[int, ...], out: tuple[int, ...]) -> Tensor | None:
-    """0/1 `(out positions, in positions, kernel elements)`: which weight joins which two pixels.
+    """Return 0/1 `(out positions, in positions, kernel elements)`, 1 where a weight joins the two pixels.
 
-    None for a map on which unfolding patches costs less than a product with every pixel.
+    The result is None for a map on which unfolding patches costs less than a matmul with every pixel.
     """
     if math.prod(size) > 2 * math.prod(module.kernel_size):
         return None
@@ -78,7 +78,7 @@ def _touches(
     stride: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """0/1 `(out positions, in positions, kernel elements)`: which weight joins which two pixels."""
+    """Return 0/1 `(out positions, in positions, kernel elements)`, 1 where a weight joins the two pixels."""
     axes = []
     for n, m, k, p, s, d in zip(size, out, kernel, padding, stride, dilation, strict=True):
         target, inside, element = (torch.arange(length, device="cpu") for length in (m, n, k))
@@ -91,7 +91,7 @@ def _touches(
 
 @lru_cache(maxsize=64)
 def _kept_touches(*geometry: tuple[int, ...]) -> Tensor:
-    """`_touches`, kept for the next call."""
-    # A tensor made in inference mode could never be trained with afterwards.
+    """Return `_touches`, kept for the next call."""
+    # A tensor made in inference mode can never be used in training afterwards.
     with torch.inference_mode(False):
         return _touches(*geometry)

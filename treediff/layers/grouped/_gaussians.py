@@ -1,8 +1,8 @@
-"""The Gaussian steps of a node with both passes written out: `treediff.tree.probability` in fewer operations.
+"""Gaussian steps of a node with both passes written out: `treediff.tree.probability` in fewer operations.
 
-A Gaussian is one tensor here, `(T, 2D, ...)`: the mean, then the log-variance, as `GaussianHead` returns it. On the few
-rows of a node autograd's bookkeeping costs more than the arithmetic, so each step is one function of autograd. Each has
-a gradient but not a gradient of the gradient; `treediff.tree.probability` has both.
+A Gaussian is one tensor here, `(T, 2D, ...)`: the mean, then the log-variance, as `GaussianHead` returns them. On the
+few rows of a node autograd's bookkeeping costs more than the arithmetic, so each step is one function of autograd. Each
+step has a gradient but no gradient of the gradient; `treediff.tree.probability` has both.
 
 Letters: `T` rows, `D` latent width.
 """
@@ -22,13 +22,13 @@ __all__ = ["LogVariance", "kl", "log_variance", "log_variance_gradient", "merge_
 
 
 def log_variance(x: Tensor) -> Tensor:
-    """`(T, 2D, ...)`: the mean as it is, then `log softplus` of the rest; see `log_softplus`."""
+    """Return `(T, 2D, ...)`: the mean unchanged, then `log softplus` of the rest; see `log_softplus`."""
     mean, raw = x.chunk(2, 1)
     return torch.cat([mean, log_softplus(raw)], 1)
 
 
 def log_variance_gradient(x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of `x` from that of `y = log_variance(x)`."""
+    """Return the gradient of `x` from the gradient of `y = log_variance(x)`."""
     mean, logvar = grad.chunk(2, 1)
     # The derivative of log softplus is sigmoid over softplus, both of which underflow; their logarithms do not.
     slope = torch.exp(F.logsigmoid(x.chunk(2, 1)[1]) - y.chunk(2, 1)[1])
@@ -36,10 +36,10 @@ def log_variance_gradient(x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
 
 
 class LogVariance(nn.Module):
-    """Reads the second half of the channels as `softplus^-1` of a variance and returns its logarithm."""
+    """Layer that reads the second half of the channels as `softplus^-1` of a variance and returns its logarithm."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, 2D, ...)` to `(B, 2D, ...)`: the mean unchanged, then the log-variance."""
+        """Map `(B, 2D, ...)` to `(B, 2D, ...)`: the mean unchanged, then the log-variance."""
         return log_variance(x)
 
 
@@ -68,21 +68,21 @@ class _MergeAndSample(torch.autograd.Function):
         weight = torch.sigmoid(logvar_b - logvar_a)
         mean_of_a, logvar_of_a = grad_mean * weight, grad_logvar * weight
         mean_of_b, logvar_of_b = grad_mean - mean_of_a, grad_logvar - logvar_of_a
-        # A larger variance of `a` moves the mean away from its own, towards that of `b`.
+        # A larger variance of `a` moves the mean away from the mean of `a`, towards the mean of `b`.
         shift = mean_of_b * weight * (mean_a - mean_b)
         of_a = torch.cat([mean_of_a, logvar_of_a - shift], 1)
         return of_a, torch.cat([mean_of_b, logvar_of_b + shift], 1), None
 
 
 def merge_and_sample(a: Tensor, b: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """A sample of the product of two Gaussians, and the product.
+    """Return a sample of the product of two Gaussians, and the product.
 
-    `precision_weighted_merge`, then `reparameterize`.
+    This is `precision_weighted_merge`, then `reparameterize`.
 
     Args:
         a: `(T, 2D, ...)`.
         b: `(T, 2D, ...)`.
-        noise: `(T, D, ...)` standard normal; it gets no gradient.
+        noise: `(T, D, ...)` standard normal; noise gets no gradient.
 
     Returns:
         the sample `(T, D, ...)` and the merged Gaussian `(T, 2D, ...)`.
@@ -114,7 +114,7 @@ class _KL(torch.autograd.Function):
 
 
 def kl(q: Tensor, p: Tensor) -> Tensor:
-    """`gaussian_kl` of Gaussians `(T, 2D, ...)`: `(T,)` in nats."""
+    """Compute `gaussian_kl` of Gaussians `(T, 2D, ...)`: `(T,)` in nats."""
     if torch.compiler.is_compiling():
         return gaussian_kl(*q.chunk(2, 1), *p.chunk(2, 1))
     result: Tensor = _KL.apply(q, p)  # type: ignore[no-untyped-call, unused-ignore]

@@ -1,7 +1,7 @@
-"""Matrices, scales and shifts per group of rows: products and their gradients, written out.
+"""Matrices, scales and shifts per group of rows: matmuls and their gradients, written out.
 
-`grouped_mm` multiplies all groups in one call. What a layer adds to it, a bias or a norm's weights, is gathered row by
-row. Nothing here is known to autograd; `treediff.layers.grouped._chain` puts both passes together.
+`grouped_mm` multiplies all groups in one call. Other weights of a layer, a bias or a norm's weights, are gathered row
+by row. Autograd does not record these functions; `treediff.layers.grouped._chain` combines both passes.
 
 Letters: `T` rows in all, sorted by group, `G` groups.
 """
@@ -18,11 +18,11 @@ from treediff.core.groups import sizes_of
 
 __all__ = ["Need", "affine", "affine_gradients", "from_matrix", "rows_of", "sum_of_groups", "to_matrix"]
 
-_FAST = (torch.float32, torch.bfloat16, torch.float16)  # what `grouped_mm` takes
+_FAST = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that `grouped_mm` accepts
 
 
 def _multiply(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Each group's rows `(T, a)` times its own matrix `(G, b, a)`, transposed: `(T, b)`."""
+    """Multiply each group's rows `(T, a)` by the group's own matrix `(G, b, a)`, transposed: `(T, b)`."""
     if x.dtype in _FAST:
         return F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends)
     parts = zip(x.split(sizes_of(ends)), weight, strict=True)
@@ -30,7 +30,7 @@ def _multiply(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-    """Each group's `x^T y`: `(T, a)` and `(T, b)` to `(G, a, b)`."""
+    """Compute each group's `x^T y`: `(T, a)` and `(T, b)` to `(G, a, b)`."""
     if x.dtype in _FAST:
         return F.grouped_mm(x.contiguous().T, y.contiguous(), offs=ends)
     parts = zip(x.split(sizes_of(ends)), y.split(sizes_of(ends)), strict=True)
@@ -38,7 +38,7 @@ def _outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 
 
 def _padded(x: Tensor, *axes: int) -> Tensor:
-    """Zeros at the end of the last axes, for rows of whole 16-byte pieces, which grouped products want."""
+    """Pad the last axes with zeros to rows of whole 16-byte pieces, which grouped matmuls require."""
     size = x.element_size()
     if not any(x.shape[axis] * size % 16 for axis in axes) or x.dtype not in _FAST:
         return x
@@ -78,7 +78,7 @@ _traced_multiply.register_autograd(_traced_backward, setup_context=_save)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, ends: Tensor) -> Tensor:
-    """`y[t] = weight[g] x[t] + bias[g]` for the group `g = index[t]`.
+    """Compute `y[t] = weight[g] x[t] + bias[g]` for the group `g = index[t]`.
 
     Args:
         x: `(T, a)`, or `(T, n, a)` with several vectors per row.
@@ -105,7 +105,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, ends: 
 
 
 class Need(NamedTuple):
-    """Which gradients are wanted."""
+    """Gradients to compute: True for each that is needed."""
 
     input: bool
     weights: bool
@@ -114,7 +114,7 @@ class Need(NamedTuple):
 def affine_gradients(
     x: Tensor, weight: Tensor, index: Tensor, ends: Tensor, grad: Tensor, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `x` and of the weight, as needed, from that of `affine`'s result."""
+    """Return the gradients of `x` and of the weight, as needed, from the gradient of `affine`'s result."""
     count, out, inside = weight.shape
     grad_x = grad_weight = None
     if out == 1 and x.ndim == 2:
@@ -132,17 +132,17 @@ def affine_gradients(
 
 
 def _flat_ends(x: Tensor, ends: Tensor) -> Tensor:
-    """`ends` when each of a row's vectors is a row of its own."""
+    """Return `ends` for rows that are split into their vectors."""
     return ends if x.ndim == 2 else ends * x.shape[1]
 
 
 def rows_of(values: Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What `(G, ...)` holds for the group of each row, as `shape`, `(T, ...)` with ones where it is alike."""
+    """Return the values `(G, ...)` of each row's group as `shape`, `(T, ...)` with ones for axes to broadcast."""
     return values.index_select(0, index).view(shape)
 
 
 def sum_of_groups(rows: Tensor, index: Tensor, count: int) -> Tensor:
-    """The sum of each group's rows `(T, a)` or `(T, n, a)`: `(G, a)`, in float32 at least; the gradient of a bias."""
+    """Sum each group's rows `(T, a)` or `(T, n, a)`: `(G, a)`, in float32 at least; the gradient of a bias."""
     rows = rows if rows.ndim == 2 else rows.sum(1)
     if rows.dtype not in (torch.float32, torch.float64):
         rows = rows.float()
@@ -150,11 +150,11 @@ def sum_of_groups(rows: Tensor, index: Tensor, count: int) -> Tensor:
 
 
 def to_matrix(weight: Tensor, touches: Tensor) -> Tensor:
-    """A convolution as the matrix from every input position to every output position.
+    """Return a convolution as the matrix from every input position to every output position.
 
     Args:
         weight: `(G, out_channels, in_channels, kernel elements)`.
-        touches: 0/1 `(out positions, in positions, kernel elements)`, which weight joins which two positions.
+        touches: 0/1 `(out positions, in positions, kernel elements)`, 1 where a weight joins the two positions.
 
     Returns:
         `(G, out_channels * out positions, in_channels * in positions)`.
@@ -166,7 +166,7 @@ def to_matrix(weight: Tensor, touches: Tensor) -> Tensor:
 
 
 def from_matrix(grad: Tensor, touches: Tensor, shape: torch.Size) -> Tensor:
-    """Gradient of the weight, which has a `shape`, from that of `to_matrix`'s result."""
+    """Return the gradient of a weight of a `shape` from the gradient of `to_matrix`'s result."""
     groups, out, inside, elements = shape
     to, of, _ = touches.shape
     full = grad.reshape(groups, out, to, inside, of).transpose(2, 3).reshape(-1, to * of)

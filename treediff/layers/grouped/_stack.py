@@ -1,4 +1,4 @@
-"""Flat weights of many nodes as one stack, and the stack as named parts.
+"""Stacks of the flat weights of many nodes, and views of a stack by name.
 
 Letters: `G` nodes, `P` numbers in one node's weights.
 """
@@ -17,7 +17,7 @@ __all__ = ["Stack", "blocks_of", "part"]
 
 
 def blocks_of(sizes: Sequence[int], rows: int) -> list[tuple[int, int]]:
-    """Rows and number of groups of blocks of whole groups, each with as many as fit into `rows`, or one."""
+    """Return rows and number of groups of each block: as many whole groups as fit into `rows`, or one."""
     blocks: list[tuple[int, int]] = []
     for size in sizes:
         if blocks and blocks[-1][0] + size <= rows:
@@ -28,7 +28,7 @@ def blocks_of(sizes: Sequence[int], rows: int) -> list[tuple[int, int]]:
 
 
 def part(flat: Tensor, sizes: list[tuple[torch.Size, int]]) -> tuple[Tensor, ...]:
-    """Flat weights `(G, P)` as views of the shapes that lie in them one after the other, each `(G, ...)`."""
+    """Split flat weights `(G, P)` into views of consecutive shapes, each `(G, ...)`."""
     pieces = flat.split([size for _, size in sizes], 1)
     return tuple(
         (piece if size == shape.numel() else piece[:, : shape.numel()]).view(len(flat), *shape)
@@ -37,7 +37,7 @@ def part(flat: Tensor, sizes: list[tuple[torch.Size, int]]) -> tuple[Tensor, ...
 
 
 class Stack(torch.autograd.Function):
-    """Stack flat weights and part them by name; backwards all gradients meet in one tensor."""
+    """Stack of flat weights, split by name; the backward pass collects all gradients in one tensor."""
 
     @staticmethod
     def forward(
@@ -45,7 +45,7 @@ class Stack(torch.autograd.Function):
         sizes: list[tuple[torch.Size, int]],
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Views `(G, ...)` of all shapes, of flat weights `(P,)`."""
+        """Return views `(G, ...)` of all shapes, of stacked flat weights `(P,)`."""
         ctx.sizes, ctx.count = sizes, len(weights)
         ctx.set_materialize_grads(False)
         return part(torch.stack(weights), sizes)
@@ -53,7 +53,7 @@ class Stack(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        """The gradient of each flat weight."""
+        """Return the gradient of each flat weight."""
         found = next(grad for grad in grads if grad is not None)
         pieces = []
         for grad, (shape, size) in zip(grads, ctx.sizes, strict=True):

@@ -1,4 +1,4 @@
-"""How the layers of node networks run for all groups at once, and how they are undone.
+"""Steps of the layers of node networks: forward and backward pass for all groups at once.
 
 Letters: `T` rows in all, `G` groups.
 """
@@ -29,7 +29,7 @@ def _bias(weights: Weights) -> Tensor | None:
 
 
 def _lowered(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and weight in the dtype that autocast wants of products."""
+    """Return rows and weight in the dtype of autocast for matmuls."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         low = torch.get_autocast_dtype(device)
@@ -38,7 +38,7 @@ def _lowered(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(of_weight: Tensor | None, of_y: Tensor, done: Done) -> list[Tensor]:
-    """Gradients of the weight and, if there is one, of a bias that is added to every vector of `y`."""
+    """Return the gradients of the weight and of a bias, if any, that is added to every vector of `y`."""
     if of_weight is None:
         return []
     biases = done.weights[1:]
@@ -46,10 +46,10 @@ def _gradients(of_weight: Tensor | None, of_y: Tensor, done: Done) -> list[Tenso
 
 
 class LinearStep:
-    """`nn.Linear` on rows of one vector or several."""
+    """Step of `nn.Linear` on rows of one vector or several."""
 
     def forward(self, _: Any, weights: Weights, x: Tensor, groups: Groups) -> tuple[Tensor, Kept]:  # noqa: ANN401
-        """See `Step`."""
+        """Run the linear layers; arguments and results as for `Step.forward`."""
         if x.ndim < 2 or weights[0].ndim != 3 or x.shape[-1] != weights[0].shape[2]:
             raise ValueError(
                 "expected rows (T, ..., in_features) and weights (groups, out_features, in_features), found "
@@ -60,7 +60,7 @@ class LinearStep:
         return y if rows.ndim == x.ndim else y.view(*x.shape[:-1], y.shape[-1]), (rows,)
 
     def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """See `Step`."""
+        """Return the gradients of the linear layers; arguments as for `Step.backward`."""
         rows, weights, where = done.kept[0], done.weights, (done.groups.index, done.groups.ends)
         grad = grad.reshape(*rows.shape[:-1], grad.shape[-1])
         of_x, of_weight = affine_gradients(rows, weights[0].to(rows.dtype), *where, grad, done.need)
@@ -68,12 +68,12 @@ class LinearStep:
 
 
 class NormStep:
-    """`nn.LayerNorm` and `nn.GroupNorm`; the latter as a layer norm, whose gradient takes a CPU much less time."""
+    """Step of `nn.LayerNorm`, and of `nn.GroupNorm` as a layer norm, whose gradient is much faster on a CPU."""
 
     def forward(
         self, module: nn.LayerNorm | nn.GroupNorm, weights: Weights, x: Tensor, groups: Groups
     ) -> tuple[Tensor, Kept]:
-        """See `Step`."""
+        """Run the norms; arguments and results as for `Step.forward`."""
         seen, inside, scale = self._shapes(module, x.shape)
         rows = x.reshape(seen)
         plain, mean, rstd = torch.native_layer_norm(rows, inside, None, None, module.eps)
@@ -84,7 +84,7 @@ class NormStep:
         return y, (rows, plain, mean, rstd, factor)
 
     def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """See `Step`."""
+        """Return the gradients of the norms; arguments as for `Step.backward`."""
         rows, plain, mean, rstd, factor = done.kept
         seen, inside, _ = self._shapes(done.module, done.shape)
         of_plain = (grad * factor).to(rows.dtype)
@@ -101,7 +101,7 @@ class NormStep:
     def _shapes(
         module: nn.LayerNorm | nn.GroupNorm, shape: torch.Size
     ) -> tuple[tuple[int, ...], list[int], tuple[int, ...]]:
-        """The shape that a layer norm works on, the last axes, which it covers, and the shape of a scale."""
+        """Return the shape for a layer norm, the last axes, over which it normalises, and the shape of a scale."""
         rows, *rest = shape
         if isinstance(module, nn.LayerNorm):
             inside = list(module.normalized_shape)
@@ -111,10 +111,10 @@ class NormStep:
 
 
 class Conv2dStep:
-    """`nn.Conv2d` as one product: over unfolded patches, or over the whole of a small map."""
+    """Step of `nn.Conv2d` as one matmul: over unfolded patches, or over the whole of a small map."""
 
     def forward(self, module: nn.Conv2d, weights: Weights, x: Tensor, groups: Groups) -> tuple[Tensor, Kept]:
-        """See `Step`."""
+        """Run the convolutions; arguments and results as for `Step.forward`."""
         out = map_size(module, x.shape)
         touches = touches_of(module, x.shape[2:], out)
         shape = (len(x), module.out_channels, *out)
@@ -128,7 +128,7 @@ class Conv2dStep:
         return affine(rows, matrix, offsets, *where).view(shape), (rows, matrix)
 
     def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """See `Step`."""
+        """Return the gradients of the convolutions; arguments as for `Step.backward`."""
         rows, weights, where = done.kept[0], done.weights, (done.groups.index, done.groups.ends)
         touches = touches_of(done.module, done.shape[2:], grad.shape[2:])
         of_y = grad.flatten(2).transpose(1, 2)
@@ -144,10 +144,10 @@ class Conv2dStep:
 
 
 class ConvTranspose2dStep:
-    """`nn.ConvTranspose2d` as one product, whose patches are added up where they overlap."""
+    """Step of `nn.ConvTranspose2d` as one matmul, whose patches are added up where they overlap."""
 
     def forward(self, module: nn.ConvTranspose2d, weights: Weights, x: Tensor, groups: Groups) -> tuple[Tensor, Kept]:
-        """See `Step`."""
+        """Run the transposed convolutions; arguments and results as for `Step.forward`."""
         out, bias = transposed_map_size(module, x.shape), _bias(weights)
         rows, weight = _lowered(x.flatten(2).transpose(1, 2), weights[0].flatten(2).transpose(1, 2))
         patches = affine(rows, weight, None, groups.index, groups.ends)
@@ -155,7 +155,7 @@ class ConvTranspose2dStep:
         return y if bias is None else y + bias.index_select(0, groups.index)[:, :, None, None].to(y.dtype), (rows,)
 
     def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """See `Step`."""
+        """Return the gradients of the transposed convolutions; arguments as for `Step.backward`."""
         rows, where = done.kept[0], (done.groups.index, done.groups.ends)
         weight = done.weights[0].flatten(2).transpose(1, 2).to(rows.dtype)
         of_patches = F.unfold(grad, **geometry(done.module)).transpose(1, 2)
@@ -166,39 +166,39 @@ class ConvTranspose2dStep:
 
 
 class SiLUStep:
-    """`nn.SiLU`."""
+    """Step of `nn.SiLU`."""
 
     def forward(self, module: nn.SiLU, _: Weights, x: Tensor, groups: Groups) -> tuple[Tensor, Kept]:
-        """See `Step`."""
+        """Apply SiLU; arguments and results as for `Step.forward`."""
         return F.silu(x), (x,)
 
     def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """See `Step`."""
+        """Return the gradient of SiLU; arguments as for `Step.backward`."""
         return torch.ops.aten.silu_backward(grad, done.kept[0]), ()
 
 
 class ReshapeStep:
-    """`nn.Flatten` and `nn.Unflatten`, which a chain undoes by itself."""
+    """Step of `nn.Flatten` and `nn.Unflatten`, whose gradients the chain reshapes."""
 
     def forward(self, module: nn.Module, _: Weights, x: Tensor, groups: Groups) -> tuple[Tensor, Kept]:
-        """See `Step`."""
+        """Reshape the rows; arguments and results as for `Step.forward`."""
         return module(x), ()
 
     def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """See `Step`."""
+        """Return the gradient unchanged; arguments as for `Step.backward`."""
         return grad, ()
 
 
 class LogVarianceStep:
-    """`LogVariance`."""
+    """Step of `LogVariance`."""
 
     def forward(self, module: LogVariance, _: Weights, x: Tensor, groups: Groups) -> tuple[Tensor, Kept]:
-        """See `Step`."""
+        """Compute the log-variance; arguments and results as for `Step.forward`."""
         y = log_variance(x)
         return y, (x, y)
 
     def backward(self, done: Done, grad: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """See `Step`."""
+        """Return the gradient of the log-variance; arguments as for `Step.backward`."""
         return log_variance_gradient(done.kept[0], done.kept[1], grad), ()
 
 

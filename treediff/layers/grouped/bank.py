@@ -1,6 +1,6 @@
-"""One network per node: stored by node, computed together.
+"""Bank of networks, one per node: stored by node, computed together.
 
-Letters: `T` rows, `G` groups (the nodes asked for), `P` numbers in one node's weights.
+Letters: `T` rows, `G` groups (the queried nodes), `P` numbers in one node's weights.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from treediff.layers.init import initialize
 __all__ = ["NodeBank"]
 
 # Every weight starts on a multiple of this, so that views into packed weights stay aligned for grouped
-# products.
+# matmuls.
 _ALIGNMENT = 8
 
 
 class _Packed(NamedTuple):
-    """The stacked weights of some nodes, and how to tell that they have not changed since."""
+    """Stacked weights of some nodes, with the state by which a later change is detected."""
 
     weights: list[Tensor]
     state: list[tuple[int, int]]
@@ -35,23 +35,23 @@ class _Packed(NamedTuple):
 
 
 class NodeBank(nn.Module):
-    """Copies of a template network, one per node id, each stored as one flat parameter named by the id.
+    """Bank of copies of a template network, one per node id, each stored as one flat parameter named by the id.
 
-    The parameter of a node is the only truth about it: freezing a node is `requires_grad`, adding a node
-    touches no other, and a file lists weights by stable id. `forward` stacks the nodes asked for and computes
+    The parameter of a node is the only place of its weights. So `requires_grad` freezes a node, adding a node
+    changes no other node, and a file lists weights by permanent id. `forward` stacks the queried nodes and computes
     all their rows in one `grouped_call`.
 
     Args:
-        template: the network that every node gets a copy of; it maps `(rows, ...)` to `(rows, ...)`, row by
-            row. It is copied without its weights, so it may live on the meta device.
-        device: where weights of new nodes live; the template's, unless that is meta.
-        dtype: what they are stored as; the template's by default.
-        block: on a CPU, about how many rows to compute at a time, for networks whose activations are many times their
-            input: what does not fit into a cache takes longer. All at once if not given.
+        template: the network that every node gets a copy of; the network maps `(rows, ...)` to `(rows, ...)`, row
+            by row. The template is copied without its weights, so it may be on the meta device.
+        device: of the weights of new nodes; the template's device by default, unless that is meta.
+        dtype: of the weights; the template's dtype by default.
+        block: on a CPU, the approximate number of rows to compute at a time. It is for networks whose activations are
+            many times their input: activations that do not fit into a cache take longer. All rows at once if not given.
 
     Raises:
         ValueError: if the template has buffers, such as the running statistics of a batch norm, which would
-            couple the rows of a batch; or if it uses one weight in two places.
+            couple the rows of a batch; or if the template uses one weight in two places.
 
     Examples:
         >>> bank = NodeBank(nn.Linear(4, 2))
@@ -89,7 +89,7 @@ class NodeBank(nn.Module):
         stored = dtype or next((p.dtype for p in parameters.values()), found.dtype)
         self._factory: dict[str, Any] = {"device": torch.device(device or found.device), "dtype": stored}
         self._names = tuple(parameters)
-        # What each weight looks like, and how much room it takes.
+        # Shape of each weight, and its padded length.
         self._sizes = [(p.shape, p.numel() + -p.numel() % _ALIGNMENT) for p in parameters.values()]
         # In a tuple, so that the template's own weights are not registered as this module's.
         self._template = (copy.deepcopy(template).to("meta", stored).train(),)
@@ -98,40 +98,40 @@ class NodeBank(nn.Module):
 
     @property
     def template(self) -> nn.Module:
-        """The structure of one node's network, without weights."""
+        """Structure of one node's network, without weights."""
         return self._template[0]
 
     @property
     def device(self) -> torch.device:
-        """Where weights of new nodes live."""
+        """Device of the weights of new nodes."""
         return torch.device(self._factory["device"])
 
     @property
     def nodes(self) -> tuple[int, ...]:
-        """Ids of the nodes that have weights here, in the order in which they were added."""
+        """Ids of the nodes that have weights here, in the order in which the nodes were added."""
         return tuple(int(name) for name in self._parameters)
 
     def extra_repr(self) -> str:
-        """Nodes and numbers per node; then the template."""
+        """Return the nodes, the numbers per node, and the template, for `print(bank)`."""
         size = sum(shape.numel() for shape, _ in self._sizes)
         return f"nodes={list(self.nodes)}, parameters_per_node={size},\ntemplate={self.template}"
 
     def train(self, mode: bool = True) -> NodeBank:
-        """As for any module; the template, of which a dropout may be part, is told too."""
+        """Set the mode as for any module, also of the template, which may contain a dropout."""
         self._packed = None
         self.template.train(mode)
         return super().train(mode)
 
-    # --- nodes come and go --------------------------------------------------------------------------------
+    # --- nodes are added and removed ----------------------------------------------------------------------
 
     @lasting()
     def add(self, node: int, *, like: int | None = None, generator: torch.Generator | None = None) -> None:
-        """Give `node` weights of its own: fresh ones, or a copy of those of the node `like`.
+        """Give `node` weights of its own: fresh weights, or a copy of the weights of the node `like`.
 
         Raises:
             ValueError: if the node has weights already.
             KeyError: if there is no node `like`.
-            TypeError: if the template has a layer that cannot be given fresh weights, see `initialize`.
+            TypeError: if the template has a layer without a way to draw fresh weights, see `initialize`.
         """
         if str(node) in self._parameters:
             raise ValueError(f"node {node} has weights already; remove it first to start afresh")
@@ -139,28 +139,28 @@ class NodeBank(nn.Module):
         self.register_parameter(str(node), nn.Parameter(flat))
 
     def remove(self, node: int) -> None:
-        """Drop the weights of `node`.
+        """Delete the weights of `node`.
 
         Raises:
-            KeyError: if it has none.
+            KeyError: if the node has no weights.
         """
         self.weights_of(node)
         delattr(self, str(node))
         self._packed = None
 
     def weights_of(self, node: int) -> nn.Parameter:
-        """The flat parameter `(P,)` of one node.
+        """Return the flat parameter `(P,)` of one node.
 
         Raises:
-            KeyError: if it has none.
+            KeyError: if the node has no weights.
         """
         found = self._parameters.get(str(node))
         if found is None:
-            raise KeyError(f"node {node!r} has no weights here; those that have are {list(self.nodes)}")
+            raise KeyError(f"node {node!r} has no weights here; the nodes with weights are {list(self.nodes)}")
         return found
 
     def named_weights(self, node: int) -> dict[str, Tensor]:
-        """One node's weights as views by the template's names; writing into them changes the node.
+        """Return one node's weights as views by the template's names; writing into the views changes the node.
 
         Raises:
             KeyError: if the node has no weights.
@@ -169,7 +169,7 @@ class NodeBank(nn.Module):
 
     @lasting()
     def module(self, node: int) -> nn.Module:
-        """The network of one node as a module of its own; a copy, which `assign` writes back.
+        """Return the network of one node as a separate module: a copy, which `assign` writes back.
 
         Raises:
             KeyError: if the node has no weights.
@@ -181,11 +181,11 @@ class NodeBank(nn.Module):
 
     @torch.no_grad()
     def assign(self, node: int, module: nn.Module) -> None:
-        """Overwrite one node's weights with those of a module built like the template.
+        """Overwrite one node's weights with the weights of a module built like the template.
 
         Raises:
             KeyError: if the node has no weights.
-            ValueError: if the module is built otherwise; nothing is changed then.
+            ValueError: if the module is not built like the template; nothing is changed then.
         """
         views = self.named_weights(node)
         given = dict(module.named_parameters())
@@ -211,7 +211,7 @@ class NodeBank(nn.Module):
     if TYPE_CHECKING:
 
         def __call__(self, x: Tensor, groups: Groups, nodes: Sequence[int]) -> Tensor:
-            """`forward`, as a type checker should see it."""
+            """Run `forward`; declared for type checkers."""
 
     # --- computing ----------------------------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ class NodeBank(nn.Module):
             ValueError: if `nodes` is empty, or rows, groups and nodes do not belong together.
         """
         check_rows(x, len(nodes), groups)
-        # Looking at the sizes of groups would stop an accelerator's stream.
+        # Reading the sizes of groups would stop an accelerator's stream.
         if self.block is None or len(x) <= 2 * self.block or x.device.type != "cpu" or torch.compiler.is_compiling():
             return apply_parts(self._parts, self._stacked(nodes), x, groups)
         results, start, group = [], 0, 0
@@ -243,7 +243,7 @@ class NodeBank(nn.Module):
         return torch.cat(results)
 
     def _stacked(self, nodes: Sequence[int]) -> dict[str, Tensor]:
-        """The weights of several nodes by the template's names, each with a leading axis `G`."""
+        """Return the weights of several nodes by the template's names, each with a leading axis `G`."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._views(self.packed(nodes))
         self._packed = None
@@ -251,11 +251,11 @@ class NodeBank(nn.Module):
         return dict(zip(self._names, views, strict=True))
 
     def packed(self, nodes: Sequence[int]) -> Tensor:
-        """The flat weights of several nodes, stacked: `(G, P)`.
+        """Return the flat weights of several nodes, stacked: `(G, P)`.
 
-        In eval mode without gradients they are kept for the next call, until a weight is replaced or changed
-        in place. Two ways of changing a weight escape PyTorch's own bookkeeping, and so this one: writing
-        into `parameter.data`, and the fused optimisers. After either, `eval()` or `train()` makes sure.
+        In eval mode without gradients the stack is kept for the next call, until a weight is replaced or changed
+        in place. Two changes of a weight escape PyTorch's own bookkeeping, and so the bank's: writing into
+        `parameter.data`, and the fused optimisers. After such a change, call `eval()` or `train()` to drop the stack.
 
         Raises:
             KeyError: if a node has no weights.
@@ -267,7 +267,7 @@ class NodeBank(nn.Module):
         if self.training or torch.is_grad_enabled() or any(w.is_inference() for w in weights):
             self._packed = None
             return torch.stack(weights)
-        # Every in-place change of a tensor raises its version; giving it other data moves its pointer.
+        # Every in-place change of a tensor raises its version; an assignment of other data changes its pointer.
         state = [(w._version, w.data_ptr()) for w in weights]
         kept = self._packed
         if kept is None or kept.state != state or not all(map(operator.is_, kept.weights, weights)):
@@ -283,7 +283,7 @@ class NodeBank(nn.Module):
         return dict(zip(self._names, part(flat, self._sizes), strict=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NodeBank:
-        """What `.to`, `.double` and their like do; nodes that are added later follow."""
+        """Convert the bank, for `.to`, `.double` and similar methods; nodes that are added later follow."""
         self._packed = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = fn(torch.empty(0, **self._factory))
@@ -292,5 +292,5 @@ class NodeBank(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy packs its own weights."""
+        """Return the state without packed weights, because a copy packs its own."""
         return {**self.__dict__, "_packed": None}

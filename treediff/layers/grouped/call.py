@@ -1,15 +1,15 @@
 """Many copies of one small network, each applied to its own rows, in one call.
 
 A tree has a router, a head and a decoder *per node*. Looping over nodes costs a few hundred tiny operations
-per node; running every node on every image computes results that nobody reads. Here the rows of a batch are
-sorted by node and each layer is computed for all nodes at once: the cost follows the rows that exist, not the
+per node; running every node on every image computes results that are never read. Here the rows of a batch are
+sorted by node and each layer is computed for all nodes at once. The cost grows with the number of rows, not of
 nodes.
 
 `grouped_call` runs an ordinary `nn.Module` (the *template*) with a different set of weights for each group of
 rows. Linear layers, 2d convolutions, layer and group norms are computed for all groups together, see
-`treediff.layers.grouped._steps`; a layer without parameters simply runs on all rows; any other module runs in a loop
-over groups, which is right and slow. So do convolutions with `groups` other than 1, with padding that is a word or not
-zeros, and transposed ones with an output padding as large as the stride.
+`treediff.layers.grouped._steps`. A layer without parameters runs on all rows. Any other module runs in a loop over
+groups, which is correct and slow. The loop also runs convolutions with `groups` other than 1, or with padding that is
+a string or not zeros. It also runs transposed convolutions with an output padding as large as the stride.
 
 Letters: `T` rows in all, `G` groups.
 """
@@ -33,7 +33,7 @@ _LINEAR = {weights: Link(STEPS[nn.Linear.forward], nn.Identity(), weights) for w
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
-    """A linear layer per group: `y[t] = weight[g] x[t] + bias[g]` where `g` is the group of row `t`.
+    """Apply a linear layer per group: `y[t] = weight[g] x[t] + bias[g]` where `g` is the group of row `t`.
 
     Args:
         x: `(T, ..., in_features)`, sorted by group; a row may hold several vectors.
@@ -60,7 +60,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Group
 
 
 def _each_group(module: nn.Module, weights: Mapping[str, Tensor], x: Tensor, groups: Groups) -> Tensor:
-    """The plain loop: one call of the module per group. Slow, obvious, right for any module."""
+    """Run a plain loop with one call of the module per group: slow, obvious, and correct for any module."""
 
     def call(g: int, rows: Tensor) -> Tensor:
         own = {key: value[g] for key, value in weights.items()}
@@ -72,28 +72,28 @@ def _each_group(module: nn.Module, weights: Mapping[str, Tensor], x: Tensor, gro
 
 
 def step_of(module: nn.Module) -> Step | None:
-    """How to compute all groups of a module together, if anyone knows."""
+    """Return the step that computes all groups of a module together, or None if there is none."""
     if is_parametrized(module):
         return None
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        # What lies past the last patch is out of reach of `fold`.
+        # `fold` does not reach pixels past the last patch.
         within = all(e < s for e, s in zip(module.output_padding, module.stride, strict=True))
         if not (plain and within):
             return None
     if isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is None:
-        return None  # without weights it simply runs
-    # Looked up by what runs, so that a subclass which changes `forward` is never mistaken for its parent.
+        return None  # without weights it runs on all rows
+    # The key is `forward`, so that a subclass with another `forward` never gets the step of its parent.
     return STEPS.get(type(module).forward)
 
 
 class Part(NamedTuple):
-    """Some layers of a template that follow each other.
+    """Part of a template: consecutive layers.
 
     Attributes:
-        modules: a chain of layers, or one that no step is known for.
-        links: how a chain runs; empty if it is none.
-        names: what the template calls the weights, by what the layers call them.
+        modules: a chain of layers, or one layer without a step.
+        links: links of the chain; empty for a layer without a step.
+        names: pairs of the layer's name and the template's name of each weight.
     """
 
     modules: list[nn.Module]
@@ -102,7 +102,7 @@ class Part(NamedTuple):
 
 
 def parts_of(module: nn.Module) -> list[Part]:
-    """A network as chains of layers, as long as they can be; a `Sequential` is looked into, however deep."""
+    """Split a network into chains of layers, as long as possible; nested `Sequential` modules are flattened."""
     parts: list[Part] = []
     for layer, prefix in _layers(module, ""):
         step = step_of(layer)
@@ -117,16 +117,16 @@ def parts_of(module: nn.Module) -> list[Part]:
 
 
 def _layers(module: nn.Module, prefix: str) -> list[tuple[nn.Module, str]]:
-    """The layers that run one after the other, each with what stands before the names of its weights."""
+    """Return the layers that run one after the other, each with the prefix of its weights' names."""
     if type(module).forward is not nn.Sequential.forward or is_parametrized(module):
         return [(module, prefix)]
-    # Not `named_children`, which leaves out a layer that stands in the network a second time.
+    # Not `named_children`, which leaves out the second occurrence of a layer.
     children = [(child, f"{prefix}{name}.") for name, child in module._modules.items() if child is not None]
     return [layer for child, name in children for layer in _layers(child, name)]
 
 
 def apply_parts(parts: Sequence[Part], weights: Mapping[str, Tensor], x: Tensor, groups: Groups) -> Tensor:
-    """`grouped_call` of a network whose parts are known."""
+    """Run `grouped_call` for a network that is already split into parts."""
     for modules, links, names in parts:
         if links:
             x = run(links, [weights[full] for _, full in names], x, groups)
@@ -166,7 +166,7 @@ def grouped_call(module: nn.Module, weights: Mapping[str, Tensor], x: Tensor, gr
     parts = parts_of(module)
     missing = [part.modules[0] for part in parts if not weights.keys() >= {full for _, full in part.names}]
     if missing:
-        raise ValueError(f"there are no weights for {missing[0]}; a layer must not stand in a network twice")
+        raise ValueError(f"there are no weights for {missing[0]}; a layer must not occur in a network twice")
     for weight in weights.values():
         check_rows(x, len(weight), groups)
     return apply_parts(parts, weights, x, groups)
