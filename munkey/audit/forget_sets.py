@@ -105,7 +105,7 @@ def memorised(right: Tensor, seen: Tensor, count: int) -> Tensor:
     _check_count(count, right.shape[1])
     inside, outside = seen.sum(0), (~seen).sum(0)
     if not (inside.all() and outside.all()):
-        raise ValueError("each instance must be seen by some models and not by others; train more of them")
+        raise ValueError("each instance must be seen by some models and not by others; train more models")
     score = (right & seen).sum(0).double() / inside - (right & ~seen).sum(0).double() / outside
     return score.argsort(descending=True, stable=True)[:count]
 

@@ -51,7 +51,7 @@ class Projection(KeyEncoder):
         x = x.flatten(1)
         if x.shape[1] != len(self.mean):
             raise ValueError(
-                f"this projection takes inputs of {len(self.mean)} numbers each, found {x.shape[1]}; it was made for "
+                f"this projection takes inputs of {len(self.mean)} dimensions, found {x.shape[1]}; it was made for "
                 "other data, or for images of another size"
             )
         return (x - self.mean) @ self.weight

@@ -256,8 +256,8 @@ def _check_batch(
     twice = [instance for instance, count in Counter(wanted).items() if count > 1]
     if twice:
         raise ValueError(
-            f"ids {some(twice)} come twice in a batch, expected each once: together they would be longer than clip; "
-            "draw batches with poisson_batches"
+            f"ids {some(twice)} are repeated in a batch, expected each once: their gradients together would be longer "
+            "than clip; draw batches with poisson_batches"
         )
     if len(x):
         with torch.autocast(x.device.type, enabled=False):
@@ -273,7 +273,7 @@ def _check_precision(weights: Mapping[str, Tensor]) -> None:
                 f"{name} of {weight.dtype}; use model.float()"
             )
     if not weights:
-        raise ValueError("no shared weight is trained, expected some; call requires_grad_() on those of the network")
+        raise ValueError("no shared weight is trained, expected some; call requires_grad_() on the network")
 
 
 def _check_rate(sample_rate: float) -> None:

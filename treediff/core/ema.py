@@ -17,8 +17,8 @@ __all__ = ["EMA"]
 class EMA:
     """Average `average <- decay average + (1 - decay) weight` after every step, with a warm-up.
 
-    At step `n` the decay is `min(decay, (1 + n) / (10 + n))`, so that the first, useless weights soon count for nothing
-    (the rule of TensorFlow's moving averages). Buffers are not averaged: the model keeps its own. Weights in half
+    At step `n` the decay is `min(decay, (1 + n) / (10 + n))`, the rule of TensorFlow's moving averages. The first,
+    useless weights soon count for nothing. Buffers are not averaged: the model keeps its own. Weights in half
     precision have averages in float32, because a step of a thousandth would be lost. An average that is made or used in
     `torch.inference_mode()` behaves like any other average afterwards.
 

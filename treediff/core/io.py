@@ -213,8 +213,8 @@ def described_by(path: Path, *sizes: object) -> Iterator[None]:
 
     Args:
         path: the file.
-        sizes: parts of the header that hold sizes: no number in them may exceed the bytes of the file, so that a few
-            false digits do not fill the memory.
+        sizes: parts of the header that hold sizes. No number in these parts may exceed the bytes of the file, so that a
+            few false digits do not fill the memory.
 
     Raises:
         ValueError: if a number exceeds them, or the block raises an error that a false description may lead to.

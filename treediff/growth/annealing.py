@@ -1,7 +1,7 @@
-"""KL annealing: how much the KL terms of the ELBO weigh at each moment of training.
+"""KL annealing: the weight of the KL terms of the ELBO during training.
 
-A weight that grows from almost nothing lets the decoders learn to use the latents before the prior pulls on
-them. The weight is a pure function of progress: nothing to step, nothing to save but four numbers.
+A weight that grows from almost 0 lets the decoders learn to use the latents before the KL terms pull the latents to
+the prior. The weight is a pure function of progress: there is nothing to step, and only four numbers to save.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ __all__ = ["KLAnnealing"]
 
 @dataclass(frozen=True, kw_only=True)
 class KLAnnealing:
-    """The weight of the KL terms as a function of the epoch: `min(ceiling, start + epoch * step)`.
+    """Weight of the KL terms as a function of the epoch: `min(ceiling, start + epoch * step)`.
 
-    With a `period` the epoch is taken modulo the period, so the climb begins anew at every multiple of it.
+    With a `period` the epoch is taken modulo the period, so the climb begins again at every multiple of the period.
 
     The epoch counts **from the beginning of the stage**: TreeVAE restarts the climb for the initial tree, for
-    every sub-tree and for the fine-tuning. A fraction is welcome, to move the weight within an epoch.
+    every sub-tree and for the fine-tuning. Fractions are allowed, to change the weight within an epoch.
 
     Args:
         start: weight at epoch 0.
-        step: what an epoch adds.
-        ceiling: weight that is never exceeded. 1 is the ELBO; above 1 is a beta-VAE.
+        step: increase of the weight per epoch.
+        ceiling: greatest weight. 1 is the ELBO; above 1 is a beta-VAE.
         period: epochs after which the climb restarts, or None for never.
 
     Raises:
@@ -68,7 +68,7 @@ class KLAnnealing:
                 raise ValueError(f"period must be at least 1 epoch, found {self.period}; None means no cycle")
 
     def __call__(self, epoch: float) -> float:
-        """The weight at `epoch`, counted from 0 at the beginning of the stage.
+        """Return the weight at `epoch`, counted from 0 at the beginning of the stage.
 
         Raises:
             ValueError: if the epoch is negative or not finite.
@@ -80,7 +80,7 @@ class KLAnnealing:
 
     @classmethod
     def constant(cls, weight: float = 1.0) -> KLAnnealing:
-        """The same weight throughout.
+        """Build an annealing with the same weight throughout.
 
         Examples:
             >>> KLAnnealing.constant(4.0)(100)
@@ -99,7 +99,7 @@ class KLAnnealing:
             ceiling: weight at the end of the climb.
 
         Raises:
-            ValueError: if `climb` is not in (0, 1], or as the class itself.
+            ValueError: if `climb` is not in (0, 1], or as for the class itself.
 
         Source: Fu et al. (arXiv 1903.10145), figure 2, there with `R = 0.5`.
 
@@ -109,20 +109,20 @@ class KLAnnealing:
         """
         if not 0 < climb <= 1:
             raise ValueError(f"climb is a share of the period, above 0 and at most 1; found {climb}")
-        # Built flat first, so that the class checks the numbers before they are divided by one another.
+        # Built flat first, so that the class checks the numbers before the division.
         flat = cls(start=start, step=0.0, ceiling=ceiling, period=period)
         return replace(flat, step=(ceiling - start) / (climb * period))
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """The four fields, ready for JSON."""
+        """Return the four fields, ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> KLAnnealing:
-        """The annealing that `to_dict` described.
+        """Build the annealing that `to_dict` described.
 
         Raises:
-            ValueError: if a field is missing or unknown, or as the class itself.
+            ValueError: if a field is missing or unknown, or as for the class itself.
         """
         expected = {field.name for field in fields(cls)}
         if set(settings) != expected:

@@ -1,4 +1,4 @@
-"""The split of a leaf begins here: its rows are cut in two where they lie thin, and its router learns the cut."""
+"""Cut of a leaf, at the start of its split: rows are cut in two where they are sparse, and its router fits the cut."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from treediff.treevae.model import TreeVAE
 
 __all__ = ["Augmentation", "cut_router", "nearest_neighbours", "normalized_cut"]
 
-# A tile of distances that stays in a core's cache while it is made, reduced over views and searched.
+# A tile of distances stays in a core's cache while it is computed, reduced over views and searched.
 _COLUMNS, _TILE = 4096, 128 * 9 * 4096
 
 
 class Augmentation(Protocol):
-    """Changes that a cluster should not depend on; everything in `treediff.augment` is one."""
+    """Augmentation that a cluster should not depend on, such as any of `treediff.augment`."""
 
     def __call__(self, x: Tensor, /, *, generator: torch.Generator | None = None) -> Tensor:
-        """A changed copy of every row."""
+        """Return a changed copy of every row."""
         ...
 
 
@@ -42,22 +42,22 @@ def cut_router(
 ) -> None:
     """Fit a node's posterior router to a normalised cut of some rows.
 
-    A posterior router of a class of your own is left as it is.
+    A posterior router of a custom class is unchanged.
 
     Args:
         model: the model.
         node: a node with two children.
         x: `(n, *model.inputs)`, rows that belong to the node.
-        on: where they are cut, on the 'inputs' as they are or on the 'features' that the router sees.
+        on: where the rows are cut, on the 'inputs' themselves or on the 'features' that the router reads.
         augment: changes that a cluster should not depend on; None for none.
-        views: changed copies of each row that the cut looks at, if there is `augment`.
+        views: number of changed copies of each row that the cut compares, if there is `augment`.
         min_share: the smaller side holds at least this share of the rows.
-        batch_size: rows at a time.
-        generator: where changes and the fit's batches come from.
+        batch_size: rows in a batch.
+        generator: source of the changes and of the fit's batches.
 
     Raises:
         KeyError: if the node has no router.
-        ValueError: if `on` is neither, or there are fewer than two rows; see `normalized_cut`.
+        ValueError: if `on` is neither of the two, or there are fewer than two rows; see `normalized_cut`.
     """
     if on not in ("inputs", "features"):
         raise ValueError(f"on must be 'inputs' or 'features', found {on!r}")
@@ -82,7 +82,7 @@ def cut_router(
 
 
 class _Graph(NamedTuple):
-    """Edges `(i, j)` of a symmetric graph, each listed both ways."""
+    """Edges `(i, j)` of a symmetric graph, each listed in both directions."""
 
     i: Tensor
     j: Tensor
@@ -90,7 +90,7 @@ class _Graph(NamedTuple):
     nodes: int
 
     def times(self, x: Tensor) -> Tensor:
-        """The matrix of weights times a vector."""
+        """Multiply the matrix of weights by a vector."""
         return torch.zeros_like(x).index_add_(0, self.i, self.weight * x[self.j])
 
 
@@ -106,21 +106,21 @@ def normalized_cut(
 
     The cut seeks the two sides `A`, `B` with the least `cut(A, B) / vol(A) + cut(A, B) / vol(B)`: few and weak edges
     between them, many inside. The relaxed solution is the second eigenvector of the normalised graph, thresholded where
-    the quotient is least. An edge weighs as much as its ends' neighbourhoods overlap, `|N_i & N_j| / |N_i | N_j|`.
-    Unlike k-means, which halves the widest direction and may cut through a class, it goes through gaps whatever the
-    shape of the two sides.
+    the quotient is least. The weight of an edge is the overlap of its ends' neighbourhoods,
+    `|N_i & N_j| / |N_i | N_j|`. Unlike k-means, which halves the widest direction and may cut through a class, the cut goes through gaps whatever
+    the shape of the two sides.
 
     Args:
         points: `(n, ...)`, flattened behind the first axis and projected on their principal components.
         views: the same points under changes that a cluster should not depend on, such as small shifts of an image; a
-            point's neighbours are those that any of its views comes near. One at a time is looked at, so that a
-            generator of views saves memory.
-        neighbours: edges that each point sends.
+            point's neighbours are the points near any of its views. Views are read one at a time, so that a generator
+            of views saves memory.
+        neighbours: number of edges from each point to its nearest neighbours.
         min_share: the smaller side holds at least this share of the points.
-        components: how many principal components are kept, where there are more dimensions.
+        components: number of principal components to keep, if there are more dimensions.
 
     Returns:
-        `(n,)` booleans, one side True. Which one is arbitrary, but the same points give the same answer.
+        `(n,)` booleans, one side True. Which side is True is arbitrary, but the same points give the same result.
 
     Raises:
         ValueError: if there are fewer than two points, a point is not finite, a view has another shape, or a setting is
@@ -169,7 +169,7 @@ def _flat(points: Tensor) -> Tensor:
 
 
 def _principal(points: Tensor, components: int) -> Tensor | None:
-    """`(D, components)`, an orthonormal basis of where centred points vary most, by subspace iteration."""
+    """Return `(D, components)`, an orthonormal basis of the greatest variance of points, by subspace iteration."""
     if points.shape[1] <= components:
         return None
     generator = torch.Generator().manual_seed(0)
@@ -180,7 +180,7 @@ def _principal(points: Tensor, components: int) -> Tensor | None:
 
 
 def _graph(index: Tensor, points: Tensor) -> _Graph:
-    """Edges to neighbours, weighed by the neighbours shared; and a faint pull between all."""
+    """Build a graph of edges to neighbours, weighted by shared neighbours, and of faint edges between random points."""
     n, k = index.shape
     i = torch.arange(n).repeat_interleave(k)
     hoods = torch.cat([torch.arange(n)[:, None], index], 1)
@@ -191,8 +191,8 @@ def _graph(index: Tensor, points: Tensor) -> _Graph:
         ]
     )
     overlap = (shared / (2 * (k + 1) - shared)).double().flatten()
-    # Clusters far apart hang together by no edge, and then any grouping of them would cost nothing. A pull between
-    # points at random, far too faint to matter elsewhere, makes the widest gap the cheapest.
+    # Clusters far apart share no edge, so any grouping of such clusters would cost 0. Edges between random points, far
+    # too faint to matter elsewhere, make the cut through the widest gap the cheapest.
     pulls = 8
     one = torch.arange(n).repeat_interleave(pulls)
     other = (one + torch.randint(1, n, one.shape, generator=torch.Generator().manual_seed(0))) % n
@@ -204,9 +204,12 @@ def _graph(index: Tensor, points: Tensor) -> _Graph:
 
 
 def _second_eigenvector(graph: _Graph, root: Tensor, steps: int = 120) -> Tensor:
-    """Of `D^-1/2 W D^-1/2`, whose first is `root`, the square root of the degrees: Lanczos, reorthogonalised."""
-    # The first eigenvector is known and says nothing. Taken away, it cannot hide among the indicators of
-    # components that hang together by nothing.
+    """Compute the second eigenvector of `D^-1/2 W D^-1/2` by reorthogonalised Lanczos.
+
+    The first eigenvector is `root`, the square root of the degrees.
+    """
+    # The first eigenvector is known and carries no information. Projected out, it cannot mix with the indicators of
+    # components that share no edge.
     steps = min(steps, graph.nodes - 1)
     basis = root.new_empty(steps + 1, graph.nodes)
     basis[0] = root / root.norm()
@@ -234,14 +237,14 @@ def _second_eigenvector(graph: _Graph, root: Tensor, steps: int = 120) -> Tensor
 
 
 def _bisect(graph: _Graph, min_share: float) -> Tensor:
-    """The two sides of a graph."""
+    """Cut a graph into two sides; True is one side."""
     n = graph.nodes
     degree = graph.times(torch.ones(n, dtype=graph.weight.dtype))
     root = degree.sqrt()
     order = (_second_eigenvector(graph, root) / root).argsort(stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(n)
-    # Edge (i, j) is cut by the thresholds from the lower of its ranks up to the higher; each is listed twice.
+    # Edge (i, j) is cut by the thresholds from the lower of its ranks up to the higher; each edge is listed twice.
     low, high = torch.minimum(rank[graph.i], rank[graph.j]), torch.maximum(rank[graph.i], rank[graph.j])
     change = torch.zeros(n, dtype=degree.dtype).index_add_(0, low, graph.weight).index_add_(0, high, -graph.weight)
     cut, volume = 0.5 * change.cumsum(0), degree[order].cumsum(0)
@@ -254,15 +257,15 @@ def _bisect(graph: _Graph, min_share: float) -> Tensor:
 
 
 def nearest_neighbours(points: Tensor, count: int, *, views: Sequence[Tensor] = ()) -> Tensor:
-    """The nearest other points of every point, by exact search.
+    """Find the nearest other points of every point, by exact search.
 
-    With views, `d(i, j) = min over v of ||view_v(i) - points_j||`, the points themselves being one of the views: an
-    image is then as near to another as its nearest shifted, turned or otherwise changed copy.
+    With views, `d(i, j) = min over v of ||view_v(i) - points_j||`, where the points themselves are one of the
+    views. The distance of an image is then the distance of its nearest copy, shifted, rotated or otherwise changed.
 
     Args:
         points: `(n, D)` floats.
-        count: `k`, how many neighbours of each.
-        views: further looks at the same points, each `(n, D)`.
+        count: `k`, number of neighbours of each point.
+        views: changed copies of the same points, each `(n, D)`.
 
     Returns:
         `(n, k)` indices, nearest first; no point is its own neighbour.
@@ -284,7 +287,7 @@ def nearest_neighbours(points: Tensor, count: int, *, views: Sequence[Tensor] = 
     if any(view.shape != points.shape for view in views):
         shapes = [tuple(view.shape) for view in views]
         raise ValueError(f"views have the shape of the points, {tuple(points.shape)}; found {shapes}")
-    # -|q - p|^2 / 2 as one product, (q, -|q|^2 / 2, 1) with (p, 1, -|p|^2 / 2): larger is nearer.
+    # -|q - p|^2 / 2 as one matrix product, (q, -|q|^2 / 2, 1) with (p, 1, -|p|^2 / 2): larger is nearer.
     queries = torch.stack([_with_norm(view, norm_first=True) for view in (points, *views)])
     keys = _with_norm(points, norm_first=False).T.contiguous()
     step = max(1, _TILE // (_COLUMNS * len(queries)))
@@ -297,7 +300,7 @@ def _with_norm(points: Tensor, *, norm_first: bool) -> Tensor:
 
 
 def _search(queries: Tensor, keys: Tensor, count: int, first: int) -> Tensor:
-    """Neighbours of `(V, B, D + 2)` queries, the first of which is point number `first`."""
+    """Search the neighbours of `(V, B, D + 2)` queries, the first of which is point number `first`."""
     views, rows, _ = queries.shape
     stacked = queries.flatten(0, 1)
     near, index = [], []

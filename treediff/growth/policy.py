@@ -1,4 +1,4 @@
-"""Which leaf a growing tree splits next."""
+"""Policies: the choice of the leaf that a growing tree splits next."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["POLICIES", "LeafStatistics", "Policy", "Survey", "best_leaf"]
 
 @dataclass(frozen=True, eq=False)
 class LeafStatistics:
-    """What a policy may look at when it chooses the leaf to split; one entry per leaf, in the topology's order.
+    """Statistics of leaves, from which a policy chooses the leaf to split; one entry per leaf, in the topology's order.
 
     Args:
-        rows: how many rows belong to the leaf (see `TreeGrowth.members`).
+        rows: number of rows that belong to the leaf (see `TreeGrowth.members`).
         share: mean probability of the leaf over all rows.
         loss: mean negative ELBO of the leaf's rows, in nats; nan without rows.
         entropy: mean entropy of `P(leaf | x)` over the leaf's rows, in nats; nan without rows.
@@ -43,17 +43,17 @@ POLICIES: dict[str, Policy] = {
 
 
 def best_leaf(policy: Policy, statistics: LeafStatistics, leaves: Sequence[int], allowed: Tensor) -> int | None:
-    """The leaf with the best score among those that are allowed; None if there is none.
+    """Return the leaf with the best score among the allowed leaves; None if no leaf is allowed.
 
     Args:
         policy: gives a score to each leaf.
-        statistics: what it looks at.
+        statistics: input of the policy.
         leaves: `K` node ids, in the order of the statistics.
         allowed: `(K,)` of booleans.
 
     Raises:
-        TypeError: if the policy returns no tensor.
-        ValueError: if it does not give one score to each leaf, or gives nan to one that is allowed.
+        TypeError: if the policy does not return a tensor.
+        ValueError: if the policy does not give one score to each leaf, or gives nan to an allowed leaf.
     """
     score = policy(statistics)
     if not isinstance(score, Tensor):
@@ -73,14 +73,14 @@ def best_leaf(policy: Policy, statistics: LeafStatistics, leaves: Sequence[int],
 
 @dataclass(frozen=True)
 class Survey:
-    """Looks at all rows in eval mode, batch by batch; of several processes each looks at a share, and all see the same.
+    """Pass over all rows in eval mode, batch by batch; each process takes a share, and all processes get all results.
 
     Letters: `n` rows, `K` leaves.
 
     Args:
-        model: the model as it is.
-        batch_size: rows at a time.
-        seeds: whole numbers, for the latents that a bound is taken with.
+        model: the model.
+        batch_size: rows in a batch.
+        seeds: whole numbers that seed the latents of the bounds.
         world: the processes that share the rows.
 
     Examples:
@@ -97,20 +97,20 @@ class Survey:
 
     @torch.no_grad()
     def leaf_probs(self, data: Tensor) -> Tensor:
-        """`P(leaf | x)` of every row, `(n, K)`, on the CPU."""
+        """Return `P(leaf | x)` of every row, `(n, K)`, on the CPU."""
         with evaluating(self.model):
             parts = self.world.map(lambda x: self.model.leaf_log_probs(x).exp().cpu(), data.split(self.batch_size))
         return torch.cat(parts)
 
     def reach(self, data: Tensor, node: int) -> Tensor:
-        """`P(node | x)` of every row, `(n,)`; raises KeyError if there is no such node."""
+        """Return `P(node | x)` of every row, `(n,)`; raises KeyError if there is no such node."""
         tree = self.model.topology
         below = [tree.leaves.index(leaf) for leaf in tree.leaves_under(node)]
         return self.leaf_probs(data)[:, below].sum(1)
 
     @torch.no_grad()
     def negative_elbo(self, data: Tensor) -> Tensor:
-        """One draw of every row's negative bound in nats, `(n,)`, on the CPU."""
+        """Return one draw of every row's negative bound in nats, `(n,)`, on the CPU."""
 
         def negative(rows: Tensor) -> Tensor:
             seed = combine_seeds(*self.seeds, int(rows[0]))
@@ -121,13 +121,13 @@ class Survey:
             return torch.cat(self.world.map(negative, torch.arange(len(data)).split(self.batch_size)))
 
     def statistics(self, data: Tensor, probs: Tensor, members: Tensor, *, losses: bool = True) -> LeafStatistics:
-        """What a policy may look at.
+        """Return the statistics for a policy.
 
         Args:
             data: all rows.
             probs: `(n, K)`, their `leaf_probs`.
-            members: `(n, K)`, whether each belongs to each leaf.
-            losses: whether the policy asks for them; they take most of the time, and are 0 without.
+            members: `(n, K)`, whether each row belongs to each leaf.
+            losses: whether the policy reads the losses, which take most of the time; False makes all losses 0.
         """
         belongs = members.double()
         rows = belongs.sum(0)

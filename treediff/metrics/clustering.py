@@ -89,10 +89,10 @@ def leaf_purity(labels: Ids, leaves: Ids) -> float:
 def dendrogram_purity(labels: Ids, leaves: Ids, parent: Mapping[int, int | None]) -> float:
     """Return the mean purity of the lowest common ancestor, over all pairs of distinct points of the same class.
 
-    `(1/|P|) sum_{(i, j) in P} n_c(v) / n(v)`. `P` holds the unordered pairs `i != j` of the same class `c`,
-    `v` is the lowest common ancestor of their leaves (the leaf itself if they share it), `n(v)` counts the
-    points under `v` and `n_c(v)` the points of class `c` under `v`. A pair (i, i) does not count. A class with one point has
-    no pairs and so no term, but its point still dilutes the nodes above the point.
+    `(1/|P|) sum_{(i, j) in P} n_c(v) / n(v)`. `P` holds the unordered pairs `i != j` of the same class `c`. `v` is the
+    lowest common ancestor of the leaves of a pair (the leaf itself if they are equal). `n(v)` counts the points under
+    `v`, and `n_c(v)` the points of class `c` under `v`. A pair (i, i) does not count. A class with one point has no
+    pairs and so no term, but its point still dilutes the nodes above the point.
 
     Counts replace pairs, so the cost is nodes x classes, plus one pass over the points.
 

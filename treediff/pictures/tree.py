@@ -83,8 +83,8 @@ class _Drawing:
             if any(len(images) for images in kind)
         ]
         high, wide = nodes[0].samples.shape[2:]
-        self.tile = _TILE * np.array([high, wide]) / max(high, wide)  # keeps the shape of an image
-        panels = sum(rows * (self.tile[0] + 0.03) + 0.05 for _, _, rows in self.rows)
+        self.row = _TILE * high / wide + 0.03
+        panels = sum(rows * self.row + 0.05 for _, _, rows in self.rows)
         labels = summary.class_names is not None
         self.block = _HEADING + panels + (_BAR + 0.05 if labels else 0)
         self.names = _CLASS_LINES * _NAME if labels else 0.0
@@ -110,7 +110,7 @@ class _Drawing:
         self._legend(axes)
 
     def _top(self, depth: int) -> float:
-        return float(self.title + depth * (self.block + _LEVEL_GAP))
+        return self.title + depth * (self.block + _LEVEL_GAP)
 
     def _edge(self, axes: Axes, node: NodeSummary, above: float, below: float) -> None:
         """Draw the edge from the parent, as wide as the share of the node."""
@@ -126,7 +126,7 @@ class _Drawing:
         y = top + _HEADING
         kinds = {"TreeVAE": node.samples, "generated": node.samples, "refined": node.refined, "real": node.members}
         for name, colour, rows in self.rows:
-            high = rows * (self.tile[0] + 0.03)
+            high = rows * self.row
             images = kinds[name]
             self._panel(axes, images, colour, left, y, high)
             if node.parent is None or left < _MARGIN + _LABEL + _COLUMN_GAP:  # else a neighbour is in the way

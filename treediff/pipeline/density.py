@@ -6,7 +6,8 @@ again: ex-post density estimation (Ghosh et al., arXiv 1903.12436; for a diffusi
 Pandey et al., arXiv 2201.00308). There the density is one mixture over one latent; here it is one mixture per leaf,
 over the path to the leaf.
 
-Letters: `B` images, `K` leaves, `M` components, `S` depth of the tree, `D` latent, `F = (S + 1) D` dimensions of a path.
+Letters: `B` images, `K` leaves, `M` components, `S` depth of the tree, `D` latent,
+`F = (S + 1) D` dimensions of a path.
 """
 
 from __future__ import annotations

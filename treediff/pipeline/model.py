@@ -253,8 +253,8 @@ class DiffuseTreeVAE(nn.Module):
 
         Args:
             path: the file.
-            model: for a stage built from custom parts, a model on the same tree to fill. The model's density is replaced
-                by the file's density, or removed. If the file does not fit, the model is unchanged.
+            model: for a stage built from custom parts, a model on the same tree to fill. Its density is replaced by the
+                file's density, or removed. If the file does not fit, the model is unchanged.
             **parts: the modules that were given to the factories of the stages in place of the modules they build.
 
         Raises:

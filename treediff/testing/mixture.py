@@ -47,7 +47,7 @@ class GaussianMixture:
             raise ValueError(f"expected log_weights (K,), means (K, F), covariances (K, F, F); found {found}")
         bad = torch.linalg.cholesky_ex(self.covariances).info.nonzero().flatten().tolist()
         if bad:
-            raise ValueError(f"covariances must be positive definite; those of components {bad} are not")
+            raise ValueError(f"covariances must be positive definite; the covariances of components {bad} are not")
 
     @cached_property
     @lasting()

@@ -122,7 +122,7 @@ def bernoulli_kl_with_logits(logits_q: Tensor, logits_p: Tensor) -> Tensor:
 def log_softplus(x: Tensor) -> Tensor:
     """Compute `log(log(1 + exp(x)))` without underflow: `x` where x is very negative, about `log x` for large x.
 
-    The result is the log-variance of a Gaussian head: TreeVAE takes the variance as `softplus`, which grows
+    The result is the log-variance of a Gaussian head. TreeVAE takes the variance as `softplus`, which grows
     slowly, so that no step of the optimiser can make a variance explode.
     """
     # Below the floor softplus(x) equals exp(x) to the precision of the dtype, and its logarithm is x itself.
@@ -134,9 +134,9 @@ def log_softplus(x: Tensor) -> Tensor:
 def path_log_probs(logits: Tensor, topology: TreeTopology) -> Tensor:
     """Compute the log-probability of reaching every node, from the routers' logits.
 
-    `log P(n) = sum over the routed nodes i on the path to n of logsigmoid(+-logit_i)`, plus for a left turn;
-    two matmuls with the tree's incidence matrices. The child of a pass-through node has the probability of that
-    node.
+    `log P(n) = sum over the routed nodes i on the path to n of logsigmoid(+-logit_i)`, plus for a left turn.
+    This takes two matmuls with the tree's incidence matrices. The child of a pass-through node has the same
+    probability as that node.
 
     Args:
         logits: `(B, I)`, one column per node of `topology.routed`; positive means left. Must be finite.

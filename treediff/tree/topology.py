@@ -142,7 +142,7 @@ class TreeTopology:
     def prune(self, leaf: int) -> TreeTopology:
         """Remove `leaf`, and every ancestor that then has no children.
 
-        A parent that keeps its other child becomes a pass-through: it decides no longer, and all images that
+        A parent that keeps its other child becomes a pass-through. It decides no longer, and all images that
         reach it go on to the remaining child.
 
         Raises:

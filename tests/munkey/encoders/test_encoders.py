@@ -349,7 +349,7 @@ class Broken(KeyEncoder):
         (
             lambda: Projection.random((1, 4, 4), 3)(images(2)),
             ValueError,
-            "this projection takes inputs of 16 numbers each, found 48; it was made for other data, or for images of",
+            "this projection takes inputs of 16 dimensions, found 48; it was made for other data, or for images of",
         ),
         (
             lambda: ModuleEncoder(nn.Flatten(), 3, fitted_on="all"),

@@ -223,7 +223,7 @@ def test_without_the_accountant_it_says_where_to_get_it(monkeypatch: pytest.Monk
         ({"noise_multiplier": -1.0}, "noise_multiplier must be at least 0, found -1.0"),
         ({"expected_batch_size": math.inf}, "expected_batch_size must be above 0, found inf"),
         ({"ids": [1]}, "expected one id for each of 2 inputs, found 1"),
-        ({"ids": [1, 1]}, "ids [1] come twice in a batch, expected each once: together they would be longer than clip"),
+        ({"ids": [1, 1]}, "ids [1] are repeated in a batch, expected each once: their gradients together would be long"),
         ({"labels": torch.tensor([0, -100])}, "a label is at least 0, found -100; leave out inputs that have no label"),
         ({"labels": torch.tensor([0, 3])}, "expected labels below 3, found 3"),
         ({"labels": torch.tensor([0])}, "expected one label for each of 2 inputs, found (1,)"),
@@ -353,7 +353,7 @@ def test_models_for_which_the_claim_does_not_hold() -> None:
         (two, "the claim needs one row for each instance, found 9 rows of 8"),
         (seen, "the claim needs an encoder that has not seen what can be forgotten"),
         (mixing, "the claim needs layers that do not mix instances, found a BatchNorm1d, which keeps statistics of ba"),
-        (frozen, "no shared weight is trained, expected some; call requires_grad_() on those of the network"),
+        (frozen, "no shared weight is trained, expected some; call requires_grad_() on the network"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             private_backward(built, images(1), labels(1), ids=[0], generator=seeded(), **QUIET)

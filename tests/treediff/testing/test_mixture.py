@@ -25,7 +25,7 @@ def mixture(weights: int, means: tuple[int, ...], covariances: tuple[int, ...]) 
         (mixture(2, (1, 3), (1, 3, 3)), "found [(2,), (1, 3), (1, 3, 3)]"),
         (mixture(1, (3,), (1, 3, 3)), "expected log_weights (K,)"),
         (mixture(1, (1, 3), (1, 3)), "expected log_weights (K,)"),
-        (mixture(2, (2, 3), (2, 3, 3)), "positive definite; those of components [0, 1] are not"),
+        (mixture(2, (2, 3), (2, 3, 3)), "positive definite; the covariances of components [0, 1] are not"),
     ],
 )
 def test_errors_teach(make: Callable[[], object], message: str) -> None:
