@@ -55,7 +55,7 @@ class TreeCondition:
             found = getattr(self.node, "dtype", type(self.node).__name__), tuple(getattr(self.node, "shape", ()))
             raise TypeError(
                 f"node must be (B,) int64 node ids, found {found[0]} of shape {found[1]}; "
-                "TreeCondition.at(node, n) makes one for n images"
+                "TreeCondition.at(node, n) builds a condition for n images"
             )
         for name, part in self._parts():
             if len(part) != len(self):

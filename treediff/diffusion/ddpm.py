@@ -66,7 +66,7 @@ class LeafConditionedDDPM(nn.Module):
 
     Raises:
         ValueError: if network and conditioner do not fit, a share is out of range, there is no such prediction, or
-            the prediction is noise under a schedule that leaves nothing of the image at its end.
+            the prediction is noise under a schedule that ends with `alpha` 0.
 
     Attributes:
         config: arguments of the factory that built the model; None for a model that was built from parts.
@@ -298,7 +298,7 @@ class LeafConditionedDDPM(nn.Module):
 
         Raises:
             TypeError: if `x` is not a floating-point tensor, `t` is not floating point, or noise has another dtype.
-            ValueError: if `x` is empty, has another shape, is not finite or leaves [0, 1]; if there is not one
+            ValueError: if `x` is empty, has another shape, is not finite or leaves [0, 1]. Also if there is not one
                 condition and one time for each image, noise has another shape, or (read on a CPU only) a time is NaN
                 or outside of [0, 1].
         """
@@ -356,7 +356,7 @@ class LeafConditionedDDPM(nn.Module):
 
         Raises:
             ValueError: if `away_from` is none of these, a setting is out of range, or guidance leads away from
-                inner nodes, which a model with `coarsen` 0 was not trained on.
+                inner nodes under a model with `coarsen` 0.
         """
         places = {"root": self.index.paths[0, 0], "parent": self.index.parent, "sibling": self.index.sibling}
         if away_from not in places:
@@ -480,6 +480,6 @@ def _check_parts(unet: UNet, conditioner: Conditioner) -> None:
         )
     if unet.context != conditioner.context:
         raise ValueError(
-            f"the network reads tokens of width {unet.context}, the conditioner gives some of width "
+            f"the network reads tokens of width {unet.context}, the conditioner gives tokens of width "
             f"{conditioner.context}; build the network with context={conditioner.context}"
         )

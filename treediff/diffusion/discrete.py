@@ -69,7 +69,9 @@ class DiscreteSchedule(NoiseSchedule):
 
     @classmethod
     def sampled(cls, schedule: NoiseSchedule, steps: int = 1000, max_beta: float = 0.999) -> DiscreteSchedule:
-        """Sample a continuous schedule at `steps` knots; `CosineSchedule(end=1.0)` gives that of improved DDPM.
+        """Sample a continuous schedule at `steps` knots.
+
+        `CosineSchedule(end=1.0)` gives the schedule of improved DDPM.
 
         Args:
             schedule: the continuous schedule.

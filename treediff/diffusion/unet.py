@@ -197,7 +197,7 @@ class UNet(nn.Module):
                 "pass tokens with S = 0"
             )
         if self.context is None and (tokens is not None or mask is not None):
-            raise ValueError("this network reads no tokens, found some or a mask; build it with context=")
+            raise ValueError("this network reads no tokens, found tokens or a mask; build the network with context=")
 
     def extra_repr(self) -> str:
         """Return the settings that the layers do not show."""

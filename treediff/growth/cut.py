@@ -107,12 +107,12 @@ def normalized_cut(
     The cut seeks the two sides `A`, `B` with the least `cut(A, B) / vol(A) + cut(A, B) / vol(B)`: few and weak edges
     between them, many inside. The relaxed solution is the second eigenvector of the normalised graph, thresholded where
     the quotient is least. The weight of an edge is the overlap of its ends' neighbourhoods,
-    `|N_i & N_j| / |N_i | N_j|`. Unlike k-means, which halves the widest direction and may cut through a class, the cut goes through gaps whatever
-    the shape of the two sides.
+    `|N_i & N_j| / |N_i | N_j|`. Unlike k-means, which halves the widest direction and may cut through a class, the cut
+    goes through gaps whatever the shape of the two sides.
 
     Args:
         points: `(n, ...)`, flattened behind the first axis and projected on their principal components.
-        views: the same points under changes that a cluster should not depend on, such as small shifts of an image; a
+        views: the same points under changes that a cluster should not depend on, such as small shifts of an image. A
             point's neighbours are the points near any of its views. Views are read one at a time, so that a generator
             of views saves memory.
         neighbours: number of edges from each point to its nearest neighbours.

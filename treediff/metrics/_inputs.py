@@ -89,7 +89,7 @@ def children_first(leaves: Iterable[int], parent: Mapping[int, int | None]) -> l
     for leaf in leaves:
         if leaf in inner:
             raise ValueError(
-                f"leaves: expected ids of nodes without children, found {leaf}, which has some; pass node "
+                f"leaves: expected ids of nodes without children, found {leaf}, which has children; pass node "
                 f"ids, not columns: tree.leaves[column]"
             )
         path: dict[int, None] = {}

@@ -24,7 +24,7 @@ _LAST_MAP = 4
 class FeatureClassifier(nn.Module):
     """Convolutional classifier whose features are the activations before its last layer.
 
-    A convolution is followed by convolutions of stride 2, which double the channels (up to `4 * width`) and halve the
+    Convolutions of stride 2 follow the first convolution. They double the channels (up to `4 * width`) and halve the
     map until its smaller side is at most 4. One more convolution keeps that size. Each convolution is 3 x 3, with
     GroupNorm and SiLU. So the receptive field of every position of the last map is a square as large as the image's
     smaller side. The mean over the map, a linear layer and SiLU give the features, and a last linear layer gives the

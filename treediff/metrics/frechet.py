@@ -19,7 +19,7 @@ __all__ = ["FeatureStatistics", "frechet_bootstrap", "frechet_distance"]
 class FeatureStatistics:
     """Mean and covariance of features, in float64; `+` adds batches.
 
-    Statistics of batches add up to the statistics of all rows, in any order and up to rounding, so the rows never have
+    Statistics of batches add up to the statistics of all rows, in any order and up to rounding. So the rows never have
     to be in memory at once:
 
         n = n_a + n_b        mean = mean_a + (n_b / n) d        scatter = scatter_a + scatter_b + (n_a n_b / n) d d^T
@@ -54,7 +54,7 @@ class FeatureStatistics:
             raise ValueError(
                 "expected a count of at least 0, a float64 mean (F,) and a float64 scatter (F, F); found count "
                 f"{self.count}, {found[0][1]} of shape {found[0][0]} and {found[1][1]} of shape {found[1][0]}; "
-                "FeatureStatistics.of(features) makes them"
+                "FeatureStatistics.of(features) builds the statistics"
             )
 
     @classmethod

@@ -83,10 +83,10 @@ class _Drawing:
             if any(len(images) for images in kind)
         ]
         high, wide = nodes[0].samples.shape[2:]
-        self.row = _TILE * high / wide + 0.03
+        self.row: float = _TILE * high / wide + 0.03
         panels = sum(rows * self.row + 0.05 for _, _, rows in self.rows)
         labels = summary.class_names is not None
-        self.block = _HEADING + panels + (_BAR + 0.05 if labels else 0)
+        self.block: float = _HEADING + panels + (_BAR + 0.05 if labels else 0)
         self.names = _CLASS_LINES * _NAME if labels else 0.0
         self.title = _MARGIN + 0.25
         self.tree_end = self.title + (summary.topology.max_depth + 1) * (self.block + _LEVEL_GAP) + self.names

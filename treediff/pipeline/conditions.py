@@ -49,9 +49,9 @@ def condition_of(
         model: the TreeVAE.
         x: `(B, C, H, W)`.
         leaf: 'sample' for a leaf drawn from `P(leaf | x)`, 'argmax' for the most probable one, or `(B,)` leaf ids.
-        prior_share: share of the images whose latents below the root come from the prior, from 0 to 1; each image is
+        prior_share: share of the images whose latents below the root come from the prior, from 0 to 1. Each image is
             selected with this probability, independently of the batch.
-        decode: whether the condition has the leaf decoder's image; without the image no decoder runs, which is enough
+        decode: whether the condition has the leaf decoder's image. Without the image no decoder runs, which is enough
             for a second stage that is conditioned on nodes or latents only.
         first_index: index of the first image.
         generator: gives the seed.

@@ -119,7 +119,7 @@ class LeafDensity(nn.Module):
         if (tree_vae.topology, tree_vae.latent) != (self.index.topology, self.latent):
             raise ValueError(
                 f"the density is for latents {self.latent} on {self.index.topology}, found a TreeVAE with latents "
-                f"{tree_vae.latent} on {tree_vae.topology}; fit one to it with LeafDensity.fit"
+                f"{tree_vae.latent} on {tree_vae.topology}; fit a density to this TreeVAE with LeafDensity.fit"
             )
 
     # --- fitting ------------------------------------------------------------------------------------------

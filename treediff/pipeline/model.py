@@ -203,8 +203,8 @@ class DiffuseTreeVAE(nn.Module):
 
         Args:
             x: `(B, C, H, W)` in [0, 1].
-            leaf: 'sample' for a leaf drawn from `P(leaf | x)`, 'argmax' for the most probable leaf, or `(B,)` leaf ids;
-                'all' for every leaf, which gives images `(B, K, C, H, W)`, in each column the images of one leaf id.
+            leaf: 'sample' for a leaf drawn from `P(leaf | x)`, 'argmax' for the most probable leaf, or `(B,)` leaf ids.
+                'all' is for every leaf, with images `(B, K, C, H, W)`, in each column the images of one leaf id.
             first_index: index of the first image.
             generator: gives the seed.
             **sampling: settings of `LeafConditionedDDPM.sample`.

@@ -223,7 +223,7 @@ def test_without_the_accountant_it_says_where_to_get_it(monkeypatch: pytest.Monk
         ({"noise_multiplier": -1.0}, "noise_multiplier must be at least 0, found -1.0"),
         ({"expected_batch_size": math.inf}, "expected_batch_size must be above 0, found inf"),
         ({"ids": [1]}, "expected one id for each of 2 inputs, found 1"),
-        ({"ids": [1, 1]}, "ids [1] are repeated in a batch, expected each once: their gradients together would be long"),
+        ({"ids": [1, 1]}, "ids [1] are repeated in a batch, expected each once: their gradients together would be"),
         ({"labels": torch.tensor([0, -100])}, "a label is at least 0, found -100; leave out inputs that have no label"),
         ({"labels": torch.tensor([0, 3])}, "expected labels below 3, found 3"),
         ({"labels": torch.tensor([0])}, "expected one label for each of 2 inputs, found (1,)"),

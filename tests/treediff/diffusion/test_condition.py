@@ -247,7 +247,9 @@ def test_a_place_is_a_whole_number(node: Any) -> None:  # noqa: ANN401
     ],
 )
 def test_node_ids_have_one_form(node: Any, found: str) -> None:  # noqa: ANN401
-    message = f"node must be (B,) int64 node ids, found {found}; TreeCondition.at(node, n) makes one for n images"
+    message = (
+        f"node must be (B,) int64 node ids, found {found}; TreeCondition.at(node, n) builds a condition for n images"
+    )
     with pytest.raises(TypeError, match=re.escape(message)):
         TreeCondition(node)
 

@@ -67,7 +67,7 @@ def test_settings_are_checked() -> None:
         ValueError, match=re.escape("must take the 1 channels of the image and the 2 of the conditioner, found 1")
     ):
         LeafConditionedDDPM(**parts(conditioner=ReconstructionConcat(2, 8)))
-    message = "reads tokens of width None, the conditioner gives some of width 6; build the network with context=6"
+    message = "reads tokens of width None, the conditioner gives tokens of width 6; build the network with context=6"
     with pytest.raises(ValueError, match=message):
         LeafConditionedDDPM(**parts(conditioner=PathTokens(GROWN, (2,), 6)))
 

@@ -291,7 +291,9 @@ def test_inputs_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"reads tokens of shape \(2, S, 6\), found none; .* tokens with S = 0"):
         reads(x, t, vector)
     for unwanted in ((tokens, None), (None, torch.ones(2, 3, dtype=torch.bool))):
-        with pytest.raises(ValueError, match="reads no tokens, found some or a mask; build it with context="):
+        with pytest.raises(
+            ValueError, match="reads no tokens, found tokens or a mask; build the network with context="
+        ):
             plain(x, t, vector, *unwanted)
     with pytest.raises(ValueError, match=r"expected a context of shape \(2, T, 6\), found \(2, 3, 5\)"):
         reads(x, t, vector, tokens[:, :, :5])

@@ -309,7 +309,7 @@ def test_refuses_statistics_that_are_none() -> None:
     for count, m, s, found in (
         (-1, mean, scatter, r"found count -1, torch.float64 of shape \(2,\)"),
         (3, mean.float(), scatter, r"found count 3, torch.float32 of shape \(2,\) and torch.float64"),
-        (3, mean, scatter[0], r"torch.float64 of shape \(2,\); FeatureStatistics.of\(features\) makes them"),
+        (3, mean, scatter[0], r"torch.float64 of shape \(2,\); FeatureStatistics.of\(features\) builds the statistics"),
         (3, mean[None], scatter, r"torch.float64 of shape \(1, 2\) and"),
     ):
         with pytest.raises(ValueError, match=r"float64 mean \(F,\) and a float64 scatter \(F, F\); .*" + found):

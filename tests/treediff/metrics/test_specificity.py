@@ -204,7 +204,11 @@ def test_probabilities_that_miss_one_by_a_rounding_are_scaled() -> None:
         ({"leaf": [3, 4, -9, 4]}, ValueError, r"ids among leaves, \[3, 4\], found -9; pass"),
         ({"leaf": [3, 4]}, ValueError, r"one of each per image, found 2 leaves and 4 predictions; pass both for the"),
         ({"leaf": [3.0] * 4}, TypeError, r"leaf: expected integers, found float64"),
-        ({"leaves": [3, 4, 3]}, ValueError, r"leaves: expected every leaf once, found \[3, 4, 3\]; remove the duplicates"),
+        (
+            {"leaves": [3, 4, 3]},
+            ValueError,
+            r"leaves: expected every leaf once, found \[3, 4, 3\]; remove the duplicates",
+        ),
         ({"leaves": []}, ValueError, r"leaves: expected at least one point, found an empty array"),
         ({"predicted": [0, 1, 2, 1]}, ValueError, r"classes from 0 to 1, found 2; is classes=2 right\?"),
         ({"predicted": [0, 1, -1, 1]}, ValueError, r"classes from 0 to 1, found -1; is"),

@@ -273,8 +273,8 @@ def test_a_density_belongs_to_one_tree_and_its_latents() -> None:
     model = build(GROWN)
     density = LeafDensity(PRUNED, (2,))
     message = (
-        f"the density is for latents (2,) on {PRUNED}, found a TreeVAE with latents (2,) on {GROWN}; fit one to it "
-        "with LeafDensity.fit"
+        f"the density is for latents (2,) on {PRUNED}, found a TreeVAE with latents (2,) on {GROWN}; "
+        "fit a density to this TreeVAE with LeafDensity.fit"
     )
     for call in (lambda: density.sample(model, 1), lambda: density.check(model)):
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -283,7 +283,7 @@ def test_a_density_belongs_to_one_tree_and_its_latents() -> None:
         LeafDensity(GROWN, (3,)).sample(model, 1)
     density = LeafDensity(GROWN, (2,))
     model.split(1)
-    with pytest.raises(ValueError, match="fit one to it with"):
+    with pytest.raises(ValueError, match="fit a density to this TreeVAE with"):
         density.sample(model, 1)
 
 

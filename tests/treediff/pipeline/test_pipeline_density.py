@@ -111,7 +111,7 @@ def test_a_density_may_come_later() -> None:
 def test_a_density_must_be_of_the_same_tree() -> None:
     model = pair()
     for density in (LeafDensity(PRUNED, (3,)), LeafDensity(GROWN, (4,))):
-        with pytest.raises(ValueError, match=r"the density is for latents .* fit one to it with"):
+        with pytest.raises(ValueError, match=r"the density is for latents .* fit a density to this TreeVAE with"):
             DiffuseTreeVAE(model.tree_vae, model.ddpm, density)
 
 

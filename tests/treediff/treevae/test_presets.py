@@ -131,7 +131,7 @@ IMAGES = [
         ValueError,
         "a tree of depth 4 needs as many bottom-up blocks, this model has 3",
     ),
-    ({"topology": 3}, TypeError, "topology must be a TreeTopology, found 3; TreeTopology.balanced(0) is a lone root"),
+    ({"topology": 3}, TypeError, "topology must be a TreeTopology, found 3; TreeTopology.balanced(0) is a single root"),
     ({"dtype": torch.int32}, TypeError, "only accepts floating point"),
 ]
 VECTORS = [
