@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from munkey import KeyMemoryTransformer, Projection, ShardedKeyStore
 from treediff import DiffuseTreeVAE, LeafConditionedDDPM, Stage, TreeTopology, TreeVAE
 from treediff.core.distributed import World, data_parallel, start
-from treediff.layers import KLAnnealing
+from treediff.growth import KLAnnealing
 from treediff.pipeline.conditions import condition_of
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from treediff import Stage, TreeGrowth, TreeVAE
 from treediff.data import load_dataset
-from treediff.layers import KLAnnealing
+from treediff.growth import KLAnnealing
 from treediff.metrics import leaf_perplexity
 from treediff.testing import NaiveTreeVAE
 

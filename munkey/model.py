@@ -120,8 +120,9 @@ class KeyMemoryTransformer(nn.Module):
         self.mode = _check_mode(mode, key_encoder, memory)
         own = (1.0 if mode == "paper" else 0.0) if own_token_probability is None else own_token_probability
         _check_shares(mode, own_token_probability=own, drop_input=drop_input, drop_exemplar=drop_exemplar)
-        self.neighbours, self.sparse = neighbours, sparse
-        self.own_token_probability, self.drop_input, self.drop_exemplar = own, drop_input, drop_exemplar
+        self.neighbours, self.sparse = int(neighbours), bool(sparse)
+        shares = own, drop_input, drop_exemplar
+        self.own_token_probability, self.drop_input, self.drop_exemplar = map(float, shares)
         self.key_encoder = key_encoder.requires_grad_(False)
         self.memory, self.network, self.aggregation = memory, network, aggregation or Ensemble()
         self.config: dict[str, Any] | None = None

@@ -25,6 +25,7 @@ class ModuleEncoder(KeyEncoder):
         ValueError: if the width is below 1, or `fitted_on` is another word.
 
     Examples:
+        >>> import torch
         >>> ModuleEncoder(nn.Linear(5, 3), width=3, fitted_on="other data")(torch.rand(2, 5)).shape
         torch.Size([2, 3])
     """

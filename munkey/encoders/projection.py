@@ -75,7 +75,7 @@ class Projection(KeyEncoder):
         check_positive(key_width=width)
         count = math.prod(inputs)
         weight = counter_normal(seed, torch.arange(count), (width,), dtype=torch.float32) / math.sqrt(count)
-        return cls(torch.full((count,), 0.5), weight, fitted_on="nothing")
+        return cls(torch.full((count,), 0.5, dtype=torch.float32), weight, fitted_on="nothing")
 
     @classmethod
     def principal(cls, x: Tensor, width: int, *, fitted_on: str) -> Self:

@@ -214,13 +214,16 @@ def cross_entropy(model: nn.Module, batch: Examples) -> Tensor:
 
 
 def weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return the weights that an optimiser may change."""
-    return [weight for group in optimizer.param_groups for weight in group["params"]]
+    """Return the weights that an optimiser may change, without frozen ones."""
+    return [weight for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad]
 
 
 def _passes(examples: Examples, batch_size: int, generator: torch.Generator) -> Iterator[Examples]:
     x, labels = examples
     while True:
-        for rows in torch.randperm(len(x), generator=generator).split(batch_size):
+        parts = list(torch.randperm(len(x), generator=generator).split(batch_size))
+        if len(parts) > 1 and len(parts[-1]) == 1:  # of a batch of one, a batch norm has no variance
+            parts[-2:] = [torch.cat(parts[-2:])]
+        for rows in parts:
             own = rows.to(x.device)
             yield x[own], labels[own]

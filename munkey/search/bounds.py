@@ -1,19 +1,21 @@
-"""A first look at all keys in low precision, which rules out rows that cannot be among the nearest.
+"""First pass over all keys in low precision, which rules out rows that cannot be among the nearest.
 
-A product in bfloat16 is several times faster than in float32 where the processor has it, and wrong by a known amount.
-With rounded vectors `q'` and `k'` (Cauchy and Schwarz),
+A matmul in bfloat16 is several times faster than in float32 if the processor supports bfloat16, and its error has a
+known bound. With rounded vectors `q'` and `k'` (Cauchy and Schwarz),
 
     |q k - q' k'| <= |q'| |k - k'| + |q - q'| |k|,
 
-to which come the roundings of the sum and of its result. So a row whose upper bound lies below the lower bounds of `k`
-other rows is no neighbour. Where all scores are near 1 the last rounding would be the greatest, so the product is taken
-of `(q', -o)` and `(k', 1)`: near the offset `o` little is rounded. Of a group of rows only the best score is kept.
+plus the rounding errors of the sum and of its result. So a row whose upper bound lies below the lower bounds of `k`
+other rows is no neighbour. If all scores are near 1, the last rounding has the greatest error. So the dot product is
+taken of `(q', -o)` and `(k', 1)`: near the offset `o` the rounding error is small. Only the best score of each group of
+rows is kept.
 
-A few queries are no work for a processor, which waits for the keys. So they look at keys of one byte per number, in a
-unit of each key's own. The same bound holds, is looser, and rows that pass are cheap to score again for a few.
+With few queries the time goes into reading keys from memory. So few queries are compared with keys of one byte per
+dimension, in a unit of each key. The same kind of bound holds and is looser, but the remaining rows are cheap to score
+again for few queries.
 
-A processor that has neither looks at the keys themselves, in float32; one query it compares with rounded keys all the
-same, since it waits for them and not for the sums.
+Without support for either dtype, queries are compared with the keys themselves, in float32. A single query is compared
+with rounded keys all the same, since the time goes into reading keys and not into sums.
 
 Letters: `B` queries, `R` rows, `D` width of a key, `k` neighbours, `G` groups of rows.
 """
@@ -32,20 +34,20 @@ from treediff.core.cpu import has_fast
 
 __all__ = ["Groups", "Pairs", "may_overflow", "plain", "product", "screened"]
 
-_BLOCK = 1 << 19  # scores at a time, which a processor's cache holds
-_GROUP = 2048  # numbers of rows of which only the best score is kept, 4 to 16 rows
-_GROUPS = 32  # groups of which one counts for the bound on the k-th best
-_TOO_MANY = 0.01  # share of all pairs beyond which a look in full precision is cheaper than scoring them again
-_ONE_TOO_MANY = 0.1  # the same for one query, whose look in full precision waits for the keys
-_FEW = 16  # queries that look at bytes first
-_WIDEST = 2**17  # key whose products of bytes, of up to 2 ** 14, a sum of 32 bits holds
+_BLOCK = 1 << 19  # scores at a time, which fit into a processor's cache
+_GROUP = 2048  # numbers in a group of 4 to 16 rows, of which only the best score is kept
+_GROUPS = 32  # groups of which one counts for the bound on the k-th best score
+_TOO_MANY = 0.01  # share of all pairs beyond which a pass in full precision is cheaper than scoring the pairs again
+_ONE_TOO_MANY = 0.1  # share for one query, for which a pass in full precision has to wait for the keys
+_FEW = 16  # number of queries up to which the first pass is over bytes
+_WIDEST = 2**17  # width of a key up to which 32 bits hold the sum of products of bytes, each up to 2 ** 14
 
 Pairs = tuple[Tensor, Tensor]
 
 
 @cache
 def _bytes_are_exact() -> bool:
-    """Whether PyTorch sums products of bytes exactly here; processors without an instruction for it may saturate."""
+    """Return whether PyTorch sums products of bytes exactly; processors without an instruction for it may saturate."""
     most = torch.full((64, 256), 127, dtype=torch.int8)
     most[::2] = -127
     wide = most.double()
@@ -54,7 +56,7 @@ def _bytes_are_exact() -> bool:
 
 @cache
 def _one_sum_is_whole() -> bool:
-    """Whether PyTorch sums products in bfloat16 with one query in float32 and rounds once, without instructions too."""
+    """Return whether PyTorch sums bfloat16 products with one query in float32 and rounds once, on any processor."""
     whole = torch.arange(64 * 1037).mul_(7919).remainder_(31).sub_(15).view(64, 1037).bfloat16()
     query = torch.arange(1037).mul_(104_729).remainder_(31).sub_(15)[:, None].bfloat16()
     return torch.equal(whole @ query, (whole.double() @ query.double()).bfloat16())
@@ -62,15 +64,15 @@ def _one_sum_is_whole() -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Groups of rows that may hold a neighbour: which, and of which query `(n,)` each.
+    """Groups of rows that may hold a neighbour, each with its query.
 
     There are `G = ceil(R / size)` groups; the first has rows 0, G, 2 G and so on.
 
     Args:
-        place: `(n,)`.
-        query: `(n,)`.
-        size: rows of a group.
-        count: rows in all, `R`.
+        place: `(n,)` numbers of groups.
+        query: `(n,)` the query of each group.
+        size: number of rows of a group.
+        count: number of all rows, `R`.
     """
 
     place: Tensor
@@ -79,11 +81,11 @@ class Groups:
     count: int
 
     def __len__(self) -> int:
-        """Pairs of a query and a row."""
+        """Return the number of pairs of a query and a row."""
         return len(self.place) * self.size
 
     def pairs(self) -> Pairs:
-        """All rows of all groups."""
+        """Return the pairs of a query and a row for all rows of all groups."""
         apart = -(-self.count // self.size)
         row = (self.place[:, None] + apart * torch.arange(self.size, device=self.place.device)).flatten()
         inside = row < self.count
@@ -91,19 +93,19 @@ class Groups:
 
 
 def may_overflow(queries: Tensor, length: Tensor) -> bool:
-    """Whether a sum of products with keys of such lengths may leave the range of float32."""
+    """Return whether a sum of products with keys of given lengths may leave the range of float32."""
     return bool(len(queries) and len(length) and not float(length_above(queries).amax() * length.amax()) < 2.0**126)
 
 
 def screened(queries: Tensor, screen: Screen, k: int) -> Groups | None:
-    """Groups that may hold a neighbour; None if no look is faster, too many pass, or numbers are too great."""
+    """Return groups that may hold a neighbour; None if no pass is faster, too many remain, or numbers are too great."""
     if may_overflow(queries, screen.length):
         return None
     share = _ONE_TOO_MANY if len(queries) == 1 else _TOO_MANY
     most = share * len(screen.rounded) * len(queries) + 16 * k * len(queries)
     few = len(queries) <= _FEW and 1 < queries.shape[1] < _WIDEST
     looks = [_in_bytes] if few and has_fast(torch.int8) and _bytes_are_exact() else []
-    # One query is a pass over the keys, which takes half as long where they are half as wide.
+    # The time of one query goes into reading the keys, which takes half as long for keys of half the bytes.
     if has_fast(torch.bfloat16) or (len(queries) == 1 and _one_sum_is_whole()):
         looks.append(_in_bfloat16)
     for look in looks:
@@ -114,7 +116,7 @@ def screened(queries: Tensor, screen: Screen, k: int) -> Groups | None:
 
 
 def _in_bytes(queries: Tensor, screen: Screen, k: int) -> Groups:
-    """A look at bytes; scores are in units of their query."""
+    """Return the groups that remain after a pass over bytes; scores are in units of their query."""
     small, unit, rounding = bytes_of(queries)
     own = torch.where(unit > 0, unit, 1.0)
     error = _Error(length_above(small), rounding / own, torch.zeros_like(own), torch.float32)
@@ -124,7 +126,7 @@ def _in_bytes(queries: Tensor, screen: Screen, k: int) -> Groups:
 
 
 def _in_bfloat16(queries: Tensor, screen: Screen, k: int) -> Groups:
-    """A look at rounded keys."""
+    """Return the groups that remain after a pass over rounded keys."""
     look = queries.new_zeros(len(queries), queries.shape[1] + 1, dtype=torch.bfloat16)
     rounded = look[:, :-1].copy_(queries)
     sample = screen.rounded[:: max(1, len(screen.rounded) // 512)] @ look.T
@@ -138,11 +140,11 @@ def _in_bfloat16(queries: Tensor, screen: Screen, k: int) -> Groups:
 
 
 def plain(queries: Tensor, keys: Tensor, length: Tensor, k: int) -> Groups:
-    """The same by a look at keys of some lengths, however many pass: in float32, or else in float64."""
+    """Return all groups that remain after a pass over keys of given lengths, in float32 or, if needed, in float64."""
     narrow = _float32_is_whole(keys.device) and not may_overflow(queries, length)
     dtype = torch.float32 if narrow else torch.float64
     wide = queries.to(dtype, copy=True)
-    # Numbers that a product in float32 takes for 0; that others are rounded to it, the bound on a sum has room for.
+    # Length of numbers that a matmul in float32 takes for 0. The bound on a sum covers results that are rounded to 0.
     tiny = keys.shape[1] ** 0.5 * TINY if narrow else 0.0
     lost, of_query = (torch.full((len(x),), tiny, device=keys.device) for x in (keys, queries))
     error = _Error(length_above(queries), of_query, torch.zeros_like(of_query), dtype)
@@ -152,14 +154,14 @@ def plain(queries: Tensor, keys: Tensor, length: Tensor, k: int) -> Groups:
 
 
 def _float32_is_whole(device: torch.device) -> bool:
-    """Whether products in float32 are no coarser than that, which is a setting, and known for a CPU only."""
+    """Return whether matmuls in float32 are not computed in lower precision: a setting, known for a CPU only."""
     products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     return device.type == "cpu" and products.fp32_precision in ("none", "ieee")
 
 
 @dataclass(frozen=True, eq=False)
 class _Error:
-    """What bounds the error of a look: lengths `(B,)` of queries and of what rounding took from them, and offsets."""
+    """Terms that bound the error of a pass: lengths `(B,)` of queries and of their rounding errors, and offsets."""
 
     length: Tensor
     rounding: Tensor
@@ -167,15 +169,15 @@ class _Error:
     dtype: torch.dtype
 
     def factors(self, width: int, rounding: Tensor, length: Tensor) -> Pairs:
-        """`(G, 3)` and `(3, B)` whose product bounds the error, from the greatest roundings and lengths of groups."""
-        # Of the sum: a rounding of each number, with room for more, and what is too small to be held at all.
+        """Return `(G, 3)` and `(3, B)` whose matmul bounds the error, given the greatest terms of groups of keys."""
+        # Error of the sum: one rounding of each number, with a margin, and numbers too small for the dtype.
         own = width * (2.0**-50 if self.dtype == torch.float64 else 2.0**-22)
         of_keys = torch.stack([rounding + own * (length + rounding), length, torch.ones_like(length)], 1)
         return of_keys, torch.stack([self.length, self.rounding, own * self.offset + 4 * width * TINY])
 
     def shift(self, scores: Tensor, of_keys: Tensor, of_queries: Tensor, sign: int) -> Tensor:
-        """Add the bound to scores `(G, B)`, or take it away, in place."""
-        if self.dtype == torch.bfloat16:  # a rounding of the result; in others there is room for it in that of the sum
+        """Add `sign` times the bound to scores `(G, B)`, in place."""
+        if self.dtype == torch.bfloat16:  # rounding of the result, which the margin of the sum covers in other dtypes
             scores.add_(scores.abs(), alpha=sign * torch.finfo(self.dtype).eps)
         return scores.addmm_(of_keys.to(scores), of_queries.to(scores), alpha=sign)
 
@@ -196,7 +198,7 @@ def _candidates(
     least = _kth_best(best, error, factors, step, k)
     found = [torch.zeros(2, 0, dtype=torch.int64, device=keys.device)]
     for start, upper in _shifted(best, error, factors, step, 1):
-        # Not `>=`, so that what overflowed, and is no number, passes.
+        # Not `>=`, so that NaN after an overflow remains.
         found.append(torch.stack((upper < least).logical_not_().nonzero(as_tuple=True)))
         found[-1][0] += start
     place, query = torch.cat(found, 1)
@@ -204,17 +206,17 @@ def _candidates(
 
 
 def _kth_best(best: Tensor, error: _Error, factors: Pairs, step: int, k: int) -> Tensor:
-    """`(B,)` a bound that at least `k` rows reach; of groups that are `step` apart one counts."""
+    """Return a bound `(B,)` that at least `k` rows reach; of groups that are `step` apart, one counts."""
     lower = best.new_full((min(step, len(best)), best.shape[1]), -torch.inf)
     for _, some in _shifted(best, error, factors, step, -1):
-        some.nan_to_num_(-torch.inf, torch.inf, -torch.inf)  # what overflowed says nothing
+        some.nan_to_num_(-torch.inf, torch.inf, -torch.inf)  # an overflow gives no bound
         for part in some.split(step):
             torch.maximum(lower[: len(part)], part, out=lower[: len(part)])
     return lower.topk(k, 0).values[-1] if len(lower) >= k else lower.new_full((best.shape[1],), -torch.inf)
 
 
 def _shifted(best: Tensor, error: _Error, factors: Pairs, step: int, sign: int) -> Iterator[tuple[int, Tensor]]:
-    """Bounds of scores, whole steps at a time, in one piece of memory, so that a cache holds them."""
+    """Yield bounds of scores, whole steps at a time, in reused memory that fits into a cache."""
     size = step * max(1, _BLOCK // (step * max(1, best.shape[1])))
     room = best.new_empty(min(size, len(best)), best.shape[1])
     for start in range(0, len(best), size):
@@ -223,7 +225,7 @@ def _shifted(best: Tensor, error: _Error, factors: Pairs, step: int, sign: int) 
 
 
 def _greatest(rows: Tensor, group: int) -> Tensor:
-    """`(G, ...)` the greatest of each group of rows `(n, ...)`; see `Groups`."""
+    """Return the greatest numbers `(G, ...)` of each group of rows `(n, ...)`; see `Groups`."""
     count = -(-len(rows) // group)
     best = rows[:count].clone()
     for part in rows[count:].split(max(1, count)):
@@ -232,7 +234,7 @@ def _greatest(rows: Tensor, group: int) -> Tensor:
 
 
 def _best_of_groups(queries: Tensor, keys: Tensor, group: int, unit: Tensor | None = None) -> Tensor:
-    """`(G, B)` best score of each group of rows, in float32 at least; some at a time, so that a cache holds them."""
+    """Return the best score `(G, B)` of each group, at least in float32, from chunks that fit into a cache."""
     count = -(-len(keys) // group)
     step = max(1, _BLOCK // max(1, len(queries)))
     best = torch.empty(count, len(queries), dtype=torch.promote_types(queries.dtype, torch.float32), device=keys.device)
@@ -250,15 +252,15 @@ def _best_of_groups(queries: Tensor, keys: Tensor, group: int, unit: Tensor | No
 
 
 def _scores(queries: Tensor, keys: Tensor, unit: Tensor | None, room: Tensor) -> Tensor:
-    """`(R, B)` of some rows, of bytes in units of the queries."""
+    """Return the scores `(R, B)` of some rows, for bytes in units of the queries."""
     if unit is None:
         return product(keys, queries, room[: len(keys)])
-    # Sums of products of bytes are whole numbers, and exact.
+    # Sums of products of bytes are integers, and exact.
     return torch._int_mm(queries, keys.T).T * unit[:, None]
 
 
 def product(keys: Tensor, queries: Tensor, out: Tensor | None = None) -> Tensor:
-    """`(R, B)` dot products in the dtype of the queries."""
+    """Return dot products `(R, B)` in the dtype of the queries."""
     if keys.dtype == queries.dtype:
         return torch.mm(keys, queries.T, out=out)
     wide = keys.to(queries.dtype)

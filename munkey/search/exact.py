@@ -1,8 +1,8 @@
 """Nearest keys, exactly: a fast screen in low precision, then float64 for the few rows that may be among the nearest.
 
-Rows that a first pass over all keys does not rule out (`munkey.search.bounds`) are compared in float32, and the few
-that are left are scored in float64, each on its own, so that the result depends neither on the batch nor on where a row
-stands. Ties go to the smaller id, and to its first view.
+Rows that a first pass over all keys does not rule out (`munkey.search.bounds`) are compared in float32. The few
+remaining rows are scored in float64, each separately, so that the result depends neither on the batch nor on row
+numbers. Ties go to the smaller id, and to its first view.
 
 Letters: `B` queries, `R` rows, `D` width of a key, `k` neighbours.
 """
@@ -40,10 +40,10 @@ class Neighbours:
     """The nearest rows of each query, the nearest first.
 
     Args:
-        ids: `(B, k)` int64 owners; -1 where there were fewer than `k` rows.
+        ids: `(B, k)` int64 owners; -1 if there were fewer than `k` rows.
         rows: `(B, k)` int64 row numbers; -1 likewise.
         scores: `(B, k)` in float64; `-inf` likewise.
-        candidates: `(B,)` int64, how many rows were scored again.
+        candidates: `(B,)` int64, number of rows that were scored again.
     """
 
     ids: Tensor
@@ -53,17 +53,17 @@ class Neighbours:
 
 
 class Searchable(Protocol):
-    """A store, as a search sees it."""
+    """Interface of a store for a search."""
 
     def nearest(self, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
         """Return the rows with the greatest dot product, exactly."""
 
 
 class Search(Protocol):
-    """Anything that finds nearest rows of a store."""
+    """Function that finds the nearest rows of a store."""
 
     def __call__(self, store: Searchable, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
-        """Return the `k` nearest rows of each query `(B, D)`, without those of the owner `(B,)` that is left out."""
+        """Return the `k` nearest rows of each query `(B, D)`, without rows of the owners `exclude_ids` `(B,)`."""
 
 
 def exact(store: Searchable, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
@@ -82,20 +82,20 @@ def nearest(
     screen: Screen | None = None,
     exclude_ids: Tensor | None = None,
 ) -> Neighbours:
-    """The `k` rows with the greatest dot product, exactly; of equal ones those with the smaller ids.
+    """Return the `k` rows with the greatest dot product, exactly; ties go to the smaller ids.
 
     Args:
         queries: `(B, D)`.
         keys: `(R, D)`, of the same dtype, finite.
         ids: `(R,)` int64, the owner of each row.
-        k: how many.
-        views: `(R,)` int64, the number of each row among those of its owner; needed where an owner has several.
-        screen: that of the keys, if it is at hand; otherwise the first look is at the keys themselves.
-        exclude_ids: `(B,)` int64, for each query an owner whose rows are not to be found.
+        k: number of rows.
+        views: `(R,)` int64, the number of each row among the rows of its owner; needed if an owner has several rows.
+        screen: screen of the keys, if precomputed; otherwise the first pass is over the keys themselves.
+        exclude_ids: `(B,)` int64, for each query an owner whose rows are left out.
 
     Raises:
-        TypeError: if `k` is not whole.
-        ValueError: if it is below 1, or the queries are not `(B, D)`, of the dtype of the keys, and finite.
+        TypeError: if `k` is not an integer.
+        ValueError: if `k` is below 1, or the queries are not `(B, D)`, of the dtype of the keys, and finite.
 
     Examples:
         >>> nearest(torch.tensor([[1.0, 0.2]]), torch.eye(2), torch.tensor([7, 8]), k=1).ids
@@ -104,10 +104,10 @@ def nearest(
     check_positive(k=k)
     check_queries(queries, keys)
     wanted = k
-    if exclude_ids is not None:  # as many more as one owner can take
+    if exclude_ids is not None:  # as many more rows as one owner can have
         wanted += 1 if views is None or not len(views) else 1 + int(views.max())
     found, length = None, length_above(keys) if screen is None else screen.length
-    # Elsewhere sums of products in bfloat16 may be rounded to bfloat16 half way.
+    # On other devices partial sums of products in bfloat16 may be rounded to bfloat16.
     if screen is not None and keys.device.type == "cpu":
         found = screened(queries, screen, wanted)
     if found is None:
@@ -117,7 +117,7 @@ def nearest(
         candidates = torch.bincount(pairs[0], minlength=len(queries))
         pairs = _narrowed(queries, keys, length, candidates, wanted, pairs)
         return _ranked(queries, keys, ids, views, k, exclude_ids, candidates, pairs)
-    # Too many to look at together, as of many equal keys.
+    # Too many pairs to score at once, as for many equal keys.
     own = [None, None] if exclude_ids is None else exclude_ids.chunk(2)
     halves = [
         nearest(part, keys, ids, k, views=views, screen=screen, exclude_ids=mine)
@@ -128,7 +128,9 @@ def nearest(
 
 @torch.no_grad()
 def at_least(queries: Tensor, keys: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
-    """All pairs with a dot product of at least `least`: queries, rows, and float64 scores `(n,)`, by query and row.
+    """Return queries, rows and float64 scores `(n,)` of all pairs with a dot product of at least `least`.
+
+    The pairs are sorted by query and row.
 
     Args:
         queries: `(B, D)`.
@@ -155,7 +157,7 @@ def at_least(queries: Tensor, keys: Tensor, least: float) -> tuple[Tensor, Tenso
 
 
 def _narrowed(queries: Tensor, keys: Tensor, length: Tensor, candidates: Tensor, k: int, found: Pairs) -> Pairs:
-    """Those of the pairs that float32 does not rule out, where all queries have about as many."""
+    """Return pairs that float32 does not rule out; all pairs if they are few, or unevenly distributed over queries."""
     (query, row), most = found, int(candidates.max()) if len(candidates) else 0
     if most <= 4 * k or most * len(queries) > 4 * len(query):
         return found
@@ -170,12 +172,12 @@ def _narrowed(queries: Tensor, keys: Tensor, length: Tensor, candidates: Tensor,
     longest = length.new_zeros(len(queries)).scatter_reduce_(0, query, length[row], "amax")
     slack = 2.0**-22 * keys.shape[1] * length_above(queries) * longest
     least = scores.topk(k, 1).values[:, -1] - 2 * slack - 8 * keys.shape[1] * torch.finfo(torch.float32).tiny
-    # Not `>=`, so that what overflowed, and is no number, passes.
+    # Not `>=`, so that NaN after an overflow remains.
     kept = ~(scores[query, place] < least[query])
     return query[kept], row[kept]
 
 
-# --- the second -----------------------------------------------------------------------------------------------
+# --- second pass ----------------------------------------------------------------------------------------------
 
 
 def _ranked(
@@ -188,14 +190,14 @@ def _ranked(
     candidates: Tensor,
     found: Pairs,
 ) -> Neighbours:
-    """The best `k` of some pairs, by a score in float64."""
+    """Return the best `k` of the pairs of each query, by a score in float64."""
     query, row = found
     scores = pair_scores(queries, keys, query, row)
     if exclude_ids is not None:
         kept = ids[row] != exclude_ids[query]
         query, row, scores = query[kept], row[kept], scores[kept]
     order = torch.arange(len(row), device=row.device)
-    # The last that is sorted by counts most.
+    # Sorts are stable, so that the last sort counts most.
     for column, descending in ((None if views is None else views[row], False), (ids[row], False), (scores, True)):
         if column is not None:
             order = order[column[order].argsort(stable=True, descending=descending)]

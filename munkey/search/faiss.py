@@ -17,14 +17,14 @@ __all__ = ["FaissSearch"]
 
 
 class FaissSearch(Follower):
-    """Neighbours by a flat index of faiss, `KeyValueMemory(store, search=FaissSearch(store))`.
+    """Search with a flat index of faiss, `KeyValueMemory(store, search=FaissSearch(store))`.
 
-    The index holds a copy of all keys in memory that nothing here can overwrite, so while there is one the store
-    refuses to forget; `close` drops it. Scores are those of faiss, in float32, and ties are broken as faiss does. It is
-    made anew when rows came or moved.
+    The index holds a copy of all keys in memory that this library cannot overwrite. So the store refuses to forget
+    until `close` drops the index. Scores are computed by faiss, in float32, and ties are broken by faiss. The index is
+    made again after rows were added or moved.
 
     Args:
-        store: whose keys.
+        store: store of the keys.
 
     Raises:
         ImportError: if faiss is missing.
@@ -41,18 +41,18 @@ class FaissSearch(Follower):
         store.follow(self)
 
     def check(self, change: Change) -> None:
-        """Raise ValueError if rows are to go."""
+        """Raise ValueError if rows are to be removed or replaced."""
         if isinstance(change, Removed | Replaced):
             raise ValueError(
                 "a FaissSearch holds copies of all keys and cannot erase them; close() it first, then forget"
             )
 
     def __call__(self, store: Searchable, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
-        """See `munkey.search.exact.Search`.
+        """Return the `k` nearest rows of each query; arguments as for `munkey.search.exact.Search`.
 
         Raises:
-            TypeError: if `k` is not whole.
-            ValueError: if `k` is below 1, the store is another one, or the index was closed.
+            TypeError: if `k` is not an integer.
+            ValueError: if `k` is below 1, the index is of another store, or the index was closed.
         """
         check_positive(k=k)
         if store is not self.store or self.closed:
@@ -78,6 +78,6 @@ class FaissSearch(Follower):
         return Neighbours(ids, rows, found, torch.full((len(queries),), store.used))
 
     def close(self) -> None:
-        """Drop the index, so that the store can forget again; what the index held stays in freed memory for a while."""
+        """Drop the index, so that the store can forget again; keys of the index stay in freed memory for a while."""
         self._index, self._changes, self.closed = None, -1, True
         self.store.unfollow(self)

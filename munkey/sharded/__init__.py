@@ -1,4 +1,4 @@
-"""A key store on many processes, with the answers of one."""
+"""Key store on many processes, with the same answers as on one process."""
 
 from munkey.sharded.ranks import Ranks
 from munkey.sharded.store import ShardedKeyStore

@@ -1,16 +1,16 @@
-"""A folder with the rows of a `ShardedKeyStore`, which any number of ranks can load.
+"""Folder with the rows of a `ShardedKeyStore`, which any number of ranks can load.
 
     manifest.json                                    settings, digest, and for each file its rows and their hash
     rows-00000-of-00004-<digest>.safetensors         ids, views, labels, permanent, keys, values, by id and view
     ...
     model-<digest>.safetensors                       of a model with such a memory, all but its rows
-    lock                                             empty; held by whoever saves
+    lock                                             empty; locked during a save
 
-A file holds the ids that `munkey.sharded.placement` gives to its rank of so many. Names tell content: a save writes new
-files, then puts a new manifest in the place of the old one, at once, and then overwrites and removes the files of
-earlier saves. Whatever interrupts, the folder holds the old content or the new one. The manifest has a checksum, and
-names the files that its save replaced: the next `load` wipes those of them that an interruption left, unless somebody
-saves at the time, and nothing else.
+A file holds the ids that `munkey.sharded.placement` gives to its rank, for its number of ranks. File names depend on
+the content. A save writes new files, then replaces the manifest atomically, and then overwrites and removes the files
+of earlier saves. After any interruption the folder holds the old content or the new content. The manifest has a
+checksum, and names the files that its save replaced. The next `load` wipes the named files that an interruption left,
+and nothing else, unless a save is under way.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["Shard", "load", "model_file", "save"]
 
 _MANIFEST, _FORMAT, _CLASS = "manifest.json", 1, "ShardedKeyStore"
 _LOCK = "lock"
-#: What a save writes, and how it is called while it is written or replaced.
+#: Names of the files that a save writes, also while they are written or replaced.
 _OURS = re.compile(
     r"(rows-\d{5}-of-\d{5}-[0-9a-f]{16}|model-[0-9a-f]{16})\.safetensors((\.[0-9a-f]{16})?\.munkey-(partial|old))?"
     r"|manifest\.json(\.[0-9a-f]{16})?\.munkey-(partial|old)"
@@ -52,7 +52,7 @@ class Shard:
 
     Args:
         local: the rows.
-        digest: gives the digest of the rows of all ranks.
+        digest: function that returns the digest of the rows of all ranks.
     """
 
     local: KeyStore
@@ -60,7 +60,7 @@ class Shard:
 
 
 def save(shard: Shard, ranks: Ranks, folder: str, disk: Disk, model: bytes | None = None) -> None:
-    """Save a store, see `ShardedKeyStore.save`; with the file of a model beside the rows, of which rank 0 keeps its."""
+    """Save a store, see `ShardedKeyStore.save`; rank 0 also writes the file of its `model`, if given."""
     first = ranks.rank == 0
     guard = ranks.agree(lambda: _prepared(folder, disk, model) if first else -1)
     try:
@@ -72,7 +72,7 @@ def save(shard: Shard, ranks: Ranks, folder: str, disk: Disk, model: bytes | Non
 
 def _save(shard: Shard, ranks: Ranks, folder: str, disk: Disk, model: bytes | None) -> None:
     local, first = shard.local, ranks.rank == 0
-    local.distrust_digest()  # values may have been changed past PyTorch's counting
+    local.distrust_digest()  # values may have changed in ways that PyTorch does not count
     name = f"rows-{ranks.rank:05d}-of-{ranks.size:05d}-{local.digest()[:16]}.safetensors"
     ranks.agree(lambda: write_whole(disk, os.path.join(folder, name), _shard(local)))
     about = {"file": name, "rows": local.used, "hash": f"{local.total():064x}"}
@@ -106,7 +106,7 @@ def _checksum(manifest: dict[str, Any]) -> str:
 
 
 def _prepared(folder: str, disk: Disk, model: bytes | None) -> int:
-    """The lock of a folder, once it is there and can be saved to."""
+    """Make a folder if there is none, check that it can be saved to, and return its lock."""
     os.makedirs(folder, exist_ok=True)
     if model is None and os.path.exists(os.path.join(folder, _MANIFEST)) and "model" in _manifest(folder):
         raise ValueError(
@@ -119,7 +119,7 @@ def _prepared(folder: str, disk: Disk, model: bytes | None) -> int:
 
 
 def _guard(folder: str, disk: Disk) -> int:
-    """Lock a folder; -1 if another process has it. What is locked is the file that has the name then."""
+    """Return the lock of a folder; -1 if another process holds the lock. The locked file still has its name."""
     path = os.path.join(folder, _LOCK)
     while True:
         guard = disk.open(path, create=True)
@@ -132,10 +132,10 @@ def _guard(folder: str, disk: Disk) -> int:
 
 
 def model_file(folder: str) -> str:
-    """The file of the model in a folder.
+    """Return the path of the model file in a folder.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is no model.
         ValueError: as for `ShardedKeyStore.load`.
     """
     manifest = _manifest(folder)
@@ -152,7 +152,7 @@ def _shard(local: KeyStore) -> bytes:
 
 
 def _others(folder: str, manifest: dict[str, Any]) -> list[str]:
-    """Return the files of saves which a manifest does not name."""
+    """Return the files of saves that a manifest does not name."""
     named = {shard["file"] for shard in manifest.get("shards", ())} | {manifest.get("model")}
     return [name for name in sorted(os.listdir(folder)) if _OURS.fullmatch(name) and name not in named]
 
@@ -161,7 +161,7 @@ def _wipe(disk: Disk, folder: str, names: list[str]) -> None:
     """Overwrite and remove files of earlier saves."""
     for name in names:
         whole, _, kind = os.path.join(folder, name).partition(".munkey-")
-        if kind:  # perhaps another name of a file that stays, or being written
+        if kind:  # may be a second name of a file that stays, or a file that is being written
             wipe_leftovers(disk, whole.removesuffix("." + whole[-16:]) if _NUMBERED.search(whole) else whole)
         elif not os.path.islink(whole):
             wipe(disk, whole)
@@ -169,7 +169,7 @@ def _wipe(disk: Disk, folder: str, names: list[str]) -> None:
 
 
 def _wipe_replaced(disk: Disk, folder: str, manifest: dict[str, Any]) -> None:
-    """Wipe what an interrupted save left of the files that it replaced, if nobody saves."""
+    """Wipe the files that an interrupted save replaced and left, unless a save is under way."""
     named = set(manifest.get("replaces", ()))
     left = [name for name in _others(folder, manifest) if name in named]
     if not left:
@@ -178,14 +178,14 @@ def _wipe_replaced(disk: Disk, folder: str, manifest: dict[str, Any]) -> None:
     if guard < 0:
         return
     try:
-        if _manifest(folder) == manifest:  # it may have been replaced since it was read
+        if _manifest(folder) == manifest:  # the manifest may have been replaced since it was read
             _wipe(disk, folder, left)
     finally:
         give_back(disk, guard)
 
 
 def load(folder: str, ranks: Ranks, disk: Disk) -> tuple[KeyStore, str]:
-    """The rows of this rank, and the digest that all together must have; see `ShardedKeyStore.load`."""
+    """Return the rows of this rank, and the expected digest of the rows of all ranks; see `ShardedKeyStore.load`."""
     manifest = ranks.agree(lambda: _manifest(folder))
     ranks.same("manifest", manifest["digest"])
     ranks.agree(lambda: _check_files(folder, manifest))
@@ -235,7 +235,7 @@ def _manifest(folder: str) -> dict[str, Any]:
                 f"{path!r} has format version {manifest['format']}, this munkey reads version {_FORMAT}; install the "
                 "release that wrote it"
             )
-        # In the first release there was none.
+        # The first release wrote no checksum.
         if ("replaces" in manifest or "checksum" in manifest) and manifest.get("checksum") != _checksum(manifest):
             raise ValueError(f"{path!r} is damaged: its checksum is another one; restore a backup")
         missing = {"widths", "dtype", "trained", "seed", "scale", "secret", "digest", "shards"} - manifest.keys()
@@ -247,7 +247,7 @@ def _manifest(folder: str) -> dict[str, Any]:
 
 
 def _take(local: KeyStore, folder: str, shards: list[dict[str, Any]], ranks: Ranks) -> None:
-    """Read files in which there may be rows of this rank."""
+    """Read the files that may hold rows of this rank."""
     for number, shard in enumerate(shards):
         if may_share(ranks.rank, ranks.size, number, len(shards)):
             path = os.path.join(folder, shard["file"])
@@ -265,7 +265,7 @@ def _read(local: KeyStore, path: str, shard: dict[str, Any]) -> list[Tensor]:
     def read(_: int) -> list[Tensor]:
         read_header(path, _CLASS)
         tensors = read_tensors(path)
-        return [tensors[name].clone() for name in COLUMNS if name in tensors]  # they may be views of the file
+        return [tensors[name].clone() for name in COLUMNS if name in tensors]  # tensors may be views of the file
 
     columns = while_whole(Disk(), path, read)
     if len(columns) != len(COLUMNS) or sum_of(hash_rows(local.secret, columns)) != int(shard["hash"], 16):

@@ -1,4 +1,4 @@
-"""Rows of several columns as bytes, so that they travel together."""
+"""Rows of several columns as bytes, which are sent in one message."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["pack", "unpack"]
 
 
 def pack(columns: Sequence[Tensor]) -> Tensor:
-    """`(n, bytes)` uint8 of columns `(n, ...)`."""
+    """Return the bytes `(n, bytes)` uint8 of columns `(n, ...)`."""
     flat = [column.detach().unsqueeze(-1).flatten(1).contiguous() for column in columns]
     return torch.cat([column.view(torch.uint8) for column in flat], 1)
 
 
 def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The columns again; their dtypes and shapes are those of others but for the number of rows.
+    """Return the columns of packed rows, with the dtypes and shapes of `like` except for the number of rows.
 
     Examples:
         >>> columns = torch.arange(3), torch.eye(3)

@@ -1,7 +1,7 @@
-"""Which rank a row belongs to: a function of its id alone, so that nothing has to be looked up.
+"""Placement of rows on ranks: a function of the id alone, so that no table of places is needed.
 
-The hash of an id, a number in [0, 1), is cut into as many equal ranges as there are ranks. With another number of ranks
-a range overlaps few others, so that a rank that loads reads few files.
+Ids are hashed to numbers in [0, 1), and this interval is cut into one equal range for each rank. With another number of
+ranks a range overlaps few other ranges, so that a rank reads few files when it loads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["check_place", "may_share", "owners"]
 
 
 def owners(ids: Tensor, ranks: int) -> Tensor:
-    """`(n,)` int64, the rank of each id `(n,)`, from 0 to `ranks - 1`.
+    """Return the rank of each id `(n,)`, `(n,)` int64, from 0 to `ranks - 1`.
 
     Examples:
         >>> owners(torch.arange(8), 2).unique().tolist()
@@ -26,7 +26,7 @@ def owners(ids: Tensor, ranks: int) -> Tensor:
 
 
 def check_place(ids: Tensor, rank: int, ranks: int) -> None:
-    """Raise ValueError if a row belongs elsewhere.
+    """Raise ValueError if a row belongs to another rank.
 
     Examples:
         >>> check_place(torch.arange(8), 0, 1)
@@ -40,7 +40,7 @@ def check_place(ids: Tensor, rank: int, ranks: int) -> None:
 
 
 def may_share(rank: int, ranks: int, other: int, others: int) -> bool:
-    """Whether an id of rank `rank` of `ranks` may belong to rank `other` of `others`.
+    """Return whether an id of rank `rank` of `ranks` may belong to rank `other` of `others`.
 
     Examples:
         >>> [other for other in range(4) if may_share(1, 2, other, 4)]

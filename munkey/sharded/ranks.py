@@ -1,4 +1,4 @@
-"""What the ranks of a process group tell one another, on PyTorch's own collectives.
+"""Communication between the ranks of a process group, on PyTorch's collectives.
 
 Every method is a collective: all ranks of the group call it, in the same order. Without a process group there is one
 rank, and nothing is sent.
@@ -20,21 +20,21 @@ __all__ = ["Ranks", "Route"]
 
 T = TypeVar("T")
 
-#: An error is raised on every rank as the first of these that it is.
+#: An error is raised on every rank as the first of these types that it is an instance of.
 _KINDS = (KeyError, TypeError, ValueError, FileNotFoundError, FileExistsError, OSError)
 
 
 class Ranks:
-    """The ranks of a group, and how much this one has sent.
+    """The ranks of a group, and the traffic of this rank.
 
     Args:
-        group: of `torch.distributed`; the default one if not given, or this process alone if there is none.
+        group: group of `torch.distributed`; the default group if not given, or this process alone if there is no group.
 
     Attributes:
-        rank: of this process.
+        rank: rank of this process.
         size: `N`.
-        messages: how many pieces of data this rank has sent to other ones.
-        bytes: how many bytes they had.
+        messages: number of messages that this rank has sent to other ranks.
+        bytes: number of bytes of these messages.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -45,12 +45,12 @@ class Ranks:
         self.messages = self.bytes = 0
 
     def __deepcopy__(self, memo: object) -> Ranks:
-        return self  # a group is one and the same for all that speak in it
+        return self  # copies share one process group
 
-    # --- small things -------------------------------------------------------------------------------------
+    # --- small objects ------------------------------------------------------------------------------------
 
     def gather(self, value: T) -> list[T]:
-        """What each rank has: anything that can be pickled."""
+        """Return the value of each rank, an object that can be pickled."""
         if self.size == 1:
             return [value]
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
@@ -58,7 +58,7 @@ class Ranks:
         return [pickle.loads(part.numpy().tobytes()) for part in found.split(counts)]
 
     def agree(self, act: Callable[[], T]) -> T:
-        """What this rank makes, once all ranks have made theirs; an error of one is raised on all."""
+        """Return the result of `act` once it ran on all ranks; an error of one rank is raised on all ranks."""
         error, made = None, None
         try:
             made = act()
@@ -68,28 +68,28 @@ class Ranks:
         return made  # type: ignore[return-value]
 
     def fail(self, error: Exception | None, *, anywhere: bool) -> None:
-        """Raise the error of this rank, or else, if there is one anywhere, that of the first rank that has one."""
+        """Raise the error of this rank or, if any rank has an error, the error of the first such rank."""
         if anywhere:
             texts = self.gather(None if error is None else (_kind(error), _text(error)))
             if error is None:
                 rank, (kind, text) = next((r, found) for r, found in enumerate(texts) if found is not None)
-                raise kind(f"{text} (says rank {rank})")
+                raise kind(f"{text} (on rank {rank})")
         if error is not None:
             raise error
 
     def same(self, what: str, value: object) -> None:
-        """Raise ValueError on all ranks, saying what each has, unless they have the same."""
+        """Raise ValueError on all ranks, with the value of each rank, unless all values are the same."""
         found = self.gather(value)
         if any(other != found[0] for other in found):
             each = ", ".join(f"rank {rank} has {other!r}" for rank, other in enumerate(found))
             raise ValueError(f"all ranks must have the same {what}: {each}")
 
     def any(self, here: bool) -> bool:
-        """Whether it is so on some rank."""
+        """Return whether `here` is true on any rank."""
         return any(there for (there,) in self.numbers(here))
 
     def numbers(self, *numbers: int) -> list[list[int]]:
-        """Whole numbers of each rank, as many of each."""
+        """Return integers of each rank, the same number on every rank."""
         if self.size == 1:
             return [list(numbers)]
         mine = torch.tensor(numbers, dtype=torch.int64)
@@ -101,7 +101,7 @@ class Ranks:
     # --- rows ---------------------------------------------------------------------------------------------
 
     def gather_rows(self, x: Tensor, counts: list[int] | None = None) -> tuple[Tensor, list[int]]:
-        """`(n_0 + n_1 + ..., ...)` rows of all ranks, and how many each has, if that is not known already."""
+        """Return the rows `(n_0 + n_1 + ..., ...)` of all ranks, and their counts, which are gathered if not given."""
         if self.size == 1:
             return x, [len(x)]
         counts = counts or [count for (count,) in self.numbers(len(x))]
@@ -117,7 +117,7 @@ class Ranks:
         return gathered, counts
 
     def exchange(self, x: Tensor, give: Sequence[int], take: Sequence[int]) -> Tensor:
-        """Rows for each rank, one after the other; how many go to each, and how many come from each."""
+        """Send rows that are sorted by rank, `give` to each rank; return the received rows, `take` from each rank."""
         if self.size == 1:
             return x
         found = x.new_empty(sum(take), *x.shape[1:])
@@ -133,10 +133,10 @@ class Ranks:
 
 
 class Route:
-    """The way of rows to the ranks they belong to, and of answers back.
+    """The route of rows to their ranks, and of answers back.
 
     Args:
-        ranks: of the group.
+        ranks: ranks of the group.
         to: `(n,)` int64, the rank of each row.
     """
 
@@ -147,20 +147,20 @@ class Route:
         self.take = ranks.exchange(torch.tensor(self.give), ones, ones).tolist()
 
     def there(self, x: Tensor) -> Tensor:
-        """The rows `(n', ...)` that others send to this rank, those of rank 0 first; `x` is `(n, ...)`."""
+        """Return the rows `(n', ...)` that all ranks send to this rank, rows of rank 0 first; `x` is `(n, ...)`."""
         return self.ranks.exchange(x[self.order], self.give, self.take)
 
     def back(self, x: Tensor) -> Tensor:
-        """Answers `(n, ...)` to the rows that were sent, in their order; `x` is `(n', ...)`. Gradients flow back."""
+        """Return answers `(n, ...)` to the sent rows, in their order; `x` is `(n', ...)`. Gradients flow back."""
         found: Tensor = _Exchange.apply(x, self.ranks, self.take, self.give)  # type: ignore[no-untyped-call, unused-ignore]
         return found[self.order.argsort()]
 
     def back_several(self, x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Several answers to each row, in the order of rows, and how many there are to each.
+        """Return several answers to each row, in the order of rows, and the number of answers to each row.
 
         Args:
-            x: answers to the rows that came here, one row's after another's.
-            counts: `(n',)` int64, how many there are to each of these.
+            x: answers to the received rows, in the order of these rows.
+            counts: `(n',)` int64, number of answers to each received row.
         """
         give = [int(part.sum()) for part in counts.split(self.take)]
         mine = self.ranks.exchange(counts, self.take, self.give)
@@ -174,13 +174,13 @@ class Route:
 
 
 class _Exchange(torch.autograd.Function):
-    """`Ranks.exchange`, whose gradients go the other way."""
+    """Exchange of rows by `Ranks.exchange`, with gradients in the opposite direction."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor, ranks: Ranks, give: list[int], take: list[int]) -> Tensor:
         ctx.way = ranks, give, take  # type: ignore[attr-defined]
         found = ranks.exchange(x, give, take)
-        return found.view_as(found)  # with one rank they are the rows themselves
+        return found.view_as(found)  # with one rank `found` is `x` itself
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None, None, None]:

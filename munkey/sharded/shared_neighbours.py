@@ -1,4 +1,4 @@
-"""Neighbours of the rows of this rank among the rows of all ranks, looked up once."""
+"""Neighbours of the rows of this rank among the rows of all ranks, searched once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from munkey.store.follower import Follower
 
 __all__ = ["SharedNeighbours"]
 
-_UNKNOWN = -2  # -1 says that there is no neighbour
+_UNKNOWN = -2  # -1 means that there is no neighbour
 
 
 class SharedNeighbours(Follower):
@@ -21,15 +21,15 @@ class SharedNeighbours(Follower):
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 
     def clear(self) -> None:
-        """Drop all that was looked up."""
+        """Drop all tables."""
         self._tables = {}
 
     def steps(self, change: Change, scratch: Scratch) -> list[Step]:
-        """Return the step that drops everything: a change on one rank may change neighbours on all."""
+        """Return the step that drops all tables: a change on one rank may change neighbours on all ranks."""
         return [self.clear]
 
     def get(self, k: int, rows: Tensor, used: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the tables of numbers and scores, `(M, k)` each, and those of some rows that are still unknown."""
+        """Return the tables of numbers and scores, `(M, k)` each, and the given rows whose entries are unknown."""
         if k not in self._tables:
             with long_lived():
                 self._tables[k] = torch.full((used, k), _UNKNOWN), torch.zeros(used, k, dtype=torch.float64)

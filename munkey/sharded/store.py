@@ -42,25 +42,25 @@ __all__ = ["ShardedKeyStore"]
 class ShardedKeyStore(nn.Module):
     """A `KeyStore` on all ranks of a process group, each of which holds the rows whose ids hash to it.
 
-    Methods, answers, receipts and digests are those of one `KeyStore` with all rows. Every call is a collective: all
-    ranks make it, in the same order, each with what it has. Of `add` and `replace` each rank gives other instances; the
-    rows travel to where they belong. Of `forget` ranks may name the same ids: what any of them names goes. A rank that
-    wants nothing passes no ids. An error of one rank is raised on all.
+    Methods, answers, receipts and digests are the same as for one `KeyStore` with all rows. Every call is a collective:
+    all ranks make the call, in the same order, each with its own arguments. For `add` and `replace` each rank gives
+    other instances, and the rows are sent to their ranks. For `forget` ranks may give the same ids: an id that any rank
+    gives is forgotten. A rank without ids passes an empty list. An error of one rank is raised on all ranks.
 
     Without a process group there is one rank.
 
     Args:
         key_width: `D`.
         value_width: `V`.
-        seed: of the first values.
-        scale: standard deviation of the first values.
-        secret: under which digests are taken; that of rank 0 is drawn from the system if none is given.
-        dtype: of keys and values.
-        group: the ranks; the default group if not given.
+        seed: seed of the initial values.
+        scale: standard deviation of the initial values.
+        secret: secret of the digests; if not given, the secret of rank 0, drawn from the system.
+        dtype: dtype of keys and values.
+        group: process group of the ranks; the default group if not given.
 
     Raises:
         TypeError: as for `KeyStore`.
-        ValueError: as for `KeyStore`, and if ranks are given something different, or run another version.
+        ValueError: as for `KeyStore`, and if arguments or versions of ranks differ.
 
     Attributes:
         local: the rows of this rank, a `KeyStore`.
@@ -72,7 +72,7 @@ class ShardedKeyStore(nn.Module):
         ((7,), [8])
     """
 
-    per_rank = True  # no rank has what another has
+    per_rank = True  # each rank holds other rows
     local: KeyStore
 
     def __init__(
@@ -105,7 +105,7 @@ class ShardedKeyStore(nn.Module):
         super().__init__()
         self.local, self.ranks = local, ranks
         self.log: ReceiptLog | None = None
-        self.logged = False  # whether rank 0 keeps one
+        self.logged = False  # whether rank 0 keeps a log
         self._near = SharedNeighbours()
         local.follow(self._near)
         self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
@@ -113,11 +113,11 @@ class ShardedKeyStore(nn.Module):
 
     @classmethod
     def around(cls, local: KeyStore, group: dist.ProcessGroup | None = None) -> Self:
-        """Return a store of rows that are on their ranks already, such as those of a `DurableStore` on each.
+        """Return a store of rows that are on their ranks already, such as the rows of a `DurableStore` on each rank.
 
         Args:
             local: the rows of this rank.
-            group: the ranks.
+            group: process group of the ranks.
 
         Raises:
             ValueError: if settings or secrets are not the same on all ranks, or a row belongs to another rank.
@@ -129,13 +129,13 @@ class ShardedKeyStore(nn.Module):
 
     @classmethod
     def of(cls, store: KeyStore, group: dist.ProcessGroup | None = None) -> Self:
-        """Return the rows of a store that all ranks have; each keeps its own. The store itself is left as it is.
+        """Return a sharded copy of a store that all ranks have; the store itself is not changed.
 
-        `model.shard()` does it with the memory of a model.
+        Each rank keeps its own rows. `model.shard()` shards the memory of a model.
 
         Args:
-            store: the same one on all ranks; of empty ones the secret of rank 0 is taken.
-            group: the ranks.
+            store: the same store on all ranks; for empty stores the secret of rank 0 is used.
+            group: process group of the ranks.
 
         Raises:
             ValueError: if settings or content are not the same on all ranks.
@@ -159,7 +159,7 @@ class ShardedKeyStore(nn.Module):
             )
         return super().__getattr__(name)
 
-    # --- what all ranks know ------------------------------------------------------------------------------
+    # --- what all ranks hold ------------------------------------------------------------------------------
 
     def _recount(self) -> None:
         """Synchronise row counts across ranks, after every change."""
@@ -177,7 +177,7 @@ class ShardedKeyStore(nn.Module):
 
     @property
     def used(self) -> int:
-        """`M`, on all ranks."""
+        """Number of rows on all ranks, `M`."""
         return sum(count[1] for count in self.counts)
 
     @property
@@ -192,27 +192,27 @@ class ShardedKeyStore(nn.Module):
 
     @property
     def values(self) -> nn.Parameter:
-        """The values of this rank, for an optimiser."""
+        """Values of this rank, for an optimiser."""
         return self.local.values
 
     @property
     def seed(self) -> int:
-        """Seed of the first values."""
+        """Seed of the initial values."""
         return self.local.seed
 
     @property
     def scale(self) -> float:
-        """Standard deviation of the first values."""
+        """Standard deviation of the initial values."""
         return self.local.scale
 
     @property
     def secret(self) -> bytes:
-        """Under which digests are taken."""
+        """Secret of the digests."""
         return self.local.secret
 
     @property
     def lock(self) -> Lock:
-        """The lock of this rank's rows."""
+        """Lock of the rows of this rank."""
         return self.local.lock
 
     def digest(self) -> str:
@@ -228,47 +228,47 @@ class ShardedKeyStore(nn.Module):
         return bool(self.contains([instance]))
 
     def __iter__(self) -> Iterator[int]:
-        """All ids in ascending order."""
+        """Iterate over all ids in ascending order."""
         mine = torch.tensor(list(self.local), dtype=torch.int64)
         return iter(self.ranks.gather_rows(mine)[0].sort().values.tolist())
 
     def contains(self, ids: Iterable[int] | Tensor) -> Tensor:
-        """See `KeyStore.contains`."""
+        """Return which ids are in the store, `(B,)` bool; see `KeyStore.contains`."""
         route, wanted = self._wanted(ids)
         return route.back(self.local.contains(wanted))
 
     def rows_of(self, ids: Iterable[int] | Tensor) -> Tensor:
-        """See `KeyStore.rows_of`."""
+        """Return the row numbers `(M,)` of ids, for all ranks; see `KeyStore.rows_of`."""
         route, wanted = self._wanted(ids)
         rows = self.ranks.agree(lambda: self.local.rows_of(wanted))
         return route.back_several(self._everywhere(rows), self.local.row_counts(wanted))[0]
 
     def one_row_of_each(self, ids: Iterable[int] | Tensor, uniform: Tensor) -> Tensor:
-        """See `KeyStore.one_row_of_each`."""
+        """Return one row number for each id, `(B,)`, for all ranks; see `KeyStore.one_row_of_each`."""
         route, wanted = self._wanted(ids)
         numbers = route.there(uniform)
         return route.back(self._everywhere(self.ranks.agree(lambda: self.local.one_row_of_each(wanted, numbers))))
 
     def get(self, ids: Iterable[int] | Tensor) -> Rows:
-        """See `KeyStore.get`."""
+        """Return a copy of the rows of ids, in the order of the ids; see `KeyStore.get`."""
         return Rows(*self._fetched(self.rows_of(ids), self.local.columns))
 
     def _wanted(self, ids: Iterable[int] | Tensor) -> tuple[Route, Tensor]:
-        """Return the way of ids to their ranks, and those that came here."""
+        """Return the route of ids to their ranks, and the ids that this rank received."""
         wanted = torch.tensor(self.ranks.agree(lambda: ordered_ids(ids)), dtype=torch.int64)
         route = Route(self.ranks, owners(wanted, self.ranks.size))
         return route, route.there(wanted)
 
     def _everywhere(self, rows: Tensor) -> Tensor:
-        """Return the numbers for all ranks of rows of this one."""
+        """Return the numbers for all ranks of rows of this rank."""
         return torch.where(rows < 0, rows, rows * self.ranks.size + self.ranks.rank)
 
     # --- by row -------------------------------------------------------------------------------------------
 
     def read(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
-        """See `KeyStore.read`; all ranks go backward, too.
+        """Return the values `(..., V)` of rows; see `KeyStore.read`. All ranks run the backward pass, too.
 
-        A gradient is that of the mean of the losses of all ranks, as it is with `DistributedDataParallel`.
+        The gradient is of the mean of the losses of all ranks, as with `DistributedDataParallel`.
         """
         route, own = self._rows(rows.flatten())
         found = route.back(_scaled_gradient(self.local.read(own, sparse=sparse), 1 / self.ranks.size))
@@ -276,7 +276,7 @@ class ShardedKeyStore(nn.Module):
         return read
 
     def described(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `KeyStore.described`."""
+        """Return copies of ids `(B,)`, keys `(B, D)` and labels `(B, ...)` of rows; see `KeyStore.described`."""
         local = self.local
         ids, keys, labels = self._fetched(rows, (local.ids, local.keys, local.labels))
         return ids, keys, labels
@@ -286,7 +286,7 @@ class ShardedKeyStore(nn.Module):
         return route, route.there(rows // self.ranks.size)
 
     def _fetched(self, rows: Tensor, columns: tuple[Tensor, ...]) -> list[Tensor]:
-        """Return copies of columns of rows, in one piece."""
+        """Return copies of columns of rows, sent in one message."""
         route, own = self._rows(rows)
         packed = pack([column[own] for column in columns])
         found = route.back(packed)
@@ -296,7 +296,10 @@ class ShardedKeyStore(nn.Module):
     # --- search -------------------------------------------------------------------------------------------
 
     def nearest(self, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
-        """See `KeyStore.nearest`: every rank looks for the `k` nearest among its rows, the best of all are kept."""
+        """Return the rows with the greatest dot product, exactly; see `KeyStore.nearest`.
+
+        Every rank searches the `k` nearest of its rows, and the best of all ranks are kept.
+        """
         ranks, local = self.ranks, self.local
         counts = self._query_counts(queries, k, exclude_ids)
         everyone, _ = ranks.gather_rows(queries, counts)
@@ -311,7 +314,7 @@ class ShardedKeyStore(nn.Module):
         return _merged(ids, rows, scores, candidates, k)
 
     def _query_counts(self, queries: Tensor, k: int, exclude_ids: Tensor | None) -> list[int]:
-        """Return how many queries each rank has, once all is as it must be everywhere."""
+        """Return the number of queries of each rank, after checking the arguments on all ranks."""
         error = None
         try:
             check_positive(k=k)
@@ -323,11 +326,13 @@ class ShardedKeyStore(nn.Module):
         self.ranks.fail(error, anywhere=self.ranks.size > 1 and any(failed for failed, *_ in said))
         if len({tuple(settings) for _, _, *settings in said}) > 1:
             each = ", ".join(f"rank {rank} {k} and {bool(ids)}" for rank, (_, _, k, ids) in enumerate(said))
-            raise ValueError(f"all ranks must ask for as many neighbours, with or without ids to exclude; found {each}")
+            raise ValueError(
+                f"all ranks must request the same number of neighbours, with or without ids to exclude; found {each}"
+            )
         return [count for _, count, _, _ in said]
 
     def nearest_to_rows(self, rows: Tensor, k: int, search: Search) -> tuple[Tensor, Tensor]:
-        """See `KeyStore.nearest_to_rows`."""
+        """Return row numbers and scores `(B, k)` of the neighbours of rows; see `KeyStore.nearest_to_rows`."""
         if search is not exact:
             raise TypeError("a store on several ranks does its own search; leave search= out")
         route, own = self._rows(rows)
@@ -340,7 +345,10 @@ class ShardedKeyStore(nn.Module):
         return route.back(near[own]), route.back(scores[own])
 
     def at_least(self, queries: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-        """See `KeyStore.at_least`; the pairs of a query come in no particular order."""
+        """Return all pairs with a dot product of at least `threshold`; see `KeyStore.at_least`.
+
+        The pairs of a query are in no particular order.
+        """
         everyone, counts = self.ranks.gather_rows(queries)
         query, ids, scores = self.ranks.agree(lambda: self.local.at_least(everyone, threshold))
         edges = torch.tensor(counts).cumsum(0)
@@ -360,7 +368,7 @@ class ShardedKeyStore(nn.Module):
         *,
         permanent: bool = False,
     ) -> None:
-        """Store new instances; see `KeyStore.add`. Each rank gives instances of its own, or none.
+        """Store new instances; see `KeyStore.add`. Each rank gives its own instances, or none.
 
         Raises:
             ValueError: as for `KeyStore.add`, and if two ranks give the same id.
@@ -377,7 +385,7 @@ class ShardedKeyStore(nn.Module):
         labels: Tensor | None = None,
         values: Tensor | None = None,
     ) -> Receipt:
-        """Store new keys, labels and values of instances that are there; see `KeyStore.replace` and `add`."""
+        """Store new keys, labels and values of instances in the store; see `KeyStore.replace` and `add`."""
         rows = self.ranks.agree(lambda: self._made(ids, keys, labels, values, False))
         wanted = rows.ids.clone()  # `ids` may be an iterator, which can be read once
         route, own = self._sent(rows)
@@ -392,7 +400,7 @@ class ShardedKeyStore(nn.Module):
         return self.local.new_rows(ids, keys, labels, values, permanent=permanent).made(self.local.columns)
 
     def _sent(self, rows: Rows) -> tuple[Route, Rows]:
-        """Return the rows that belong to this rank, of all that ranks give."""
+        """Return the route of the given rows, and the rows of all ranks that belong to this rank."""
         route = Route(self.ranks, owners(rows.ids, self.ranks.size))
         packed = pack(tuple(rows))
         own = unpack(route.there(packed), self.local.columns)
@@ -439,8 +447,8 @@ class ShardedKeyStore(nn.Module):
                 column.zero_()  # a copy of rows that may be forgotten later
         self._recount()
 
-    def _returning(self, own: Rows) -> Any:  # noqa: ANN401 - what a log remembers
-        """Note that rows are about to return, on rank 0; return what takes the note back, None if there is none."""
+    def _returning(self, own: Rows) -> Any:  # noqa: ANN401 - a mark of a log
+        """Log on rank 0 that rows are about to return; return the mark to go back to, None if nothing was logged."""
         if not self.logged:
             return None
         tokens = self._all(self.local.tokens_of(own))
@@ -460,26 +468,26 @@ class ShardedKeyStore(nn.Module):
     # --- forgetting ---------------------------------------------------------------------------------------
 
     def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
-        """Erase instances on all ranks; see `KeyStore.forget`. What any rank names goes; all get the same receipt."""
+        """Erase the ids that any rank gives; see `KeyStore.forget`. All ranks get the same receipt."""
         wanted = torch.tensor(self.ranks.agree(lambda: to_forget(ids, missing)), dtype=torch.int64)
         everything = self.ranks.gather_rows(wanted)[0].unique()
         mine = everything[owners(everything, self.ranks.size) == self.ranks.rank].tolist()
         unknown = self.local.missing(mine)
         words, parts = zip(*self.ranks.gather((missing, unknown)), strict=True)
         if len(set(words)) > 1:
-            raise ValueError(f"all ranks must say the same of missing ids, found {', '.join(map(repr, words))}")
+            raise ValueError(f"all ranks must pass the same missing=, found {', '.join(map(repr, words))}")
         absent = sorted(instance for part in parts for instance in part)
         if missing == "raise" and absent:
             raise not_there(absent)
         return self._forget(sorted(set(mine).difference(unknown)), tuple(absent), note=True)
 
     def _forget(self, mine: list[int], absent: tuple[int, ...], *, note: bool) -> Receipt:
-        """Erase ids of this rank here, and those of others there."""
+        """Erase ids of this rank, while every other rank erases its ids."""
         local = self.local
         removal = self.ranks.agree(lambda: local.removal_of(mine))
         receipt = self._receipt(mine, absent, removal)
         if note and self.logged and receipt.forgotten:
-            # First, so that whoever finds the rows after an interruption knows that they are to go.
+            # The log is written first, so that rows that an interruption leaves are known to be forgotten.
             tokens = self._all(local.tokens(removal.gone))
             dtype = local.keys.dtype
             self.ranks.agree(lambda: self.log.forgot(receipt, tokens, dtype) if self.log else None)
@@ -497,10 +505,10 @@ class ShardedKeyStore(nn.Module):
         return Receipt(forgotten, absent, sum(rows), sum(sizes), self._digest(before), self._digest(after), times[0])
 
     def keep_receipts(self, path: str | os.PathLike[str], *, new: bool = False, disk: Disk | None = None) -> Receipt:
-        """Write receipts to a log, which rank 0 keeps; first, all ranks forget what it says is gone.
+        """Write receipts to a log on rank 0; first, all ranks forget again what the log lists as forgotten.
 
-        See `KeyStore.keep_receipts`. A receipt is written before any rank erases: if a rank is interrupted, what it did
-        not erase goes when the store is loaded and given the log again.
+        See `KeyStore.keep_receipts`. A receipt is written before any rank erases. If a rank is interrupted, its
+        remaining rows are erased when the store is loaded and given the log again.
         """
         self.close()
         self.logged = False
@@ -518,51 +526,51 @@ class ShardedKeyStore(nn.Module):
         return receipt
 
     def _forget_again(self) -> Receipt:
-        """Forget what the log says is gone."""
+        """Forget again what the log lists as forgotten."""
         gone, dtypes = self.ranks.gather((self.log.gone, self.log.dtypes) if self.log else None)[0] or (set(), {})
         rows = Rows(*(column[: self.local.used] for column in self.local.columns))
         mine = self.ranks.agree(lambda: known_to(gone, dtypes, self.secret, rows))
         return self._forget(mine, (), note=False)
 
     def close(self) -> None:
-        """Give the log of receipts back; see `KeyStore.close`."""
+        """Close the log of receipts; see `KeyStore.close`."""
         if self.log is not None:
             self.log.close()
 
-    # --- what follows, and files --------------------------------------------------------------------------
+    # --- followers and files ------------------------------------------------------------------------------
 
     def attach(self, *held: torch.optim.Optimizer | EMA) -> None:
         """Make optimisers and averages follow the rows of this rank; see `KeyStore.attach`."""
         self.local.attach(*held)
 
     def detach(self, *held: torch.optim.Optimizer | EMA) -> None:
-        """Leave out what was attached."""
+        """Detach optimisers and averages; see `KeyStore.detach`."""
         self.local.detach(*held)
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """The optimisers that were attached on this rank."""
+        """Optimisers attached on this rank."""
         return self.local.optimizers
 
     @property
     def followed(self) -> bool:
-        """Whether something that was attached on this rank has a row for each row there is."""
+        """True if an optimiser or average attached on this rank has a row for each row of this rank."""
         return self.local.followed
 
     def compact(self) -> None:
-        """Sort rows by id and view on each rank, and give back room; see `KeyStore.compact`."""
+        """Sort rows by id and view on each rank, and free unused room; see `KeyStore.compact`."""
         self.ranks.agree(self.local.compact)
         self._recount()
 
     def save(self, folder: str | os.PathLike[str], *, disk: Disk | None = None) -> None:
-        """Write all rows to a folder, each rank its own; see `munkey.sharded.folder`.
+        """Write all rows to a folder, each rank its own rows; see `munkey.sharded.folder`.
 
         Args:
-            folder: made if there is none; what it held before is overwritten when all of the new is there.
-            disk: what writes.
+            folder: path of the folder, made if there is none; its old content is overwritten once the new is complete.
+            disk: `Disk` that writes.
 
         Raises:
-            OSError: if a rank cannot write; the folder holds what it held before.
+            OSError: if a rank cannot write; the folder then holds its old content.
         """
         shard = folders.Shard(self.local, self.digest)
         folders.save(shard, self.ranks, os.fspath(folder), disk or Disk())
@@ -571,12 +579,12 @@ class ShardedKeyStore(nn.Module):
     def load(
         cls, folder: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None, disk: Disk | None = None
     ) -> Self:
-        """Read what any number of ranks saved.
+        """Read a store that any number of ranks saved.
 
         Args:
-            folder: the same for all ranks.
-            group: the ranks.
-            disk: what wipes what an interrupted save left.
+            folder: path of the folder, the same for all ranks.
+            group: process group of the ranks.
+            disk: `Disk` that wipes the leftovers of an interrupted save.
 
         Raises:
             FileNotFoundError: naming the file that is missing.
@@ -587,17 +595,17 @@ class ShardedKeyStore(nn.Module):
         store = cls.around(local, group)
         if store.digest() != digest:
             raise ValueError(
-                f"the rows in {os.fspath(folder)!r} are not those its manifest speaks of; restore a backup"
+                f"the rows in {os.fspath(folder)!r} do not match the digest in its manifest; restore a backup"
             )
         return store
 
     def alone(self) -> KeyStore:
-        """Return the rows of this rank as a store of its own, which nothing of this one follows any more."""
+        """Return the rows of this rank as a separate store, which no part of this store follows any more."""
         self.local.unfollow(self._near)
         return self.local
 
     def check_replaceable(self) -> None:
-        """Raise ValueError if something would stay behind when another store takes the place of this one."""
+        """Raise ValueError if data would stay behind when another store takes the place of this store."""
         self.local.unfollow(self._near)
         try:
             self.local.check_replaceable()
@@ -615,14 +623,14 @@ _OF_ONE = (*(name for name in COLUMNS if name != "values"), "columns", "row_byte
 
 
 def _loaded(store: ShardedKeyStore, _: object) -> None:
-    """After `load_state_dict`."""
+    """Count rows again after `load_state_dict`, and forget again what the log lists as forgotten."""
     store._recount()
     if store.logged:
         store._forget_again()
 
 
 def _merged(ids: Tensor, rows: Tensor, scores: Tensor, candidates: Tensor, k: int) -> Neighbours:
-    """Return the best of what each rank found, `(N, B, k)`: by score, then by id.
+    """Return the best of the neighbours `(N, B, k)` that the ranks found, by score, then by id.
 
     The views of an id are on one rank, in order.
     """

@@ -1,4 +1,4 @@
-"""The store: one table of rows, and what follows it."""
+"""The store: one table of rows, and its followers."""
 
 from munkey.store.durable import DurableStore
 from munkey.store.follower import Follower

@@ -75,7 +75,7 @@ class Removed:
         movers: `(n,)` remaining rows from `after` on, in ascending order; the i-th mover fills the i-th hole.
         gone: all removed rows, in ascending order.
         receipt: evidence for a log; None if there is nothing to log, as when an addition is taken back.
-        planned_at: number of changes of the table when the removal was planned; -1 if it does not matter.
+        planned_at: number of changes of the table when the removal was planned; -1 if the number does not matter.
     """
 
     ids: Sequence[int]

@@ -1,8 +1,8 @@
 """Digest of a set of rows, which follows changes and does not depend on the order of rows.
 
-`digest = H_s(header, sum over rows of H_s(row) mod 2^256)` with a keyed hash `H_s` under the secret `s` of a store
-(MSet-Add-Hash, Clarke et al., ASIACRYPT 2003). Removing a row subtracts its hash, at a cost that is independent of the
-remaining rows. The hash of each row, 32 bytes, is kept beside the table, so that a row is hashed once.
+`digest = H_s(header, sum over rows of H_s(row) mod 2^256)` with a keyed hash `H_s` under the secret `s` of a store.
+This is MSet-Add-Hash (Clarke et al., ASIACRYPT 2003). Removing a row subtracts its hash, at a cost that is independent
+of the remaining rows. The hash of each row, 32 bytes, is kept beside the table, so that a row is hashed once.
 
 Without the secret a digest reveals nothing about a candidate image. A plain hash would let anyone with a candidate
 image test whether the image is stored. The digest guards against errors and outsiders, not against holders of the
@@ -49,7 +49,7 @@ def add_tensors(update: Callable[[bytes | memoryview], object], tensors: Mapping
 
 
 def checksum(data: bytes) -> bytes:
-    """Return a checksum of 32 hexadecimal digits, which shows damage; it has no key, so anyone can compute it."""
+    """Return a checksum of 32 hexadecimal digits, which shows damage; anyone can compute the checksum."""
     return hashlib.blake2b(data, digest_size=16).hexdigest().encode()
 
 

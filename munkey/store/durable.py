@@ -266,7 +266,7 @@ class DurableStore(KeyStore):
 
 
 def _other_kind(layout: Layout) -> str | None:
-    """Return why an undamaged description is not the description of a store; None if it is."""
+    """Return why an undamaged description does not describe a store; None if the description does."""
     about, names = layout.about, layout.names
     if names != COLUMNS:
         return f"it has columns {names}, expected {COLUMNS}"

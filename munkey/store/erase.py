@@ -37,7 +37,7 @@ class Scratch:
         return made
 
     def keep(self) -> None:
-        """Exempt the tensors of `unless_kept` from overwriting: they are in use now."""
+        """Exempt the tensors of `unless_kept` from overwriting: these tensors are in use now."""
         self._made = []
 
     def __enter__(self) -> Self:

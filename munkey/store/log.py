@@ -398,7 +398,7 @@ class ReceiptLog:
 
 
 class LoggedRows(Follower):
-    """Log as a follower of a table: it records rows before they are deleted, and rows that return.
+    """Log as a follower of a table: the log records rows before their deletion, and rows that return.
 
     Args:
         table: table of the rows.

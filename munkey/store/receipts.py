@@ -19,7 +19,7 @@ class Receipt:
 
     Args:
         forgotten: deleted ids, in ascending order.
-        absent: requested ids that were not in the store; it is unknown whether they ever were.
+        absent: requested ids that were not in the store; it is unknown whether these ids ever were.
         rows: number of rows erased.
         bytes: number of bytes erased, in the store and in everything that follows its rows.
         before: hexadecimal digest of the store before.

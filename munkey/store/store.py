@@ -129,7 +129,7 @@ class KeyStore(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(key_width=key_width, value_width=value_width)
-        self.seed, self.scale = seed, scale
+        self.seed, self.scale = int(seed), float(scale)
         self.lock = Lock()
         labels = label_column(label_shape, label_dtype)
         schema = columns_of(int(key_width), int(value_width), dtype or torch.get_default_dtype(), labels)
@@ -145,7 +145,7 @@ class KeyStore(nn.Module):
         self._others: list[Follower] = []
         self._torn = self._changing = False
 
-    # --- what it holds ------------------------------------------------------------------------------------
+    # --- content ------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - as in nn.Module
         if name in _PLAIN and "_table" in vars(self):
@@ -257,7 +257,7 @@ class KeyStore(nn.Module):
     def read(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
         """Return the values `(..., V)` of rows, through which a gradient flows.
 
-        The gradient is for the present rows: `backward` raises RuntimeError if rows were deleted or moved since the read.
+        The gradient is for the present rows: `backward` raises RuntimeError if rows were deleted or moved since.
 
         Args:
             rows: `(...)` int64 row numbers.
@@ -433,8 +433,8 @@ class KeyStore(nn.Module):
     ) -> Receipt:
         """Store new keys, labels and values of instances in the store; arguments as for `add`.
 
-        Nothing of the old rows is left: the ids are forgotten first, as the receipt shows. Forgetting and adding are two
-        changes, so that an interruption between the two changes leaves the ids forgotten.
+        Nothing of the old rows is left: the ids are forgotten first, as the receipt shows. Forgetting and adding are
+        two changes, so that an interruption between the two changes leaves the ids forgotten.
 
         Raises:
             KeyError: if an id is not in the store.
@@ -450,9 +450,9 @@ class KeyStore(nn.Module):
     def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
         """Erase instances in the store and all its followers, all of them or, after an error, none.
 
-        The cost is proportional to the removed rows and independent of the remaining rows, except for the digests in the
-        receipt. For the digests all rows are hashed if that was not done yet or values were trained since. No work is
-        left for later.
+        The cost is proportional to the removed rows and independent of the remaining rows, except for the digests in
+        the receipt. For the digests all rows are hashed if that was not done yet or values were trained since. No work
+        is left for later.
 
         Args:
             ids: `(B,)` int64; an id that comes twice counts once.
@@ -602,7 +602,8 @@ class KeyStore(nn.Module):
 
         Raises:
             BlockingIOError: if another store writes to the log.
-            FileNotFoundError: if there is no log, unless `new`: without its log a store keeps all instances of a backup.
+            FileNotFoundError: if there is no log, unless `new`: without its log a store keeps instances of a backup
+                that were forgotten.
             OSError: if the log cannot be read or written.
             ValueError: if a line of the log was changed, if the log is of another store or of keys of another dtype, or
                 as for `forget`.
@@ -634,7 +635,7 @@ class KeyStore(nn.Module):
         if self._logged is not None:
             self._logged.log.close()
 
-    # --- what follows -------------------------------------------------------------------------------------
+    # --- followers ----------------------------------------------------------------------------------------
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:

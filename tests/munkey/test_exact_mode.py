@@ -67,7 +67,7 @@ def test_what_exact_mode_refuses() -> None:
     ):
         built.loss(images(2), labels(2), ids=[1, 2])
     before = built.memory.store.digest()
-    with pytest.raises(ValueError, match=r"ids \[2\] are there for good: weights were trained on them"):
+    with pytest.raises(ValueError, match=r"ids \[2\] are permanent: weights were trained on these"):
         built.forget([3, 2])
     assert built.memory.store.digest() == before
     built.forget([3])

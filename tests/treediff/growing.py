@@ -10,7 +10,7 @@ from torch import Tensor
 from worlds import seeded
 
 from treediff import Stage, TreeGrowth, TreeTopology, TreeVAE
-from treediff.layers import KLAnnealing
+from treediff.growth import KLAnnealing
 
 # Every setting is given, so that a better default changes no test.
 SETTINGS: dict[str, Any] = {

@@ -65,11 +65,20 @@ class EMA:
         Raises:
             KeyError: if the model has lost a parameter, as a pruned tree has.
         """
+        self._follow()
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warm_up else self.decay
         averages = list(self.weights.values())
         now = [weight.to(average.dtype) for weight, average in zip(self._now().values(), averages, strict=True)]
         torch._foreach_lerp_(averages, now, 1 - decay)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Bring the averages to the device and precision that the model has now."""
+        for name, weight in self._now().items():
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            if (self.weights[name].device, self.weights[name].dtype) != (weight.device, dtype):
+                self.weights[name] = self.weights[name].to(weight.device, dtype)
 
     @contextmanager
     def average(self) -> Iterator[None]:
@@ -101,7 +110,13 @@ class EMA:
         return {name: now[name].detach() for name in self.weights}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages by name, and the number of steps, as tensors, which `safetensors` can save."""
+        """Return the averages by name, and the number of steps, as tensors, which `safetensors` can save.
+
+        Raises:
+            ValueError: inside `average()`, where a checkpoint of the model would hold averages in place of its weights.
+        """
+        if self.own is not None:
+            raise ValueError("the model has averaged weights now; save the state of a run outside of ema.average()")
         return {
             **{f"weights.{name}": weight for name, weight in self.weights.items()},
             "steps": torch.tensor(self.steps),

@@ -15,9 +15,6 @@ __all__ = ["evaluating", "lasting"]
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Set eval mode in this context; at the end every part is in its earlier mode again."""
     modes = [(module, module.training) for module in model.modules()]
-    if not any(training for _, training in modes):  # setting eval mode again would drop the packed weights of banks
-        yield
-        return
     model.eval()
     try:
         yield

@@ -31,10 +31,13 @@ def to_images(array: Array, where: object) -> torch.Tensor:
             f"{where}: expected at least one row of images, (n, H, W) or (n, H, W, C), or features, (n, F); "
             f"found shape {array.shape}"
         )
-    if array.ndim == 4 and array.shape[3] > 4:
+    if array.ndim == 4 and array.shape[3] not in (1, 3):
+        advice = ".transpose(0, 2, 3, 1) moves channels last"
+        if array.shape[3] in (2, 4):
+            advice = "lay transparent parts on white: x = x / 255; x[..., :-1] * x[..., -1:] + 1 - x[..., -1:]"
         raise ValueError(
-            f"{where}: expected channels last, (n, H, W, C) with C <= 4, found shape {array.shape}; "
-            f".transpose(0, 2, 3, 1) moves channels last"
+            f"{where}: expected channels last, (n, H, W, C) with C of 1 (grey) or 3 (colour), found shape "
+            f"{array.shape}; {advice}"
         )
     most = _GREATEST.get(array.dtype.name) if is_image else None
     if array.dtype.kind != "f" and most is None:

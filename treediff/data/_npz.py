@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -49,6 +50,9 @@ def _npz_arrays(path: Path) -> dict[str, Array]:
                 f"{path}: expected plain arrays, found that {reading} cannot be read: {error}. Save numbers, "
                 f"and text as np.array([...], dtype=str); objects (pickles) are never loaded"
             ) from error
+    unread = [key for key in keys if key not in _NPZ_KEYS]
+    if unread:
+        warnings.warn(f"{path}: the keys {unread} are not read; the keys that are: {_NPZ_KEYS}", stacklevel=4)
     if not {"train_images", "test_images"} <= set(arrays):
         raise ValueError(f"{path}: expected the keys train_images and test_images, found {keys}")
     return arrays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from treediff.data.dataset import ImageDataset
 
 ClassFile: TypeAlias = tuple[str, Path]
 
-_PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_PICTURE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _TEST_ONE_IN = 7
 _DEEP = "I;16"
 
@@ -35,7 +36,11 @@ def read_pictures(folder: Path, size: int | tuple[int, int] | None, seed: int) -
     unknown = sorted({class_name for class_name, _ in test} - set(names))
     if unknown:
         raise ValueError(f"{folder}: expected test classes among {names}, found {unknown} that train/ lacks")
-    mode = _common_mode(pillow, [file for _, file in (*train, *test)], convert=box is not None)
+    paths = [file for _, file in (*train, *test)]
+    mode = _common_mode(pillow, paths, convert=box is not None)
+    clear = sum(_is_clear(pillow, file) for file in paths)
+    if clear:
+        warnings.warn(f"{folder}: {clear} pictures have transparent parts, which are shown on white", stacklevel=4)
     splits: list[Split] = []
     for part in (train, test):
         pixels = np.stack([_read_picture(pillow, file, mode, box) for _, file in part])
@@ -70,10 +75,15 @@ def _hold_out(folder: Path, files: Sequence[ClassFile], seed: int) -> tuple[list
 
 def _class_files(folder: Path) -> list[ClassFile]:
     found: list[ClassFile] = []
+    passed: list[Path] = []
     for below in sorted(folder.iterdir(), key=lambda path: path.name):
         if below.is_dir() and not below.name.startswith("."):
             names = sorted(file.name for file in below.iterdir() if not file.name.startswith("."))
             files = [below / name for name in names if name.lower().endswith(_PICTURE_SUFFIXES)]
+            passed += [below / name for name in names if not name.lower().endswith(_PICTURE_SUFFIXES)]
+        elif not below.name.startswith("."):
+            passed.append(below)
+        if below.is_dir() and not below.name.startswith("."):
             if not files:
                 raise ValueError(
                     f"{below}: expected pictures of one class ({', '.join(_PICTURE_SUFFIXES)}), found none; "
@@ -84,6 +94,12 @@ def _class_files(folder: Path) -> list[ClassFile]:
         raise ValueError(
             f"{folder}: expected the four IDX files, or one sub-folder of pictures per class (just one if "
             f"there are no classes), found no sub-folder"
+        )
+    if passed:
+        warnings.warn(
+            f"{folder}: passed over {len(passed)} files or folders that are no pictures of a class, such as "
+            f"{passed[0]}; pictures lie in the folder of their class and end in {', '.join(_PICTURE_SUFFIXES)}",
+            stacklevel=5,
         )
     return found
 
@@ -102,21 +118,21 @@ def _common_mode(pillow: ModuleType, files: Sequence[Path], *, convert: bool) ->
     formats: dict[tuple[str, tuple[int, int]], Path] = {}
     for file in files:
         with _opened(pillow, file) as picture:
-            formats.setdefault((_mode_of(picture), picture.size), file)
+            formats.setdefault((_mode_of(picture), _upright(picture).size), file)
     if not convert and len(formats) > 1:
         (this, first), (that, other) = list(formats.items())[:2]
         raise ValueError(
             f"{other}: expected mode and (width, height) of {first}, {this}, found {that}; give "
             f"size=(height, width) to make all alike"
         )
-    understood = ("1", "L", _DEEP, "P", "RGB", "RGBA") if convert else ("1", "L", _DEEP, "RGB", "RGBA")
+    understood = ("1", "L", _DEEP, "P", "RGB", "RGBA", "LA") if convert else ("1", "L", _DEEP, "RGB", "RGBA", "LA")
     for (mode, _), file in formats.items():
         if mode not in understood:
             raise ValueError(f"{file}: expected mode {'/'.join(understood)}, found {mode}; {_advice(mode)}")
     modes = {mode for mode, _ in formats}
     if not convert:
-        return modes.pop()
-    if not modes <= {"1", "L", _DEEP}:
+        return {"RGBA": "RGB", "LA": "L"}.get(mode := modes.pop(), mode)
+    if not modes <= {"1", "L", "LA", _DEEP}:
         return "RGB"
     return _DEEP if _DEEP in modes else "L"
 
@@ -140,13 +156,39 @@ def _advice(mode: str) -> str:
     return f"save it with picture.convert({'RGB' if mode in ('CMYK', 'HSV', 'YCbCr') else 'RGBA'!r}).save('new.png')"
 
 
+def _upright(picture: Any) -> Any:  # noqa: ANN401
+    """Return a picture turned as its camera was held."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(picture)
+
+
+def _is_clear(pillow: ModuleType, file: Path) -> bool:
+    """Return whether a picture has transparent parts."""
+    with _opened(pillow, file) as picture:
+        if picture.mode not in ("RGBA", "LA") and "transparency" not in picture.info:
+            return False
+        low, _ = picture.convert("RGBA").getchannel("A").getextrema()
+        return bool(low < 255)
+
+
+def _on_white(pillow: ModuleType, picture: Any) -> Any:  # noqa: ANN401
+    """Return a picture without its transparency."""
+    if picture.mode not in ("RGBA", "LA") and "transparency" not in picture.info:
+        return picture
+    clear = picture.convert("RGBA")
+    whole = pillow.new("RGBA", clear.size, "white")
+    whole.alpha_composite(clear)
+    return whole.convert("L" if picture.mode == "LA" else "RGB")
+
+
 def _read_picture(pillow: ModuleType, file: Path, mode: str, box: tuple[int, int] | None) -> Array:
     with _opened(pillow, file) as picture:
+        picture = _upright(picture)
         if _mode_of(picture) == _DEEP or mode == _DEEP:
             return _read_deep(pillow, picture, mode, box)
+        picture = _on_white(pillow, picture)
         if box is not None:
-            # Pillow warns if a palette with transparency goes to RGB in one step.
-            picture = picture.convert("RGBA") if picture.mode == "P" else picture
             picture = picture.convert(mode).resize(box, pillow.Resampling.BILINEAR)
         return np.asarray(picture)
 

@@ -27,14 +27,16 @@ def load_dataset(
               (Fashion-MNIST) those of the Debian package `dataset-fashion-mnist`. `"./mnist"` is a folder;
             * an `.npz` file with `train_images` and `test_images`: bool, uint8 (over 255), uint16 (over 65535) or
               float in [0, 1], `(n, H, W)` or `(n, H, W, C)`, or float features `(n, F)`; perhaps `train_labels`,
-              `test_labels` (integers, `(n,)` or `(n, 1)`) and `class_names`. Other keys are not read;
+              `test_labels` (integers, `(n,)` or `(n, 1)`) and `class_names`. A warning names keys that are
+              not read;
             * a folder of the four IDX files, plain or gzip (`train-images-idx3-ubyte`, ...);
             * a folder of pictures in one sub-folder per class, or such folders `train` and `test`; without
               them a hash of class and file name sends about one picture in 7 to the test split.
         size: height and width, or one number for both. Pictures in a folder are resized to it (bilinear, the
             aspect ratio is not kept) and all converted to grey, or to RGB, of 8 bits, if one of them has colour.
-            Without it they must have one size and one mode: 1, L, I;16 (grey of 16 bits), RGB or RGBA. Of colours of
-            16 bits Pillow reads the upper 8.
+            Without it they must have one size and one mode: 1, L, I;16 (grey of 16 bits) or RGB, with transparency or
+            without. Of colours of 16 bits Pillow reads the upper 8. Pictures are turned upright (EXIF), and
+            transparent parts are laid on white, which a warning says.
         split_seed: changes which pictures the hash sends to the test split; other sources do not use it.
 
     Returns:

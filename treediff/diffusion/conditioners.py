@@ -103,7 +103,7 @@ class NodeEmbedding(Conditioner):
 class LeafWeightsEmbedding(NodeEmbedding):
     """Embedding of the leaf weights: the mean of the leaves' vectors under `P(leaf | x)`.
 
-    Where the weights are not known, it is the node's vector. Args and shapes are as for `NodeEmbedding`.
+    Where the weights are not known, the embedding is the node's vector. Args and shapes are as for `NodeEmbedding`.
 
     Raises:
         ValueError: on a condition whose weights do not fit the tree.

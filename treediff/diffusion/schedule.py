@@ -171,7 +171,7 @@ class LinearSchedule(NoiseSchedule):
 class ScaledLinearSchedule(NoiseSchedule):
     """Schedule with a linear root of the rate: `sqrt(beta(t)) = sqrt(beta_min) + t (sqrt(beta_max) - sqrt(beta_min))`.
 
-    It is the continuous limit of the schedule of latent diffusion (Rombach et al., arXiv 2112.10752).
+    The schedule is the continuous limit of the schedule of latent diffusion (Rombach et al., arXiv 2112.10752).
 
     Args:
         beta_min: rate at `t = 0`, per unit of time.

@@ -119,7 +119,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class AdaGroupNorm(nn.Module):
-    """GroupNorm with scale and shift from an embedding; it starts as a plain norm.
+    """GroupNorm with scale and shift from an embedding, which starts as a plain norm.
 
         [scale, shift] = W e + b        y = norm(x) (1 + scale) + shift
 

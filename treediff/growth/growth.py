@@ -110,6 +110,7 @@ class TreeGrowth:
     batch_size: int = 1024
     history: list[dict[str, Any]] = field(default_factory=list, init=False)
     world: World = ALONE
+    _frozen: frozenset[str] = field(default=frozenset(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_positive(
@@ -154,16 +155,20 @@ class TreeGrowth:
         self.model.check(data)
         if not len(data):
             raise ValueError("a tree grows on data: expected at least one row, found none")
-        if again is not None:
-            yield self._again(again, len(data))
-        while (stage := self._next(data)) is not None:
-            # Listed before it is trained, so that a state saved at the end of your loop's body counts it as done.
-            record = {"kind": stage.kind, "split": stage.split, "epochs": stage.epochs, "above": stage.above}
-            self.history.append(record)
-            if stage.epochs:
-                yield stage
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(True)
+        # Parameters that are frozen here stay frozen: the caller wants them so.
+        self._frozen = frozenset(name for name, weight in self.model.named_parameters() if not weight.requires_grad)
+        try:
+            if again is not None:
+                yield self._again(again, len(data))
+            while (stage := self._next(data)) is not None:
+                # Listed before it is trained, so that a state saved at the end of your loop's body counts it as done.
+                record = {"kind": stage.kind, "split": stage.split, "epochs": stage.epochs, "above": stage.above}
+                self.history.append(record)
+                if stage.epochs:
+                    yield stage
+        finally:  # also where the caller leaves the loop early
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name not in self._frozen)
 
     def _again(self, rows: Tensor, n: int) -> Stage:
         """The last stage in the history."""
@@ -217,7 +222,8 @@ class TreeGrowth:
         if kind == "final":
             annealing = self.final_annealing or KLAnnealing(step=max(0.01, 1 / max(1, epochs - 1)))
         done = len(self.history)
-        return Stage(self.model, kind, done, epochs, rows, annealing, split, above, self.threshold, self.seed)
+        settings = (split, above, self.threshold, self.seed, self._frozen)
+        return Stage(self.model, kind, done, epochs, rows, annealing, *settings)
 
     # --- decisions ----------------------------------------------------------------------------------------
 

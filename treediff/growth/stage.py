@@ -21,7 +21,7 @@ __all__ = ["Stage"]
 class Stage:
     """One stretch of training, for a loop of your own.
 
-    Making one sets `requires_grad` throughout the model.
+    Making a stage sets `requires_grad` throughout the model, but for the parameters that are `frozen`.
 
     Args:
         model: the model that trains.
@@ -35,6 +35,7 @@ class Stage:
         threshold: nodes that an image reaches with less probability are visited by chance and weighted up in return, so
             that the loss stays right on average; 0 visits all. Contrastive terms count everyone in any case.
         seed: for the order of rows.
+        frozen: names of parameters that no stage trains, such as those of a pretrained encoder.
     """
 
     model: TreeVAE
@@ -47,6 +48,7 @@ class Stage:
     above: float = 0.0
     threshold: float = 0.0
     seed: int = 0
+    frozen: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         trained = {id(p) for p in self.parameters()}
@@ -57,19 +59,21 @@ class Stage:
                 parameter.grad = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """What trains: everything; or the split node's routers and children; or, to settle, these without the cut."""
+        """Return the parameters that train: all; or those of the split's routers and children, without frozen ones.
+
+        A settle stage leaves out the posterior router, so that the first cut stays.
+        """
         model, split = self.model, self.split
+        frozen = {id(weight) for name, weight in model.named_parameters() if name in self.frozen}
         if split is None:
-            return list(model.parameters())
+            return [weight for weight in model.parameters() if id(weight) not in frozen]
         children = model.topology.children(split)
         banks = (model.banks.heads, model.banks.transitions, model.banks.decoders)
         routers = [model.banks.prior_routers.weights_of(split)]
         if self.kind != "settle":
             routers.append(model.banks.posterior_routers.weights_of(split))
-        return [
-            *routers,
-            *(bank.weights_of(child) for bank in banks for child in children),
-        ]
+        trained = [*routers, *(bank.weights_of(child) for bank in banks for child in children)]
+        return [weight for weight in trained if id(weight) not in frozen]
 
     def kl_weight(self, epoch: float) -> float:
         """Weight of the KL terms at an epoch of this stage, counted from 0; fractions are fine."""

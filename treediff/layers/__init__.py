@@ -1,7 +1,6 @@
 """Layers of a TreeVAE, each a small module of its own."""
 
 from treediff.core.groups import Groups
-from treediff.growth.annealing import KLAnnealing
 from treediff.layers.contrastive import ProjectionHead, decision_nt_xent, nt_xent
 from treediff.layers.decoders import ConvDecoder, MLPDecoder, PatchDecoder, ResidualDecoder
 from treediff.layers.encoders import ConvEncoder, MLPEncoder, ResidualBlock, ResidualEncoder
@@ -20,7 +19,6 @@ __all__ = [
     "GaussianHead",
     "GaussianLikelihood",
     "Groups",
-    "KLAnnealing",
     "LatentTransition",
     "Likelihood",
     "MLPDecoder",

@@ -21,6 +21,11 @@ def as_ids(values: Ids, name: str) -> npt.NDArray[np.integer[Any]]:
         raise ValueError(f"{name}: expected one integer per point, shape (N,), found shape {array.shape}")
     if array.size == 0:
         raise ValueError(f"{name}: expected at least one point, found an empty array")
+    if array.dtype.kind in "UOS":
+        raise TypeError(
+            f"{name}: expected integers, found {array.dtype}; number them, as "
+            "numpy.unique(labels, return_inverse=True)[1] does"
+        )
     if array.dtype.kind not in "iu":
         raise TypeError(
             f"{name}: expected integers, found {array.dtype}; convert ids with .long() or .astype(int), "

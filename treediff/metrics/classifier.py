@@ -24,14 +24,14 @@ _LAST_MAP = 4
 class FeatureClassifier(nn.Module):
     """Convolutional classifier whose features are the activations before its last layer.
 
-    Convolutions of stride 2 follow the first convolution. They double the channels (up to `4 * width`) and halve the
-    map until its smaller side is at most 4. One more convolution keeps that size. Each convolution is 3 x 3, with
-    GroupNorm and SiLU. So the receptive field of every position of the last map is a square as large as the image's
-    smaller side. The mean over the map, a linear layer and SiLU give the features, and a last linear layer gives the
-    logits. Rows are independent.
+    Convolutions of stride 2 follow the first convolution. These convolutions double the channels (up to `4 * width`)
+    and halve the map until its smaller side is at most 4. One more convolution keeps that size. Each convolution is 3 x
+    3, with GroupNorm and SiLU. So the receptive field of every position of the last map is a square as large as the
+    image's smaller side. The mean over the map, a linear layer and SiLU give the features, and a last linear layer
+    gives the logits. Rows are independent.
 
-    Trained on labelled real images, it predicts the class of a generated image (`cluster_specificity`). Its features
-    measure how far generated images are from real images (`frechet_distance` on `features_of`).
+    Trained on labelled real images, the classifier predicts the class of a generated image (`cluster_specificity`). The
+    features measure how far generated images are from real images (`frechet_distance` on `features_of`).
 
     Args:
         size: height and width, or one number for both; at least 8.

@@ -1,9 +1,9 @@
 """Clustering metrics: pure functions over arrays.
 
 The module has only metrics that no library has; for NMI and ARI use scikit-learn. Each function takes tensors, arrays
-or sequences and computes exactly (integer counts, float64). Its docstring states the range and which end is best. A
-*label* is the true class of a point, and a *cluster* or *leaf* is the assignment of the point by a model. Only equality
-of ids matters, never their order or size.
+or sequences and computes exactly (integer counts, float64). The docstring of a function states the range and which end
+is best. A *label* is the true class of a point, and a *cluster* or *leaf* is the assignment of the point by a model.
+Only equality of ids matters, never their order or size.
 
 Shape letters: `N` points, `C` classes, `K` clusters or leaves, `B` images.
 """

@@ -191,8 +191,9 @@ class LeafDensity(nn.Module):
     ) -> TreeSample:
         """Draw a leaf, the latents on the path to the leaf, and the image that its decoder makes of these latents.
 
-        It is the counterpart of `TreeVAE.sample` for the prior, with the same arguments and the same kind of result.
-        Image `i` depends on the generator's seed and on `first_index + i` only, and one decoder runs per image.
+        The method is the counterpart of `TreeVAE.sample`, which draws from the prior, with the same arguments and the
+        same kind of result. Image `i` depends on the generator's seed and on `first_index + i` only, and one decoder
+        runs per image.
 
         Args:
             tree_vae: the TreeVAE, which has the decoders.

@@ -57,8 +57,8 @@ class DiffuseTreeVAE(nn.Module):
     Args:
         tree_vae: the first stage.
         ddpm: the second stage, for the same tree and images.
-        density: density of the latents of images; `generate` draws from the density in place of the prior. It can also
-            be set later, as an attribute.
+        density: density of the latents of images; `generate` draws from the density in place of the prior. The
+            density can also be set later, as an attribute.
 
     Raises:
         ValueError: if the parts have different trees, latents or images.
@@ -136,9 +136,9 @@ class DiffuseTreeVAE(nn.Module):
         if leaf is not None:
             if node is not None:
                 raise ValueError(f"give a node or a leaf, found node={node} and leaf={leaf}")
-            if leaf not in self.tree_vae.topology.leaves:
-                raise KeyError(f"node {leaf} is not a leaf; the leaves are {list(self.tree_vae.topology.leaves)}")
-            node = leaf
+            node = self.tree_vae.topology.node(leaf)
+            if node not in self.tree_vae.topology.leaves:
+                raise KeyError(f"node {node} is not a leaf; the leaves are {list(self.tree_vae.topology.leaves)}")
         seed = seed_from(generator)
         drawn = self._drawer(latents)(
             n, node=node, temperature=temperature, first_index=first_index, generator=_seeded(seed)

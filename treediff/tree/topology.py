@@ -13,11 +13,13 @@ Letters: `N` nodes, `I` routed nodes (nodes with two children), `K` leaves.
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from types import MappingProxyType
+from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -127,19 +129,19 @@ class TreeTopology:
         pairs = [children.get(node, (None, None)) for node in order]
         return cls(tuple(order), tuple(p[0] for p in pairs), tuple(p[1] for p in pairs), next_id)
 
-    def split(self, leaf: int) -> TreeTopology:
+    def split(self, leaf: SupportsIndex) -> TreeTopology:
         """Give `leaf` two children with new ids; the left child is `next_id`.
 
         Raises:
             KeyError: if there is no such node.
             ValueError: if the node is not a leaf.
         """
-        self._require_leaf(leaf)
+        leaf = self._leaf(leaf)
         children = self._children_map()
         children[leaf] = (self.next_id, self.next_id + 1)
         return self.from_children(children, root=self.root, next_id=self.next_id + 2)
 
-    def prune(self, leaf: int) -> TreeTopology:
+    def prune(self, leaf: SupportsIndex) -> TreeTopology:
         """Remove `leaf`, and every ancestor that then has no children.
 
         A parent that keeps its other child becomes a pass-through. It decides no longer, and all images that
@@ -149,7 +151,7 @@ class TreeTopology:
             KeyError: if there is no such node.
             ValueError: if the node is not a leaf, or is the only leaf.
         """
-        self._require_leaf(leaf)
+        leaf = self._leaf(leaf)
         if len(self.leaves) == 1:
             raise ValueError(f"node {leaf} is the only leaf: a tree keeps at least one")
         children = self._children_map()
@@ -223,31 +225,29 @@ class TreeTopology:
             found.update({child: node for child in below if child is not None})
         return MappingProxyType(found)
 
-    def parent(self, node: int) -> int | None:
+    def parent(self, node: SupportsIndex) -> int | None:
         """Return the id of the parent, or None for the root. Raises KeyError for an unknown node."""
-        self._require(node)
-        return self.parents[node]
+        return self.parents[self.node(node)]
 
-    def children(self, node: int) -> tuple[int, ...]:
+    def children(self, node: SupportsIndex) -> tuple[int, ...]:
         """Return ids of the children from left to right: two, one or none. Raises KeyError for an unknown node."""
-        i = self._require(node)
+        i = self.index[self.node(node)]
         return tuple(c for c in (self.left[i], self.right[i]) if c is not None)
 
-    def depth(self, node: int) -> int:
+    def depth(self, node: SupportsIndex) -> int:
         """Return the number of edges between the root and `node`. Raises KeyError for an unknown node."""
         return len(self.path(node)) - 1
 
-    def path(self, node: int) -> tuple[int, ...]:
+    def path(self, node: SupportsIndex) -> tuple[int, ...]:
         """Return the ids from the root down to `node`, both included. Raises KeyError for an unknown node."""
-        self._require(node)
-        steps = [node]
+        steps = [self.node(node)]
         while (above := self.parents[steps[-1]]) is not None:
             steps.append(above)
         return tuple(reversed(steps))
 
-    def leaves_under(self, node: int) -> tuple[int, ...]:
+    def leaves_under(self, node: SupportsIndex) -> tuple[int, ...]:
         """Return the ids of the leaves under `node` (the node itself, if it is a leaf), in level order."""
-        self._require(node)
+        node = self.node(node)
         return tuple(leaf for leaf in self.leaves if node in self.path(leaf))
 
     def lowest_common_ancestor(self, first: int, second: int) -> int:
@@ -313,16 +313,25 @@ class TreeTopology:
     def _children_map(self) -> dict[int, tuple[int | None, int | None]]:
         return {node: (first, second) for node, first, second in self._rows()}
 
-    def _require(self, node: int) -> int:
-        try:
-            return self.index[node]
-        except (KeyError, TypeError):
-            raise KeyError(f"node {node!r} is not in the tree; its nodes are {list(self.ids)}") from None
+    def node(self, node: SupportsIndex) -> int:
+        """Return an id as a plain number, such as of an entry of `TreeVAE.cluster(x)`.
 
-    def _require_leaf(self, node: int) -> None:
-        self._require(node)
-        if self.children(node):
-            raise ValueError(f"node {node} is not a leaf; the leaves are {list(self.leaves)}")
+        Raises:
+            KeyError: if there is no such node.
+        """
+        try:
+            found = operator.index(node)
+        except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers, or of fractions
+            found = -1
+        if found not in self.index or isinstance(node, bool):
+            raise KeyError(f"node {node!r} is not in the tree; its nodes are {list(self.ids)}")
+        return found
+
+    def _leaf(self, node: SupportsIndex) -> int:
+        found = self.node(node)
+        if self.children(found):
+            raise ValueError(f"node {found} is not a leaf; the leaves are {list(self.leaves)}")
+        return found
 
 
 def _id(found: object) -> int:

@@ -82,7 +82,7 @@ class NodeBanks(nn.Module):
         self, leaf: int, *, warm_start: bool = False, generator: torch.Generator | None = None
     ) -> tuple[int, int]:
         """Turn a leaf into a parent of two new leaves and return their ids; see `TreeVAE.split`."""
-        topology = self.topology.split(leaf)
+        leaf, topology = self.topology.node(leaf), self.topology.split(leaf)
         left, right = topology.children(leaf)
         generator = self._seeded(topology) if generator is None else generator
         for child in (left, right):

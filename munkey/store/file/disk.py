@@ -24,8 +24,8 @@ __all__ = [
 ]
 
 # Bytes that are written at once. The cache of the system keeps data that are written or read at once as one piece, and
-# the cost of any change in a piece grows with the size of the piece. Scattered changes of a hundred rows take five times
-# as long in a file written 4 MiB at a time as in a file written 64 KiB at a time (ext4, Linux 6.18).
+# the cost of any change in a piece grows with the size of the piece. Scattered changes of a hundred rows take five
+# times as long in a file written 4 MiB at a time as in a file written 64 KiB at a time (ext4, Linux 6.18).
 _PIECE = 1 << 16
 T = TypeVar("T")
 
@@ -239,8 +239,8 @@ class replacing:
     file at `path`; `wipe_leftovers` finds any other file that an interruption leaves. A link stays a link: its target
     is replaced. The descriptor stays open and locked, unless there is an error.
 
-    If the file system has no second names, an interruption between replacing and overwriting leaves the bytes of the
-    old file in free blocks of the disk.
+    Without second names in the file system, an interruption between replacing and overwriting leaves the bytes of the
+    old file in free disk blocks.
 
     Args:
         disk: `Disk` that reads and writes.

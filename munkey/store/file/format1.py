@@ -1,4 +1,4 @@
-"""Files of the first format, which kept one column after another and a journal of its own: read, and written anew.
+"""Files of the first format, with one column after another and a separate journal: reading and upgrading.
 
 Letters: `R` rows the file has room for.
 """
@@ -25,17 +25,17 @@ _JOURNAL, _LOCK = ".journal", ".lock"
 
 
 def upgrade(disk: Disk, path: str, described: dict[str, Any], held: int) -> None:
-    """Put a file of this format, with the same rows, in the place of one of the first format.
+    """Replace a file of the first format by a file of the present format with the same rows.
 
     Args:
-        disk: what reads and writes.
-        path: the file.
-        described: its description.
-        held: its descriptor, locked.
+        disk: `Disk` that reads and writes.
+        path: path of the file.
+        described: description of the file.
+        held: locked descriptor of the file.
 
     Raises:
-        BlockingIOError: if a store of the first release has it open.
-        ValueError: if it is damaged; it is then left as it is.
+        BlockingIOError: if a store of the first release has the file open.
+        ValueError: if the file is damaged; the file is then not changed.
     """
     there = disk.exists(path + _LOCK)
     guard = disk.open(path + _LOCK, create=True)
@@ -101,7 +101,7 @@ class _Old:
             )
 
     def damaged(self) -> ValueError:
-        """Return the error that says that rows are not those that were written."""
+        """Return the error for rows that differ from what was written."""
         return ValueError(f"{self.path!r} is damaged: its rows are not those that were written; restore a backup")
 
     def state(self) -> tuple[int, int]:
@@ -115,7 +115,7 @@ class _Old:
         return count, total
 
     def own(self, name: str) -> bool:
-        """Return whether a file beside it may be the library's: no link, and empty or with notes."""
+        """Return whether a file beside the store may belong to this library: no link, and empty or with notes."""
         if name not in self.disk.beside(name):
             return False
         file = self.disk.open_to_read(name)
@@ -142,7 +142,7 @@ class _Old:
         return notes
 
     def recovered(self, notes: list[dict[str, Any]], count: int, total: int) -> tuple[int, int]:
-        """Finish what was going, take back what was coming; return the state from then on."""
+        """Finish an interrupted removal or take back an interrupted addition; return the state after that."""
         plan = notes[0]
         before, after = tuple(plan["before"]), tuple(plan["after"])
         if (count, total) not in (before, after):
@@ -157,7 +157,7 @@ class _Old:
         return int(after[0]), int(after[1])
 
     def _move(self, movers: Sequence[int], holes: Sequence[int]) -> None:
-        """Copy rows to other places; they stay where they were, so that they can be copied again."""
+        """Copy rows to other places; the originals stay in place, so that the copy can be repeated."""
         for start, width in self.places:
             for mover, hole in zip(movers, holes, strict=True):
                 row = bytearray(width)

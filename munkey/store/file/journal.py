@@ -1,4 +1,4 @@
-"""A note about a change of a file that is under way, whole or not there."""
+"""Note about a change of a file that is under way; the note is whole or absent."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SUM = 32  # bytes of a checksum
 
 @dataclass(frozen=True)
 class Note:
-    """A change: its rows by number, and nothing of what is in them.
+    """A change of a file: the numbers of its rows, and nothing of their content.
 
     Args:
         change: 'append' or 'erase'.
-        before: state until now.
-        after: state from then on, but for places that are still to be overwritten.
-        holes: rows that go, and that `movers` take the places of.
+        before: state before the change.
+        after: state after the change, except for places that are still to be overwritten.
+        holes: removed rows whose places `movers` take.
         movers: rows that move.
     """
 
@@ -36,7 +36,7 @@ class Note:
     movers: Sequence[int] = ()
 
     def fits(self, room: int) -> bool:
-        """Return whether this can be the note of a change of a file with room for so many rows."""
+        """Return whether the note fits a file with room for `room` rows."""
         numbers = [n for state in (self.before, self.after) for n in (state.count, state.total, state.tail)]
         if not all(type(n) is int and 0 <= n < MODULUS for n in (*numbers, *self.holes, *self.movers)):
             return False
@@ -58,7 +58,7 @@ class Note:
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:
-        """Return what `to_json` wrote."""
+        """Return the note that `to_json` wrote."""
         fields: dict[str, Any] = json.loads(text)
         states = {name: State(**fields[name]) for name in ("before", "after")}
         rows = {name: list(fields[name]) for name in ("holes", "movers")}
@@ -70,10 +70,10 @@ def _ascending(numbers: Sequence[int]) -> bool:
 
 
 def write_note(disk: Disk, file: int, place: int, note: Note) -> None:
-    """Write a note behind the records, over the last one, and wait until it is on the medium.
+    """Write a note behind the records, over the last note, and wait until it is on the medium.
 
-    A note is its length (8 bytes), its text, zeros, and a checksum (32 bytes), in whole blocks: so the file seldom gets
-    another size, which a disk would have to write down, too.
+    A note is its length (8 bytes), its text, zeros, and a checksum (32 bytes), in whole blocks. So the size of the file
+    seldom changes, which would need a further write to the disk.
     """
     disk.write(file, place, note_bytes(note.to_json()))
     disk.sync(file)
@@ -86,7 +86,7 @@ def note_bytes(text: bytes) -> bytes:
 
 
 def read_note(disk: Disk, file: int, place: int) -> Note | None:
-    """Return the note behind the records; None if there is none, or not all of it was written."""
+    """Return the note behind the records; None if there is no note, or only a part was written."""
     length = int.from_bytes(disk.read(file, place, 8), "little")
     if not length or place + _size(length) > disk.size(file):
         return None
@@ -95,11 +95,11 @@ def read_note(disk: Disk, file: int, place: int) -> Note | None:
 
 
 def _size(length: int) -> int:
-    """Return the bytes of a note with a text of some length."""
+    """Return the size in bytes of a note with a text of some length."""
     return -(-(8 + length + _SUM) // BLOCK) * BLOCK
 
 
 def clear(disk: Disk, file: int, place: int) -> None:
-    """Cut off what is behind the records."""
+    """Cut off everything behind the records."""
     if disk.size(file) > place:
         disk.resize(file, place)

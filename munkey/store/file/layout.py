@@ -1,18 +1,18 @@
-"""Where the rows of a table lie in a file, format 2: row by row.
+"""Layout of the rows of a table in a file, format 2: row by row.
 
-A block of 4096 bytes comes first: the description, and at its end the *state*: the number of rows, how far behind them
-places may hold something, and the sum of the hashes of the rows. Then come the *records*, one for each row and each in
-its place: the bytes of all columns, filled up to a multiple of 8, the hash of the row (`munkey.store.digest`), and a
-*tag* that shows damage. Behind the records there is room for a note about a change that is under way
-(`munkey.store.file.journal`). Numbers are little-endian.
+A block of 4096 bytes comes first: the description, and at its end the *state*. The state is the number of rows, the end
+of places behind the rows that may hold data, and the sum of all row hashes. Then come the *records*, one for each row,
+each in its place. A record is the bytes of all columns, padded to a multiple of 8, the hash of the row
+(`munkey.store.digest`), and a *tag* that shows damage. Behind the records there is room for a note about a change that
+is under way (`munkey.store.file.journal`). Numbers are little-endian.
 
 The tag is the hash NH of UMAC (RFC 4418, section 5.2.2; Black et al., CRYPTO 1999) of a record's 32-bit words `m_i`,
 
     tag = sum over i of (m_2i + k_2i mod 2^32) (m_2i+1 + k_2i+1 mod 2^32)  mod 2^64,
 
-with words `k_i` that are made of the store's secret: a record that differs in any way has the same tag with a
-probability of at most 2^-32. It is many times cheaper than the hash of the row, and done for all rows when a file is
-opened.
+with words `k_i` that are derived from the store's secret. A record that differs in any way has the same tag with a
+probability of at most 2^-32. The tag is many times cheaper than the hash of the row, and is checked for all rows when a
+file is opened.
 
 Letters: `R` rows the file has room for, `W` bytes of a record.
 """
@@ -42,7 +42,7 @@ BLOCK = 4096  # bytes: a block of a disk
 STATE = BLOCK - 64  # within one sector, which disks write at once
 _FORMAT = 2
 _TAG = 8  # bytes
-_CACHED = 512  # records at a time, which a cache holds
+_CACHED = 512  # records at a time, which fit into a cache
 DTYPES = {
     dtype_name(dtype): dtype
     for dtype in (torch.bool, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -58,8 +58,8 @@ class State:
     Args:
         count: number of rows.
         total: sum of the hashes of the rows.
-        tail: records from `count` up to here may hold something, and are to be overwritten.
-        logged: whether a log of receipts is kept beside the file, without which it is not to be opened.
+        tail: records from `count` up to `tail` may hold data, and are to be overwritten.
+        logged: whether a log of receipts is kept beside the file, without which the file must not be opened.
     """
 
     count: int
@@ -68,14 +68,14 @@ class State:
     logged: bool = False
 
     def to_bytes(self) -> bytes:
-        """Return 64 bytes."""
+        """Return the state as 64 bytes."""
         numbers = (self.count, 7), (self.logged, 1), (self.tail, 8), (self.total, 32)
         data = b"".join(int(number).to_bytes(size, "little") for number, size in numbers)
         return data + checksum(data)[:16]
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self | None:
-        """Return what `to_bytes` wrote; None if it is damaged."""
+        """Return the state that `to_bytes` wrote; None if the bytes are damaged."""
         if checksum(data[:48])[:16] != data[48:]:
             return None
         count, logged, tail, total = (
@@ -86,15 +86,15 @@ class State:
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of a file, and how a row becomes a record.
+    """The columns of a file, and the encoding of rows as records.
 
     Args:
-        about: what the description says besides, as plain JSON.
-        names: of the columns.
-        shapes: of a row of each column.
-        dtypes: of each column.
+        about: further content of the description, as plain JSON.
+        names: names of the columns.
+        shapes: shape of a row of each column.
+        dtypes: dtype of each column.
         room: `R`.
-        secret: of the store.
+        secret: secret of the store.
     """
 
     about: dict[str, Any]
@@ -111,12 +111,12 @@ class Layout:
 
     @cached_property
     def hash_at(self) -> int:
-        """First byte of the hash of a row in its record."""
+        """Offset of the hash of a row in its record."""
         return -(-sum(self.widths) // 8) * 8
 
     @cached_property
     def width(self) -> int:
-        """`W`."""
+        """Bytes of a record, `W`."""
         return self.hash_at + HASH + _TAG
 
     @property
@@ -125,18 +125,18 @@ class Layout:
         return BLOCK + self.room * self.width
 
     def place(self, row: int) -> int:
-        """Return the first byte of a record."""
+        """Return the offset of a record in the file."""
         return BLOCK + row * self.width
 
     @cached_property
     def _words(self) -> NDArray[np.uint32]:
-        """The words `k_i` of the tag."""
+        """Words `k_i` of the tag."""
         return np.frombuffer(hashlib.shake_256(b"tag" + self.secret).digest(self.width - _TAG), "<u4")
 
     # --- header -------------------------------------------------------------------------------------------
 
     def write_header(self, disk: Disk, file: int) -> None:
-        """Write the description, and make the file as long as it is to be.
+        """Write the description, and extend the file to its full size.
 
         Raises:
             ValueError: if the description does not fit.
@@ -155,10 +155,10 @@ class Layout:
 
     @classmethod
     def of(cls, described: dict[str, Any], disk: Disk, file: int, path: str) -> Self:
-        """Return the layout that a file's description says.
+        """Return the layout of a file from its description.
 
         Raises:
-            ValueError: if it lacks something, or the file is shorter than it says.
+            ValueError: if the description lacks an entry, or the file is shorter than described.
         """
         with described_by(path):
             names = tuple(str(name) for name, _, _ in described["columns"])
@@ -194,7 +194,7 @@ class Layout:
         """Write the content of records into contiguous columns `(n, ...)` and hashes `(n, 32)`, on a CPU.
 
         Raises:
-            ValueError: if a truth value is neither.
+            ValueError: if a boolean is neither 0 nor 1.
         """
         at = 0
         for column, width in zip(columns, self.widths, strict=True):
@@ -210,7 +210,7 @@ class Layout:
         return torch.from_numpy(records[:, self.hash_at : self.hash_at + HASH].copy())
 
     def tags(self, records: Records) -> NDArray[np.uint64]:
-        """Return what the tags `(n,)` of records are to be."""
+        """Return the tags `(n,)` of records, computed from their content."""
         words = np.ascontiguousarray(records).view("<u4")[:, : len(self._words)]
         found = np.empty(len(records), "<u8")
         mixed = np.empty((min(_CACHED, len(records)), len(self._words)), "<u4")
@@ -226,14 +226,14 @@ class Layout:
         return found
 
     def whole(self, records: Records) -> NDArray[np.bool_]:
-        """Return which records `(n,)` are as they were written."""
+        """Return which records `(n,)` match their tags."""
         written = np.ascontiguousarray(records[:, -_TAG:]).view("<u8").reshape(-1)
         found: NDArray[np.bool_] = np.equal(self.tags(records), written)
         return found
 
 
 class described_by:
-    """Context in which a description lacks something: its error names the file."""
+    """Context that turns an error about an incomplete description into an error that names the file."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -255,10 +255,10 @@ def _size(number: object) -> int:
 
 
 def read_description(disk: Disk, file: int, path: str) -> dict[str, Any]:
-    """Return the description of a file, of this format or the first one.
+    """Return the description of a file, of this format or the first format.
 
     Raises:
-        ValueError: if there is none, or it is of another format.
+        ValueError: if there is no description, or the format is unknown.
     """
     text, _, found = disk.read(file, 0, STATE).rstrip().rpartition(b" ")
     if checksum(text) != found:

@@ -1,15 +1,16 @@
-"""A file that follows a table row for row, and is whole whenever it is opened.
+"""File that follows a table row by row, and is whole whenever it is opened.
 
 Rows have fixed places, so that a row is erased by overwriting it. A change is three writes with two waits:
 
-1. a note says which rows change, by number, and never what is in them; *wait*;
-2. new rows are written, or rows move into the holes and the others that go are overwritten with zeros, and the state
-   says how many there are; *wait*;
-3. the places that rows moved from are overwritten. Rows that stay are there twice until then, no row that went.
+1. a note is written with the numbers of the rows that change, and nothing of their content, *wait*;
+2. new rows are written, or rows move into the holes and the other removed rows are overwritten with zeros. The state
+   gets the new number of rows, *wait*;
+3. the old places of moved rows are overwritten. Until then moved rows are in the file twice, removed rows not at all.
 
-Whoever opens the file after an interruption finds the note. Rows that were going are moved again: their old places are
-overwritten only when the new ones are on the medium. Rows that were coming stay if all of them are whole, and go
-otherwise. So the file holds the state before or the state after, and nothing in between.
+The next store that opens the file after an interruption finds the note. An interrupted removal moves its rows again:
+old places are overwritten only when the new places are on the medium. The rows of an interrupted addition stay if all
+of them are whole, and are removed otherwise. So the file holds the state before or the state after the change, and
+nothing in between.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ from munkey.store.table import Table
 
 __all__ = ["Changing", "StoreFile"]
 
-_BLOCK = 512  # rows at a time, which a cache holds
-_LOADED = 4096  # rows from which on a thread is worth while
+_BLOCK = 512  # rows at a time, which fit into a cache
+_LOADED = 4096  # number of rows for which a further thread pays off
 
 
 class Changing(ValueError):
-    """A file that was opened to be read was changed meanwhile, so that it has to be read again."""
+    """Error for a read-only file that was changed meanwhile, so that the file has to be read again."""
 
 
 class _Stage(Enum):
-    """How far a change of a file is."""
+    """Progress of a change of a file."""
 
     NONE = auto()
     NOTING = auto()
@@ -58,13 +59,13 @@ class _Stage(Enum):
 class StoreFile(Follower):
     """An open file with the rows of a table.
 
-    It belongs to the process that opened it, which holds a lock on the file itself, whatever its name. A file that is
-    opened to be read has no lock, and refuses every change.
+    The file belongs to the process that opened it, which holds a lock on the file itself, whatever its name. A file
+    that is opened to be read only has no lock, and refuses every change.
 
     Args:
-        path: the file.
-        disk: what reads and writes.
-        read_only: whether it is opened to be read only.
+        path: path of the file.
+        disk: `Disk` that reads and writes.
+        read_only: whether the file is opened to be read only.
 
     Attributes:
         state: number of rows, and the sum of their hashes.
@@ -74,7 +75,7 @@ class StoreFile(Follower):
     file = -1
     layout: Layout
     _note: Note
-    _seen: tuple[bytes, Note | None] | None = None  # what a reader found
+    _seen: tuple[bytes, Note | None] | None = None  # state and note when the file was opened
 
     def __init__(self, path: str, disk: Disk, *, read_only: bool = False) -> None:
         self.path, self.disk, self.owner, self.read_only = path, disk, Owner(), read_only
@@ -93,7 +94,7 @@ class StoreFile(Follower):
 
         Raises:
             FileExistsError: if there is a file of that name.
-            OSError: if it cannot be written; then there is none.
+            OSError: if the file cannot be written; then there is no file.
         """
         path = disk.resolve(path)
         if disk.exists(path):
@@ -105,13 +106,13 @@ class StoreFile(Follower):
 
     @classmethod
     def open(cls, path: str, disk: Disk, *, read_only: bool = False) -> Self:
-        """Return an existing file as it is; `recover`, then `load`, then `settle` make it ready for changes.
+        """Return an existing file as it is; `recover`, then `load`, then `settle` make the file ready for changes.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            BlockingIOError: if another store has it open, unless it is to be read only.
-            Changing: if it is to be read only, and another process changes it at this moment.
-            ValueError: if it is damaged, cut short, or of another kind.
+            BlockingIOError: if another store has the file open, unless `read_only`.
+            Changing: if `read_only`, and another process changes the file at this moment.
+            ValueError: if the file is damaged, cut short, or of another kind.
         """
         path = disk.resolve(path)
         if not disk.exists(path):
@@ -134,7 +135,7 @@ class StoreFile(Follower):
         return made
 
     def _open(self) -> None:
-        """Open and lock the file that has the name, not one that is just being replaced."""
+        """Open and lock the file that has the name, not a file that is being replaced."""
         while True:
             file, self.file = self.file, -1
             if file >= 0:
@@ -159,10 +160,10 @@ class StoreFile(Follower):
             raise
 
     def load(self, columns: Sequence[Tensor]) -> Tensor:
-        """Read all rows into columns `(M, ...)`, and check every one of them; return their hashes `(M, 32)`.
+        """Read all rows into columns `(M, ...)`, and check every row; return their hashes `(M, 32)`.
 
         Raises:
-            ValueError: if a row is not what was written.
+            ValueError: if a row differs from what was written.
         """
         count, layout = self.state.count, self.layout
         hashes = torch.zeros(count, HASH, dtype=torch.uint8)
@@ -180,7 +181,7 @@ class StoreFile(Follower):
                 except ValueError as error:
                     raise ValueError(f"{self.path!r} is no store that this library wrote: {error}") from None
 
-        # Reading and checking leave Python's lock alone, so that threads share the work.
+        # Reading and checking release Python's lock, so that threads share the work.
         buffers = np.zeros((threads, min(_BLOCK, count), layout.width), np.uint8)
         try:
             with ThreadPoolExecutor(threads) as pool:
@@ -193,10 +194,10 @@ class StoreFile(Follower):
         return hashes
 
     def verify(self) -> None:
-        """Hash every row in the file, and compare with what was written.
+        """Hash every row in the file, and compare with the stored hashes.
 
         Raises:
-            ValueError: if a row is not what was written, or the file is closed.
+            ValueError: if a row differs from what was written, or the file is closed.
         """
         self._usable()
         for columns, hashes in self._parts():
@@ -205,17 +206,17 @@ class StoreFile(Follower):
 
     @property
     def moved_on(self) -> bool:
-        """Whether another process has changed or replaced the file since it was opened to be read."""
+        """True if another process has changed or replaced the file since it was opened to be read only."""
         if not self.read_only:
             return False
         return not self.disk.is_of(self.file, self.path) or (self._seen is not None and self._look() != self._seen)
 
     def _look(self) -> tuple[bytes, Note | None]:
-        """Return the state as it is in the file, and the note behind the records."""
+        """Read the state in the file, and the note behind the records."""
         state = self.disk.read(self.file, STATE, 64)
         try:
             return state, read_note(self.disk, self.file, self.layout.size)
-        except (KeyError, TypeError, ValueError, RecursionError):  # with the right checksum
+        except (KeyError, TypeError, ValueError, RecursionError):  # the checksum of the note is right
             raise ValueError(
                 f"{self.path!r} is damaged: the note of its last change is none that this library wrote; restore a "
                 "backup"
@@ -233,25 +234,25 @@ class StoreFile(Follower):
         return ValueError(f"{self.path!r} is damaged: its rows are not those that were written; restore a backup")
 
     def follow(self, table: Table, digest: Digest) -> None:
-        """Follow a table, which holds what the file holds, from now on."""
+        """Follow a table with the same rows as the file from now on."""
         self._table, self._digest = table, digest
 
     def close(self) -> None:
-        """Overwrite what is left to be, and give the file back; see `release`."""
+        """Finish pending overwrites, and close the file; see `release`."""
         if self.file >= 0 and self.owner.here and not self.read_only and not self.unsure:
-            with suppress(OSError):  # whoever opens it next does the same
+            with suppress(OSError):  # the next open does the same
                 self._settle()
         self.release()
 
     def release(self) -> None:
-        """Give the file back as it is; in a forked process, its descriptor alone."""
+        """Unlock and close the file as it is; in a forked process, only close the descriptor."""
         if self.file >= 0:
             if self.owner.here and not self.read_only:
-                # Not only by closing, as forked processes may share the descriptor.
+                # Closing alone keeps the lock if forked processes share the descriptor.
                 self.disk.unlock(self.file)
             self.disk.close(self.file)
         if self._next is not None and self._next.file != self.file and self.owner.here:
-            self._next.release()  # a file that took the place of the other one when this was interrupted
+            self._next.release()  # a new file that replaced this file just before an interruption
         self.file, self._next = -1, None
 
     def __del__(self) -> None:
@@ -264,12 +265,12 @@ class StoreFile(Follower):
         )
 
     def settle(self) -> None:
-        """Overwrite what an interruption left, here and beside the file, once it is known that the rows are whole."""
+        """Overwrite the leftovers of an interruption, in and beside the file, once all rows are known to be whole."""
         wipe_leftovers(self.disk, self.path)
         self._settle()
 
     def _settle(self) -> None:
-        """Leave nothing behind the rows, and no note."""
+        """Overwrite everything behind the rows, and remove the note."""
         count, tail = self.state.count, self.state.tail
         if tail > count or self.disk.size(self.file) > self.layout.size:
             self._records.zero(count, tail)
@@ -299,9 +300,9 @@ class StoreFile(Follower):
         """Raise an error if the file cannot be changed.
 
         Raises:
-            ValueError: if it is closed, or was opened to be read only.
+            ValueError: if the file is closed, or was opened to be read only.
             OSError: if a change failed half way.
-            RuntimeError: in a process that was forked from the one that opened it.
+            RuntimeError: in a process that was forked from the process that opened the file.
         """
         self._usable()
         if self.read_only:
@@ -309,11 +310,11 @@ class StoreFile(Follower):
         self.owner.check(f"the store in {self.path!r}")
         if self.unsure:
             raise OSError(
-                f"{self.path!r} failed half way through a change; close the store and open it, which mends it"
+                f"{self.path!r} failed half way through a change; close the store and open it, which fixes the file"
             )
 
     def check(self, change: Change) -> None:
-        """Raise an error if the file cannot be changed, see `ready`."""
+        """Raise an error if the file cannot be changed; see `ready`."""
         if not (isinstance(change, Moved) and change.order is None):
             self.ready()
 
@@ -321,7 +322,7 @@ class StoreFile(Follower):
         """Change the file.
 
         Raises:
-            OSError: if that fails. Unless `unsure`, the file is as it was.
+            OSError: if a write fails. Unless `unsure`, the file is unchanged.
         """
         self._stage = _Stage.NONE
         table: Table = self._table  # type: ignore[assignment]
@@ -338,9 +339,9 @@ class StoreFile(Follower):
             self.rebuild(pieces(rows, hashes), room=change.count, then=_Stage.CHANGED)
 
     def undo(self, change: Change) -> Undone:
-        """Take back rows that were coming; finish rows that were going once the note about them is written.
+        """Take back an addition; finish a removal if its note is already written.
 
-        After an error of the disk nothing is finished: what was written may not be on the medium.
+        After an error of the disk nothing is finished: written data may not be on the medium.
         """
         if self._stage is _Stage.NONE:
             return Undone.STUCK if self.unsure else Undone.BACK
@@ -362,7 +363,7 @@ class StoreFile(Follower):
         return Undone.BACK
 
     def _carry_out(self, note: Note, act: Callable[[], None]) -> None:
-        """Write a note and then a change, and know at any moment how far it is."""
+        """Write a note and then a change, and keep track of the progress at every moment."""
         self._note, self._stage = note, _Stage.NOTING
         write_note(self.disk, self.file, self.layout.size, note)
         self._stage, self.unsure = _Stage.CHANGING, True  # until it is finished or taken back
@@ -374,10 +375,10 @@ class StoreFile(Follower):
         self._stage, self.unsure = _Stage.CHANGED, False
 
     def keep_log(self) -> None:
-        """Note that a log is kept beside the file."""
+        """Record that a log is kept beside the file."""
         self.ready()
         if not self.state.logged:
-            self._settle()  # a note of a change from before would say that there is no log
+            self._settle()  # recovery from the note of an earlier change would reset `logged`
             self._put_state(replace(self.state, logged=True))
             self.disk.sync(self.file)
 
@@ -404,11 +405,11 @@ class StoreFile(Follower):
         self._carry_out(note, lambda: self._move(note))
 
     def _total_after(self, change: Removed) -> int:
-        """Return the sum of the hashes in the file once rows are gone."""
+        """Return the sum of the hashes in the file after a removal."""
         digest: Digest = self._digest  # type: ignore[assignment]
         if digest.known and digest.total() == self.state.total:
             return digest.total_after(change)
-        # Values were trained since they were written.
+        # Values were trained after they were written.
         gone = self._records.total(change.gone.tolist())
         if gone is None:
             raise self._damaged()
@@ -422,17 +423,17 @@ class StoreFile(Follower):
         records.zero(note.after.count, note.after.tail)
 
     def rebuild(self, parts: Iterable[Part], *, room: int, then: _Stage = _Stage.NONE) -> None:
-        """Write rows to a new file and put it in the place of this one, whose bytes are overwritten.
+        """Write rows to a new file, which replaces this file; the bytes of this file are overwritten.
 
         Args:
             parts: the rows.
-            room: how many rows there is to be room for.
-            then: how far the change is that this is for, once it is done.
+            room: number of rows that the new file has room for.
+            then: stage of the change once the file is replaced.
 
         Raises:
             FileNotFoundError: if the file was renamed or removed since it was opened.
-            OSError: if it cannot be written; then the file is as it was, unless it was about to be replaced: then it
-                is to be opened again.
+            OSError: if the new file cannot be written. This file is then unchanged, unless it was about to be replaced:
+                then the store must be opened again.
         """
         self.ready()
         check_name(self.disk, self.file, self.path)
@@ -452,12 +453,12 @@ class StoreFile(Follower):
             state = State(count, total % MODULUS, count, self.state.logged)
             self.disk.write(file, STATE, state.to_bytes())
             self.disk.sync(file)
-            self.unsure = True  # which file the name leads to is not known from here on
+            self.unsure = True  # from here on it is unknown which file the name leads to
         self.file, self.layout, self.state = file, layout, state
         self._next, self._stage = None, then
         self.unsure = False
 
-    # --- what a note announces ----------------------------------------------------------------------------
+    # --- recovery -----------------------------------------------------------------------------------------
 
     def _read_state(self) -> None:
         self._seen = found, note = self._look()
@@ -473,16 +474,16 @@ class StoreFile(Follower):
             raise ValueError(f"{self.path!r} is damaged: it says that it has more rows than places; restore a backup")
 
     def recover(self) -> None:
-        """Finish rows that were going; keep rows that were coming if they are whole, or take them back.
+        """Finish an interrupted removal; keep the rows of an interrupted addition if all are whole, or take them back.
 
         Raises:
-            Changing: if a file that is to be read only is in the midst of a change.
+            Changing: if a file that was opened to be read only is in the midst of a change.
         """
         _, note = self._seen  # type: ignore[misc]
         if note is None or not (_same(self.state, note.before) or _same(self.state, note.after)):
             return
         if self.read_only:
-            if not _same(self.state, note.after) and note.change != "append":  # what is coming is written behind
+            if not _same(self.state, note.after) and note.change != "append":  # an addition changes no present row
                 raise self._changing()
         elif note.change == "erase":
             self._move(note)
@@ -492,7 +493,7 @@ class StoreFile(Follower):
             self._put_state(replace(note.before, tail=note.after.count))
 
     def _arrived(self, note: Note) -> bool:
-        """Return whether all rows that were coming are there."""
+        """Return whether all rows of an interrupted addition are in the file."""
         coming = self._records.total(range(note.before.count, note.after.count))
         return coming is not None and (note.before.total + coming) % MODULUS == note.after.total
 

@@ -1,4 +1,4 @@
-"""The records of an open file: how they are read, checked, written, and moved."""
+"""Records of an open file: reading, checking, writing, and moving."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Part", "RecordFile", "pieces"]
 
 _ROWS = 4096  # at a time
 
-#: Row numbers, one after another or here and there.
+#: Row numbers, consecutive or scattered.
 Numbers = TypeVar("Numbers", range, Sequence[int])
 
 #: Rows `(n, ...)` of all columns, and their hashes `(n, 32)`.
@@ -34,10 +34,10 @@ class RecordFile:
     """Records in a file, each in its place.
 
     Args:
-        disk: what reads and writes.
-        file: the descriptor.
-        layout: of the file.
-        damaged: returns the error of a record that is not what was written.
+        disk: `Disk` that reads and writes.
+        file: descriptor of the file.
+        layout: layout of the file.
+        damaged: function that returns the error for a damaged record.
     """
 
     disk: Disk
@@ -47,7 +47,7 @@ class RecordFile:
 
     @contextmanager
     def some(self, rows: Sequence[int]) -> Iterator[Records]:
-        """Give the records of rows, a copy that is overwritten when the context is left; a range is read at once."""
+        """Yield a copy of the records of rows, which is overwritten on exit; a range is read at once."""
         width = self.layout.width
         data = bytearray(len(rows) * width)
         left = memoryview(data)
@@ -61,11 +61,11 @@ class RecordFile:
             data[:] = bytes(len(data))
 
     def put(self, first: int, records: Records) -> None:
-        """Write records one after another."""
+        """Write consecutive records from row `first` on."""
         self.disk.write(self.file, self.layout.place(first), np.ascontiguousarray(records).data.cast("B"))
 
     def put_rows(self, first: int, parts: Iterator[Part] | Sequence[Part]) -> None:
-        """Write rows one after another."""
+        """Write consecutive rows from row `first` on."""
         for columns, hashes in parts:
             records = self.layout.records(columns, hashes)
             self.put(first, records)
@@ -73,19 +73,19 @@ class RecordFile:
             first += len(hashes)
 
     def zero(self, first: int, stop: int) -> None:
-        """Overwrite rows with zeros."""
+        """Overwrite the rows from `first` up to `stop` with zeros."""
         if stop > first:
             self.disk.zero(self.file, self.layout.place(first), (stop - first) * self.layout.width)
 
     def parts(self, count: int, total: int) -> Iterator[Part]:
-        """Give the first rows, some at a time, once they are checked.
+        """Yield the first rows in chunks, each after it was checked.
 
         Args:
-            count: how many.
-            total: the sum of their hashes.
+            count: number of rows.
+            total: sum of the hashes of these rows.
 
         Raises:
-            ValueError: if a row is not what was written, as when something else wrote to the file.
+            ValueError: if a row differs from what was written, as when another program wrote to the file.
         """
         for rows in _split(range(count)):
             with self.some(rows) as records, Scratch() as scratch:
@@ -103,7 +103,7 @@ class RecordFile:
             raise self.damaged()
 
     def total(self, rows: Sequence[int]) -> int | None:
-        """Return the sum of the hashes of rows; None if a record is not what was written."""
+        """Return the sum of the hashes of rows; None if a record is damaged."""
         total = 0
         for part in _split(rows):
             with self.some(part) as records:
@@ -112,23 +112,23 @@ class RecordFile:
                 total += sum_of(self.layout.hashes(records))
         return total % MODULUS
 
-    # --- rows that go -------------------------------------------------------------------------------------
+    # --- removed rows -------------------------------------------------------------------------------------
 
     def check_movers(self, before: int, after: int, movers: Sequence[int]) -> None:
-        """Raise ValueError if one of the rows from `after` on that move is not what was written."""
+        """Raise ValueError if a moving row, from `after` on, is damaged."""
         for tail, moving, _ in self._tail(before, after, movers, movers):
             if not self.layout.whole(tail[moving]).all():
                 raise self.damaged()
 
     def move(self, note: Note) -> None:
-        """Move rows into the holes, and overwrite those that go.
+        """Move rows into the holes, and overwrite removed rows.
 
-        Rows that move are there twice afterwards, so that they can be moved again.
+        Moved rows are in the file twice afterwards, so that the move can be repeated.
         """
         first = note.after.count
         for tail, moving, holes in self._tail(note.before.count, first, note.holes, note.movers):
             records = tail[moving]
-            # A record that is not whole is in its new place already, and the old one was being overwritten.
+            # A damaged record is in its new place already: its old place was being overwritten.
             self._put_each(holes, records, self.layout.whole(records).tolist())
             records.fill(0)
             if len(moving) < len(tail):
@@ -141,7 +141,7 @@ class RecordFile:
     def _tail(
         self, before: int, after: int, holes: Sequence[int], movers: Sequence[int]
     ) -> Iterator[tuple[Records, NDArray[np.int64], Sequence[int]]]:
-        """Give the records from `after` on, some at a time: which of them move, and into which holes."""
+        """Yield the records from `after` on in chunks, with the places of moving records and their holes."""
         places = np.asarray(movers, np.int64)
         for rows in _split(range(after, before)):
             here = slice(*np.searchsorted(places, (rows.start, rows.stop)).tolist())
@@ -149,7 +149,7 @@ class RecordFile:
                 yield records, places[here] - rows.start, holes[here]
 
     def _put_each(self, places: Sequence[int], records: Records, chosen: Sequence[bool]) -> None:
-        """Write chosen records to places of their own."""
+        """Write chosen records, each to its own place."""
         width, data = self.layout.width, records.reshape(-1).data
         for at, (place, wanted) in enumerate(zip(places, chosen, strict=True)):
             if wanted:
@@ -157,13 +157,13 @@ class RecordFile:
 
 
 def _split(rows: Numbers) -> Iterator[Numbers]:
-    """Give rows some at a time."""
+    """Yield rows in chunks."""
     for start in range(0, len(rows), _ROWS):
         yield rows[start : start + _ROWS]
 
 
 def pieces(columns: Sequence[Tensor], hashes: Tensor, order: Tensor | None = None) -> Iterator[Part]:
-    """Give rows and hashes some at a time, in an order if there is one."""
+    """Yield rows and hashes in chunks, sorted by `order` if given."""
     count = len(hashes)
     for start in range(0, count, _ROWS):
         part = slice(start, min(start + _ROWS, count))

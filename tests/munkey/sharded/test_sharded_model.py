@@ -83,7 +83,7 @@ def test_all_ranks_have_the_same_encoder(pools: Callable[[int], RankPool]) -> No
 def test_a_bad_label_on_one_rank_is_said_on_all(pools: Callable[[int], RankPool]) -> None:
     first, second = pools(2).run(remembered_a_bad_label)
     assert second == "a label is at least 0, found -1; leave out inputs that have no label"
-    assert first == second + " (says rank 1)"
+    assert first == second + " (on rank 1)"
 
 
 def test_what_follows_values_comes_after_sharding() -> None:

@@ -90,7 +90,8 @@ MESSAGES = {
 }
 OF_SEVERAL = {
     "two ranks": "ValueError: ids [50] come from two ranks; give each instance to one of them",
-    "k": "ValueError: all ranks must ask for as many neighbours, with or without ids to exclude; found rank 0 2",
+    "k": "ValueError: all ranks must request the same number of neighbours, with or without ids to exclude; found rank "
+    "0 2",
     "settings": "ValueError: all ranks must have the same settings of a store: rank 0 has {",
     "secrets": "ValueError: all ranks must have the same digest of an empty store, which the secret decides: ",
     "content": "ValueError: all ranks must have the same content of a store, and secret: rank 0 has '",
@@ -163,7 +164,7 @@ def test_a_bad_file_is_named(pool: RankPool, tmp_path: Path, damage: Callable[[P
         (lambda found: found.update(format=9), "has format version 9, this munkey reads version 1"),
         (lambda found: found.update(**{"class": "other"}), "is no manifest of a store"),
         (lambda found: found.pop("secret"), "is no manifest of a store"),
-        (lambda found: found.update(digest="0"), "are not those its manifest speaks of"),
+        (lambda found: found.update(digest="0"), "do not match the digest in its manifest"),
     ],
 )
 def test_a_manifest_of_another_kind_is_refused(

@@ -51,7 +51,7 @@ def test_a_store_in_memory_goes_on_in_a_file(tmp_path: Path) -> None:
             each.add([60], keys_of([60]))
             each.forget([0])
         assert state(durable) == state(store) != before
-        with pytest.raises(ValueError, match="are there for good"):
+        with pytest.raises(ValueError, match="are permanent: weights were trained"):
             durable.forget([50])
     with DurableStore.open(tmp_path / "store") as again:
         assert state(again) == state(store)
@@ -120,7 +120,7 @@ def test_a_store_that_failed_half_way_says_so_and_is_mended_by_opening(filled: P
     disk.at, disk.error = disk.steps + 3, OSError(errno.EIO, "broken")
     with pytest.raises(OSError, match="broken"):
         store.forget([3])
-    with pytest.raises(OSError, match="failed half way through a change; close the store and open it, which mends it"):
+    with pytest.raises(OSError, match="failed half way through a change; close the store and open it, which fixes the"):
         store.forget([3])
     store.close()
     with DurableStore.open(tmp_path / "store") as again:

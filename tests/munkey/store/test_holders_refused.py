@@ -123,7 +123,7 @@ def test_training_that_the_store_does_not_know_of_warns() -> None:
     found = store()
     found.add([1, 2], keys_of([1, 2]))
     loss = found.read(found.rows_of([1])).sum()
-    with pytest.warns(UserWarning, match=r"an optimiser the store does not know; .* store\.attach\(optimizer\)"):
+    with pytest.warns(UserWarning, match=r"an optimiser that is not attached; .* store\.attach\(optimizer\)"):
         loss.backward()
     found.attach(torch.optim.SGD([found.values], lr=0.1))
     with warnings.catch_warnings():

@@ -413,7 +413,7 @@ def test_a_store_that_kept_a_log_is_not_opened_without_it(tmp_path: Path) -> Non
         refused(
             lambda: DurableStore.open(tmp_path / "store", read_only=read_only),  # noqa: B023
             tmp_path,
-            "keeps a log of receipts, without which a restored backup remembers whom it forgot",
+            "keeps a log of receipts, without which a restored backup brings forgotten instances back",
         )
         for receipts in (False, tmp_path / "log"):
             with DurableStore.open(tmp_path / "store", receipts=receipts, read_only=read_only) as found:  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ def test_an_average_that_did_not_follow_is_refused(name: str) -> None:
     REWRITES[name](found)
     if found.values.shape != ema.weights["rows.values"].shape:
         pytest.skip("the shape tells already")
-    with pytest.raises(ValueError, match=r"this EMA may not have followed: .* Make the EMA anew and attach it before"):
+    with pytest.raises(ValueError, match=r"this EMA may not have followed: .* Make the EMA again and attach it before"):
         found.attach(ema)
     found.attach(EMA(Holder(found)))
 
@@ -130,7 +130,7 @@ def test_a_loss_of_before_has_no_gradient_afterwards(name: str, sparse: bool) ->
     else:
         found.add(range(100, 160), keys_of(list(range(100, 160))))
         grad = None if found.values.grad is None else found.values.grad.clone()
-    with pytest.raises(RuntimeError, match=r"rows have gone, moved or got more room since this loss was computed"):
+    with pytest.raises(RuntimeError, match=r"rows were deleted, moved or got more room since this loss was computed"):
         loss.backward()
     assert grad is None or (found.values.grad is not None and torch.equal(found.values.grad, grad))
 

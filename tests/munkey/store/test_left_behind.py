@@ -36,7 +36,7 @@ def test_rows_of_another_rank_are_not_loaded(pools: Callable[[int], RankPool]) -
 
 def test_ranks_say_the_same_of_missing_ids(pools: Callable[[int], RankPool]) -> None:
     for said in pools(2).run(words_differ):
-        assert said == "all ranks must say the same of missing ids, found 'ignore', 'raise'"
+        assert said == "all ranks must pass the same missing=, found 'ignore', 'raise'"
 
 
 def test_a_key_without_angle_on_one_rank_is_refused_on_all(pools: Callable[[int], RankPool]) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from worlds import seeded
 
 from treediff import LeafDensity, TreeContrast, TreeTopology, TreeVAE
-from treediff.core.modes import evaluating
 from treediff.growth.cut import cut_router
 from treediff.growth.policy import Survey
 from treediff.layers import NodeBank
@@ -62,15 +61,6 @@ def test_a_look_is_one_in_eval_mode_and_leaves_the_mode_as_it_was(look: str) -> 
     torch.testing.assert_close(LOOKS[look](model), expected, rtol=0, atol=0)
     assert [part.training for part in model.modules()] == modes
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
-
-
-def test_a_look_at_what_is_in_eval_mode_keeps_what_banks_have_packed() -> None:
-    model = moody().eval()
-    with torch.no_grad():
-        packed = model.banks.decoders.packed(TREE.leaves)
-        with evaluating(model):
-            assert model.banks.decoders.packed(TREE.leaves) is packed
-        assert model.banks.decoders.packed(TREE.leaves) is packed
 
 
 def test_clusters_carry_no_gradients() -> None:

@@ -22,7 +22,9 @@ from treediff.data import load_dataset
 def test_npz_gives_back_what_was_written(tmp_path: Path, channels: tuple[int, ...]) -> None:
     arrays = example(channels)
     names = {"class_names": np.array(["a", "b", "c"])}
-    found = load_dataset(write_npz(tmp_path / "mine.npz", {**arrays, **names, "val_images": np.zeros(1)}))
+    path = write_npz(tmp_path / "mine.npz", {**arrays, **names, "val_images": np.zeros(1)})
+    with pytest.warns(UserWarning, match=r"the keys \['val_images'\] are not read; the keys that are:"):
+        found = load_dataset(path)
     assert found.train_images.shape == (6, *(channels or (1,)), 5, 4)
     assert (found.name, found.class_names) == ("mine", ("a", "b", "c"))
     assert_equal_data(found, arrays)

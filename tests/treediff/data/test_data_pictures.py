@@ -16,13 +16,14 @@ from PIL import Image
 from treediff.data import _pictures, load_dataset
 
 
-@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 4)])
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
 def test_pictures_are_split_once_and_for_all(tmp_path: Path, mode: str, channels: int) -> None:
     folder = write_pictures(tmp_path / "animals", mode=mode)
     (folder / "zebra" / "notes.txt").write_text("not a picture")
     (folder / "zebra" / ".hidden.png").write_text("not a picture")
     (folder / ".git").mkdir()
-    found = load_dataset(folder)
+    with pytest.warns(UserWarning, match=r"passed over 1 files or folders that are no pictures .*notes\.txt; pictures"):
+        found = load_dataset(folder)
     assert (found.name, found.class_names) == ("animals", ("ant", "zebra"))
     assert found.train_images.shape[1:] == (channels, 5, 4)
     assert found.train_labels is not None and found.test_labels is not None
@@ -77,12 +78,13 @@ def test_size_makes_all_pictures_alike(tmp_path: Path, size: int | tuple[int, in
     palette = Image.new("P", (6, 6), 0)
     palette.putpalette([255, 0, 0])
     palette.save(folder / "ant" / "red.png", transparency=b"\x80")
-    Image.new("RGBA", (9, 2), (0, 255, 0, 7)).save(folder / "ant" / "green.png")
-    found = load_dataset(folder, size=size)
+    Image.new("RGBA", (9, 2), (0, 255, 0, 51)).save(folder / "ant" / "green.png")
+    with pytest.warns(UserWarning, match="2 pictures have transparent parts, which are shown on white"):
+        found = load_dataset(folder, size=size)
     assert found.train_images.shape[1:] == (3, *shape)
     images = torch.cat([found.train_images, found.test_images])
-    for colour in ([1, 1, 1], [1, 0, 0], [0, 1, 0]):
-        plain = torch.tensor(colour).reshape(1, 3, 1, 1).expand(1, 3, *shape)
+    for colour in ([1, 1, 1], [1, 127 / 255, 127 / 255], [0.8, 1, 0.8]):  # on white
+        plain = torch.tensor(colour, dtype=torch.float32).reshape(1, 3, 1, 1).expand(1, 3, *shape)
         assert (images == plain).flatten(1).all(1).sum() == 1
 
 
@@ -123,8 +125,10 @@ def test_unlike_pictures(tmp_path: Path, mode: str, size: tuple[int, int]) -> No
 
 def test_pictures_that_cannot_be_read_or_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "train" / "ant" / "a.png")
-    other = save(tmp_path / "test" / "ant" / "b.png", "LA")
-    refused(tmp_path, r"b\.png: expected mode 1/L/I;16/P/RGB/RGBA, found LA; save it with picture.convert", size=8)
+    other = tmp_path / "test" / "ant" / "b.png"
+    other.parent.mkdir(parents=True)
+    Image.new("CMYK", (4, 5)).save(other, format="TIFF")
+    refused(tmp_path, r"b\.png: expected mode 1/L/I;16/P/RGB/RGBA/LA, found CMYK; save it with picture.convert", size=8)
     for content in (b"junk", save(other).read_bytes()[:-30]):
         other.write_bytes(content)
         refused(tmp_path, r"b\.png: expected a picture that Pillow can read, found: ")
@@ -135,7 +139,7 @@ def test_pictures_that_cannot_be_read_or_converted(tmp_path: Path, monkeypatch: 
 
 def test_one_unusual_mode_everywhere_is_refused(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path, mode="P")
-    with pytest.raises(ValueError, match=r"00\.png: expected mode 1/L/I;16/RGB/RGBA, found P; save it with"):
+    with pytest.raises(ValueError, match=r"00\.png: expected mode 1/L/I;16/RGB/RGBA/LA, found P; save it with"):
         load_dataset(folder)
 
 
@@ -220,7 +224,7 @@ def test_pictures_of_one_bit(tmp_path: Path) -> None:
     assert torch.equal(found[0, 0], torch.from_numpy(depths() > 30000).float())
 
 
-@pytest.mark.parametrize("mode", ["P", "LA", "PA", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("mode", ["P", "PA", "CMYK", "YCbCr"])
 def test_the_advice_for_other_modes_keeps_the_picture(tmp_path: Path, mode: str) -> None:
     shades = Image.fromarray((depths() // 257).astype(np.uint8))
     plain = np.asarray(shades.convert("RGB"))
@@ -259,3 +263,51 @@ def test_the_advice_for_numbers_without_a_range_keeps_the_picture(tmp_path: Path
 def test_colours_that_only_a_profile_explains(tmp_path: Path) -> None:
     both_splits(tmp_path, "a.tif", lambda path: Image.new("LAB", (4, 5)).save(path))
     refused(tmp_path, r"a\.tif: .*found LAB; save it as RGB with PIL\.ImageCms")
+
+
+# --- upright, on white, counted -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_upright(tmp_path: Path, orientation: int) -> None:
+    """As Pillow's own transposition of the pixels that the camera wrote."""
+    from PIL import ImageOps
+
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    exif = Image.Exif()
+    exif[274] = orientation
+    both_splits(tmp_path, "a.png", lambda path: Image.fromarray(pixels).save(path, exif=exif))
+    found = load_dataset(tmp_path).train_images[0].permute(1, 2, 0).numpy() * 255
+    with Image.open(next(tmp_path.glob("train/ant/a.png"))) as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture))
+    assert found.shape == expected.shape and (found.round() == expected).all()
+    assert (expected.shape[:2] == (6, 4)) == (orientation > 4)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_hidden_colours_stay_hidden(tmp_path: Path, mode: str) -> None:
+    colours = (200, 10, 0)[: len(mode) - 1]
+    picture = Image.new(mode, (4, 2), (*colours, 255))
+    for x in range(2):
+        picture.putpixel((x, 0), (*colours, 0))
+    both_splits(tmp_path, "a.png", lambda path: picture.save(path))
+    with pytest.warns(UserWarning, match="2 pictures have transparent parts, which are shown on white"):
+        found = load_dataset(tmp_path).train_images[0]
+    assert found.shape == (len(mode) - 1, 2, 4) and (found[:, 0, :2] == 1).all()
+    assert torch.equal(found[:, 1, 3] * 255, torch.tensor(colours, dtype=torch.float32))
+
+
+def test_opaque_pictures_with_a_channel_for_transparency_say_nothing(tmp_path: Path) -> None:
+    both_splits(tmp_path, "a.png", lambda path: Image.new("RGBA", (4, 2), (9, 8, 7, 255)).save(path))
+    assert load_dataset(tmp_path).train_images.shape[1:] == (3, 2, 4)
+
+
+def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
+    for name in ("a.jfif", "b.gif", "c.jpg"):
+        both_splits(tmp_path, name, lambda path: Image.new("L", (4, 5)).save(path, format="PNG"))
+    (tmp_path / "train" / "ant" / "deeper").mkdir()
+    (tmp_path / "train" / "ant" / "d.heic").write_bytes(b"")
+    with pytest.warns(
+        UserWarning, match=r"passed over 2 files or folders that are no pictures of a class, such as .*d\.heic"
+    ):
+        assert len(load_dataset(tmp_path).train_images) == 3

@@ -15,7 +15,7 @@ from torch import Tensor
 from worlds import seeded
 
 from treediff import Stage, TreeTopology, TreeVAE
-from treediff.layers import KLAnnealing
+from treediff.growth import KLAnnealing
 from treediff.metrics import effective_leaves
 
 EPOCHS = {"initial": 1, "settle": 2, "subtree": 3, "intermediate": 4, "final": 5}

@@ -9,7 +9,7 @@ from torch import Tensor
 from worlds import seeded
 
 from treediff import Stage, TreeGrowth, TreeTopology, TreeVAE
-from treediff.layers import KLAnnealing
+from treediff.growth import KLAnnealing
 from treediff.testing import GaussianTree, same_hierarchy
 
 # Five leaves, two of them deeper than the rest.

@@ -16,7 +16,7 @@ from torch.distributions import Bernoulli, kl_divergence
 from worlds import seeded
 
 from treediff import Stage, TreeTopology, TreeVAE
-from treediff.layers import KLAnnealing
+from treediff.growth import KLAnnealing
 from treediff.testing import NaiveTreeVAE
 
 TREE = TreeTopology.balanced(2).split(4)

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from treediff import Stage, TreeContrast, TreeTopology, TreeVAE
-from treediff.layers import KLAnnealing, nt_xent
+from treediff.growth import KLAnnealing
+from treediff.layers import nt_xent
 
 TREE = TreeTopology.balanced(2).split(4)
 

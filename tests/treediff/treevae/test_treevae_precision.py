@@ -61,7 +61,7 @@ def test_a_compiled_elbo_follows_weights_and_tree() -> None:
         return model.elbo(x, noise=noise).elbo
 
     with torch.no_grad():
-        step(noise_for(model, 3))  # a layout of the tree and its packed weights are kept from now on
+        step(noise_for(model, 3))  # a layout of the tree is kept from now on
         torch.compiler.reset()
         compiled = torch.compile(step, fullgraph=True, backend="eager")
         for change in (lambda: None, lambda: louder(model, 1.2), lambda: model.split(2)):
@@ -144,7 +144,7 @@ def test_a_copy_is_equal_and_on_its_own(make: Any) -> None:  # noqa: ANN401
     x, noise = observations(model, 3), noise_for(model, 3)
     model.eval()
     with torch.no_grad():
-        before = model.elbo(x, noise=noise).elbo  # weights are packed and kept by this
+        before = model.elbo(x, noise=noise).elbo
         twin = make(model)
         assert twin.topology == model.topology and twin.config == model.config
         assert torch.equal(twin.elbo(x, noise=noise).elbo, before)

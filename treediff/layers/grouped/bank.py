@@ -6,9 +6,9 @@ Letters: `T` rows, `G` groups (the queried nodes), `P` numbers in one node's wei
 from __future__ import annotations
 
 import copy
-import operator
+import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,7 @@ __all__ = ["NodeBank"]
 # Every weight starts on a multiple of this, so that views into packed weights stay aligned for grouped
 # matmuls.
 _ALIGNMENT = 8
-
-
-class _Packed(NamedTuple):
-    """Stacked weights of some nodes, with the state by which a later change is detected."""
-
-    weights: list[Tensor]
-    state: list[tuple[int, int]]
-    flat: Tensor
+_PATIENCE, _COMPARED = 50, 64  # gradients until a warning, and dimensions that are compared before
 
 
 class NodeBank(nn.Module):
@@ -94,7 +87,6 @@ class NodeBank(nn.Module):
         # In a tuple, so that the template's own weights are not registered as this module's.
         self._template = (copy.deepcopy(template).to("meta", stored).train(),)
         self._parts = parts_of(self.template)
-        self._packed: _Packed | None = None
 
     @property
     def template(self) -> nn.Module:
@@ -118,7 +110,6 @@ class NodeBank(nn.Module):
 
     def train(self, mode: bool = True) -> NodeBank:
         """Set the mode as for any module, also of the template, which may contain a dropout."""
-        self._packed = None
         self.template.train(mode)
         return super().train(mode)
 
@@ -136,7 +127,10 @@ class NodeBank(nn.Module):
         if str(node) in self._parameters:
             raise ValueError(f"node {node} has weights already; remove it first to start afresh")
         flat = self._fresh(generator) if like is None else self.weights_of(like).detach().clone()
-        self.register_parameter(str(node), nn.Parameter(flat))
+        weights = nn.Parameter(flat)
+        if self._parameters:  # else the model is being built
+            _watch(weights, node)
+        self.register_parameter(str(node), weights)
 
     def remove(self, node: int) -> None:
         """Delete the weights of `node`.
@@ -146,7 +140,6 @@ class NodeBank(nn.Module):
         """
         self.weights_of(node)
         delattr(self, str(node))
-        self._packed = None
 
     def weights_of(self, node: int) -> nn.Parameter:
         """Return the flat parameter `(P,)` of one node.
@@ -245,34 +238,9 @@ class NodeBank(nn.Module):
     def _stacked(self, nodes: Sequence[int]) -> dict[str, Tensor]:
         """Return the weights of several nodes by the template's names, each with a leading axis `G`."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._views(self.packed(nodes))
-        self._packed = None
+            return self._views(torch.stack(self._weights_of_all(nodes)))
         views = Stack.apply(self._sizes, *self._weights_of_all(nodes))  # type: ignore[no-untyped-call, unused-ignore]
         return dict(zip(self._names, views, strict=True))
-
-    def packed(self, nodes: Sequence[int]) -> Tensor:
-        """Return the flat weights of several nodes, stacked: `(G, P)`.
-
-        In eval mode without gradients the stack is kept for the next call, until a weight is replaced or changed
-        in place. Two changes of a weight escape PyTorch's own bookkeeping, and so the bank's: writing into
-        `parameter.data`, and the fused optimisers. After such a change, call `eval()` or `train()` to drop the stack.
-
-        Raises:
-            KeyError: if a node has no weights.
-            ValueError: if `nodes` is empty.
-        """
-        weights = self._weights_of_all(nodes)
-        if torch.compiler.is_compiling():
-            return torch.stack(weights)
-        if self.training or torch.is_grad_enabled() or any(w.is_inference() for w in weights):
-            self._packed = None
-            return torch.stack(weights)
-        # Every in-place change of a tensor raises its version; an assignment of other data changes its pointer.
-        state = [(w._version, w.data_ptr()) for w in weights]
-        kept = self._packed
-        if kept is None or kept.state != state or not all(map(operator.is_, kept.weights, weights)):
-            kept = self._packed = _Packed(weights, state, torch.stack(weights))
-        return kept.flat
 
     def _weights_of_all(self, nodes: Sequence[int]) -> list[Tensor]:
         if not nodes:
@@ -284,13 +252,28 @@ class NodeBank(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NodeBank:
         """Convert the bank, for `.to`, `.double` and similar methods; nodes that are added later follow."""
-        self._packed = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = fn(torch.empty(0, **self._factory))
         self._factory = {"device": moved.device, "dtype": moved.dtype}
         self.template.to(moved.dtype)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state without packed weights, because a copy packs its own."""
-        return {**self.__dict__, "_packed": None}
+
+def _watch(weights: nn.Parameter, node: int) -> None:
+    """Warn if the weights of a new node get gradients and never change: their optimiser was built before the node."""
+    start, left = weights.detach().clone(), _PATIENCE
+
+    def check(found: Tensor) -> None:
+        nonlocal left
+        left -= 1
+        if left and torch.equal(found[:_COMPARED], start[:_COMPARED]):
+            return
+        handle.remove()
+        if not left and torch.equal(found, start):
+            warnings.warn(
+                f"the weights of node {node} had {_PATIENCE} gradients and did not change; an optimiser that was built "
+                "before the node was added does not train it: build the optimiser again after a split",
+                stacklevel=2,
+            )
+
+    handle = weights.register_post_accumulate_grad_hook(check)
