@@ -145,10 +145,11 @@ def at_least(queries: Tensor, keys: Tensor, least: float) -> tuple[Tensor, Tenso
     longest = [float(length_above(rows).amax()) if len(rows) else 0.0 for rows in (queries, keys)]
     room = 2.0**-40 * longest[0] * longest[1]
     step = max(1, _ROWS_AT_ONCE // max(1, len(queries)))
-    for start, part in zip(range(0, len(keys), step), keys.split(step), strict=True):
+    for start in range(0, len(keys), step):
+        part = keys[start : start + step]
         row, query = (product(part, wide) >= least - room).nonzero(as_tuple=True)
         found.append(torch.stack([query, row + start]))
-    query, row = torch.cat(found, 1) if found else torch.zeros(2, 0, dtype=torch.int64)
+    query, row = torch.cat(found, 1) if found else torch.zeros(2, 0, dtype=torch.int64, device=keys.device)
     wide.zero_()  # a copy of queries, which may be keys
     scores = pair_scores(queries, keys, query, row)
     order = (scores >= least).nonzero().squeeze(1)

@@ -160,7 +160,8 @@ def _upright(picture: Any) -> Any:  # noqa: ANN401
     """Return a picture turned as its camera was held."""
     from PIL import ImageOps
 
-    return ImageOps.exif_transpose(picture)
+    ImageOps.exif_transpose(picture, in_place=True)  # keeps the format, which says what a grey of 16 bits is
+    return picture
 
 
 def _is_clear(pillow: ModuleType, file: Path) -> bool:

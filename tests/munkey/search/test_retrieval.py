@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from stores import seeded
 from torch import Tensor
 
+from munkey import KeyStore
 from munkey.search import bounds as screening
 from munkey.search import codes as screen
 from munkey.search import exact as retrieval
 from munkey.search import scores as scores_of
 from munkey.search.codes import Screen, bytes_of, length_above
-from munkey.search.exact import Neighbours, nearest
+from munkey.search.exact import Neighbours, at_least, nearest
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -428,3 +429,9 @@ def test_a_screen_narrows_and_where_it_does_not_full_precision_does(monkeypatch:
 def test_bad_queries(queries: Tensor, k: int, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         nearest(queries, torch.zeros(2, 3), torch.arange(2), k)
+
+
+def test_without_rows_no_pair_is_near() -> None:
+    query, row, scores = at_least(torch.rand(2, 3), torch.empty(0, 3), 0.5)
+    assert len(query) == len(row) == len(scores) == 0
+    assert all(len(found) == 0 for found in KeyStore(3, 2).at_least(torch.rand(2, 3), 0.5))

@@ -71,7 +71,7 @@ def test_an_optimiser_that_misses_new_nodes_is_named(fused: bool) -> None:
 def test_the_state_of_a_run_is_not_saved_with_averages_in_the_place_of_weights(tmp_path: object) -> None:
     model = small()
     ema = EMA(model)
-    with ema.average(), pytest.raises(ValueError, match="save the state of a run outside of ema.average"):
+    with ema.average(), pytest.raises(ValueError, match=r"save the state of a run outside of ema\.average"):
         save_checkpoint(f"{tmp_path}/a", {"model": model, "ema": ema})
 
 
