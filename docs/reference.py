@@ -25,7 +25,7 @@ def _pages(menu: Any) -> Iterator[str]:  # noqa: ANN401
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """A page for each path under reference/."""
+    """Write a page for each path under reference/."""
     for path in _pages(config.nav):
         if path.startswith("reference/"):
             module = path.removeprefix("reference/").removesuffix(".md").replace("/", ".")

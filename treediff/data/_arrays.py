@@ -1,4 +1,4 @@
-"""What every reader ends with: arrays as read from a source to an `ImageDataset`."""
+"""Checks of arrays as read from a source, and their conversion to an `ImageDataset`; every reader ends here."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ DATASET_NAMES = ("digits", *_PACKAGES)
 
 
 def read_named(name: str) -> ImageDataset:
-    """The data set called `name`, one of `DATASET_NAMES`."""
+    """Return the data set called `name`, one of `DATASET_NAMES`."""
     return _read_digits() if name == "digits" else _read_mnist(name)
 
 

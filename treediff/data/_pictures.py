@@ -114,7 +114,7 @@ def _opened(pillow: ModuleType, path: Path) -> Iterator[Any]:
 
 
 def _common_mode(pillow: ModuleType, files: Sequence[Path], *, convert: bool) -> str:
-    """The mode that all pictures have or, with `convert`, the one they are converted to."""
+    """Return the mode that all pictures have or, with `convert`, the one they are converted to."""
     formats: dict[tuple[str, tuple[int, int]], Path] = {}
     for file in files:
         with _opened(pillow, file) as picture:
@@ -144,7 +144,7 @@ def _mode_of(picture: Any) -> str:  # noqa: ANN401
 
 
 def _advice(mode: str) -> str:
-    """How to save a picture of a mode that is not read, with nothing lost that can be kept."""
+    """Return advice on saving a picture of a mode that is not read, with nothing lost that can be kept."""
     if mode in ("I", "F"):
         return (
             "its numbers do not say what white is; save it as grey of 16 bits: x = np.asarray(picture, np.float64), "

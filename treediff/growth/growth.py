@@ -171,7 +171,7 @@ class TreeGrowth:
                 parameter.requires_grad_(name not in self._frozen)
 
     def _again(self, rows: Tensor, n: int) -> Stage:
-        """The last stage in the history."""
+        """Make the last stage in the history once more, of `rows`."""
         if not self.history:
             raise ValueError("no stage was handed out yet, so none can be handed out again; leave out again=")
         if rows.dtype != torch.int64 or rows.ndim != 1 or not ((rows >= 0) & (rows < n)).all():
@@ -211,7 +211,7 @@ class TreeGrowth:
         return self._subtree_stage("settle", data, leaf, self._membership(probs))
 
     def _subtree_stage(self, kind: str, data: Tensor, split: int, above: float) -> Stage:
-        """A stage on the rows that reach a node with a probability of at least `above`."""
+        """Make a stage of the rows that reach a node with a probability of at least `above`."""
         rows = (self._survey.reach(data, split) >= above).nonzero().squeeze(1)
         return self._stage(kind, rows, split=split, above=above)
 
@@ -232,7 +232,7 @@ class TreeGrowth:
         return Survey(self.model, self.batch_size, (self.seed, len(self.history), -2), self.world)
 
     def members(self, probs: Tensor) -> Tensor:
-        """Which rows belong to which leaf: `P(leaf | x) >= min(1 / effective leaves, 1/2)`; `(n, K)` of booleans."""
+        """Mark the rows that belong to each leaf: `P(leaf | x) >= min(1 / effective leaves, 1/2)`; `(n, K)` of booleans."""
         return probs >= self._membership(probs)
 
     def _membership(self, probs: Tensor) -> float:
@@ -243,11 +243,11 @@ class TreeGrowth:
 
     @staticmethod
     def _preferring(probs: Tensor) -> Tensor:
-        """How many rows prefer each leaf to all others."""
+        """Count the rows that prefer each leaf to all others."""
         return probs.argmax(1).bincount(minlength=probs.shape[1])
 
     def _leaf_to_split(self, data: Tensor, probs: Tensor) -> int | None:
-        """The leaf with the best score among those that have rows enough and room below; None if there is none."""
+        """Return the best-scored leaf with rows enough and room below; None if there is none."""
         tree, deepest = self.model.topology, len(self.model.bottom_up)
         policy = POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
         room = torch.tensor([tree.depth(leaf) < deepest for leaf in tree.leaves])
@@ -286,7 +286,7 @@ class TreeGrowth:
     # --- saving -------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed growth needs besides the saved model and the same arguments; plain JSON values.
+        """Return what a resumed growth needs besides the saved model and the same arguments; plain JSON values.
 
         Save both when a stage has been trained, at the end of your loop's body: the stage handed out last counts as
         done.
@@ -305,7 +305,7 @@ class TreeGrowth:
 
 
 def check_history(state: Mapping[str, Any], routed: Collection[int]) -> list[dict[str, Any]]:
-    """The stages in a state, once it is sure that they can have made a tree.
+    """Read the stages in a state, once it is sure that they can have made a tree.
 
     Args:
         state: what `TreeGrowth.state_dict` returned.

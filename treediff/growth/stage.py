@@ -95,7 +95,7 @@ class Stage:
         contrast: TreeContrast | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The scalar to minimise for a batch of observations.
+        """Return the scalar to minimise for a batch of observations.
 
         In a settle or subtree stage only the path to the split node and its two children run, and only the terms that
         the children and the split's decision take part in count, each weighted by the probability of reaching them.

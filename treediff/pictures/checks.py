@@ -1,4 +1,4 @@
-"""What every picture asks of images that come as tensors."""
+"""Checks of images that come as tensors, for every picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the nodes of a tree stand in a picture: leaves evenly spaced, parents centred over their children."""
+"""Places of the nodes of a tree in a picture: leaves evenly spaced, parents centred over their children."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def write_html(summary: TreeSummary, path: str | os.PathLike[str], *, title: str
 
 
 def _data_url(image: Images) -> str:
-    """An image `(C, H, W)` inside an address."""
+    """Encode an image `(C, H, W)` as an address."""
     shown = pixels(image[None])
     if max(shown.shape[1:3]) > _LARGEST:
         shown = fit(shown, _LARGEST)
@@ -91,7 +91,7 @@ def _data_url(image: Images) -> str:
 
 
 def _section(summary: TreeSummary, node: NodeSummary) -> str:
-    """The details of one node."""
+    """Write the details of one node."""
     tree = summary.topology
     kind = "root" if node.parent is None else "inner" if tree.children(node.id) else "leaf"
     ways = "".join(f' data-{way}="#node-{to}"' for way, to in _neighbours(summary, node).items())
@@ -118,7 +118,7 @@ def _section(summary: TreeSummary, node: NodeSummary) -> str:
 
 
 def _neighbours(summary: TreeSummary, node: NodeSummary) -> dict[str, int]:
-    """Where the arrow keys lead: parent, first child, and the nodes beside it at its depth."""
+    """Return the nodes that the arrow keys lead to: parent, first child, and the nodes beside it at its depth."""
     tree = summary.topology
     level = tree.levels[node.depth]
     place = level.index(node.id)
@@ -151,7 +151,7 @@ def _captions(summary: TreeSummary, node: NodeSummary) -> list[str]:
 
 
 def _generated(node: NodeSummary) -> str:
-    """What the node generates; above what became of it, if there are refined samples."""
+    """Show what the node generates; above what became of it, if there are refined samples."""
     numbers = range(1, len(node.samples) + 1)
     if node.refined is None:
         return _tiles("generated", "Generated", node.samples, [f"generated image {i}" for i in numbers])
@@ -174,7 +174,7 @@ def _tiles(kind: str, heading: str, images: Images, captions: list[str]) -> str:
 
 
 def _img(image: Images, caption: str) -> str:
-    """An image with what it is as its alternative text and on hovering."""
+    """Write an image with what it is as its alternative text and on hovering."""
     height, width = image.shape[1:]
     tall, wide = tile_size(height, width, min(max(height, width, _SIDE), _LARGEST))
     text = escape(caption)
@@ -182,7 +182,7 @@ def _img(image: Images, caption: str) -> str:
 
 
 def _classes(summary: TreeSummary, node: NodeSummary) -> str:
-    """A table of the node's classes with bars, the largest first."""
+    """Write a table of the node's classes with bars, the largest first."""
     counts, names = node.class_counts, summary.class_names
     if counts is None or names is None or not node.count:
         return ""

@@ -21,7 +21,7 @@ _CLASSES = (
 
 
 def class_colours(summary: TreeSummary) -> dict[int, str]:
-    """A colour for each class; of more than ten only the most frequent have one."""
+    """Choose a colour for each class; of more than ten only the most frequent have one."""
     counts = summary.nodes[0].class_counts
     if counts is None:
         return {}
@@ -35,7 +35,7 @@ def rgb(colour: str) -> tuple[int, int, int]:
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share from 0 to 1 for people.
+    """Write a share from 0 to 1 as a percentage.
 
     Examples:
         >>> percent(0.1234), percent(1.0), percent(0.00001)

@@ -1,4 +1,4 @@
-"""What every node generates, and the same images refined by a second stage.
+"""Samples through every node, and the same images refined by a second stage.
 
 Letters: `S` samples, `C H W` image.
 """
@@ -25,7 +25,7 @@ Refine: TypeAlias = Callable[[TreeSample], Tensor]
 def draw_samples(
     model: TreeVAE, samples: int, refine: Refine | None, generator: torch.Generator | None
 ) -> dict[int, tuple[Images, Images | None]]:
-    """Samples through every node, each from the generator as it is now, and what `refine` makes of them."""
+    """Draw samples through every node, each from the generator as it is now, and what `refine` makes of them."""
     source = generator or torch.Generator().manual_seed(seed_from(None))
     state, drawn = source.get_state(), {}
     for node in model.topology.ids:
@@ -36,13 +36,13 @@ def draw_samples(
 
 
 def as_images(images: Tensor) -> Images:
-    """A tensor as the array that pictures show."""
+    """Return a tensor as the array that pictures show."""
     array: Images = images.detach().to("cpu", torch.float32).numpy().clip(0, 1)
     return array
 
 
 def _refined(refine: Refine, sample: TreeSample, node: int) -> Images:
-    """What `refine` returns for a node, once it has been checked."""
+    """Return the checked result of `refine` for a node."""
     images, wanted = refine(sample), tuple(sample.images.shape)
     check_images(images, f"what refine returned for node {node}")
     if tuple(images.shape) != wanted:

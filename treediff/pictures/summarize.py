@@ -182,7 +182,7 @@ def _observations(model: TreeVAE, images: Tensor) -> Tensor:
 
 
 def _count(targets: Ints, classes: int) -> Ints:
-    """How many of each class."""
+    """Count the members of each class."""
     return np.bincount(targets, minlength=classes).astype(np.int64)
 
 

@@ -1,4 +1,4 @@
-"""What there is to show of a tree, as plain arrays: shares, samples, real images and classes of every node.
+"""Summary of a tree for pictures, as plain arrays: shares, samples, real images and classes of every node.
 
 Letters: `C H W` image, `S` samples, `M` members, `Y` classes.
 """

@@ -20,7 +20,7 @@ _LEAST_COLUMN = 48  # a tree that is wider than its pane shrinks to this before 
 
 
 def tree_svg(summary: TreeSummary, thumbnails: Mapping[int, str]) -> str:
-    """An `<svg>` of the tree; `thumbnails` holds an image address for each node."""
+    """Draw an `<svg>` of the tree; `thumbnails` holds an image address for each node."""
     tree = summary.topology
     leaves = len(tree.leaves)
     width = leaves * _COLUMN + 2 * _MARGIN
@@ -36,7 +36,7 @@ def tree_svg(summary: TreeSummary, thumbnails: Mapping[int, str]) -> str:
 
 
 def _edge(above: tuple[float, float], below: tuple[float, float], share: float) -> str:
-    """A curve from the text under the parent to the top of the child."""
+    """Draw a curve from the text under the parent to the top of the child."""
     (x0, y0), (x1, y1) = above, below
     y0 += _THUMBNAIL + _TEXT
     middle = (y0 + y1) / 2

@@ -58,7 +58,7 @@ def fit(images: Pixels, target: int) -> Pixels:
 
 
 def png_bytes(image: Pixels) -> bytes:
-    """A PNG file of one image `(H, W, C)`, `C` 1 (grey) or 3 (colour); always the same bytes for the same image.
+    """Encode one image `(H, W, C)` as a PNG file, `C` 1 (grey) or 3 (colour); the same image gives the same bytes.
 
     Source: PNG (Third Edition), W3C Recommendation 2025, sections 5 and 11.
     """

@@ -307,7 +307,5 @@ def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
         both_splits(tmp_path, name, lambda path: Image.new("L", (4, 5)).save(path, format="PNG"))
     (tmp_path / "train" / "ant" / "deeper").mkdir()
     (tmp_path / "train" / "ant" / "d.heic").write_bytes(b"")
-    with pytest.warns(
-        UserWarning, match=r"passed over 2 files or folders that are no pictures .*d\.heic"
-    ):
+    with pytest.warns(UserWarning, match=r"passed over 2 files or folders that are no pictures .*d\.heic"):
         assert len(load_dataset(tmp_path).train_images) == 3
