@@ -5,6 +5,7 @@
 `DiffuseTreeVAE` is both stages as one.
 """
 
+from treediff.core import __version__ as __version__
 from treediff.core.ema import EMA
 from treediff.diffusion import TreeCondition
 from treediff.diffusion.ddpm import LeafConditionedDDPM
@@ -17,8 +18,6 @@ from treediff.tree.topology import TreeTopology
 from treediff.treevae.contrast import TreeContrast
 from treediff.treevae.model import TreeVAE
 from treediff.treevae.posterior import ELBO, TreePosterior
-
-__version__ = "0.1.0.dev0"
 
 __all__ = [
     "ELBO",

@@ -33,8 +33,9 @@ from munkey.store.log import ReceiptLog, known_to
 from munkey.store.receipts import Receipt
 from munkey.store.schema import COLUMNS, Rows
 from munkey.store.store import KeyStore, not_there
-from treediff import EMA, __version__
+from treediff.core import __version__
 from treediff.core.checks import check_positive
+from treediff.core.ema import EMA
 
 __all__ = ["ShardedKeyStore"]
 

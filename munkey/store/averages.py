@@ -10,7 +10,7 @@ from munkey.store.change import Added, Change, Moved, Removed, Replaced, Step
 from munkey.store.erase import Scratch
 from munkey.store.follower import Follower
 from munkey.store.table import Table
-from treediff import EMA
+from treediff.core.ema import EMA
 
 __all__ = ["AverageRows"]
 

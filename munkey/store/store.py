@@ -40,8 +40,8 @@ from munkey.store.optimizers import OptimizerRows
 from munkey.store.receipts import Receipt
 from munkey.store.schema import COLUMNS, Rows, columns_of, label_column, misfit
 from munkey.store.table import Table
-from treediff import EMA
 from treediff.core.checks import check_positive
+from treediff.core.ema import EMA
 
 __all__ = ["KeyStore", "not_there"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import Any, Protocol, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,26 @@ from treediff.diffusion.weighting import Weighting, simple
 from treediff.tree.files import from_header, header_of, require_topology
 from treediff.tree.topology import TreeTopology
 
-if TYPE_CHECKING:
-    from treediff.treevae.model import TreeVAE
-
 __all__ = ["LeafConditionedDDPM"]
 
 # Draw numbers of an image: the noise on its condition, the start of its chain, and then one for each step.
 _ON_CONDITION, _START, _STEPS = -1, 0, 1
+
+
+class ImageTree(Protocol):
+    """Model of images with a tree of latents, such as a `TreeVAE`: its shapes, device and dtype."""
+
+    inputs: tuple[int, ...]
+    latent: tuple[int, ...]
+
+    @property
+    def topology(self) -> TreeTopology: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 class LeafConditionedDDPM(nn.Module):
@@ -166,7 +179,9 @@ class LeafConditionedDDPM(nn.Module):
         return model
 
     @classmethod
-    def for_tree(cls, tree: TreeVAE, *, generator: torch.Generator | None = None, **settings: Unpack[Settings]) -> Self:
+    def for_tree(
+        cls, tree: ImageTree, *, generator: torch.Generator | None = None, **settings: Unpack[Settings]
+    ) -> Self:
         """Build a model for the images, latents and tree of a TreeVAE; arguments as for `for_images`.
 
         Raises:

@@ -232,7 +232,7 @@ class TreeGrowth:
         return Survey(self.model, self.batch_size, (self.seed, len(self.history), -2), self.world)
 
     def members(self, probs: Tensor) -> Tensor:
-        """Mark the rows that belong to each leaf: `P(leaf | x) >= min(1 / effective leaves, 1/2)`; `(n, K)` of booleans."""
+        """Mark the rows of each leaf: `P(leaf | x) >= min(1 / effective leaves, 1/2)`; `(n, K)` of booleans."""
         return probs >= self._membership(probs)
 
     def _membership(self, probs: Tensor) -> float:
