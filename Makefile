@@ -38,7 +38,7 @@ lint: $(VENV)/.test ## style, with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/.test ## mend the style where ruff can
+format: $(VENV)/.test ## fix the style where ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -77,7 +77,7 @@ bench: $(VENV)/.test ## time everything beside its peers and the last record; se
 	$(BIN)/python benchmarks/record.py
 
 ROWS ?=
-results: $(VENV)/.test ## make the recorded results again, many hours; goes on where it stopped; see benchmarks/results.mk
+results: $(VENV)/.test ## make the recorded results again, many hours; resumes an interrupted run; see benchmarks/results.mk
 	$(MAKE) -f benchmarks/results.mk PYTHON=$(BIN)/python $(if $(ROWS),ROWS='$(ROWS)')
 
 clean: ## remove everything the commands above made

@@ -1,13 +1,14 @@
-"""What forgetting costs in service: memory, an index, latency, a request, and a thousand requests in a row.
+"""Cost of forgetting in service: memory, an index, latency, a request, and a thousand requests in a row.
 
     python benchmarks/deletion_requests.py --data fashion-mnist --out docs/results/deletion_requests.json
 
-*Service*, for munkey with each aggregation and for rivals that delete: bytes kept for an instance, seconds to build the
-memory, to add an instance, to answer 256 images, to forget one instance and one hundred, medians of several. Weights
-are not trained there, as none of this depends on them. *Requests*: a model is trained, and then forgets one instance
-after the other, once with its memory in the process and once in a file. After each request the accuracy on 256 test
-images and the seconds it took are written down, and it is checked that no id that was ever forgotten is there, and at
-every hundredth that the digest is that of a fresh store with what remains. The last line printed is one JSON object.
+*Service*: bytes kept for an instance, and median seconds to build the memory, add an instance, answer 256 images, and
+forget one instance and one hundred. It compares munkey, with each aggregation, and rivals that delete. Weights
+are not trained there, as no cost depends on weights. *Requests*: a model is trained, and then forgets one instance
+after another, once with its memory in the process and once in a file. The accuracy on 256 test images and the seconds
+of each request are recorded. After each request no id that was ever forgotten may be in the store. After every
+hundredth request the digest must be equal to the digest of a fresh store with the remaining rows. The last line printed
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Data:
 
 
 def seconds(act: Callable[..., object], *given: object, rounds: int = 1) -> float:
-    """Median of several."""
+    """Median seconds over rounds."""
     taken = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -77,7 +78,7 @@ def seconds(act: Callable[..., object], *given: object, rounds: int = 1) -> floa
 
 
 def bytes_kept(model: nn.Module, count: int) -> float:
-    """For an instance: rows of a store with the columns that searching needs, or images that are drawn again."""
+    """Bytes for an instance: rows of a store with the columns that a search needs, or images that are drawn again."""
     if isinstance(model, SemiParametric):
         return sum(x.numel() * x.element_size() for x in (model.ids, model.images, model.labels)) / count
     return sum(float(module.row_bytes()) for module in model.modules() if isinstance(module, KeyStore))
@@ -106,7 +107,7 @@ def service(data: Data, rounds: int) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def served(data: Data, name: str, model: Any, rounds: int) -> dict[str, Any]:  # noqa: ANN401
-    """What one model takes; each time other instances come or go."""
+    """Costs of one model; each time other instances are added or removed."""
     ids, batch = data.ids[:-rounds], data.test_images[:256]
     row: dict[str, Any] = {"model": name, "build": seconds(data.remembered_by, model, ids)}
     row["bytes"] = bytes_kept(model, len(ids))
@@ -126,7 +127,7 @@ def served(data: Data, name: str, model: Any, rounds: int) -> dict[str, Any]:  #
 
 
 def requests(data: Data, count: int, epochs: int) -> dict[str, Any]:
-    """One after the other, with the memory in the process and in a file."""
+    """Requests one after another, with the memory in the process and in a file."""
     torch.manual_seed(0)
     start = time.perf_counter()
     model = data.munkey()
@@ -148,12 +149,12 @@ def requests(data: Data, count: int, epochs: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def sequence(model: KeyMemoryTransformer, data: Data, order: list[int]) -> dict[str, Any]:
-    """Seconds and accuracy after each request; an error if anything is not as it must be."""
+    """Seconds and accuracy after each request; an error if a check fails."""
     store, taken, right = model.memory.store, [], []
     for number, instance in enumerate(tqdm(order, desc="requests", mininterval=1), start=1):
         taken.append(seconds(model.forget, [instance]))
         if len(store) != len(data.ids) - number or store.contains(order[:number]).any():
-            raise AssertionError(f"request {number}: somebody is there who must not be, or is missing")
+            raise AssertionError(f"request {number}: an instance is there that must not be, or is missing")
         if number % 100 == 0 and fresh(store).digest() != store.digest():
             raise AssertionError(f"request {number}: the digest is not that of a store that never held them")
         right.append(float((model(data.test_images[:256]).argmax(1) == data.test_labels[:256]).double().mean()))

@@ -1,13 +1,13 @@
-"""What several processes take for a step, a picture, a search and a deletion, and what they tell one another.
+"""Time of a step, an image, a search and a deletion on several processes, and the messages between processes.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 1 benchmarks/distributed.py --out docs/results/distributed.json
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/distributed.py --out docs/results/distributed.json
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/distributed.py --out docs/results/distributed.json --store
 
-Each run adds its number of processes to the file. Images of training and generation are those of all processes
-together. Of the store, `--rows` rows in all, times are of the slowest process, medians of several, and messages and
-bytes are those that all processes sent. With more processes than cores (`--store` is for that) times mean nothing and
-are left out. The last line printed is one JSON object.
+Each run adds its number of processes to the file. Images of training and generation are counted over all processes.
+The store has `--rows` rows in all; times are medians of the slowest process, messages and bytes are sums over all
+processes. With more processes than cores (`--store` is for that) times mean nothing and are left out. The last line
+printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def measured(made: ShardedKeyStore, act: Callable[[], object], rounds: int) -> d
 
 
 def main() -> None:
-    """One number of processes."""
+    """All measurements with one number of processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=128)

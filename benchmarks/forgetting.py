@@ -6,13 +6,13 @@
 
 For each seed one model is trained on everything (colour images moved and mirrored). Then, for each kind of forget set,
 a copy of it forgets, and another model, of another seed, is trained without. Accuracies and the area under the curve of
-the loss attack are in percent; the attack tells forgotten instances from test images of the same kind. The *floor* is
-the gap between two models trained without, of different seeds: what a gap of zero looks like. Settings of the model are
-options by name, as in `--set own_token_probability=0.5`; `--set drop_exemplar=1 drop_input=0` is a transformer without
-memory, which forgets nothing. `--permanent 0.5` is exact mode, where weights see half of the images, and what forgot is
-compared with a model of the same seed. `--also` asks the same models with another number of neighbours or another
-aggregation. Every row is saved when it is there, and not made again by the next run with the same settings. The last
-line printed is one JSON object.
+the loss attack are in percent; the attack separates forgotten instances from test images of the same kind. The *floor*
+is the gap between two models trained without, of different seeds: the gap of perfect forgetting. Settings of the model
+are options by name, as in `--set own_token_probability=0.5`; `--set drop_exemplar=1 drop_input=0` is a transformer
+without memory, which forgets nothing. `--permanent 0.5` is exact mode: weights are trained on half of the images, and
+the model that forgot is compared with a model of the same seed. `--also` evaluates the same models with another number
+of neighbours or another aggregation. Every row is saved when it is complete, and the next run with the same settings
+does not compute it again. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from train_munkey import augment_of, encoder_of, train
 
 
 class Task:
-    """Images, labels, and keys, which are made once."""
+    """Images, labels, and keys, which are computed once."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         data = load_dataset(args.data)
@@ -61,7 +61,7 @@ class Task:
         self.keys, self.test_keys = (F.normalize(keys, dim=1) for keys in self._keys(args.keys))
 
     def _keys(self, path: Path | None) -> tuple[Tensor, Tensor]:
-        """Of both splits; from the file if it is there, or to it."""
+        """Keys of both splits, read from the file, or written to the file if it is missing."""
         mark = self.encoder.fingerprint() + digest(self.images) + digest(self.test_images)
         if path and path.exists():
             with np.load(path) as file:
@@ -80,12 +80,12 @@ class Task:
         return keys, queries
 
     def key_accuracy(self) -> float:
-        """How often the nearest key is of the right class, in percent: what the keys alone know."""
+        """Accuracy of the class of the nearest key, in percent: the accuracy of the keys alone."""
         found = nearest(self.test_keys, self.keys, torch.arange(len(self.keys)), 1).rows[:, 0]
         return 100 * float((self.labels[found] == self.test_labels).double().mean())
 
     def forget_set(self, kind: str, seed: int) -> Tensor:
-        """Rows to forget: a share at random, the class of a random row, or what is nearest to a random row."""
+        """Rows to forget: a share at random, the class of a random row, or the rows nearest to a random row."""
         order = self._order(seed)
         if kind.startswith("random"):
             share = float(kind.removeprefix("random-").removesuffix("%")) / 100
@@ -95,7 +95,7 @@ class Task:
         return order[self._near(self.keys[order], order[0], len(self.images) // 100)]
 
     def others(self, kind: str, seed: int) -> Tensor:
-        """Test images of the same kind as what is forgotten."""
+        """Test images of the same kind as the forget set."""
         first = self._order(seed)[0]
         if kind == "class":
             return (self.test_labels == self.labels[first]).nonzero().squeeze(1)
@@ -104,12 +104,12 @@ class Task:
         return torch.arange(len(self.test_images))
 
     def _order(self, seed: int) -> Tensor:
-        """What can be forgotten, in random order."""
+        """Forgettable rows, in random order."""
         generator = torch.Generator().manual_seed(1000 + seed)
         return self.forgettable[torch.randperm(len(self.forgettable), generator=generator)]
 
     def _near(self, keys: Tensor, row: Tensor, count: int) -> Tensor:
-        """The keys most like that of a training image."""
+        """The keys most similar to the key of a training image."""
         return (keys @ self.keys[row]).topk(count).indices
 
 
@@ -118,7 +118,7 @@ def digest(x: Tensor) -> str:
 
 
 def trained(task: Task, ids: Tensor, seed: int, args: argparse.Namespace) -> KeyMemoryTransformer:
-    """A model of some instances; in exact mode weights see those that stay for good."""
+    """A model of some instances; in exact mode weights are trained on the permanent ones."""
     channels, height, width = task.images.shape[1:]
     settings = {"mode": "exact" if args.permanent else "paper", "sparse": True, **dict(args.set)}
     with torch.random.fork_rng():
@@ -151,7 +151,7 @@ def trained(task: Task, ids: Tensor, seed: int, args: argparse.Namespace) -> Key
 
 
 class Splits:
-    """What is forgotten, what stays, and test images of the same kind as what is forgotten."""
+    """The forget set, the retain set, and test images of the same kind as the forget set."""
 
     def __init__(self, task: Task, kind: str, seed: int) -> None:
         self.task, self.forget = task, task.forget_set(kind, seed)
@@ -182,7 +182,7 @@ class Splits:
 
 
 def changed(model: KeyMemoryTransformer, name: str, value: int | str) -> KeyMemoryTransformer:
-    """The same weights and memory, asked in another way."""
+    """A model with the same weights and memory and one other setting."""
     model = copy.copy(model)
     model._modules = dict(model._modules)
     if name == "neighbours":
@@ -193,7 +193,7 @@ def changed(model: KeyMemoryTransformer, name: str, value: int | str) -> KeyMemo
 
 
 def row_of(full: KeyMemoryTransformer, task: Task, kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One kind of forget set: the model that forgets, and those trained without."""
+    """One kind of forget set: the model that forgets, and the models trained without."""
     start = time.perf_counter()
     splits, use_memory = Splits(task, kind, seed), dict(args.set).get("drop_exemplar") != 1
     before = splits.measured(full, use_memory=use_memory)
@@ -220,7 +220,7 @@ def row_of(full: KeyMemoryTransformer, task: Task, kind: str, seed: int, args: a
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: mean and, over seeds, sample standard deviation; what was asked in another way below its kind."""
+    """Markdown: mean and, over seeds, sample standard deviation; other settings of a model are below its kind."""
     names = ["test", "retain", "forget", "attack"]
     lines = ["| | " + " | ".join([*names, "gap", "floor"]) + " |", "| --- " * 7 + "|"]
     for kind in dict.fromkeys(row["kind"] for row in rows):
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--holdout", type=int, default=0, help="test on the last so many training images instead")
-    parser.add_argument("--permanent", type=float, default=0.0, help="exact mode: share of images weights may see")
+    parser.add_argument("--permanent", type=float, default=0.0, help="exact mode: share of images to train weights on")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--value-rate", type=float, default=1e-2)

@@ -4,8 +4,8 @@
     python benchmarks/record.py --only store unet                    # some of them
     python benchmarks/record.py --record docs/results                # keep it as the record to compare with
 
-Each benchmark runs in a process of its own, one after the other; one whose result is in --out already is not run again,
-so that an interrupted record goes on. Run nothing beside it.
+The benchmarks run one after another, each in a separate process. A benchmark whose result is in --out already is not
+run again, so an interrupted record can be resumed. Run nothing else at the same time.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Row:
     """One line of the table.
 
     Args:
-        what: is timed.
+        what: the operation that is timed.
         ms: milliseconds.
-        peer: what it is compared with in the same run.
-        faster: how many times as fast as that.
+        peer: the operation that it is compared with in the same run.
+        faster: time of the peer over time of the operation.
     """
 
     what: str
@@ -105,7 +105,7 @@ def distributed(found: dict[str, Any]) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What runs, how the result is read, and whether each process has one thread, as in the recorded results."""
+    """Commands, the reader of their result, and whether each process has one thread, as in the recorded results."""
 
     commands: tuple[tuple[str, ...], ...]
     read: Callable[[dict[str, Any]], Iterator[Row]]
@@ -129,7 +129,7 @@ BENCHMARKS = {
 
 
 def run(name: str, folder: Path) -> Path:
-    """The result of a benchmark, made unless it is there."""
+    """The file with the result of a benchmark, which runs unless the file is there."""
     benchmark, path, partial = BENCHMARKS[name], folder / f"{name}.json", folder / f"{name}.partial.json"
     if not path.exists():
         partial.unlink(missing_ok=True)
@@ -161,22 +161,22 @@ PAGE = """# Speed
 
 {machine}.
 
-Times are medians, each beside something that took turns with it in the same run; but training again ran once, and one
-process before two. More than 1 is faster. The last column is the same ratio in the record before this one
-({last}).
-Raw numbers are in `speed.json`; `python benchmarks/record.py --record docs/results` keeps what was made as the record.
+Times are medians. An operation and the operation beside it ran alternately in the same run, with two exceptions:
+training again ran once, and one process ran before two. A ratio above 1 is faster. The last column is the same ratio in
+the previous record ({last}).
+Raw numbers are in `speed.json`; `python benchmarks/record.py --record docs/results` keeps new numbers as the record.
 
 {table}
 """
 
 
 def _short(number: float) -> str:
-    """Three digits that count."""
+    """Three significant digits."""
     return f"{float(f'{number:.3g}'):,g}"
 
 
 def table(rows: list[Row], before: dict[tuple[str, str], Row]) -> str:
-    """Markdown; times, ratios to what ran beside, and the ratio of the last record."""
+    """Markdown: times, ratios to the peers, and the ratios of the last record."""
     lines = ["| what | ms | beside | times as fast | last record |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
         last = before.get((row.what, row.peer))

@@ -3,12 +3,12 @@
     python benchmarks/reliability.py --out docs/results/reliability.json
 
 *Lines*: every change (add, add beyond the room, forget, compact, load) is interrupted before every line of munkey that
-it runs, by KeyboardInterrupt and by MemoryError; in memory, in a file, and in a file with a log. Afterwards the store
-must be before the change or after it, in memory and when its file is opened again, or refuse everything. *Kills*: a
-child process changes a store in a file with a log and is killed (SIGKILL) at a random moment; the store is opened
-again, and so are SQLite and LMDB in the same way. *Bits*: bits of a live file, a log, a manifest and a file of rows are
-flipped one at a time; what is read must be what was written, or an error, and nothing else may change. Every line
-printed is one JSON object.
+it runs. The interruption is a KeyboardInterrupt or a MemoryError; the store is in memory, in a file, or in a file with
+a log. Afterwards the store must be before the change or after it, in memory and when its file is opened again, or
+refuse everything. *Kills*: a child process changes a store in a file with a log and is killed (SIGKILL) at a random
+moment. Then the store is opened again; SQLite and LMDB are killed and opened in the same way. *Bits*: bits of a live
+file, a log, a manifest and a file of rows are flipped one at a time. The content read must be equal to the content
+written, or an error is raised, and nothing else may change. Every line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def opened(kind: str, folder: str) -> DurableStore:
 
 
 def seen(store: KeyStore, before: object, after: object) -> str:
-    """What a store is after an interruption."""
+    """The state of a store after an interruption."""
     try:
         found = state(store)
         near = store.nearest(torch.ones(1, 3), 200).ids
@@ -162,7 +162,7 @@ def attempt(
 
 
 def unsure(store: KeyStore) -> bool:
-    """Whether the file said that it must be opened again before anything else changes."""
+    """Return whether the file must be opened again before anything else changes."""
     return isinstance(store, DurableStore) and store.live.unsure
 
 
@@ -185,7 +185,7 @@ work({kind!r}, {folder!r}, {seed})
 
 
 def work(kind: str, folder: str, seed: int) -> None:
-    """Change a store until somebody kills this process; every change is noted before and after it, durably."""
+    """Change a store until this process is killed; every change is noted durably before and after it."""
     luck = random.Random(seed)
     notes = os.open(folder + "/notes", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -285,7 +285,7 @@ def there_now(kind: str, folder: str) -> tuple[set[int], bool]:
 
 
 def allowed(notes: list[list[Any]]) -> list[set[int]]:
-    """What may be there: the state after the last change that was done, or after the one that was under way."""
+    """Allowed states: the state after the last completed change, or after the change that was under way."""
     now, then = set(IDS), set(IDS)
     for what, *more in notes:
         if what == "done":
@@ -355,7 +355,7 @@ def copy_of(store: KeyStore) -> KeyStore:
 
 
 def readers(folder: str, whole: object) -> dict[str, tuple[str, Callable[[], bool]]]:
-    """Reading of each kind of file: the file, and what tells whether all of it is as it was written."""
+    """Readers of each kind of file: the file, and a function that returns whether its content is as it was written."""
 
     def live() -> bool:
         with DurableStore.open(folder + "/store", receipts=False) as store:

@@ -3,7 +3,7 @@
     python benchmarks/reliability_table.py
 
 The tables between the marks of docs/results/reliability.md are made from docs/results/reliability.json; the text around
-them stays. Where there is no result yet, the cells say so.
+the tables stays. Cells without a result are marked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from tables import Row, markdown, put, rewrite
 
 MISSING = "*to be filled*"
-#: One row for each attack, by what names it in the result.
+#: One row for each attack, by its names in the result.
 ATTACKS: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
     "lines": (
         ("kind", "change"),
@@ -60,7 +60,7 @@ def table(attack: str, lines: list[dict[str, Any]]) -> str:
 
 
 def filled(page: str, result: dict[str, Any] | None) -> str:
-    """The page with its tables made anew."""
+    """The page with rewritten tables."""
     lines = [] if result is None else result["attacks"]
     for attack in ATTACKS:
         page = put(page, attack, table(attack, lines))

@@ -4,7 +4,7 @@
         --classifier runs/fashion-classifier/classifier.safetensors --out docs/results/sampler_steps.json
 
 A row is `sampler:steps:grid`. Image `i` of every row starts from the same latents and the same noise. Intervals are
-those of `frechet_bootstrap`, over which images happened to be drawn. Distances are to the test images, or with
+from `frechet_bootstrap`, over the random draw of images. Distances are to the test images, or with
 `--holdout` to the last training images, in the features of the classifier. The last line printed is one JSON object.
 """
 

@@ -1,14 +1,15 @@
-"""Can anyone tell for a single instance that it was forgotten, rather than never there? With many models of one kind.
+"""Attacks with many models of one kind: is a single forgotten instance distinguishable from one that was never there?
 
     python benchmarks/shadow_models.py --models 64 --out docs/results/shadow_models.json
 
-Each model is trained on the digits but for a half, drawn anew, of some candidates, and then forgets a half of those it
-knew; an oracle is trained without these. So for each candidate there are models that forgot it and models that never
-saw it. One model after the other is then attacked with all others as references: U-LiRA (a pair of normal distributions
-of margins for each candidate), RMIA, and the loss alone. 50 % is what guessing gives; what oracles give beside it says
-what chance does. The distributions of margins of those that forgot and of oracles are compared instance by instance
-(Kolmogorov-Smirnov, KL), and beside them those of oracles where a candidate was left out late and where it never was
-in. Logits are saved as they come; the next run goes on. The last line printed is one JSON object.
+Each model is trained on the digits without a random half of some candidates. It then forgets half of the candidates
+that it was trained on; an oracle is trained without this half. So for each candidate there are models that forgot it
+and models that were never trained on it. One model after another is then attacked with all others as references: U-LiRA
+(a pair of normal distributions of margins for each candidate), RMIA, and the loss alone. Guessing gives 50 %, and the
+results of oracles show the effect of chance. The distributions of margins of models that forgot and of oracles are
+compared instance by instance (Kolmogorov-Smirnov, KL). The floor compares oracles where a candidate was left out late
+with oracles where it was never in. Logits are saved after each model, and the next run resumes. The last line printed
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they sh
 from unlearning.models import Bench
 from unlearning.task import Task
 
-#: Of methods after the fact; the benchmark in examples/ finds settings by trials.
+#: Settings of methods after the fact; the benchmark in examples/ finds settings by trials.
 SETTINGS = {"fine_tune": {"lr": 4e-3}, "scrub": {"lr": 1e-3, "rounds": 2}, "sal_un": {"lr": 1e-3, "share": 0.5}}
 
 
 class Shadows:
-    """Who knew, who forgot, and logits `(models, candidates, classes)` of those that forgot and of oracles."""
+    """Draws of candidates for each model, and logits `(models, candidates, classes)` of models and oracles."""
 
     def __init__(self, task: Task, args: argparse.Namespace) -> None:
         self.task, self.args = task, args
@@ -54,7 +55,7 @@ class Shadows:
         self.never, self.gone = draw < args.models // 2, draw >= args.models * 3 // 4
 
     def logits(self, path: Path) -> dict[str, dict[str, Tensor]]:
-        """Of all methods, of those that forgot and of oracles; a file keeps what there is."""
+        """Logits of all methods, of models that forgot and of oracles; a file keeps finished logits."""
         about = {key: str(value) for key, value in vars(self.args).items() if key not in ("work", "out")}
         found: dict[str, dict[str, list[Tensor]]] = {name: {"forgot": [], "oracle": []} for name in self.args.methods}
         if path.exists():
@@ -101,7 +102,7 @@ class Shadows:
         return {**about, "U-LiRA, true at 1 % false": (statistics.mean(found), statistics.stdev(found))}
 
     def distances(self, forgot: Tensor, oracle: Tensor) -> dict[str, float]:
-        """Mean over candidates, between margins where it was forgotten and where an oracle was trained without."""
+        """Mean distances over candidates, between margins of models that forgot one and of oracles without it."""
         labels, found = self.task.labels[self.candidates], dict.fromkeys(("KS", "KS floor", "KL", "KL floor"), 0.0)
         ours, theirs = margins(forgot, labels), margins(oracle, labels)
         for n in range(len(labels)):
@@ -118,7 +119,7 @@ def main() -> None:
     """All methods, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits")
-    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
+    parser.add_argument("--size", type=int, help="height and width for images of a folder, if their sizes differ")
     parser.add_argument("--models", type=int, default=64, help="of each kind, 12 at least")
     parser.add_argument("--candidates", type=int, default=300)
     parser.add_argument("--methods", nargs="+", default=["munkey", "munkey mode=exact", *SETTINGS])

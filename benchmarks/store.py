@@ -1,25 +1,26 @@
-"""Time what a memory does, beside faiss, SQLite and LMDB, and beside a transformer without memory.
+"""Time the operations of a memory, beside faiss, SQLite and LMDB, and beside a transformer without memory.
 
     pip install faiss-cpu lmdb
     python benchmarks/store.py --out docs/results/store.json
     python benchmarks/store.py --parts forgetting opening --rows 1000000
 
-All sides take turns within one run. Rows have 128 + 128 numbers.
+All sides run alternately within one run. Keys and values have 128 dimensions each.
 
-*forgetting*: ids go from a store in memory and from a flat index of faiss with the same keys; from a store in a file,
-and from SQLite and LMDB with the same rows (`store_peers.py`). Other ids go in every turn, a fifth of all at most. The
-stores have their screen, as after a search, and their digest. Afterwards the keys that went last are looked for in the
-files. *opening*: a file, until all rows are in memory; ours compares every row with its tag. Files are in the cache of
-the system. *adding*: rows with drawn values, each time in a process of its own (`store_adding.py`). *searching*: the 4
-nearest of the same queries and keys, with our exact search and faiss' flat index; keys are normal, or of 1,000 clusters
-in which two keys have a cosine of 0.8 (wide) or 0.99 (tight); a neighbour that faiss has is *different* if its float64
-score is more than 1e-6 from that of ours in its place. `--keys` adds keys of real images, an `.npz` with `keys` and
-`queries`. *keys*: of an encoder, beside plain batches of 64 through it, which promise nothing about bits, and one image
-at a time. *model*: a training step and inference with 4 neighbours beside the same transformer without neighbours.
+*forgetting*: ids are deleted from a store in memory and from a flat index of faiss with the same keys. They are also
+deleted from a store in a file, and from SQLite and LMDB with the same rows (`store_peers.py`). Every turn deletes other
+ids, at most a fifth of all. The stores have their screen, as after a search, and their digest. Afterwards the files are
+searched for the keys that were deleted last. *opening*: a file is read until all rows are in memory; our store compares
+every row with its tag. Files are in the cache of the system. *adding*: rows with drawn values, each time in a separate
+process (`store_adding.py`). *searching*: the 4 nearest of the same queries and keys, with our exact search and faiss'
+flat index. Keys are normal, or of 1,000 clusters in which two keys have a cosine of 0.8 (wide) or 0.99 (tight). A
+neighbour found by faiss is *different* if its float64 score is more than 1e-6 from the score of our neighbour in its
+place. `--keys` adds keys of real images, an `.npz` with `keys` and `queries`. *keys*: keys of an encoder, beside one
+image at a time and plain batches of 64, whose bits may differ. *model*: a training step and inference with 4 neighbours
+beside the same transformer without neighbours.
 
-PyTorch and faiss have threads of their own, which look out busily for more work when a call ends, and would slow down
-whoever comes next; so there is a pause between the two, and a call that does not count where it changes nothing. What
-others have left to be written is written before a file changes. The last line printed is one JSON object, in seconds.
+PyTorch and faiss have separate threads, which wait busily for more work after a call and would slow down the next call.
+So there is a pause between the two, and an uncounted call where a call changes nothing. Pending writes are on the disk
+before a file changes. The last line printed is one JSON object, in seconds.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ COUNTS = (1, 100, 10_000)  # of ids that are forgotten at once
 SETS = ((60_000, 768), (0, WIDTH))  # rows and width of keys that are searched; 0 is the most of --rows
 COSINES = {"normal": None, "wide": 0.8, "tight": 0.99}
 CLUSTERS = 1000
-_pause = 0.3  # seconds after which threads have gone to sleep; none if little is tried
+_pause = 0.3  # seconds after which threads are asleep; 0 if little is tried
 _ROWS = 1 << 16  # keys that are drawn at a time
 _LOOKED_FOR = 4  # keys in files
 
@@ -69,7 +70,7 @@ def seconds(act: Callable[..., object], *given: object) -> float:
     start = time.perf_counter()
     found = act(*given)
     taken = time.perf_counter() - start
-    del found  # later, as what is given back takes time
+    del found  # after the clock, as freeing memory takes time
     return taken
 
 
@@ -129,7 +130,7 @@ def filled(store: KeyStore, keys: Tensor) -> KeyStore:
 
 
 def ready(store: KeyStore, keys: Tensor, gone: Tensor) -> KeyStore:
-    """The store with these rows, but for those that are gone, as after a search."""
+    """The store with these rows, except for the deleted rows, as after a search."""
     filled(store, keys).nearest(keys[:1], 1)
     store.forget(gone)  # for the first time all rows are hashed
     return store
@@ -161,14 +162,14 @@ def forgetting(rounds: int, sizes: Sequence[int], where: Path | None) -> Iterato
 def in_memory(keys: Tensor, gone: Tensor, parts: Sequence[Tensor]) -> Times:
     """Seconds of a removal from a store, and from an index."""
     store = ready(KeyStore(WIDTH, WIDTH), keys, gone)
-    index: Any = faiss.IndexIDMap2(faiss.IndexFlatIP(WIDTH))  # its types do not know arrays
+    index: Any = faiss.IndexIDMap2(faiss.IndexFlatIP(WIDTH))  # its type stubs lack arrays
     index.add_with_ids(keys.numpy(), np.arange(len(keys)))
     index.remove_ids(gone.numpy())
     return each_once({"memory": store.forget, "faiss": lambda ids: index.remove_ids(ids.numpy())}, parts)
 
 
 def in_files(keys: Tensor, gone: Tensor, parts: Sequence[Tensor], folder: Path) -> tuple[Times, dict[str, int]]:
-    """Seconds of a removal from files, and how many keys of the last one are still there afterwards."""
+    """Seconds of a removal from files, and the number of keys of the last removal that are still in the files."""
     (folder / "file").mkdir()
     store = DurableStore.create(folder / "file" / "store", WIDTH, WIDTH)
     ready(store, keys, gone)
@@ -192,7 +193,7 @@ def deleted(peer: store_peers.Peer, ids: Tensor) -> None:
 
 
 def opening(rounds: int, sizes: Sequence[int], where: Path | None) -> Iterator[dict[str, Any]]:
-    """From a file to rows in memory."""
+    """Seconds from a file to rows in memory."""
     for rows in sizes:
         with tempfile.TemporaryDirectory(dir=where) as folder:
             keys, path = unit_keys(rows, WIDTH), Path(folder) / "store"
@@ -287,7 +288,7 @@ def searched(name: str, keys: Tensor, queries: Tensor, rounds: int, k: int = 4) 
 
 
 def encoding(rounds: int, count: int) -> dict[str, Any] | None:
-    """Images a second; None where the encoder is not installed."""
+    """Seconds for a key; None where the encoder is not installed."""
     try:
         encoder, single = efficientnet_lite0(), efficientnet_lite0()
     except ImportError as error:
@@ -350,7 +351,7 @@ def modelling(rounds: int, rows: int) -> Times:
 
 
 def main() -> None:
-    """The parts that are asked for, one after the other."""
+    """The requested parts, one after another."""
     global _pause
     args = options()
     _pause *= not args.quick
@@ -378,7 +379,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--keys", type=Path, nargs="*", default=[], help="npz files with keys and queries")
-    parser.add_argument("--folder", type=Path, help="where files are made: on a disk; else a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder of the files, on a disk; by default a temporary folder")
     parser.add_argument("--quick", action="store_true", help="little of everything, to see that it runs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

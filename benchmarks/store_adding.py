@@ -1,10 +1,11 @@
-"""What it takes to add rows with drawn values to an empty store, in a process that does nothing else.
+"""Time and memory to add rows with drawn values to an empty store, in a process that does nothing else.
 
     python benchmarks/store_adding.py --rows 1000000 --to file
 
-Rows have 128 + 128 numbers. The bytes of the store are those of its columns, room included; `peak` is the resident
-memory at its highest, `resident` what is resident afterwards, both less what was there before (with the keys that are
-given) and as multiples of these bytes. Linux only. The last line printed is one JSON object.
+Keys and values have 128 dimensions each. The bytes of the store are the bytes of its columns, spare room included.
+`peak` is the greatest resident memory, and `resident` the resident memory afterwards. Both are without the memory
+before, which includes the given keys, and are multiples of the bytes of the store. Linux only. The last line printed
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ WIDTH = 128
 
 
 def resident() -> dict[str, int]:
-    """Bytes that are resident, `VmRSS`, and that were at most, `VmHWM`."""
+    """Resident bytes now, `VmRSS`, and at most so far, `VmHWM`."""
     # Not getrusage, in which a new process begins with the peak of the one that started it.
     lines = Path("/proc/self/status").read_text().splitlines()
     sizes = dict(line.split(":") for line in lines if line.startswith("Vm"))
@@ -48,9 +49,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--to", choices=("memory", "file"), default="memory")
-    parser.add_argument("--folder", type=Path, help="where the file is made; a temporary folder of the system")
+    parser.add_argument("--folder", type=Path, help="folder of the file; by default a temporary folder")
     args = parser.parse_args()
-    KeyStore(WIDTH, WIDTH).add(range(64), torch.eye(64, WIDTH))  # what is made at first use is there before
+    KeyStore(WIDTH, WIDTH).add(range(64), torch.eye(64, WIDTH))  # whatever is created on first use is created before
     if args.to == "memory":
         found = added(KeyStore(WIDTH, WIDTH), args.rows)
     else:

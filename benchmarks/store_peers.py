@@ -1,9 +1,9 @@
 """Databases that a store in a file is timed beside, with the same rows: SQLite and LMDB.
 
-Both keep an id, a label, and key and value as bytes, and have what is deleted on the medium when `forget` returns.
-SQLite overwrites it in its file (`secure_delete`); the journal that it deletes, or cuts to nothing, held the old pages,
-which stay in free blocks of the disk. LMDB overwrites nothing: old pages stay in its file until others need the room.
-`left` looks for rows in the files.
+Both keep an id, a label, and key and value as bytes. A deletion is on the medium when `forget` returns. SQLite
+overwrites deleted rows in its file (`secure_delete`). Its journal held the old pages; SQLite deletes or truncates the
+journal, and these pages stay in free blocks of the disk. LMDB overwrites nothing: old pages stay in its file until new
+pages need the room. `left` searches the files for rows.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _ROWS = 4096  # at a time
-_CACHE = 256  # MiB: the 2 that SQLite takes by itself overflow in the midst of a deletion, with a wait each time
+_CACHE = 256  # MiB: the 2 of SQLite's default overflow within a deletion, with a wait each time
 _BLOCK = 1 << 26  # bytes
-_NEEDLE = 64  # bytes of a key that are looked for
+_NEEDLE = 64  # bytes of a key that are searched for
 
 
 class Peer(Protocol):
-    """A database in a folder of its own, with rows of ids 0, 1, and so on."""
+    """A database in a separate folder, with rows of ids 0, 1, and so on."""
 
     def __init__(self, folder: Path, width: int) -> None: ...
 
     def fill(self, keys: Tensor) -> None:
-        """Have rows with these keys `(R, D)`, which are the values as well, and be open."""
+        """Create rows with these keys `(R, D)`, which are the values as well, and stay open."""
 
     def open(self) -> None:
         """Open the files."""
@@ -44,7 +44,7 @@ class Peer(Protocol):
         """All rows: ids, labels, keys and values."""
 
     def close(self) -> None:
-        """Give the files back."""
+        """Close the files."""
 
 
 class Columns:
@@ -104,7 +104,7 @@ class SQLite:
         self.base.executemany("DELETE FROM rows WHERE id = ?", ((instance,) for instance in ids))
         self.base.execute("COMMIT")
         if self.after and self.base.execute(self.after).fetchone()[0]:
-            raise OSError("SQLite did not carry the log over, expected that nobody else reads")
+            raise OSError("SQLite did not checkpoint the log, expected no other reader")
 
     def read(self) -> tuple[Tensor, ...]:
         last = self.base.execute("SELECT max(id) FROM rows").fetchone()[0]
@@ -123,7 +123,7 @@ class SQLite:
 
 
 class SQLiteWAL(SQLite):
-    """The same with a write-ahead log, which is carried over and cut to nothing after each transaction."""
+    """SQLite with a write-ahead log, which is checkpointed and truncated after each transaction."""
 
     journal, after = "WAL", "PRAGMA wal_checkpoint(TRUNCATE)"
 
@@ -173,7 +173,7 @@ if find_spec("lmdb"):
 
 
 def filled(folder: Path, keys: Tensor, names: Iterable[str] = PEERS) -> dict[str, Peer]:
-    """Databases with these rows, open, each in a folder of its own name."""
+    """Open databases with these rows, each in a folder of the same name."""
     made = {}
     for name in names:
         (folder / name).mkdir()
@@ -183,7 +183,7 @@ def filled(folder: Path, keys: Tensor, names: Iterable[str] = PEERS) -> dict[str
 
 
 def left(folder: Path, keys: Tensor) -> int:
-    """How many of some keys are still in the files of a folder, whose owner has closed them."""
+    """Number of the given keys that are still in the files of a folder; the files must be closed."""
     wanted = {row.tobytes()[:_NEEDLE] for row in keys.numpy()}
     found: set[bytes] = set()
     for path in folder.iterdir():

@@ -2,8 +2,8 @@
 
     python benchmarks/store_table.py
 
-The tables between the marks of docs/results/munkey.md are made from docs/results/store.json; the text around them
-stays.
+The tables between the marks of docs/results/munkey.md are made from docs/results/store.json; the text around the
+tables stays.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ TABLES = {f.__name__: f for f in (searching, forgetting, opening, adding)}
 
 
 def filled(page: str, result: dict[str, Any] | None) -> str:
-    """The page with its tables made anew."""
+    """The page with rewritten tables."""
     if result is None:
         raise SystemExit("there is no result; make one with benchmarks/store.py")
     for name, table in TABLES.items():

@@ -29,7 +29,7 @@ def put(page: str, name: str, text: str) -> str:
 def rewrite(
     description: str | None, result: str, page: str, filled: Callable[[str, dict[str, Any] | None], str]
 ) -> None:
-    """Make the tables of a page anew from a result, or from none where there is none yet; options name other files."""
+    """Rewrite the tables of a page from a result, or from None if there is no result yet; options name other files."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", type=Path, default=RESULTS / result)
     parser.add_argument("--page", type=Path, default=RESULTS / page)

@@ -2,10 +2,10 @@
 
     python benchmarks/treevae_step.py --data fashion-mnist --out docs/results/treevae_step.json
 
-Trees are trained first, one growth per kind of latent, and kept in --trees; a time on an untrained tree says little,
-because an untrained router sends every image everywhere. Each row runs in a process of its own; inside, the model, the
-loop and a tree of two leaves take turns of five steps. Times are medians, ratios are medians over the turns. Run
-nothing beside it.
+Trees are trained first, one growth per kind of latent, and kept in --trees. Times of an untrained tree mean little,
+because an untrained router sends every image everywhere. Each row runs in a separate process, where the model, the loop
+and a tree of two leaves run alternately, five steps each. Times are medians, ratios are medians over the rounds. Run
+nothing else at the same time.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from treediff.testing import NaiveTreeVAE
 
 KINDS: dict[str, dict[str, Any]] = {"vector": {"latent": 8, "width": 128}, "maps": {"latent": (16, 2, 2), "width": 32}}
 BATCH = 256
-THRESHOLD = TreeGrowth.threshold  # below it nodes are visited by chance, as in training
+THRESHOLD = TreeGrowth.threshold  # nodes of less probability are visited at random, as in training
 
 
 def grow(kind: str, images: Tensor, trees: Path, sizes: list[int]) -> None:
-    """Grow one tree on a third of the images and keep a copy at every size asked for."""
+    """Grow one tree on a third of the images and keep a copy at every requested size."""
     wanted = {n: trees / f"{kind}-{n}.safetensors" for n in sizes}
     if all(path.exists() for path in wanted.values()):
         return
@@ -77,7 +77,7 @@ def take_turns(tasks: Mapping[str, Callable[[], object]], rounds: int, calls: in
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(rounds):
         for name, task in tasks.items():
-            task()  # brings back into the cache what the others drove out
+            task()  # fills the cache again, which other tasks have used
             start = time.perf_counter()
             for _ in range(calls):
                 task()
@@ -116,7 +116,7 @@ def row(kind: str, leaves: int, trees: Path, images: Tensor, rounds: int) -> dic
     naive, fresh = NaiveTreeVAE(model), copy.deepcopy(model)
     for bank in (fresh.banks.posterior_routers, fresh.banks.prior_routers):
         for node in bank.nodes:
-            torch.nn.init.zeros_(bank.weights_of(node))  # a router that knows nothing sends everything everywhere
+            torch.nn.init.zeros_(bank.weights_of(node))  # an untrained router sends everything everywhere
 
     def noise() -> Tensor:
         return torch.randn(BATCH, len(model.topology), *model.latent)
@@ -158,7 +158,7 @@ def row(kind: str, leaves: int, trees: Path, images: Tensor, rounds: int) -> dic
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Median of the ratios of times taken side by side."""
+    """Median of the ratios of times in the same round."""
     return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 2)
 
 
@@ -176,7 +176,7 @@ def peak() -> int:
 
 
 def main() -> None:
-    """Grow the trees, then measure each in a process of its own."""
+    """Grow the trees, then measure each tree in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--leaves", type=int, nargs="+", default=[2, 4, 8, 10, 16, 32])

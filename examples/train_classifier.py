@@ -1,8 +1,8 @@
-"""Train the classifier whose features and predictions the metrics of generation look through.
+"""Train the classifier whose features and predictions the metrics of generation use.
 
     python examples/train_classifier.py                                   # real handwritten digits
     python examples/train_classifier.py --data fashion-mnist --out runs/fashion-classifier
-    python examples/train_classifier.py --data pictures/ --out runs/mine  # a folder per class, an .npz, or IDX files
+    python examples/train_classifier.py --data images/ --out runs/mine    # a folder per class, an .npz, or IDX files
 
 Everything is here: copy it and change what you like. The last line printed is one JSON object with the results.
 """
@@ -34,7 +34,7 @@ def train(model: FeatureClassifier, images: Tensor, labels: Tensor, args: argpar
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1, pct_start=rise)
     generator = torch.Generator().manual_seed(args.seed)
     moved = kornia.RandomAffine(5.0, (0.05, 0.05), scale=(0.95, 1.05), p=1.0)
-    # Colour images are of things, which have mirror images; a mirrored digit is none.
+    # Colour images are of things, which have mirror images; a mirrored digit is no digit.
     augment = Augment(kornia.RandomHorizontalFlip(), moved) if images.shape[1] == 3 else Augment(moved)
     bar = tqdm(total=steps, desc="classifier", disable=args.quiet)
     for _ in range(args.epochs):
@@ -55,7 +55,7 @@ def main() -> None:
     """Read the data, train, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
-    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
+    parser.add_argument("--size", type=int, help="height and width for images of a folder, if their sizes differ")
     parser.add_argument("--out", type=Path, default=Path("runs/classifier"), help="folder for results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="by default 10, and more where an epoch has few steps")

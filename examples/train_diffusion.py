@@ -1,11 +1,11 @@
 """Train the second stage on top of a saved TreeVAE: a diffusion model that draws sharp images of every cluster.
 
-    python examples/train_treevae.py                                    # first the tree, see there
+    python examples/train_treevae.py                                    # first grow the tree
     python examples/train_diffusion.py                                  # real handwritten digits, three minutes
     python examples/train_diffusion.py --tree examples/trees/fashion-mnist.safetensors --data fashion-mnist \
         --out runs/fashion-diffusion --epochs 12
     torchrun --nproc-per-node 2 examples/train_diffusion.py             # on two processes
-    python examples/train_diffusion.py --resume                         # goes on with a run that was interrupted
+    python examples/train_diffusion.py --resume                         # resumes an interrupted run
 
 Everything is here: copy it and change what you like. The last line printed is one JSON object with the results.
 """
@@ -53,7 +53,7 @@ def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace, world
     bar = tqdm(total=args.epochs * steps, initial=first * steps, disable=args.quiet or not world.first)
     written, running = time.monotonic(), 0.0
     for epoch in range(first, args.epochs):
-        # A seed for each epoch: a run that goes on draws what it would have drawn.
+        # A seed for each epoch: a resumed run draws the same as an uninterrupted run.
         order = torch.Generator().manual_seed(combine_seeds(args.seed, epoch))
         generator = world.own(order)
         torch.manual_seed(combine_seeds(args.seed, epoch, world.rank))  # of dropout
@@ -79,7 +79,7 @@ def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace, world
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides how a run goes."""
+    """Settings that decide the result of a run."""
     return {
         name: value
         for name, value in vars(args).items()
@@ -102,7 +102,7 @@ def build(tree: TreeVAE, args: argparse.Namespace) -> DiffuseTreeVAE:
 
 
 def picture(model: DiffuseTreeVAE, data: ImageDataset, out: Path, seed: int) -> None:
-    """The tree, with refined samples beside its own at every node, as a PNG and as a page to click through."""
+    """The tree with samples and refined samples at every node, as a PNG and as a page to click through."""
 
     def refine(sample: TreeSample) -> Tensor:
         condition = condition_of_sample(sample, model.tree_vae.topology)
@@ -133,14 +133,14 @@ def main() -> None:
     """Read tree and data, train, save, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
-    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
+    parser.add_argument("--size", type=int, help="height and width for images of a folder, if their sizes differ")
     parser.add_argument("--tree", type=Path, default=Path("runs/treevae/model.safetensors"), help="a saved TreeVAE")
     parser.add_argument("--out", type=Path, default=Path("runs/diffusion"), help="folder for results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="by default as many as take a few minutes on the digits")
-    parser.add_argument("--condition", default="diffuse_tree_vae", help="what the network is told")
+    parser.add_argument("--condition", default="diffuse_tree_vae", help="what the network is conditioned on")
     parser.add_argument("--condition-noise", type=float, default=0.0, help="greatest noise on the tree's image")
-    parser.add_argument("--prior-share", type=float, default=0.0, help="images told latents of the prior")
+    parser.add_argument("--prior-share", type=float, default=0.0, help="share of images with latents of the prior")
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--dropout", type=float, default=0.0)
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one epoch, to see that it runs")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    parser.add_argument("--resume", action="store_true", help="resume the interrupted run in --out")
     parser.add_argument("--save-every", type=float, default=30.0, help="least seconds between two checkpoints")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     args = parser.parse_args()

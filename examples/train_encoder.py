@@ -3,8 +3,9 @@
     python examples/train_encoder.py --fitted-on forgettable               # real handwritten digits, a minute
     python examples/train_encoder.py --data mnist --fitted-on "other data" --out runs/encoder-mnist
 
-Say what these images are to the classifier that will use the keys: `other data`, its `permanent split`, or
-`forgettable` if instances that may be forgotten are among them; then no classifier with these keys forgets exactly.
+`--fitted-on` names the relation of these images to the classifier that will use the keys: `other data`, its `permanent
+split`, or `forgettable`. Images are `forgettable` if instances that may be forgotten are among them; then no
+classifier with these keys forgets exactly.
 Everything is here: copy it and change what you like. The last line printed is one JSON object with the results.
 """
 
@@ -29,7 +30,7 @@ from treediff.layers import ProjectionHead, nt_xent
 
 
 def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> None:
-    """A plain PyTorch loop; the head that the loss looks through is thrown away afterwards."""
+    """A plain PyTorch loop; the projection head of the loss is discarded afterwards."""
     head = ProjectionHead(in_features=args.key_width, hidden=args.key_width, out_features=64)
     parameters = [*encoder.parameters(), *head.parameters()]
     steps = args.epochs * (len(images) // args.batch_size)
@@ -59,10 +60,10 @@ def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> Non
 
 
 def main() -> None:
-    """Read the data, train, look at the nearest neighbours, save."""
+    """Read the data, train, save, measure the nearest neighbours."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
-    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
+    parser.add_argument("--size", type=int, help="height and width for images of a folder, if their sizes differ")
     parser.add_argument("--out", type=Path, default=Path("runs/encoder"), help="folder for results")
     parser.add_argument("--fitted-on", required=True, choices=FITTED_ON, help="what these images are, see above")
     parser.add_argument("--rows", type=int, help="use the first so many images only")

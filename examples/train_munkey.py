@@ -1,16 +1,16 @@
-"""Train a classifier that keeps what is particular to each training image in a memory, from where it can be deleted.
+"""Train a classifier that stores the particulars of each training image in a memory, from which they can be deleted.
 
     python examples/train_munkey.py                                        # real handwritten digits, half a minute
     python examples/train_munkey.py --data fashion-mnist --out runs/munkey-fashion --epochs 10
-    python examples/train_munkey.py --mode exact --permanent 0.5           # weights see half of the images only
-    python examples/train_munkey.py --resume                               # goes on with a run that was interrupted
+    python examples/train_munkey.py --mode exact --permanent 0.5           # weights are trained on half of the images
+    python examples/train_munkey.py --resume                               # resumes an interrupted run
 
     python examples/forget.py --label 3                                    # afterwards: forget all threes
 
-On two processes, `torchrun --nproc-per-node 2 examples/train_munkey.py`, each has a part of the memory, the model is a
-folder, `model`, and an interrupted run cannot go on. An image's id is its place in the training set. Colour images are
-moved and mirrored. Everything is here: copy it and change what you like. The last line printed is one JSON object with
-the results.
+With `torchrun --nproc-per-node 2 examples/train_munkey.py` each of two processes has a part of the memory. The model is
+then a folder, `model`, and an interrupted run cannot be resumed. An image's id is its place in the training set. Colour
+images are moved and mirrored. Everything is here: copy it and change what you like. The last line printed is one JSON
+object with the results.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def train(
     settings: dict[str, Any] | None = None,
     quiet: bool = True,
 ) -> None:
-    """A plain PyTorch loop. Values have an optimiser of their own, whose cost follows the batch, not the memory."""
+    """A plain PyTorch loop. Values have a separate optimiser, whose cost grows with the batch, not with the memory."""
     values, steps = model.memory.store.values, -(-len(ids) // batch_size)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameter_groups(0.05), lr=learning_rate)]
     if values.requires_grad:
@@ -83,7 +83,7 @@ def train(
     written = time.monotonic()
     model.train()
     for epoch in range(first, epochs):
-        # A seed for each epoch: a run that goes on draws what it would have drawn.
+        # A seed for each epoch: a resumed run draws the same as an uninterrupted run.
         order = torch.Generator().manual_seed(combine_seeds(seed, epoch))
         generator = world.own(order)
         for rows in torch.randperm(len(ids), generator=order).split(batch_size):
@@ -100,7 +100,7 @@ def train(
             bar.update()
         bar.set_postfix(loss=f"{loss.item():.4g}")
         if checkpoint is not None and time.monotonic() - written >= save_every:
-            # A checkpoint holds what can be forgotten: it is overwritten when it is replaced, and at the end.
+            # A checkpoint holds forgettable instances: it is overwritten when it is replaced, and at the end.
             WipedCheckpoints().write(str(checkpoint), Checkpoint.of(parts | {"epoch": epoch + 1}).to_bytes())
             written = time.monotonic()
     bar.close()
@@ -110,7 +110,7 @@ def train(
 def remember(
     model: KeyMemoryTransformer, images: Tensor, labels: Tensor, ids: Tensor, world: World, *, permanent: bool = False
 ) -> None:
-    """Give instances a row each; every process makes the keys of some."""
+    """Store one row for each instance; every process computes the keys of a part."""
     own = ids[world.rank :: world.size]
     model.remember(own, images[own], labels[own], permanent=permanent)
 
@@ -147,7 +147,7 @@ def efficientnet_lite0(size: int = 96) -> ModuleEncoder:
 
 
 def encoder_of(args: argparse.Namespace, shape: tuple[int, ...]) -> KeyEncoder:
-    """Keys that say which images are alike: of the pixels, or of a network that has not seen what can be forgotten."""
+    """Encoder with similar keys for similar images: of pixels, or of a network not trained on forgettable images."""
     if args.encoder == "random":
         return Projection.random(shape, args.key_width)
     return efficientnet_lite0() if args.encoder == "efficientnet" else ConvEncoder.load(args.encoder)
@@ -157,15 +157,15 @@ def main() -> None:
     """Read the data, remember, train, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
-    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
+    parser.add_argument("--size", type=int, help="height and width for images of a folder, if their sizes differ")
     parser.add_argument("--out", type=Path, default=Path("runs/munkey"), help="folder for results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="by default as many as take half a minute on the digits")
     parser.add_argument("--mode", default="paper", choices=("paper", "exact"))
-    parser.add_argument("--permanent", type=float, default=0.5, help="exact mode: share of images weights may see")
-    parser.add_argument("--leave-out", type=int, default=0, help="never see so many images; left_out.txt says which")
+    parser.add_argument("--permanent", type=float, default=0.5, help="exact mode: share of images to train weights on")
+    parser.add_argument("--leave-out", type=int, default=0, help="images to leave out; left_out.txt lists them")
     parser.add_argument("--encoder", default="random", help="random, efficientnet, or a file of train_encoder.py")
-    parser.add_argument("--key-width", type=int, default=64, help="of random keys")
+    parser.add_argument("--key-width", type=int, default=64, help="width of random keys")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--neighbours", type=int, default=4)
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--value-rate", type=float, default=1e-2)
-    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    parser.add_argument("--resume", action="store_true", help="resume the interrupted run in --out")
     parser.add_argument("--save-every", type=float, default=30.0, help="least seconds between two checkpoints")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     args = parser.parse_args()
@@ -182,7 +182,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     world = start()
     if args.resume and world.size > 1:
-        raise SystemExit("--resume goes on with a run on one process, whose memory is in one place; leave out torchrun")
+        raise SystemExit("--resume needs a run on one process, whose memory is in one place; leave out torchrun")
 
     data = load_dataset(args.data, size=args.size)
     images, labels = data.train_images, data.train_labels
@@ -190,7 +190,7 @@ def main() -> None:
         raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")
     args.epochs = args.epochs or (1 if args.quick else max(1, 90_000 // len(images)))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
-    # Which images stay for good must not depend on who else is there; who is left out is none of them.
+    # The choice of permanent images must not depend on the other images; no left-out image is permanent.
     stay = order[: int(args.permanent * len(order))] if args.mode == "exact" else order[:0]
     left_out = order[len(stay) :][: args.leave_out]
     ids = order[~torch.isin(order, left_out)]

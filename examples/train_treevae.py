@@ -1,10 +1,10 @@
-"""Grow a TreeVAE on images of your own, or on one of the known sets.
+"""Grow a TreeVAE on custom images, or on one of the named data sets.
 
     python examples/train_treevae.py                                    # real handwritten digits, three minutes
     python examples/train_treevae.py --data fashion-mnist --out runs/fashion
-    python examples/train_treevae.py --data pictures/ --out runs/mine   # a folder per class, an .npz, or IDX files
+    python examples/train_treevae.py --data images/ --out runs/mine     # a folder per class, an .npz, or IDX files
     torchrun --nproc-per-node 2 examples/train_treevae.py               # on two processes, here or on two machines
-    python examples/train_treevae.py --resume                           # goes on with a run that was interrupted
+    python examples/train_treevae.py --resume                           # resumes an interrupted run
 
 Everything is here: copy it and change what you like. The last line printed is one JSON object with the results.
 """
@@ -68,7 +68,7 @@ def train(
     bar = tqdm(total=stage.epochs * steps, initial=first * steps, desc=name, disable=args.quiet or not world.first)
     written = time.monotonic()
     for epoch in range(first, stage.epochs):
-        # A seed for each epoch: a run that goes on draws what it would have drawn.
+        # A seed for each epoch: a resumed run draws the same as an uninterrupted run.
         generator = world.own(torch.Generator().manual_seed(combine_seeds(args.seed, stage.index, epoch)))
         for step, rows in enumerate(stage.batches(epoch, batch_size)):
             x = images[world.share(rows)]
@@ -89,7 +89,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: TreeVAE, images: Tensor, labels: Tensor | None, seed: int) -> dict[str, float]:
-    """Bounds, and clustering against labels if there are any, on images the model has not seen."""
+    """Bounds, and clustering against labels if there are any, on images that the model was not trained on."""
     generator = torch.Generator().manual_seed(seed)
     probs = torch.cat([model.leaf_log_probs(x).exp() for x in images.split(1000)])
     elbo = torch.cat([model.elbo(x, generator=generator).elbo for x in images.split(1000)])
@@ -124,7 +124,7 @@ def picture(model: TreeVAE, data: ImageDataset, out: Path, seed: int) -> None:
 
 
 def hold_out(data: ImageDataset, rows: int) -> ImageDataset:
-    """The last training images in place of the test images, to choose settings without looking at the test."""
+    """The last training images in place of the test images, to choose settings without the test images."""
     if not rows:
         return data
     labels = data.train_labels
@@ -149,7 +149,7 @@ def main() -> None:
     """Read the data, grow the tree, measure it, draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
-    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
+    parser.add_argument("--size", type=int, help="height and width for images of a folder, if their sizes differ")
     parser.add_argument("--out", type=Path, default=Path("runs/treevae"), help="folder for results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--leaves", type=int, default=10)
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--contrastive", type=float, default=0.0, metavar="WEIGHT", help="100 in TreeVAE, for colour")
     parser.add_argument("--decisions", type=float, default=0.0, metavar="WEIGHT", help="contrastive weight of routers")
     parser.add_argument("--cut-on", default="inputs", choices=["inputs", "features"], help="where leaves are split")
-    parser.add_argument("--views", type=int, default=8, help="changed copies of each image that a split looks at")
+    parser.add_argument("--views", type=int, default=8, help="changed copies of each image that a split compares")
     parser.add_argument("--cut-share", type=float, default=0.05, help="least share of the smaller side of a split")
     parser.add_argument("--random-start", action="store_true", help="leaves start at random, not as copies")
     parser.add_argument("--network", default="conv", choices=["conv", "mlp", "residual"])
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--holdout", type=int, default=0, help="measure on the last so many training images instead")
     parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs")
-    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    parser.add_argument("--resume", action="store_true", help="resume the interrupted run in --out")
     parser.add_argument("--save-every", type=float, default=30.0, help="least seconds between two checkpoints")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-3)

@@ -3,12 +3,12 @@
     python examples/unlearning_benchmark.py --data digits --epochs 20 --out runs/unlearning          # a few minutes
     python examples/unlearning_benchmark.py --data fashion-mnist --forget random:0.1 --seeds 3 --out DIR
 
-Methods after the fact change a vision transformer; each is first tuned, by six trials, on other seeds and on training
-images held out for testing. Methods by design delete what they stored. All are compared with a model of their own kind
-that was trained without the forget set (the oracle), and with such a vision transformer. A second oracle, of another
-seed, says how far apart two of them are. `--methods "munkey width=32"` says how the model is built; `noise=1` puts
-noise on the gradients of its shared weights. Every row is saved when it is there, and not made again by the next run.
-`DIR` gets results.json, table.md and picture.png.
+Methods after the fact change a vision transformer. Each method is first tuned, by six trials, on other seeds and on
+training images held out for testing. Methods by design delete what they stored. All are compared with a model of the
+same kind that was trained without the forget set (the oracle), and with a vision transformer trained without it. A
+second oracle, of another seed, shows the gap between two oracles. `--methods "munkey width=32"` sets how the model is
+built; `noise=1` adds noise to the gradients of its shared weights. Every row is saved when it is complete, and the next
+run does not compute it again. `DIR` gets results.json, table.md and picture.png.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from unlearning.task import Task
 from munkey.audit import average_gap
 
 RATES = [3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3]
-#: Methods after the fact, and what is tried of each.
+#: Methods after the fact, and the settings that are tried for each.
 AFTER: dict[str, list[dict[str, float]]] = {
     "fine_tune": [{"lr": lr} for lr in RATES],
     "neg_grad": [{"lr": lr} for lr in (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)],
@@ -43,7 +43,7 @@ AFTER: dict[str, list[dict[str, float]]] = {
 
 
 def tune(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The settings of each method after the fact whose gap to an oracle is least, of six; no test image is seen."""
+    """The settings of each method after the fact with the smallest gap to an oracle, of six; no test image is used."""
     path = args.tuned or args.out / "tuned.json"
     tried: dict[str, list[Any]] = json.loads(path.read_text()) if args.tuned or path.exists() else {}
     if missing := [name for name in AFTER if name in args.methods and name not in tried]:
@@ -65,17 +65,17 @@ def main() -> None:
     """Tune, then all methods of all seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
-    parser.add_argument("--size", type=int, help="height and width for pictures of a folder, if theirs differ")
+    parser.add_argument("--size", type=int, help="height and width for images of a folder, if their sizes differ")
     parser.add_argument(
         "--forget", default="random:0.1", help="random:SHARE, class, cluster:SHARE or low-density:SHARE"
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=[*AFTER, *BY_DESIGN], help="all, if not given")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--effort", type=float, default=0.2, help="of methods after the fact, in units of a training")
+    parser.add_argument("--effort", type=float, default=0.2, help="length of methods after the fact, in trainings")
     parser.add_argument("--holdout", type=int, default=200, help="training images to tune on in place of test images")
     parser.add_argument("--encoder", default="random", help="random, efficientnet, or a file of train_encoder.py")
-    parser.add_argument("--key-width", type=int, default=256, help="of random keys")
+    parser.add_argument("--key-width", type=int, default=256, help="width of random keys")
     parser.add_argument("--tuned", type=Path, help="tuned.json of another run, to take over and add to")
     parser.add_argument("--out", type=Path, default=Path("runs/unlearning"))
     args = parser.parse_args()

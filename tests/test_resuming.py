@@ -104,7 +104,7 @@ def test_what_decides_a_run_must_be_the_same(run: Run) -> None:
 
 def test_a_memory_on_many_processes_does_not_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("train_munkey"), "start", lambda: World(0, 2))
-    with pytest.raises(SystemExit, match="--resume goes on with a run on one process, whose memory is in one place"):
+    with pytest.raises(SystemExit, match="--resume needs a run on one process, whose memory is in one place"):
         run("train_munkey", "--resume", out="out")
 
 

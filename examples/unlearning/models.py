@@ -1,4 +1,4 @@
-"""Models of unlearning_benchmark.py: what is trained, and how it forgets."""
+"""Models of unlearning_benchmark.py: their training, and how they forget."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from treediff.augment import Augment
 
 
 class Augmented(nn.Module):
-    """A classifier that moves and mirrors what it is trained on, so that methods after the fact do it, too."""
+    """A classifier that moves and mirrors its training images, so that methods after the fact do so, too."""
 
     def __init__(self, model: nn.Module, augment: Augment | None, seed: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def train_private(
     augment: Augment | None,
     seed: int,
 ) -> None:
-    """With noise on the gradients of shared weights; only who is drawn depends on how many instances there are."""
+    """Training with noise on the gradients of shared weights; only the draws depend on the number of instances."""
     optimizers = (
         torch.optim.AdamW(model.parameter_groups(0.05), lr=2e-3),
         torch.optim.SparseAdam([model.memory.store.values], lr=1e-2),
@@ -84,7 +84,7 @@ def train_private(
 
 
 class Bench:
-    """All models of one seed, trained when they are asked for."""
+    """All models of one seed, trained when they are first used."""
 
     def __init__(
         self,
@@ -97,13 +97,13 @@ class Bench:
         self.task, self.seed, self.args, self.tuned = task, seed, args, tuned
         self.gone, self.others = task.forget_set(seed)
         self.all = torch.arange(len(task.images))
-        if sets is not None:  # everyone, and who is to be forgotten
+        if sets is not None:  # all instances, and the forget set
             self.all, self.gone = sets
         self.stay = self.all[~torch.isin(self.all, self.gone)]
         self.fitted = functools.cache(self._fitted)
 
     def _fitted(self, name: str, without: int) -> nn.Module:
-        """A model of everything, or the first or second one, of other seeds, that never saw what is to be forgotten."""
+        """A model of all instances, or the first or second model, of other seeds, trained without the forget set."""
         task, args, seed = self.task, self.args, self.seed + 100 * without
         ids = self.stay if without else self.all
         if name.startswith("munkey"):
@@ -137,7 +137,7 @@ class Bench:
             return Plain(self._features(), self.task.classes)
 
     def _munkey(self, settings: dict[str, Any], ids: Tensor, seed: int) -> KeyMemoryTransformer:
-        """In exact mode weights see half of the images, none of which is forgotten; the others are then stored."""
+        """In exact mode weights are trained on half of the images, none of them forgotten; the rest is stored later."""
         task, exact, noise = self.task, settings.get("mode") == "exact", settings.pop("noise", None)
         channels, *size = task.shape
         with torch.random.fork_rng():
@@ -164,7 +164,7 @@ class Bench:
         return model
 
     def row(self, method: str) -> dict[str, Any]:
-        """What a method leaves, measured: a name as in `forgotten`, or a kind of model before, or retrained without."""
+        """Measurements of a method: a name as in `forgotten`, or a kind of model before, or retrained without."""
         name, _, what = method.partition(": ")
         if not what:
             model, seconds = self.forgotten(name)
@@ -178,7 +178,7 @@ class Bench:
         return self.measured(model, time.perf_counter() - start)
 
     def forgotten(self, name: str) -> tuple[nn.Module, float]:
-        """A model that forgot, and how many seconds that took."""
+        """A model that forgot, and the seconds of forgetting."""
         if name in self.tuned:
             return self.unlearned(name, self.tuned[name])
         model = copy.deepcopy(self.fitted(name, 0))
@@ -189,7 +189,7 @@ class Bench:
         return model, time.perf_counter() - start
 
     def seconds_in_a_file(self, name: str) -> float:
-        """To forget where the memory is in a file: until the medium holds nothing of it."""
+        """Seconds to forget from a memory in a file, until the medium holds no forgotten row."""
         model = self.fitted(name, 0)
         assert isinstance(model, KeyMemoryTransformer)
         with (
@@ -215,7 +215,7 @@ class Bench:
         return model, time.perf_counter() - start
 
     def measured(self, model: nn.Module, seconds: float) -> dict[str, Any]:
-        """What a model that forgot says, and what its weights hold."""
+        """Measurements of the predictions of a model, and of its weights."""
         task, sets = self.task, (self.gone, self.stay, self.others)
         found = {**task.measured(model, *sets), "seconds": seconds}
         found["relearned"] = task.relearned(model, self.gone, self.others)
@@ -228,6 +228,6 @@ class Bench:
 
 
 def equal(model: nn.Module, other: nn.Module) -> bool:
-    """Whether two models have the same weights and the same memory, bit by bit."""
+    """Return whether two models have the same weights and the same memory, bit by bit."""
     ours, theirs = model.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -1,4 +1,4 @@
-"""The table and the picture of unlearning_benchmark.py, from the rows it saved."""
+"""The table and the picture of unlearning_benchmark.py, from its saved rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def gaps(rows: Rows, method: str, oracle: str) -> list[float]:
 
 
 def attack_gaps(rows: Rows, method: str, where: str) -> list[float]:
-    """How far the attack that is farthest from the same attack on the own oracle is from it, for each seed."""
+    """The greatest distance, for each seed, between an attack on a model and the same attack on its oracle."""
     return [
         max(abs(found[0] - oracle[where][name][0]) for name, found in row[where].items())
         for row, oracle in pairs(rows, method, oracle_of(method))
@@ -46,7 +46,7 @@ def oracle_of(method: str) -> str:
 
 
 def by_design(name: str) -> bool:
-    """Whether a method deletes what it stored; munkey does with any settings."""
+    """Return whether a method deletes what it stored; munkey does, with any settings."""
     return name in BY_DESIGN or name.startswith("munkey ")
 
 
@@ -59,10 +59,10 @@ def summary(numbers: list[float], digits: int = 2) -> str:
 
 
 def table(rows: Rows) -> str:
-    """Markdown: the smallest gap to the own oracle first, what was not unlearned at the end.
+    """Markdown: the smallest gap to the own oracle first, models that did not forget at the end.
 
-    The *worst* attack is the one farthest from the same attack on the own oracle, in either direction, in percent;
-    *inside* attacks are those on the weights. *Relearned*: see `Task.relearned`.
+    The *worst* attack is the attack farthest from the same attack on the own oracle, in either direction, in percent.
+    *Inside* attacks are attacks on the weights. *Relearned*: see `Task.relearned`.
     """
     head = [*NAMES, "own gap", "plain gap", "worst attack", "worst inside", "relearned", "seconds"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -84,9 +84,9 @@ def table(rows: Rows) -> str:
 
 
 def picture(rows: Rows, path: Path) -> None:
-    """What is left of what was forgotten, what the model is good for, and what it took, method by method.
+    """Gap to a model trained without the forget set, test accuracy, and seconds to forget, method by method.
 
-    Points are seeds, bars their means. Dotted are models trained without; on the left, how far two of them are apart.
+    Points are seeds, bars are means. Dotted lines are models trained without; on the left, the gap between two of them.
     """
     import matplotlib as mpl
 
@@ -126,5 +126,5 @@ def picture(rows: Rows, path: Path) -> None:
 
 
 def _of(rows: Rows, name: str) -> dict[str, list[float]]:
-    """What was measured, for each method and seed."""
+    """One measurement, for each method and seed."""
     return {row["method"]: [own[name] for own in rows if own["method"] == row["method"]] for row in rows}

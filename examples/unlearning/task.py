@@ -49,7 +49,7 @@ class Task:
         self.augment = augment_of(self.shape[0])
 
     def _keys(self, args: argparse.Namespace, *splits: Tensor) -> list[Tensor]:
-        """Of both splits, made once for each data set and encoder."""
+        """Keys of both splits, computed once for each data set and encoder."""
         path = args.out / f"keys-{self.name}-{self.encoder.fingerprint()[:16]}.safetensors"
         if not path.exists():
             parts = [[self.encoder.keys(x) for x in tqdm(s.split(250), desc="keys", mininterval=1)] for s in splits]
@@ -77,7 +77,7 @@ class Task:
 
     @torch.no_grad()
     def measured(self, model: nn.Module, gone: Tensor, stay: Tensor, others: Tensor) -> dict[str, Any]:
-        """Accuracies in percent, and attacks that tell what was forgotten from test rows of the same kind."""
+        """Accuracies in percent, and attacks that separate forgotten rows from test rows of the same kind."""
         splits: dict[str, tuple[Tensor, ...]] = {"test": self.test}
         for name, ids in (("retain", stay[: len(self.test[1])]), ("forget", gone)):
             splits[name] = (self.images[ids], self.labels[ids], self.keys[ids])
@@ -100,8 +100,9 @@ class Task:
         return {**found, "attack": 100 * attacks["loss"].auc, "attacks": summary(attacks)}
 
     def relearned(self, model: nn.Module, gone: Tensor, others: Tensor, *, count: int = 256, steps: int = 20) -> float:
-        """How much lower the loss is, in nats, while it learns back what it forgot than while it learns as many fresh
-        test images of the same kind, in a mean over steps; a model without weights learns nothing."""
+        """Mean loss over steps, in nats, of learning fresh test images minus the loss of relearning forgotten images.
+
+        Both sets are of the same kind and equally large. A model without weights learns nothing."""
         x, y, keys = self.test
         losses = []
         for rows, sets in ((others[:count], (x, y, keys)), (gone[:count], (self.images, self.labels, self.keys))):
@@ -130,5 +131,5 @@ def _by_row(model: nn.Module, x: Tensor, keys: Tensor) -> Callable[[Tensor], Ten
 
 
 def summary(attacks: dict[str, Attack]) -> dict[str, list[float]]:
-    """Area under the curve with its interval, and true positives at 1 % false ones, in percent."""
+    """Area under the curve with its interval, and true positives at 1 % false positives, in percent."""
     return {name: [100 * x for x in (a.auc, *a.auc_interval, a.tpr)] for name, a in attacks.items()}

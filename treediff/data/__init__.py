@@ -1,6 +1,6 @@
-"""Readers for users' files: one door, `load_dataset`.
+"""Readers of data files, all behind `load_dataset`.
 
-Nothing is downloaded and nothing is unpickled. A file that does not fit is refused by name, with what was
+Nothing is downloaded and nothing is unpickled. The error for a file that does not fit names the file, what was
 expected and what was found. Shape letters: `n` rows, `C H W` image, `F` features.
 """
 

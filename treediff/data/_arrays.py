@@ -15,15 +15,15 @@ Array: TypeAlias = npt.NDArray[Any]
 Split: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 
 
-#: The greatest pixel of each dtype that says what white is.
+#: The greatest pixel of each dtype whose value of white is known.
 _GREATEST = {"bool": 1, "uint8": 255, "uint16": 65535}
 _RESCALE = "images / 255 for pixels from 0 to 255, (images + 1) / 2 for those from -1 to 1"
 
 
 def to_images(array: Array, where: object) -> torch.Tensor:
-    """Pixels with channels last, or float features, as float32 with channels first.
+    """Return pixels with channels last, or float features, as float32 with channels first.
 
-    What 1 means is clear of bool, uint8 and uint16; pixels of other integers say nothing of their range.
+    The range of bool, uint8 and uint16 is known; the range of other integers is not, so such pixels are refused.
     """
     is_image = array.ndim in (3, 4)
     if array.ndim not in (2, 3, 4) or array.size == 0:
@@ -57,14 +57,14 @@ def to_images(array: Array, where: object) -> torch.Tensor:
 
 
 def _refusal(array: Array, is_image: bool) -> str:
-    """Why numbers that are no floats do not do, and what to do."""
+    """Return the reason why an array that is not float is refused, and advice."""
     found = f"found {array.dtype} of shape {array.shape}"
     if array.dtype.kind not in "biu":
         return f"expected real numbers, {found}"
     if is_image:
         return (
-            f"expected bool, uint8, uint16 or float images, {found}, from {array.min()} to {array.max()}, which do not "
-            f"say what white is; divide by it: {_RESCALE}"
+            f"expected bool, uint8, uint16 or float images, {found}, from {array.min()} to {array.max()}, with an "
+            f"unknown value of white; divide by it: {_RESCALE}"
         )
     return (
         f"expected float features, {found}; give flat pixels as images, with .reshape(n, H, W), and features as "

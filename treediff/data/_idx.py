@@ -1,4 +1,4 @@
-"""The reader of folders with the four IDX files of MNIST and its kin."""
+"""Reader of folders with the four IDX files of MNIST and similar data sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data sets that have a name: the digits of scikit-learn, and MNIST's family from IDX files."""
+"""Data sets that have a name: the digits of scikit-learn, and MNIST's family from IDX files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _read_digits() -> ImageDataset:
     datasets = import_optional("sklearn.datasets", "the digits ship inside scikit-learn", "examples")
     bunch = datasets.load_digits()
     images, labels = to_images(bunch.images / 16, "digits"), torch.from_numpy(bunch.target.astype(np.int64))
-    # Evenly spaced in class order: stratified. The hash mixes the writers, and never changes.
+    # Rows that are evenly spaced in class order are stratified. The hash mixes the writers, and never changes.
     order = sorted(range(len(labels)), key=lambda row: (int(labels[row]), stable_hash(f"digits/{row}")))
     steps = range(1, 2 * _DIGITS_TEST_ROWS, 2)
     is_test = torch.zeros(len(labels), dtype=torch.bool)

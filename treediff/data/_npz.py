@@ -1,4 +1,4 @@
-"""The reader of `.npz` files."""
+"""Reader of `.npz` files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_npz(path: Path) -> ImageDataset:
 
 
 def _npz_arrays(path: Path) -> dict[str, Array]:
-    # np.load leaves a file open that it opened itself and then refused.
+    # np.load does not close a file that it opened itself and then refused.
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{path}: expected an archive as np.savez writes it, found another kind of file")

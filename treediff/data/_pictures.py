@@ -1,4 +1,4 @@
-"""The reader of folders of pictures, one sub-folder per class."""
+"""Reader of folders of images, one sub-folder per class."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DEEP = "I;16"
 
 
 def read_pictures(folder: Path, size: int | tuple[int, int] | None, seed: int) -> ImageDataset:
-    pillow = import_optional("PIL.Image", "pictures are read by Pillow", "pictures")
+    pillow = import_optional("PIL.Image", "images are read by Pillow", "pictures")
     box = _width_height(size)
     if (folder / "train").is_dir() and (folder / "test").is_dir():
         train, test = _class_files(folder / "train"), _class_files(folder / "test")
@@ -40,7 +40,7 @@ def read_pictures(folder: Path, size: int | tuple[int, int] | None, seed: int) -
     mode = _common_mode(pillow, paths, convert=box is not None)
     clear = sum(_is_clear(pillow, file) for file in paths)
     if clear:
-        warnings.warn(f"{folder}: {clear} pictures have transparent parts, which are shown on white", stacklevel=4)
+        warnings.warn(f"{folder}: {clear} images have transparent parts, which are shown on white", stacklevel=4)
     splits: list[Split] = []
     for part in (train, test):
         pixels = np.stack([_read_picture(pillow, file, mode, box) for _, file in part])
@@ -59,7 +59,7 @@ def _width_height(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def _hold_out(folder: Path, files: Sequence[ClassFile], seed: int) -> tuple[list[ClassFile], list[ClassFile]]:
-    """Split by a hash of names, so that a picture stays on its side when others come or go."""
+    """Split by a hash of names, so that an image stays in its split when other images are added or removed."""
     train: list[ClassFile] = []
     test: list[ClassFile] = []
     for class_name, file in files:
@@ -67,8 +67,8 @@ def _hold_out(folder: Path, files: Sequence[ClassFile], seed: int) -> tuple[list
         (test if is_test else train).append((class_name, file))
     if not train or not test:
         raise ValueError(
-            f"{folder}: expected enough pictures to hold out one in {_TEST_ONE_IN}, found {len(files)}, all "
-            f"on one side; add pictures, change split_seed, or make folders train/ and test/"
+            f"{folder}: expected enough images to hold out one in {_TEST_ONE_IN}, found {len(files)}, all "
+            f"on one side; add images, change split_seed, or make folders train/ and test/"
         )
     return train, test
 
@@ -86,19 +86,19 @@ def _class_files(folder: Path) -> list[ClassFile]:
         if below.is_dir() and not below.name.startswith("."):
             if not files:
                 raise ValueError(
-                    f"{below}: expected pictures of one class ({', '.join(_PICTURE_SUFFIXES)}), found none; "
+                    f"{below}: expected images of one class ({', '.join(_PICTURE_SUFFIXES)}), found none; "
                     f"folders train/ and test/ are understood as a pair"
                 )
             found += [(below.name, file) for file in files]
     if not found:
         raise ValueError(
-            f"{folder}: expected the four IDX files, or one sub-folder of pictures per class (just one if "
+            f"{folder}: expected the four IDX files, or one sub-folder of images per class (just one if "
             f"there are no classes), found no sub-folder"
         )
     if passed:
         warnings.warn(
-            f"{folder}: passed over {len(passed)} files or folders that are no pictures of a class, such as "
-            f"{passed[0]}; pictures lie in the folder of their class and end in {', '.join(_PICTURE_SUFFIXES)}",
+            f"{folder}: passed over {len(passed)} files or folders that are no images of a class, such as "
+            f"{passed[0]}; images lie in the folder of their class and end in {', '.join(_PICTURE_SUFFIXES)}",
             stacklevel=5,
         )
     return found
@@ -110,11 +110,11 @@ def _opened(pillow: ModuleType, path: Path) -> Iterator[Any]:
         with pillow.open(path) as picture:
             yield picture
     except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
-        raise ValueError(f"{path}: expected a picture that Pillow can read, found: {error}") from error
+        raise ValueError(f"{path}: expected an image that Pillow can read, found: {error}") from error
 
 
 def _common_mode(pillow: ModuleType, files: Sequence[Path], *, convert: bool) -> str:
-    """Return the mode that all pictures have or, with `convert`, the one they are converted to."""
+    """Return the mode that all images have or, with `convert`, the mode that all images are converted to."""
     formats: dict[tuple[str, tuple[int, int]], Path] = {}
     for file in files:
         with _opened(pillow, file) as picture:
@@ -138,34 +138,34 @@ def _common_mode(pillow: ModuleType, files: Sequence[Path], *, convert: bool) ->
 
 
 def _mode_of(picture: Any) -> str:  # noqa: ANN401
-    """Pillow's mode, with one name for grey of 16 bits in any order of bytes."""
+    """Return Pillow's mode, with one name for grey of 16 bits in any order of bytes."""
     deep = picture.mode.startswith(_DEEP) or (picture.mode == "I" and picture.format == "PPM")
     return _DEEP if deep else str(picture.mode)
 
 
 def _advice(mode: str) -> str:
-    """Return advice on saving a picture of a mode that is not read, with nothing lost that can be kept."""
+    """Return advice on saving an image of a mode that is not read, with nothing lost that can be kept."""
     if mode in ("I", "F"):
         return (
-            "its numbers do not say what white is; save it as grey of 16 bits: x = np.asarray(picture, np.float64), "
+            "its value of white is unknown; save it as grey of 16 bits: x = np.asarray(picture, np.float64), "
             "Image.fromarray((65535 * (x - x.min()) / np.ptp(x)).round().astype(np.uint16)).save('new.png'), with the "
-            "same two numbers for all pictures"
+            "same two numbers for all images"
         )
     if mode == "LAB":
-        return "save it as RGB with PIL.ImageCms, which knows what its colours mean"
+        return "save it as RGB with PIL.ImageCms, which interprets its colours"
     return f"save it with picture.convert({'RGB' if mode in ('CMYK', 'HSV', 'YCbCr') else 'RGBA'!r}).save('new.png')"
 
 
 def _upright(picture: Any) -> Any:  # noqa: ANN401
-    """Return a picture turned as its camera was held."""
+    """Return an image turned as its camera was held."""
     from PIL import ImageOps
 
-    ImageOps.exif_transpose(picture, in_place=True)  # keeps the format, which says what a grey of 16 bits is
+    ImageOps.exif_transpose(picture, in_place=True)  # keeps the format, which `_mode_of` reads
     return picture
 
 
 def _is_clear(pillow: ModuleType, file: Path) -> bool:
-    """Return whether a picture has transparent parts."""
+    """Return whether an image has transparent parts."""
     with _opened(pillow, file) as picture:
         if picture.mode not in ("RGBA", "LA") and "transparency" not in picture.info:
             return False
@@ -174,7 +174,7 @@ def _is_clear(pillow: ModuleType, file: Path) -> bool:
 
 
 def _on_white(pillow: ModuleType, picture: Any) -> Any:  # noqa: ANN401
-    """Return a picture without its transparency."""
+    """Return an image with its transparent parts on white."""
     if picture.mode not in ("RGBA", "LA") and "transparency" not in picture.info:
         return picture
     clear = picture.convert("RGBA")
@@ -195,7 +195,7 @@ def _read_picture(pillow: ModuleType, file: Path, mode: str, box: tuple[int, int
 
 
 def _read_deep(pillow: ModuleType, picture: Any, mode: str, box: tuple[int, int] | None) -> Array:  # noqa: ANN401
-    """Grey of 16 bits, or of 8 among such; Pillow's own conversions to other modes clip all but the darkest."""
+    """Read grey of 16 or, among such images, 8 bits; Pillow's conversions to other modes clip all but dark greys."""
     if _mode_of(picture) == _DEEP:
         grey = np.asarray(picture).astype(np.uint16)
     else:

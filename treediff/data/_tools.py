@@ -1,4 +1,4 @@
-"""Small tools that several readers share."""
+"""Tools that several readers share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from types import ModuleType
 
-# What zipfile, gzip and numpy raise when bytes are flipped or cut off.
+# Errors of zipfile, gzip and numpy when bytes are flipped or cut off.
 DAMAGE = (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 

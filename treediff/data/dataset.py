@@ -11,7 +11,7 @@ __all__ = ["ImageDataset"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageDataset:
-    """A training and a test split.
+    """Data set with a training and a test split.
 
     Images are float32 in [0, 1], `(n, C, H, W)`; a table of features is float32 `(n, F)`, as stored. Labels
     are int64 `(n,)` counting from 0, or None where the source has none; `class_names[label]` names a class.
@@ -25,6 +25,6 @@ class ImageDataset:
     class_names: tuple[str, ...] | None
 
     def __repr__(self) -> str:
-        """Shapes instead of pixels."""
+        """Return shapes instead of pixels."""
         train, test = tuple(self.train_images.shape), tuple(self.test_images.shape)
         return f"ImageDataset({self.name!r}, train={train}, test={test}, class_names={self.class_names})"

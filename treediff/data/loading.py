@@ -1,4 +1,4 @@
-"""One door to every reader."""
+"""Entry point to all readers."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ def load_dataset(
 
             * `"digits"`: scikit-learn's 8x8 digits, 1500 to train on and a fixed, stratified 297 to test on;
             * `"mnist"`, `"fashion-mnist"`: IDX files in the folder of that name inside `$TREEDIFF_DATA`, else
-              (Fashion-MNIST) those of the Debian package `dataset-fashion-mnist`. `"./mnist"` is a folder;
+              (Fashion-MNIST) the files of the Debian package `dataset-fashion-mnist`. `"./mnist"` is a folder;
             * an `.npz` file with `train_images` and `test_images`: bool, uint8 (over 255), uint16 (over 65535) or
-              float in [0, 1], `(n, H, W)` or `(n, H, W, C)`, or float features `(n, F)`; perhaps `train_labels`,
-              `test_labels` (integers, `(n,)` or `(n, 1)`) and `class_names`. A warning names keys that are
-              not read;
+              float in [0, 1], `(n, H, W)` or `(n, H, W, C)`, or float features `(n, F)`. Optional are
+              `train_labels`, `test_labels` (integers, `(n,)` or `(n, 1)`) and `class_names`. A warning names
+              keys that are not read;
             * a folder of the four IDX files, plain or gzip (`train-images-idx3-ubyte`, ...);
-            * a folder of pictures in one sub-folder per class, or such folders `train` and `test`; without
-              them a hash of class and file name sends about one picture in 7 to the test split.
-        size: height and width, or one number for both. Pictures in a folder are resized to it (bilinear, the
-            aspect ratio is not kept) and all converted to grey, or to RGB, of 8 bits, if one of them has colour.
-            Without it they must have one size and one mode: 1, L, I;16 (grey of 16 bits) or RGB, with transparency or
-            without. Of colours of 16 bits Pillow reads the upper 8. Pictures are turned upright (EXIF), and
-            transparent parts are laid on white, which a warning says.
-        split_seed: changes which pictures the hash sends to the test split; other sources do not use it.
+            * a folder of images in one sub-folder per class, or two such folders, `train` and `test`. Without the
+              two, a hash of class and file name assigns about one image in 7 to the test split.
+        size: height and width, or one number for both. Images in a folder are resized to `size` (bilinear, the
+            aspect ratio is not kept). All are converted to grey, or to RGB of 8 bits if one image has colour.
+            Without `size` all images must have one size and one mode: 1, L, I;16 (grey of 16 bits) or RGB, with or
+            without transparency. Of colours of 16 bits Pillow reads the upper 8. Images are turned upright (EXIF),
+            and transparent parts are laid on white, with a warning.
+        split_seed: seed of the hash that assigns images to the test split; other sources do not use it.
 
     Returns:
         An `ImageDataset`; rows and splits are the same in every call and on every machine.
 
     Raises:
-        TypeError: `source` is neither text nor a path.
-        FileNotFoundError: nothing is there, or an IDX file is missing; says how to get it.
-        ValueError: a file is damaged or does not fit the rules above, or `size` has no meaning there.
-        ImportError: Pillow (pictures) or scikit-learn (digits) is missing; names the extra to install.
+        TypeError: if `source` is neither text nor a path.
+        FileNotFoundError: if nothing is there, or an IDX file is missing; the message tells how to get the file.
+        ValueError: if a file is damaged or does not fit the rules above, or `size` has no meaning for the source.
+        ImportError: if Pillow (images) or scikit-learn (digits) is missing; the message names the extra to install.
 
-    Source: the IDX format is that of LeCun, Cortes and Burges, "The MNIST database of handwritten digits".
+    Source: the IDX format is described in LeCun, Cortes and Burges, "The MNIST database of handwritten digits".
 
     Examples:
         >>> load_dataset("digits").train_images.shape
@@ -60,7 +60,7 @@ def load_dataset(
     named = source in DATASET_NAMES
     pictures = not named and path.is_dir() and not holds_idx(path)
     if size is not None and not pictures:
-        raise ValueError(f"size: expected a folder of pictures to resize, found {source}; leave size out")
+        raise ValueError(f"size: expected a folder of images to resize, found {source}; leave size out")
     if named:
         return read_named(str(source))
     if pictures:

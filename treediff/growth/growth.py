@@ -1,13 +1,13 @@
-"""Structure learning: what trains now, on which rows, and how the tree grows in between.
+"""Structure learning: the stages of training, the rows of each stage, and the growth of the tree between stages.
 
-The library decides and your own loop trains. `TreeGrowth.stages(data)` yields a `Stage` at a time (Manduchi et al.,
-arXiv 2306.08984, section 2.4): the *initial* tree; then, until there are enough leaves, for each split a *settle* and a
-*subtree* stage, in which two new children learn on the rows of the leaf that was split while everything else is frozen;
-now and then an *intermediate* stage that trains the whole tree; at last leaves that hold next to nothing are pruned and
-a *final* stage fine-tunes what is left.
+The library decides and your loop trains. `TreeGrowth.stages(data)` yields one `Stage` at a time (Manduchi et al.,
+arXiv 2306.08984, section 2.4). The *initial* stage trains the first tree. Then leaves are split until there are enough
+leaves. In a *settle* and a *subtree* stage after each split, the two new children learn on the rows of the leaf that
+was split, while everything else is frozen. After every few splits an *intermediate* stage trains the whole tree. At
+last leaves with very few rows are pruned, and a *final* stage fine-tunes the remaining tree.
 
-Not in the paper: a new router begins as a normalised cut of its rows, and keeps it while the children settle. A router
-that learns from the first step sends everything to the child that happens to be ahead.
+Not in the paper: a new router begins as a normalised cut of its rows, and keeps the cut while the children settle. A
+router that learns from the first step sends all rows to the child that happens to be ahead.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from treediff.treevae.model import TreeVAE
 
 __all__ = ["KINDS", "TreeGrowth", "check_history"]
 
-#: Of stages, in their order.
+#: Kinds of stages, in their order.
 KINDS = ("initial", "settle", "subtree", "intermediate", "final")
 
 
 @dataclass
 class TreeGrowth:
-    """Grows a TreeVAE by an iterator of stages; it can be saved and resumed between two stages and in the midst of one.
+    """Growth of a TreeVAE as an iterator of stages, which can be saved and resumed between and within stages.
 
     Args:
-        model: the model, which starts as it is (usually a root with two leaves).
-        max_leaves: stop growing at this many effective leaves, those that a share of the rows of at least `min_share`
-            prefers to all others.
+        model: the model, which grows from its present tree (by default a single root).
+        max_leaves: stop growing at this many effective leaves. A leaf is effective if a share of the rows of at least
+            `min_share` prefers it to all others.
         epochs: epochs of every kind of stage that is not named below.
         initial_epochs: epochs of the initial stage.
         settle_epochs: epochs of a settle stage, in which a new router keeps its first cut; 0 skips it.
@@ -50,28 +50,30 @@ class TreeGrowth:
         intermediate_epochs: epochs of an intermediate stage; 0 skips them.
         final_epochs: epochs of the final stage; 0 skips it.
         intermediate_every: splits between two intermediate stages.
-        policy: which leaf to split: 'largest', 'highest_loss', 'highest_entropy', or a function from
+        policy: choice of the leaf to split: 'largest', 'highest_loss', 'highest_entropy', or a function from
             `LeafStatistics` to a score per leaf.
-        warm_start: whether new children begin as copies of the leaf they come from.
+        warm_start: whether new children begin as copies of their parent, the leaf that was split.
         min_share: leaves that a smaller share of the rows prefers to all others are pruned before the final stage.
         min_rows: leaves with fewer rows are not split.
-        cut_on: where a leaf's rows are cut, on the 'inputs' as they are or on the model's 'features' of them, which a
-            contrastive loss can make better than the inputs.
+        cut_on: where a leaf's rows are cut, on the 'inputs' themselves or on the model's 'features' of the inputs. A
+            contrastive loss can make the features better than the inputs.
         augment: changes that a cluster should not depend on, called as `augment(x, generator=generator)`; see
             `treediff.augment`. None for none.
-        views: changed copies of each row that a cut looks at, if there is `augment`.
+        views: number of changed copies of each row that a cut compares, if there is `augment`.
         cut_share: the smaller side of a cut holds at least this share of the leaf's rows.
-        cut_rows: rows that a cut looks at, at most; its time grows with their square.
-        threshold: nodes that an image reaches with less probability are visited now and then in training, see `Stage`.
-        annealing: KL weight over the epochs of the stages in between; a small one lets the leaves learn to differ.
+        cut_rows: greatest number of rows in a cut; the time of a cut grows with the square of this number.
+        threshold: nodes that an image reaches with less probability are visited at random in training, see `Stage`.
+        annealing: KL weight over the epochs of each stage between the initial and the final stage. A small weight lets
+            the leaves learn to differ.
         initial_annealing: KL weight over the initial stage.
-        final_annealing: KL weight over the final stage; by default it climbs to 1.
-        seed: for the order of rows and the weights of new nodes.
-        batch_size: rows at a time when the growth itself looks at the data.
-        world: the processes that grow the same tree on the same data; each looks at a share of it, and all agree.
+        final_annealing: KL weight over the final stage; by default the weight rises to 1.
+        seed: seed of the order of rows and of the weights of new nodes.
+        batch_size: rows in a batch when the growth itself passes over the data.
+        world: the processes that grow the same tree on the same data. Each process passes over a share of the data,
+            and all processes get all results.
 
     Attributes:
-        history: the stages so far; `load_state_dict` brings back those of another growth.
+        history: the stages so far; `load_state_dict` restores the stages of another growth.
 
     Raises:
         TypeError: if a count is no whole number, or the policy neither a name nor a function.
@@ -140,17 +142,17 @@ class TreeGrowth:
             raise TypeError(f"policy must be a name or a function, found {self.policy!r}")
 
     def stages(self, data: Tensor, *, again: Tensor | None = None) -> Iterator[Stage]:
-        """Yield stages until the tree is done; train each one before asking for the next.
+        """Yield stages until the tree is complete; train each stage before requesting the next stage.
 
         Args:
             data: all observations, `(n, *model.inputs)`.
-            again: the rows of the stage that was handed out last, to have it once more before any other: if it was
-                interrupted, and the model is as it was then.
+            again: the rows of the last stage that was handed out, to yield this stage once more before any other
+                stage. The stage was interrupted, and the model is in the state of the interruption.
 
         Raises:
-            TypeError: if the data have a wrong dtype, or a policy of your own returns no tensor.
-            ValueError: if there are no rows, or the data are not what the model takes; if a policy of your own does not
-                give a score to each leaf; or if no stage was handed out, or not on such rows.
+            TypeError: if the data have a wrong dtype, or a custom policy returns no tensor.
+            ValueError: if there are no rows, the data are not what the model takes, or a custom policy does not give a
+                score to each leaf. With `again`, if no stage was handed out or `again` cannot be the rows of a stage.
         """
         self.model.check(data)
         if not len(data):
@@ -161,7 +163,7 @@ class TreeGrowth:
             if again is not None:
                 yield self._again(again, len(data))
             while (stage := self._next(data)) is not None:
-                # Listed before it is trained, so that a state saved at the end of your loop's body counts it as done.
+                # Listed before it trains, so that a state saved at the end of the loop's body counts the stage as done.
                 record = {"kind": stage.kind, "split": stage.split, "epochs": stage.epochs, "above": stage.above}
                 self.history.append(record)
                 if stage.epochs:
@@ -171,7 +173,7 @@ class TreeGrowth:
                 parameter.requires_grad_(name not in self._frozen)
 
     def _again(self, rows: Tensor, n: int) -> Stage:
-        """Make the last stage in the history once more, of `rows`."""
+        """Build the last stage in the history once more, on `rows`."""
         if not self.history:
             raise ValueError("no stage was handed out yet, so none can be handed out again; leave out again=")
         if rows.dtype != torch.int64 or rows.ndim != 1 or not ((rows >= 0) & (rows < n)).all():
@@ -179,7 +181,7 @@ class TreeGrowth:
                 f"again= takes the rows of the last stage, int64 numbers below {n}; found {rows.dtype} of shape "
                 f"{tuple(rows.shape)}"
             )
-        last = self.history.pop()  # while it is made: it counts the stages before it
+        last = self.history.pop()  # meanwhile, as a new stage counts the stages before it
         stage = self._stage(last["kind"], rows, last["split"], last["above"])
         self.history.append(last)
         return stage
@@ -204,14 +206,14 @@ class TreeGrowth:
             self._prune(data, probs)
             return self._stage("final", everything)
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, len(self.history), -1))
-        # Rows that might as well be elsewhere would blur the cut.
+        # Rows that prefer another leaf would blur the cut.
         certain = (probs.argmax(1) == self.model.topology.leaves.index(leaf)).nonzero().squeeze(1)
         self.model.split(leaf, warm_start=self.warm_start, generator=generator)
         self._cut(leaf, data, certain)
         return self._subtree_stage("settle", data, leaf, self._membership(probs))
 
     def _subtree_stage(self, kind: str, data: Tensor, split: int, above: float) -> Stage:
-        """Make a stage of the rows that reach a node with a probability of at least `above`."""
+        """Build a stage on the rows that reach a node with a probability of at least `above`."""
         rows = (self._survey.reach(data, split) >= above).nonzero().squeeze(1)
         return self._stage(kind, rows, split=split, above=above)
 
@@ -247,7 +249,7 @@ class TreeGrowth:
         return probs.argmax(1).bincount(minlength=probs.shape[1])
 
     def _leaf_to_split(self, data: Tensor, probs: Tensor) -> int | None:
-        """Return the best-scored leaf with rows enough and room below; None if there is none."""
+        """Return the leaf with the best score among leaves with enough rows and room below, or None."""
         tree, deepest = self.model.topology, len(self.model.bottom_up)
         policy = POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
         room = torch.tensor([tree.depth(leaf) < deepest for leaf in tree.leaves])
@@ -256,7 +258,7 @@ class TreeGrowth:
         return best_leaf(policy, statistics, tree.leaves, room & (statistics.rows >= self.min_rows))
 
     def _cut(self, node: int, data: Tensor, rows: Tensor) -> None:
-        """Start a new posterior router as a cut where its rows lie thin, so that neither child starves."""
+        """Start a new posterior router as a cut where its rows are sparse, so that both children get rows."""
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, len(self.history), -3))
         picked = rows[torch.randperm(len(rows), generator=generator)[: self.cut_rows]]
         if len(picked) > 1 and self.world.first:
@@ -274,7 +276,7 @@ class TreeGrowth:
         self.world.follow_first(self.model)
 
     def _prune(self, data: Tensor, probs: Tensor) -> None:
-        """Remove, one by one, the leaf that fewest rows choose, while that is less than `min_share` of them."""
+        """Remove, one by one, the leaf that the fewest rows prefer, while their share is below `min_share`."""
         while len(self.model.topology.leaves) > 1:
             counts = self._preferring(probs)
             smallest = int(counts.argmin())
@@ -286,10 +288,10 @@ class TreeGrowth:
     # --- saving -------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed growth needs besides the saved model and the same arguments; plain JSON values.
+        """Return the state, plain JSON values, that a resumed growth needs besides the model and the same arguments.
 
-        Save both when a stage has been trained, at the end of your loop's body: the stage handed out last counts as
-        done.
+        Save state and model after a stage was trained, at the end of the loop's body: the last stage that was handed
+        out counts as done.
         """
         return {"history": [dict(entry) for entry in self.history]}
 
@@ -305,10 +307,10 @@ class TreeGrowth:
 
 
 def check_history(state: Mapping[str, Any], routed: Collection[int]) -> list[dict[str, Any]]:
-    """Read the stages in a state, once it is sure that they can have made a tree.
+    """Return the stages in a state, after a check that these stages can have made the tree.
 
     Args:
-        state: what `TreeGrowth.state_dict` returned.
+        state: a result of `TreeGrowth.state_dict`.
         routed: nodes of the tree that have children.
 
     Raises:
@@ -330,10 +332,10 @@ def check_history(state: Mapping[str, Any], routed: Collection[int]) -> list[dic
         split = entry["split"]
         if (split is None) == (entry["kind"] in ("settle", "subtree")):
             raise ValueError(f"a {entry['kind']} stage names the node that was split, others do not; found {split}")
-        # Pruning, before the final stage, may have taken the node away.
+        # Pruning, before the final stage, may have removed the node.
         if split is not None and history[-1]["kind"] != "final" and split not in routed:
             raise KeyError(
                 f"node {split} was split in this history, but not in the model's tree; load the model that was saved "
-                "along with it"
+                "along with the history"
             )
     return [dict(entry) for entry in history]

@@ -1,4 +1,4 @@
-"""One stretch of training: what trains, on which rows, towards which loss; the loop is yours."""
+"""Stage of growth: the parameters that train, their rows and their loss, for a custom loop."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ __all__ = ["Stage"]
 
 @dataclass
 class Stage:
-    """One stretch of training, for a loop of your own.
+    """One stage of training, for a custom loop.
 
-    Making a stage sets `requires_grad` throughout the model, but for the parameters that are `frozen`.
+    A new stage sets `requires_grad` of every parameter: True for the parameters that train, False for all others, and
+    for the `frozen` parameters in any case.
 
     Args:
         model: the model that trains.
         kind: 'initial', 'settle', 'subtree', 'intermediate' or 'final'; see `TreeGrowth`.
-        index: how many stages came before.
-        epochs: how long to train.
+        index: number of stages before this stage.
+        epochs: number of epochs to train.
         rows: `(n,)` row indices of the data to train on.
         annealing: the weight of the KL terms over the stage's epochs.
         split: id of the leaf that was split, in a settle or subtree stage.
         above: rows reach the split node with at least this probability.
-        threshold: nodes that an image reaches with less probability are visited by chance and weighted up in return, so
-            that the loss stays right on average; 0 visits all. Contrastive terms count everyone in any case.
-        seed: for the order of rows.
-        frozen: names of parameters that no stage trains, such as those of a pretrained encoder.
+        threshold: nodes that an image reaches with less probability are visited at random. These visits are weighted
+            up, so the expected loss is unchanged; 0 visits all. Contrastive terms always count all rows.
+        seed: seed of the order of rows.
+        frozen: names of parameters that no stage trains, such as the parameters of a pretrained encoder.
     """
 
     model: TreeVAE
@@ -55,11 +56,11 @@ class Stage:
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
             if not parameter.requires_grad:
-                # What the last stage left behind would still move it, in an optimiser of all parameters.
+                # A gradient left by the last stage would still move the parameter, in an optimiser of all parameters.
                 parameter.grad = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that train: all; or those of the split's routers and children, without frozen ones.
+        """Return the parameters that train and are not frozen: all, or those in the routers and children of the split.
 
         A settle stage leaves out the posterior router, so that the first cut stays.
         """
@@ -76,11 +77,11 @@ class Stage:
         return [weight for weight in trained if id(weight) not in frozen]
 
     def kl_weight(self, epoch: float) -> float:
-        """Weight of the KL terms at an epoch of this stage, counted from 0; fractions are fine."""
+        """Return the weight of the KL terms at an epoch of this stage, counted from 0; fractions are allowed."""
         return self.annealing(epoch)
 
     def batches(self, epoch: int, batch_size: int) -> Iterator[Tensor]:
-        """Index tensors that cover `rows` once, in an order that depends on the seed, the stage and the epoch."""
+        """Yield index tensors that cover `rows` once, in an order that depends on the seed, the stage and the epoch."""
         check_positive(batch_size=batch_size)
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, self.index, epoch))
         for picked in torch.randperm(len(self.rows), generator=generator).split(batch_size):
@@ -97,16 +98,17 @@ class Stage:
     ) -> Tensor:
         """Return the scalar to minimise for a batch of observations.
 
-        In a settle or subtree stage only the path to the split node and its two children run, and only the terms that
-        the children and the split's decision take part in count, each weighted by the probability of reaching them.
+        In a settle or subtree stage only the path to the split node and its two children are computed. Only the terms
+        of the children and of the split's decision count, each weighted by the probability of reaching its node.
 
         Args:
             x: `(B, *inputs)`, what is reconstructed.
             kl_weight: weight of the KL terms.
-            view: `(B, *inputs)`, a second look at each observation, which only the encoder and the routers see. TreeVAE
-                reconstructs both views: that is the mean of two losses, with `x` and `view` once in each place.
-            contrast: the terms that join `x` and `view`; in a settle or subtree stage only the one of the split's turn.
-            generator: where the noise of the latents, and chance below the threshold, come from.
+            view: `(B, *inputs)`, a changed copy of each observation, which only the encoder and the routers read.
+                TreeVAE reconstructs both views: its loss is the mean of two losses, one with `x` and `view` exchanged.
+            contrast: the terms that compare `x` and `view`; in a settle or subtree stage only the term of the split's
+                router.
+            generator: source of the noise of the latents and of the random visits below the threshold.
 
         Raises:
             ValueError: if `x` or `view` is not what the model takes, their shapes differ, or only one of `view` and
@@ -133,6 +135,6 @@ class Stage:
         loss = bound.loss(kl_weight)
         if contrast is None:
             return loss
-        # Every row is compared with all others at every router, so all decide, and the threshold leaves none out.
+        # Every row is compared with all others at every router, so every router runs on all rows, without a threshold.
         extra: Tensor = contrast(both, model.route(both, nodes=nodes), split=split)
         return loss + extra

@@ -1,8 +1,8 @@
-"""Pictures of a tree: what every node generates, which real images belong to it, and its share of the data.
+"""Pictures of a tree: generated images, typical real images and the share of the data of every node.
 
-`summarize_tree` looks at the model and the data once. `draw_tree` makes a PNG of the result (it needs
-`treediff[pictures]`), `write_html` a page to click through (it needs nothing). `draw_strip` and `draw_grid` make a PNG
-of images in rows and columns: the steps of a sampler, or the same roots in every leaf.
+`summarize_tree` passes over the model and the data once. `draw_tree` draws the summary as a PNG file and needs
+`treediff[pictures]`; `write_html` writes a page to click through and needs nothing. `draw_strip` and `draw_grid` draw
+images in rows and columns as a PNG file: the steps of a sampler, or the same roots decoded by every leaf.
 """
 
 from treediff.pictures.grid import draw_grid, draw_strip

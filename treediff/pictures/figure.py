@@ -1,4 +1,4 @@
-"""PNG files by matplotlib: one figure, the same bytes for the same content, whatever style the user has set."""
+"""PNG files by matplotlib: one figure, with the same bytes for the same content under any style of the user."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def figure(
 
     Args:
         path: the file, whose name ends in .png.
-        width: in inches.
-        height: in inches.
+        width: width of the figure in inches.
+        height: height of the figure in inches.
         dpi: dots per inch.
-        caller: function that draws, for messages.
-        otherwise: what else would help where matplotlib is missing.
+        caller: name of the function that draws, for messages.
+        otherwise: further advice for messages.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -60,12 +60,12 @@ def figure(
 
 
 def save(drawn: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure to a PNG file without the version of the program that wrote it."""
+    """Write a figure to a PNG file, without the version of matplotlib in its metadata."""
     drawn.savefig(path, format="png", metadata={"Software": None})
 
 
 def montage(images: Pixels, columns: int, gap: int, colour: str = PAPER) -> Pixels:
-    """Return images `(n, H, W, C)` side by side in rows of `columns`, `(height, width, 3)`.
+    """Return one image `(height, width, 3)` of images `(n, H, W, C)` side by side in rows of `columns`.
 
     Examples:
         >>> montage(np.zeros((3, 4, 5, 1), np.uint8), columns=2, gap=1).shape
@@ -81,7 +81,7 @@ def montage(images: Pixels, columns: int, gap: int, colour: str = PAPER) -> Pixe
 
 
 def shorten(text: str, letters: int) -> str:
-    """Return a text on one line with at most so many letters.
+    """Return a text on one line, shortened to at most `letters` letters.
 
     Examples:
         >>> shorten("a long name of a class", 12)

@@ -1,4 +1,4 @@
-"""Images in rows and columns as one PNG file: the steps of a sampler, or some roots through every leaf.
+"""Images in rows and columns as one PNG file: the steps of a sampler, or some roots decoded by every leaf.
 
 Letters: `R` rows, `N` columns, `B` images, `C H W` image.
 """
@@ -22,7 +22,7 @@ __all__ = ["Labels", "draw_grid", "draw_strip"]
 Labels: TypeAlias = Sequence[str | float] | Tensor
 
 _DPI, _TILE, _GAP = 150, 64, 4  # in pixels; smaller images are enlarged to at most a tile
-_MARGIN, _LETTER, _TITLE = 0.15, 0.062, 0.3  # in inches; of a letter of a label its width
+_MARGIN, _LETTER, _TITLE = 0.15, 0.062, 0.3  # in inches; _LETTER is the width of a letter of a label
 _LETTERS = 26
 
 
@@ -34,23 +34,23 @@ def draw_grid(
     column_labels: Labels | None = None,
     title: str | None = None,
 ) -> None:
-    """Draw images in rows and columns into a PNG file, such as those of `DiffuseTreeVAE.generate_tree`.
+    """Draw images in rows and columns into a PNG file, such as the images of `DiffuseTreeVAE.generate_tree`.
 
-    Small images are enlarged by a whole factor, larger images keep their pixels. The same arguments give the same
+    Small images are enlarged by a whole factor; larger images keep their pixels. The same arguments give the same
     bytes.
 
     Args:
         images: `(R, N, C, H, W)` in [0, 1], `C` 1 or 3; for `generate_tree` rows are roots and columns are leaves.
-        path: the file, whose name ends in .png; one that exists is replaced.
-        row_labels: one for each row, written left of the row; long labels are shortened.
-        column_labels: one for each column, written above the column; long labels are slanted and shortened.
+        path: the file, whose name ends in .png; an existing file is replaced.
+        row_labels: one label for each row, left of the row; long labels are shortened.
+        column_labels: one label for each column, above the column; long labels are slanted and shortened.
         title: text above the grid.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        TypeError: if images are no float tensor.
-        ValueError: if images have another shape, leave [0, 1] or are empty, if there is not one label for each row or
-            column, if the name does not end in .png, or if the drawing would be too large.
+        TypeError: if images are not a float tensor.
+        ValueError: if images have another shape, leave [0, 1] or are empty, or there is not one label for each row or
+            column. Also if the name does not end in .png, or the drawing would be too large.
     """
     _check(images, "images", "(rows, columns, C, H, W)")
     beside = _texts(row_labels, "row_labels", images.shape[0], "row")
@@ -73,15 +73,15 @@ def draw_strip(
 
     Args:
         frames: `(steps, B, C, H, W)` in [0, 1], `C` 1 or 3.
-        path: the file, whose name ends in .png; one that exists is replaced.
-        labels: one for each step, such as its time.
-        row_labels: one for each image.
+        path: the file, whose name ends in .png; an existing file is replaced.
+        labels: one label for each step, such as its time.
+        row_labels: one label for each image.
         title: text above the strip.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        TypeError: if frames are no float tensor.
-        ValueError: as `draw_grid`.
+        TypeError: if frames are not a float tensor.
+        ValueError: as for `draw_grid`.
     """
     _check(frames, "frames", "(steps, images, C, H, W)")
     beside = _texts(row_labels, "row_labels", frames.shape[1], "image")
@@ -97,7 +97,7 @@ def _draw(
     title: str | None,
     caller: str,
 ) -> None:
-    """Draw all images as one, with the labels of rows and columns as those of axes."""
+    """Draw all images as one image, with the labels of rows and columns as labels of the axes."""
     rows, columns = images.shape[:2]
     beside, above = ([shorten(label, _LETTERS) for label in labels] for labels in (row_labels, column_labels))
     tall, wide = (size + _GAP for size in tile_size(images.shape[3], images.shape[4], max(_TILE, *images.shape[3:])))
@@ -138,7 +138,7 @@ def _check(images: Tensor, name: str, shape: str) -> None:
 
 
 def _texts(labels: Labels | None, name: str, count: int, kind: str) -> list[str]:
-    """Return labels as they are written; fractions have three decimals at most."""
+    """Return labels as texts; fractions have at most three decimals."""
     if labels is None:
         return []
     if len(labels) != count:

@@ -1,4 +1,4 @@
-"""Places of the nodes of a tree in a picture: leaves evenly spaced, parents centred over their children."""
+"""Layout of the nodes of a tree in a picture: leaves evenly spaced, parents centred over their children."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["columns", "spans"]
 
 
 def spans(tree: TreeTopology) -> dict[int, tuple[int, int]]:
-    """First and last leaf column of each node, counting the leaves from left to right.
+    """Return the first and last leaf column of each node, counting the leaves from left to right.
 
     Examples:
         >>> spans(TreeTopology.balanced(1).split(1))
@@ -32,7 +32,7 @@ def spans(tree: TreeTopology) -> dict[int, tuple[int, int]]:
 
 
 def columns(tree: TreeTopology) -> dict[int, float]:
-    """Horizontal place of each node, in leaf columns.
+    """Return the horizontal place of each node, in leaf columns.
 
     Examples:
         >>> columns(TreeTopology.balanced(1).split(1))

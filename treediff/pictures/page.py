@@ -1,4 +1,4 @@
-"""The tree as one HTML page to click through, with every image inside it and nothing from elsewhere."""
+"""HTML page of a tree to click through: one file that contains every image and loads nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from treediff.pictures.tiles import fit, pixels, png_bytes, tile_size
 
 __all__ = ["write_html"]
 
-_SIDE = 72  # of an image in the details, in CSS pixels
+_SIDE = 72  # side of an image in the details, in CSS pixels
 _LARGEST = 128  # larger images are averaged down to this
 _MOST_CLASSES = 20
 
@@ -57,15 +57,15 @@ sibling and neighbours, <kbd>Home</kbd> root.</p>
 def write_html(summary: TreeSummary, path: str | os.PathLike[str], *, title: str | None = None) -> None:
     """Write a page on which a tree can be clicked through node by node.
 
-    One file without anything from elsewhere: open it from a disk, send it by mail. Left the tree, right the chosen
-    node: its share of the data, what it generates (with every image's refined self below it, if there is one), real
-    images, its classes, and the path that leads to it. The arrow keys walk through the tree; `page.html#node-7` opens
-    node 7. The same summary gives the same bytes.
+    The page is one file that loads nothing, so it opens from a disk and can be sent by mail. The tree is on the left,
+    and the chosen node on the right. A node has its share of the data, generated images, real images, its classes, and
+    the path to the node. Each generated image is above its refined image, if there is one. The arrow keys move through
+    the tree; `page.html#node-7` opens node 7. The same summary gives the same bytes.
 
     Args:
-        summary: what `summarize_tree` found.
-        path: the file; one that exists is replaced.
-        title: the heading; text, in which markup has no meaning.
+        summary: a result of `summarize_tree`.
+        path: the file; an existing file is replaced.
+        title: the heading, a plain text; markup is escaped.
     """
     leaves = len(summary.topology.leaves)
     counted = f"{leaves} {'leaf' if leaves == 1 else 'leaves'}"
@@ -83,7 +83,7 @@ def write_html(summary: TreeSummary, path: str | os.PathLike[str], *, title: str
 
 
 def _data_url(image: Images) -> str:
-    """Encode an image `(C, H, W)` as an address."""
+    """Encode an image `(C, H, W)` as a data URL."""
     shown = pixels(image[None])
     if max(shown.shape[1:3]) > _LARGEST:
         shown = fit(shown, _LARGEST)
@@ -91,7 +91,7 @@ def _data_url(image: Images) -> str:
 
 
 def _section(summary: TreeSummary, node: NodeSummary) -> str:
-    """Write the details of one node."""
+    """Return the details of one node as HTML."""
     tree = summary.topology
     kind = "root" if node.parent is None else "inner" if tree.children(node.id) else "leaf"
     ways = "".join(f' data-{way}="#node-{to}"' for way, to in _neighbours(summary, node).items())
@@ -118,7 +118,7 @@ def _section(summary: TreeSummary, node: NodeSummary) -> str:
 
 
 def _neighbours(summary: TreeSummary, node: NodeSummary) -> dict[str, int]:
-    """Return the nodes that the arrow keys lead to: parent, first child, and the nodes beside it at its depth."""
+    """Return the nodes that the arrow keys lead to: parent, first child, and the neighbours at its depth."""
     tree = summary.topology
     level = tree.levels[node.depth]
     place = level.index(node.id)
@@ -151,7 +151,7 @@ def _captions(summary: TreeSummary, node: NodeSummary) -> list[str]:
 
 
 def _generated(node: NodeSummary) -> str:
-    """Show what the node generates; above what became of it, if there are refined samples."""
+    """Return the generated images of a node, each above its refined image if there are refined samples."""
     numbers = range(1, len(node.samples) + 1)
     if node.refined is None:
         return _tiles("generated", "Generated", node.samples, [f"generated image {i}" for i in numbers])
@@ -166,7 +166,7 @@ def _generated(node: NodeSummary) -> str:
 
 
 def _tiles(kind: str, heading: str, images: Images, captions: list[str]) -> str:
-    """Images side by side."""
+    """Return a heading with images side by side below."""
     if not len(images):
         return ""
     items = "".join(f"<li>{_img(image, text)}</li>" for image, text in zip(images, captions, strict=True))
@@ -174,7 +174,7 @@ def _tiles(kind: str, heading: str, images: Images, captions: list[str]) -> str:
 
 
 def _img(image: Images, caption: str) -> str:
-    """Write an image with what it is as its alternative text and on hovering."""
+    """Return an image with a caption as its alternative text and its tooltip."""
     height, width = image.shape[1:]
     tall, wide = tile_size(height, width, min(max(height, width, _SIDE), _LARGEST))
     text = escape(caption)
@@ -182,7 +182,7 @@ def _img(image: Images, caption: str) -> str:
 
 
 def _classes(summary: TreeSummary, node: NodeSummary) -> str:
-    """Write a table of the node's classes with bars, the largest first."""
+    """Return a table of the node's classes with bars, the largest class first."""
     counts, names = node.class_counts, summary.class_names
     if counts is None or names is None or not node.count:
         return ""

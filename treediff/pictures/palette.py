@@ -1,6 +1,6 @@
-"""Colours that people with any kind of colour vision can tell apart, and how numbers are written.
+"""Colours that people with any kind of colour vision can distinguish, and the format of percentages.
 
-Source: Paul Tol, "Colour schemes", SRON technical note 2021; the scheme called 'muted', and a grey, for classes.
+Source: Paul Tol, "Colour schemes", SRON technical note 2021. Classes have the scheme 'muted', and a grey.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from treediff.pictures.summary import TreeSummary
 __all__ = ["EMPTY", "GENERATED", "GREY", "INK", "LINE", "PAPER", "REAL", "REFINED", "class_colours", "percent", "rgb"]
 
 PAPER, INK, GREY, LINE, EMPTY = "#ffffff", "#1d232a", "#66707a", "#c3cbd3", "#eef1f4"
-GENERATED, REFINED, REAL = "#4477aa", "#225522", "#b8562f"  # of different lightness, too
+GENERATED, REFINED, REAL = "#4477aa", "#225522", "#b8562f"  # these differ in lightness, too
 
 _CLASSES = (
     *("#cc6677", "#332288", "#ddcc77", "#117733", "#88ccee"),
@@ -21,7 +21,7 @@ _CLASSES = (
 
 
 def class_colours(summary: TreeSummary) -> dict[int, str]:
-    """Choose a colour for each class; of more than ten only the most frequent have one."""
+    """Choose a colour for each class; of more than ten classes only the ten most frequent have a colour."""
     counts = summary.nodes[0].class_counts
     if counts is None:
         return {}
@@ -30,12 +30,12 @@ def class_colours(summary: TreeSummary) -> dict[int, str]:
 
 
 def rgb(colour: str) -> tuple[int, int, int]:
-    """Red, green and blue of '#rrggbb'."""
+    """Return red, green and blue of '#rrggbb'."""
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """Write a share from 0 to 1 as a percentage.
+    """Format a share from 0 to 1 as a percentage.
 
     Examples:
         >>> percent(0.1234), percent(1.0), percent(0.00001)

@@ -1,4 +1,4 @@
-"""Samples through every node, and the same images refined by a second stage.
+"""Samples through every node, and the same samples refined by a second stage.
 
 Letters: `S` samples, `C H W` image.
 """
@@ -25,7 +25,7 @@ Refine: TypeAlias = Callable[[TreeSample], Tensor]
 def draw_samples(
     model: TreeVAE, samples: int, refine: Refine | None, generator: torch.Generator | None
 ) -> dict[int, tuple[Images, Images | None]]:
-    """Draw samples through every node, each from the generator as it is now, and what `refine` makes of them."""
+    """Draw samples through every node, all from the same state of the generator, and refine the samples by `refine`."""
     source = generator or torch.Generator().manual_seed(seed_from(None))
     state, drawn = source.get_state(), {}
     for node in model.topology.ids:

@@ -1,4 +1,4 @@
-"""Looking at a model and its data once, for the pictures.
+"""Summary of a model and its data for all pictures, computed once.
 
 Letters: `n` rows of data, `C H W` image, `S` samples, `M` members, `Y` classes, `K` leaves, `D` latent.
 """
@@ -40,40 +40,40 @@ def summarize_tree(
     refine: Refine | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TreeSummary:
-    """Find out what every node of a tree generates and which images belong to it.
+    """Summarize the generated images and the typical real images of every node of a tree.
 
     All images are routed once, in batches, without a decoder. A row belongs to its most probable leaf. The
-    *members* of a leaf are those of its rows whose posterior mean at the leaf (every latent above it being a mean
-    too) is closest to the average over the leaf's rows, in Euclidean distance. An inner node shows the most
-    typical members of the leaves below it, from left to right, in proportion to their rows.
+    *members* of a leaf are the rows whose posterior mean at the leaf is closest to the average over the leaf's rows,
+    in Euclidean distance. Every latent above the leaf is a posterior mean, too. An inner node shows the most typical
+    members of the leaves below it, from left to right, in proportion to the rows of these leaves.
 
-    The samples of a node are those of `model.sample(samples, node=node, generator=generator)`, from the same state
-    of the generator for all nodes: sample `i` starts from one root latent and is seen through each node. A second
-    stage may refine them, such as that of a `DiffuseTreeVAE` called `pair`:
+    The samples of a node are `model.sample(samples, node=node, generator=generator)`, from the same state of the
+    generator for all nodes. So sample `i` starts from one root latent and is decoded through each node. A second
+    stage may refine the samples, such as the second stage of a `DiffuseTreeVAE` called `pair`:
     `refine=lambda sample: pair.ddpm.sample(condition_of_sample(sample, model.topology))`.
 
     Args:
-        model: a model of images; it is used in eval mode and left in the mode it was in.
+        model: a model of images; it is evaluated in eval mode, and its mode is restored.
         images: `(n, C, H, W)` in [0, 1], `C` 1 or 3.
-        labels: `(n,)` class of each image, counting from 0, for histograms; the model does not see them.
+        labels: `(n,)` class of each image, counting from 0, for histograms; the model does not use labels.
         class_names: a name for each class; 'class 0' and so on by default.
         samples: images to draw through each node, `S`, at least 1.
-        members: most real images to show for a node, `M`; 0 keeps real images out of the pictures.
-        max_rows: latents are compared for about this many rows at most, equally many from each leaf, evenly spaced
-            among its rows. Shares, counts and histograms always come from all rows.
-        batch_size: images at a time.
-        generator: gives the seed of the samples.
-        refine: called once per node with what `model.sample` drew there; returns images `(S, C, H, W)` in [0, 1], each
-            in the place of the one it was made from.
+        members: greatest number of real images of a node, `M`; 0 keeps real images out of the pictures.
+        max_rows: latents are compared for at most about this many rows, equally many from each leaf, evenly spaced
+            among the leaf's rows. Shares, counts and histograms always come from all rows.
+        batch_size: images in a batch.
+        generator: source of the noise of the samples.
+        refine: called once per node with the result of `model.sample`; returns images `(S, C, H, W)` in [0, 1], in
+            the order of the samples.
         progress: called as `progress(done, n)` after each batch that was routed.
 
     Returns:
-        the summary of every node; the same one for the same arguments.
+        the summary of every node; equal arguments give equal summaries.
 
     Raises:
-        TypeError: if images are no float tensor, those of `refine` neither, or labels no integers.
-        ValueError: if the model does not make images, if shapes, values or labels do not fit, if a number is too
-            small, or if the model's probabilities are not finite.
+        TypeError: if the images, or the images of `refine`, are not a float tensor, or labels are not integers.
+        ValueError: if the model does not make images, shapes, values or labels do not fit, a number is too small, or
+            the model's probabilities are not finite.
 
     Examples:
         >>> from treediff import TreeTopology, TreeVAE
@@ -115,13 +115,13 @@ def summarize_tree(
     return TreeSummary(tree, tuple(nodes), len(images), None if targets is None else names)
 
 
-# --- looking at the model -----------------------------------------------------------------------------------
+# --- passes over the data -----------------------------------------------------------------------------------
 
 
 def _route(
     model: TreeVAE, images: Tensor, batch_size: int, progress: Callable[[int, int], None] | None
 ) -> tuple[npt.NDArray[np.float64], Ints]:
-    """Mean probability of each leaf `(K,)`, and the rank of each row's most probable leaf `(n,)`."""
+    """Return the mean probability of each leaf `(K,)`, and the rank of each row's most probable leaf `(n,)`."""
     total = torch.zeros(len(model.topology.leaves), dtype=torch.float64)
     best = []
     for start in range(0, len(images), batch_size):
@@ -141,7 +141,7 @@ def _route(
 def _typical_members(
     model: TreeVAE, images: Tensor, leaf_of: Ints, members: int, max_rows: int, batch_size: int
 ) -> list[Ints]:
-    """For each leaf the rows closest to its mean latent, at most `members`."""
+    """Return for each leaf the rows closest to its mean latent, at most `members`."""
     leaves = model.topology.leaves
     most = max(members, max_rows // len(leaves))
     candidates = [_evenly(np.flatnonzero(leaf_of == k), most) for k in range(len(leaves))]
@@ -159,7 +159,7 @@ def _typical_members(
 
 
 def _leaf_means(model: TreeVAE, images: Tensor, rows: Ints, leaf: Ints, batch_size: int) -> npt.NDArray[np.float64]:
-    """Posterior mean of each row's latent at a leaf, `(rows, D)`; only the path to that leaf runs."""
+    """Return the posterior mean of each row's latent at a leaf, `(rows, D)`; only the path to that leaf is computed."""
     zero = torch.zeros((), dtype=model.dtype, device=model.device)
     parts = []
     for start in range(0, len(rows), batch_size):
@@ -182,12 +182,12 @@ def _observations(model: TreeVAE, images: Tensor) -> Tensor:
 
 
 def _count(targets: Ints, classes: int) -> Ints:
-    """Count the members of each class."""
+    """Count the rows of each class."""
     return np.bincount(targets, minlength=classes).astype(np.int64)
 
 
 def _evenly(rows: Ints, most: int) -> Ints:
-    """At most that many of the rows, evenly spaced."""
+    """Return at most `most` of the rows, evenly spaced."""
     if len(rows) <= most:
         return rows
     picked: Ints = rows[np.arange(most) * len(rows) // most]
@@ -216,7 +216,7 @@ def _in_proportion(counts: Sequence[int], places: int) -> list[int]:
 
 
 def _check(model: TreeVAE, images: Tensor, least_one: dict[str, int], members: int) -> None:
-    """Refuse what cannot be summarized; values and shapes of images are checked by the model."""
+    """Refuse arguments that cannot be summarized; the model checks the values and shapes of images."""
     for name, value in least_one.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, found {value}")
@@ -224,8 +224,8 @@ def _check(model: TreeVAE, images: Tensor, least_one: dict[str, int], members: i
         raise ValueError(f"members must be at least 0, found {members}")
     if len(model.inputs) != 3 or model.inputs[0] not in (1, 3):
         raise ValueError(
-            f"pictures need a model of images, (1, height, width) or (3, height, width); this one reads "
-            f"observations of shape {model.inputs}; look at such data with model.cluster(x) and model.sample(n)"
+            f"pictures need a model of images, (1, height, width) or (3, height, width); this model reads "
+            f"observations of shape {model.inputs}; for such data use model.cluster(x) and model.sample(n)"
         )
     if not isinstance(images, Tensor):
         found = type(images).__name__
@@ -242,7 +242,7 @@ def _check(model: TreeVAE, images: Tensor, least_one: dict[str, int], members: i
 def _classes(
     labels: Labels | None, class_names: Sequence[str] | None, rows: int
 ) -> tuple[Ints | None, tuple[str, ...]]:
-    """Labels as an array, and a name for each class; None and no names without labels."""
+    """Return labels as an array, and a name for each class; without labels None and no names."""
     if labels is None:
         if class_names is not None:
             raise ValueError("class_names name the classes of labels, but no labels were given; pass both or neither")

@@ -26,17 +26,17 @@ class NodeSummary:
 
     Args:
         id: the node's id.
-        parent: id of its parent; None for the root.
+        parent: id of the node's parent; None for the root.
         depth: edges between the root and the node.
         share: mean probability with which a row of the data reaches the node, from 0 to 1.
         count: rows whose most probable leaf is the node or lies below it.
         samples: `(S, C, H, W)` images drawn from the prior through the node, in [0, 1].
         members: `(M, C, H, W)` real images that are typical of the node, the most typical of a leaf first.
-        member_rows: `(M,)` which rows of the data they are.
-        member_labels: `(M,)` their classes; None without labels.
-        class_counts: `(Y,)` how many of the `count` rows are of each class; None without labels.
-        refined: `(S, C, H, W)` the samples after a second stage, in [0, 1], each in the place of its sample; None
-            without one.
+        member_rows: `(M,)` row numbers of the members in the data.
+        member_labels: `(M,)` classes of the members; None without labels.
+        class_counts: `(Y,)` number of rows of each class among the `count` rows; None without labels.
+        refined: `(S, C, H, W)` the samples after a second stage, in [0, 1], in the order of `samples`; None without a
+            second stage.
     """
 
     id: int
@@ -57,12 +57,12 @@ class NodeSummary:
 
 @dataclass(frozen=True, eq=False)
 class TreeSummary:
-    """A tree with everything that its pictures show; made by `summarize_tree`, indexed by node id.
+    """Summary of a tree with everything that its pictures show; made by `summarize_tree`, indexed by node id.
 
     Args:
         topology: the tree.
         nodes: its nodes in level order.
-        rows: how many images were looked at.
+        rows: number of images that were summarized.
         class_names: names of the `Y` classes; None without labels.
     """
 

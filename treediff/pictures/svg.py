@@ -1,4 +1,4 @@
-"""The tree of the HTML page: thumbnails that are links, joined by edges as wide as their share."""
+"""Drawing of a tree in the HTML page: thumbnails that are links, joined by edges as wide as the child's share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LEAST_COLUMN = 48  # a tree that is wider than its pane shrinks to this before 
 
 
 def tree_svg(summary: TreeSummary, thumbnails: Mapping[int, str]) -> str:
-    """Draw an `<svg>` of the tree; `thumbnails` holds an image address for each node."""
+    """Return an `<svg>` of the tree; `thumbnails` holds the address of an image for each node."""
     tree = summary.topology
     leaves = len(tree.leaves)
     width = leaves * _COLUMN + 2 * _MARGIN
@@ -29,14 +29,14 @@ def tree_svg(summary: TreeSummary, thumbnails: Mapping[int, str]) -> str:
     places = {n.id: (_MARGIN + (at[n.id] + 0.5) * _COLUMN, _MARGIN + n.depth * _LEVEL) for n in summary}
     edges = [_edge(places[n.parent], places[n.id], n.share) for n in summary if n.parent is not None]
     nodes = [_node(n, *places[n.id], thumbnails[n.id]) for n in summary]
-    # The role, because screen readers may pass over the links inside a picture.
-    # A size in the style, not as attributes, so that the drawing shrinks with its pane and keeps its shape.
+    # The role is needed because screen readers may skip the links inside a picture.
+    # The size is in the style, not in attributes, so that the drawing shrinks with its pane and keeps its shape.
     size = f"width:{width}px;max-width:max(100%,{leaves * _LEAST_COLUMN}px)"
     return "\n".join([f'<svg role="group" viewBox="0 0 {width} {height}" style="{size}">', *edges, *nodes, "</svg>"])
 
 
 def _edge(above: tuple[float, float], below: tuple[float, float], share: float) -> str:
-    """Draw a curve from the text under the parent to the top of the child."""
+    """Return a curve from the text under the parent to the top of the child."""
     (x0, y0), (x1, y1) = above, below
     y0 += _THUMBNAIL + _TEXT
     middle = (y0 + y1) / 2

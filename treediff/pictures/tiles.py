@@ -1,4 +1,4 @@
-"""Images as pixels: to 8 bits, to a size that fits, and to PNG bytes without any library.
+"""Conversions of images: to 8 bits, to a size that fits, and to PNG bytes without any library.
 
 Letters: `n` images, `C H W` image.
 """
@@ -18,13 +18,13 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 
 def pixels(images: npt.NDArray[np.float32]) -> Pixels:
-    """Images `(n, C, H, W)` in [0, 1] to 8 bits, `(n, H, W, C)`; values outside are cut off."""
+    """Convert images `(n, C, H, W)` in [0, 1] to 8 bits, `(n, H, W, C)`; values outside are clipped."""
     eight_bits: Pixels = (images.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     return eight_bits
 
 
 def tile_size(height: int, width: int, target: int) -> tuple[int, int]:
-    """Height and width after `fit`.
+    """Return height and width after `fit`.
 
     Examples:
         >>> tile_size(28, 28, 60), tile_size(96, 64, 60)
@@ -38,10 +38,10 @@ def tile_size(height: int, width: int, target: int) -> tuple[int, int]:
 
 
 def fit(images: Pixels, target: int) -> Pixels:
-    """Bring images `(n, H, W, C)` close to `target` pixels, and no further, on the longer side.
+    """Scale images `(n, H, W, C)` close to, and not above, `target` pixels on the longer side.
 
-    The factor is a whole number, so that all pixels of a picture are equally large: small images are repeated, large
-    ones averaged over blocks.
+    The factor is a whole number, so that all pixels of an image are equally large. Pixels of small images are
+    repeated; pixels of large images are averaged over blocks.
     """
     height, width = images.shape[1:3]
     longest = max(height, width)

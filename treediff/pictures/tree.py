@@ -1,4 +1,4 @@
-"""A tree as one PNG file: every node with generated and real images, its share of the data and its classes."""
+"""Drawing of a tree as one PNG file: every node with generated and real images, its share and its classes."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def draw_tree(summary: TreeSummary, path: str | os.PathLike[str], *, dpi: int = 
     """Draw a whole tree into a PNG file.
 
     Leaves are at the bottom, parents centred above their children. Every node shows generated images, real images that
-    belong to it, and, if the summary has labels, a bar of its classes; a leaf also names its largest classes. If the
-    summary has refined samples, they are below the samples they were made from, each in the same place.
+    belong to the node, and, if the summary has labels, a bar of classes. A leaf also names its largest classes.
+    Refined samples, if the summary has any, are below the samples, each in the same place.
 
     The drawing grows with the tree, by about 1.8 inches for each leaf. The same summary gives the same bytes.
 
     Args:
-        summary: what `summarize_tree` found.
-        path: the file, whose name ends in .png; one that exists is replaced.
-        dpi: dots per inch; the number of pixels grows with it.
+        summary: a result of `summarize_tree`.
+        path: the file, whose name ends in .png; an existing file is replaced.
+        dpi: dots per inch; the number of pixels grows with `dpi`.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -66,8 +66,8 @@ class _Drawing:
     """Places and parts of one drawing, in inches from the left upper corner.
 
     Args:
-        summary: of the tree.
-        width: of the drawing.
+        summary: summary of the tree.
+        width: width of the drawing.
     """
 
     def __init__(self, summary: TreeSummary, width: float) -> None:
@@ -129,7 +129,7 @@ class _Drawing:
             high = rows * self.row
             images = kinds[name]
             self._panel(axes, images, colour, left, y, high)
-            if node.parent is None or left < _MARGIN + _LABEL + _COLUMN_GAP:  # else a neighbour is in the way
+            if node.parent is None or left < _MARGIN + _LABEL + _COLUMN_GAP:  # elsewhere a neighbour is in the way
                 axes.text(left - 0.06, y + high / 2, name, fontsize=7, color=colour, va="center", ha="right")
             y += high + 0.05
         if node.class_counts is not None:
@@ -155,7 +155,7 @@ class _Drawing:
         axes.set(xlim=(0, self.width), ylim=(self.height, 0))
 
     def _classes(self, axes: Axes, node: NodeSummary, left: float, top: float) -> None:
-        """Draw the bar of classes, and the names of the largest below a leaf."""
+        """Draw the bar of classes, and below a leaf the names of its largest classes."""
         from matplotlib.patches import Rectangle
 
         counts, names = node.class_counts, self.summary.class_names
@@ -179,7 +179,7 @@ class _Drawing:
             axes.text(left + _BLOCK, y, percent(counts[k] / node.count, 0), color=GREY, ha="right", **text)
 
     def _legend(self, axes: Axes) -> None:
-        """Write the classes with their colours, then what the rows show."""
+        """Write the classes with their colours, then the meaning of the rows."""
         from matplotlib.patches import Rectangle
 
         y = self.tree_end + 0.05

@@ -180,5 +180,5 @@ def sample_leaves(
     groups = Groups(plan.leaf_rank[visits.node[leaves]], len(plan.leaves))
     images = likelihood.mean(banks.decoders(z[leaves], groups, plan.ids(plan.leaves)))
     log_probs = F.log_softmax(visits.log_reach[leaves].view(len(plan.leaves), n).T, dim=1)
-    by_node = z.view(len(plan.nodes), n, *latent)
-    return LeafSamples(images.unflatten(0, (len(plan.leaves), n)).transpose(0, 1), log_probs, plan.along(by_node))
+    latents = z.view(len(plan.nodes), n, *latent)
+    return LeafSamples(images.unflatten(0, (len(plan.leaves), n)).transpose(0, 1), log_probs, plan.along(latents))

@@ -43,7 +43,7 @@ def test_sources_that_are_nothing(tmp_path: Path) -> None:
 
 def test_size_needs_pictures(tmp_path: Path) -> None:
     for source in ("digits", write_npz(tmp_path / "a.npz", example()), write_idx(tmp_path / "b", example())):
-        with pytest.raises(ValueError, match=r"size: expected a folder of pictures.*; leave size out"):
+        with pytest.raises(ValueError, match=r"size: expected a folder of images.*; leave size out"):
             load_dataset(source, size=8)
 
 

@@ -22,7 +22,7 @@ def test_pictures_are_split_once_and_for_all(tmp_path: Path, mode: str, channels
     (folder / "zebra" / "notes.txt").write_text("not a picture")
     (folder / "zebra" / ".hidden.png").write_text("not a picture")
     (folder / ".git").mkdir()
-    with pytest.warns(UserWarning, match=r"passed over 1 files or folders that are no pictures .*notes\.txt; pictures"):
+    with pytest.warns(UserWarning, match=r"passed over 1 files or folders that are no images .*notes\.txt; images"):
         found = load_dataset(folder)
     assert (found.name, found.class_names) == ("animals", ("ant", "zebra"))
     assert found.train_images.shape[1:] == (channels, 5, 4)
@@ -79,7 +79,7 @@ def test_size_makes_all_pictures_alike(tmp_path: Path, size: int | tuple[int, in
     palette.putpalette([255, 0, 0])
     palette.save(folder / "ant" / "red.png", transparency=b"\x80")
     Image.new("RGBA", (9, 2), (0, 255, 0, 51)).save(folder / "ant" / "green.png")
-    with pytest.warns(UserWarning, match="2 pictures have transparent parts, which are shown on white"):
+    with pytest.warns(UserWarning, match="2 images have transparent parts, which are shown on white"):
         found = load_dataset(folder, size=size)
     assert found.train_images.shape[1:] == (3, *shape)
     images = torch.cat([found.train_images, found.test_images])
@@ -106,13 +106,13 @@ def refused(folder: Path, message: str, size: int | None = None) -> None:
 
 
 def test_folders_that_are_no_picture_folders(tmp_path: Path) -> None:
-    refused(tmp_path, r"expected the four IDX files, or one sub-folder of pictures.*found no sub-folder")
+    refused(tmp_path, r"expected the four IDX files, or one sub-folder of images.*found no sub-folder")
     save(tmp_path / "train" / "ant" / "a.png")
-    refused(tmp_path, r"train: expected pictures of one class \(\.bmp, .*none; folders train/ and test/")
+    refused(tmp_path, r"train: expected images of one class \(\.bmp, .*none; folders train/ and test/")
     save(tmp_path / "test" / "bee" / "b.png")
     refused(tmp_path, r"expected test classes among \['ant'\], found \['bee'\] that train/ lacks")
     save(tmp_path / "few" / "ant" / "a.png")
-    refused(tmp_path / "few", r"to hold out one in 7, found 1, all on one side; add pictures")
+    refused(tmp_path / "few", r"to hold out one in 7, found 1, all on one side; add images")
 
 
 @pytest.mark.parametrize(("mode", "size"), [("L", (3, 5)), ("L", (4, 6)), ("RGB", (4, 5))])
@@ -131,10 +131,10 @@ def test_pictures_that_cannot_be_read_or_converted(tmp_path: Path, monkeypatch: 
     refused(tmp_path, r"b\.png: expected mode 1/L/I;16/P/RGB/RGBA/LA, found CMYK; save it with picture.convert", size=8)
     for content in (b"junk", save(other).read_bytes()[:-30]):
         other.write_bytes(content)
-        refused(tmp_path, r"b\.png: expected a picture that Pillow can read, found: ")
+        refused(tmp_path, r"b\.png: expected an image that Pillow can read, found: ")
     save(other)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3)
-    refused(tmp_path, r"a\.png: expected a picture that Pillow can read, found: .*20 pixels")
+    refused(tmp_path, r"a\.png: expected an image that Pillow can read, found: .*20 pixels")
 
 
 def test_one_unusual_mode_everywhere_is_refused(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_the_advice_for_other_modes_keeps_the_picture(tmp_path: Path, mode: str)
 def test_the_advice_for_numbers_without_a_range_keeps_the_picture(tmp_path: Path, mode: str, dtype: type) -> None:
     numbers = (depths().astype(np.float64) * 3 - 7000).astype(dtype)
     both_splits(tmp_path, "a.tif", lambda path: Image.fromarray(numbers).save(path))
-    with pytest.raises(ValueError, match=rf"found {mode}; its numbers do not say what white is; save it as grey of 16"):
+    with pytest.raises(ValueError, match=rf"found {mode}; its value of white is unknown; save it as grey of 16"):
         load_dataset(tmp_path)
     for path in tmp_path.glob("*/ant/a.tif"):
         with Image.open(path) as picture:
@@ -291,7 +291,7 @@ def test_hidden_colours_stay_hidden(tmp_path: Path, mode: str) -> None:
     for x in range(2):
         picture.putpixel((x, 0), (*colours, 0))
     both_splits(tmp_path, "a.png", lambda path: picture.save(path))
-    with pytest.warns(UserWarning, match="2 pictures have transparent parts, which are shown on white"):
+    with pytest.warns(UserWarning, match="2 images have transparent parts, which are shown on white"):
         found = load_dataset(tmp_path).train_images[0]
     assert found.shape == (len(mode) - 1, 2, 4) and (found[:, 0, :2] == 1).all()
     assert torch.equal(found[:, 1, 3] * 255, torch.tensor(colours, dtype=torch.float32))
@@ -307,5 +307,5 @@ def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
         both_splits(tmp_path, name, lambda path: Image.new("L", (4, 5)).save(path, format="PNG"))
     (tmp_path / "train" / "ant" / "deeper").mkdir()
     (tmp_path / "train" / "ant" / "d.heic").write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"passed over 2 files or folders that are no pictures .*d\.heic"):
+    with pytest.warns(UserWarning, match=r"passed over 2 files or folders that are no images .*d\.heic"):
         assert len(load_dataset(tmp_path).train_images) == 3
