@@ -8,7 +8,14 @@ from torch import Tensor
 
 from treediff.core.noise import NoiseStream
 from treediff.diffusion.parameterization import as_x0
-from treediff.diffusion.samplers import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, Sampler
+from treediff.diffusion.samplers import (
+    DDIMSampler,
+    DDPMSampler,
+    DPMSolver3Sampler,
+    DPMSolverSampler,
+    HeunSampler,
+    Sampler,
+)
 from treediff.diffusion.schedule import NoiseSchedule
 from treediff.testing import GaussianMixture
 
@@ -21,6 +28,7 @@ SAMPLERS: dict[str, Sampler] = {
     "DPM-Solver++ without a limit": DPMSolverSampler(limit=math.inf),
     "DPM-Solver++ with noise": DPMSolverSampler(eta=0.5),
     "SDE-DPM-Solver++": DPMSolverSampler(eta=1.0),
+    "DPM-Solver++(3M)": DPMSolver3Sampler(),
     "Heun": HeunSampler(),
 }
 

@@ -25,6 +25,7 @@ from treediff.diffusion.parameterization import as_noise, as_x0, target
 from treediff.diffusion.samplers import (
     DDIMSampler,
     DDPMSampler,
+    DPMSolver3Sampler,
     DPMSolverSampler,
     HeunSampler,
     Sampler,
@@ -48,6 +49,7 @@ __all__ = [
     "CustomSchedule",
     "DDIMSampler",
     "DDPMSampler",
+    "DPMSolver3Sampler",
     "DPMSolverSampler",
     "Denoiser",
     "DiscreteSchedule",

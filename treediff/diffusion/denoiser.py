@@ -60,7 +60,7 @@ class Step:
         t: level at the end of the step.
         x: the images at `s`.
         x0: the denoiser's estimate at `s`.
-        before: level and estimate at the beginning of the previous step; None in the first step.
+        history: level and estimate at the beginning of each earlier step, the newest first; at most `Sampler.kept`.
         denoiser: the denoiser, for methods that evaluate it again.
         noise: standard normal noise of this step, shaped like `x`; called at most once.
     """
@@ -69,7 +69,7 @@ class Step:
     t: Level
     x: Tensor
     x0: Tensor
-    before: tuple[Level, Tensor] | None
+    history: tuple[tuple[Level, Tensor], ...]
     denoiser: Denoiser
     noise: Callable[[], Tensor]
 

@@ -1,6 +1,7 @@
 """Steps of samplers: their order on exact flows and moments, and those that diffusers takes."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,13 +9,27 @@ from chains import SAMPLERS, Network, flow_of_one_gaussian, levels, line, normal
 from torch import Tensor
 from worlds import world
 
+from treediff.diffusion.denoiser import Progress, Step
 from treediff.diffusion.discrete import DiscreteSchedule
-from treediff.diffusion.grids import trailing, uniform
-from treediff.diffusion.samplers import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler
+from treediff.diffusion.grids import karras, trailing, uniform
+from treediff.diffusion.samplers import (
+    DDIMSampler,
+    DDPMSampler,
+    DPMSolver3Sampler,
+    DPMSolverSampler,
+    HeunSampler,
+    Sampler,
+)
 from treediff.diffusion.schedule import CosineSchedule, LinearSchedule, NoiseSchedule
 from treediff.testing import ExactDenoiser
 
-ORDERS = [("DDIM", 1.0), ("DPM-Solver++", 2.0), ("DPM-Solver++ without a limit", 2.0), ("Heun", 2.0)]
+ORDERS = [
+    ("DDIM", 1.0),
+    ("DPM-Solver++", 2.0),
+    ("DPM-Solver++ without a limit", 2.0),
+    ("DPM-Solver++(3M)", 3.0),
+    ("Heun", 2.0),
+]
 
 
 def order(errors: list[float]) -> float:
@@ -42,7 +57,8 @@ def test_order_on_one_gaussian(name: str, promised: float, schedule: NoiseSchedu
 @pytest.mark.parametrize(("name", "promised"), ORDERS)
 def test_order_on_a_tree(name: str, promised: float) -> None:
     denoiser, x = world().denoiser(LinearSchedule()), normal(8, 3)
-    finest = HeunSampler()(denoiser, x, line(0.95, 0.1, 2560))
+    finest = DPMSolver3Sampler()(denoiser, x, line(0.95, 0.1, 2560))
+    torch.testing.assert_close(finest, HeunSampler()(denoiser, x, line(0.95, 0.1, 2560)), rtol=1e-5, atol=1e-5)
     errors = [float((SAMPLERS[name](denoiser, x, line(0.95, 0.1, n)) - finest).abs().mean()) for n in (80, 160, 320)]
     assert order(errors) == pytest.approx(promised, abs=0.2)
 
@@ -57,6 +73,55 @@ def test_few_steps_on_an_uneven_grid_gain_from_the_limit(schedule: NoiseSchedule
         for sampler in (DPMSolverSampler(), DPMSolverSampler(limit=math.inf), DDIMSampler())
     )
     assert 3 * limited < min(unlimited, ddim)
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineSchedule()], ids=["linear", "cosine"])
+def test_third_order_gains_with_40_steps_on_either_grid(schedule: NoiseSchedule) -> None:
+    denoiser, x = world().denoiser(schedule), normal(64, 3)
+    exact = HeunSampler()(denoiser, x, karras(schedule, 1000))
+    for grid in (karras(schedule, 40), uniform(schedule, 40)):
+        third, second = (
+            float((sampler(denoiser, x, grid) - exact).abs().mean())
+            for sampler in (DPMSolver3Sampler(), DPMSolverSampler())
+        )
+        assert 2 * third < second
+
+
+def test_a_step_is_exact_where_the_estimate_is_a_parabola() -> None:
+    """`x0 = 1 + l^2` of `l = log(alpha / sigma)`, whatever the images; the integral by a fine trapezoidal rule."""
+
+    @dataclass
+    class Parabola:
+        schedule: NoiseSchedule
+
+        def __call__(self, x: Tensor, t: float) -> Tensor:
+            ((alpha, sigma),) = levels(self.schedule, t)
+            return torch.full_like(x, 1 + math.log(alpha / sigma) ** 2)
+
+    schedule, times = LinearSchedule(), [0.8, 0.7, 0.61, 0.53]
+    seen: list[Progress] = []
+    grid = torch.tensor(times, dtype=torch.float64)
+    found = DPMSolver3Sampler()(Parabola(schedule), normal(2, 3), grid, callback=seen.append)
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = levels(schedule, *times[2:])
+    l = torch.linspace(math.log(alpha_s / sigma_s), math.log(alpha_t / sigma_t), 100_001, dtype=torch.float64)  # noqa: E741
+    integral = torch.trapezoid(l.exp() * (1 + l**2), l)
+    torch.testing.assert_close(found, sigma_t / sigma_s * seen[1].x + sigma_t * integral, rtol=1e-9, atol=1e-9)
+
+
+def test_a_sampler_reads_as_many_earlier_estimates_as_it_says() -> None:
+    @dataclass(frozen=True)
+    class Reading(Sampler):
+        kept: int = 0
+
+        def step(self, at: Step) -> Tensor:
+            seen.append([level.t for level, _ in at.history])
+            return at.towards(at.x0)
+
+    for kept in (0, 1, 3):
+        seen: list[list[float]] = []
+        Reading(kept)(Network(LinearSchedule()), normal(1, 2), line(1.0, 0.5, 5))
+        times = line(1.0, 0.5, 5).tolist()
+        assert seen == [times[max(0, i - kept) : i][::-1] for i in range(5)]
 
 
 def test_without_extrapolation_it_is_ddim() -> None:
