@@ -7,7 +7,7 @@ of latents (arXiv 2410.16910).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
@@ -29,7 +29,7 @@ from treediff.diffusion.weighting import Weighting, simple
 from treediff.diffusion.weighting import min_snr as min_snr_weighting
 from treediff.tree.topology import TreeTopology
 
-__all__ = ["CONDITIONS", "DEFAULTS", "SCHEDULES", "Settings", "image_parts"]
+__all__ = ["CONDITIONS", "DEFAULTS", "SCHEDULES", "Inputs", "Settings", "image_parts"]
 
 #: Schedules by name.
 SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
@@ -39,15 +39,58 @@ SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
     "ddpm": DiscreteSchedule.linear,
 }
 
-#: Kinds of conditions by name, and the conditioners of each kind.
-CONDITIONS: dict[str, tuple[str, ...]] = {
-    "diffuse_tree_vae": ("reconstruction", "node"),
-    "tree_diffusion": ("path",),
-    "reconstruction": ("reconstruction",),
-    "latent": ("latent",),
-    "reconstruction_path": ("reconstruction", "path"),
-    "path_tokens": ("tokens",),
-    "node": ("node",),
+
+class Inputs(NamedTuple):
+    """Inputs of a maker of conditioners.
+
+    Attributes:
+        topology: the tree.
+        channels: of the images.
+        size: height and width of the images.
+        latent: shape of one latent.
+        width: of the vector or the tokens that the conditioner returns.
+        level: width of the embedding of the condition's noise level; None for a condition without noise.
+        factory: device and dtype.
+    """
+
+    topology: TreeTopology
+    channels: int
+    size: int | tuple[int, int]
+    latent: Shape
+    width: int
+    level: int | None
+    factory: dict[str, Any]
+
+
+def _reconstruction(of: Inputs) -> Conditioner:
+    return ReconstructionConcat(of.channels, of.size, of.level, **of.factory)
+
+
+def _node(of: Inputs) -> Conditioner:
+    return NodeEmbedding(of.topology, of.width, **of.factory)
+
+
+def _latent(of: Inputs) -> Conditioner:
+    return LatentEmbedding(of.topology, of.latent, of.width, **of.factory)
+
+
+def _path(of: Inputs) -> Conditioner:
+    return PathEncoder(of.topology, of.latent, of.width, **of.factory)
+
+
+def _tokens(of: Inputs) -> Conditioner:
+    return PathTokens(of.topology, of.latent, of.width, **of.factory)
+
+
+#: Kinds of conditions by name, and the makers of each kind's conditioners.
+CONDITIONS: dict[str, tuple[Callable[[Inputs], Conditioner], ...]] = {
+    "diffuse_tree_vae": (_reconstruction, _node),
+    "tree_diffusion": (_path,),
+    "reconstruction": (_reconstruction,),
+    "latent": (_latent,),
+    "reconstruction_path": (_reconstruction, _path),
+    "path_tokens": (_tokens,),
+    "node": (_node,),
 }
 
 
@@ -147,15 +190,8 @@ def image_parts(
         if isinstance(found, str) and found not in table:
             raise ValueError(f"{name} must be one of {', '.join(table)}; found {found!r}")
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
-    level = 4 * width if condition_noise else None
-    makers: dict[str, Callable[[], Conditioner]] = {
-        "reconstruction": lambda: ReconstructionConcat(channels, size, level, **factory),
-        "node": lambda: NodeEmbedding(topology, 4 * width, **factory),
-        "latent": lambda: LatentEmbedding(topology, latent, 4 * width, **factory),
-        "path": lambda: PathEncoder(topology, latent, 4 * width, **factory),
-        "tokens": lambda: PathTokens(topology, latent, 4 * width, **factory),
-    }
-    conditioner = conditioner or Conditioners(*(makers[part]() for part in CONDITIONS[condition]))
+    inputs = Inputs(topology, channels, size, latent, 4 * width, 4 * width if condition_noise else None, factory)
+    conditioner = conditioner or Conditioners(*(make(inputs) for make in CONDITIONS[condition]))
     unet = unet or UNet(
         channels + conditioner.channels,
         channels,

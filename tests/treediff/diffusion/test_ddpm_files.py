@@ -22,8 +22,8 @@ from worlds import seeded
 
 from treediff import LeafConditionedDDPM, TreeCondition, TreeTopology, TreeVAE
 from treediff.core.io import FORMAT_VERSION
-from treediff.diffusion import CosineSchedule, NodeEmbedding, UNet
-from treediff.diffusion.presets import CONDITIONS, DEFAULTS, SCHEDULES
+from treediff.diffusion import Conditioner, CosineSchedule, NodeEmbedding, UNet
+from treediff.diffusion.presets import CONDITIONS, DEFAULTS, SCHEDULES, Inputs
 
 Header = dict[str, Any]
 TREES = {"lone root": TreeTopology.balanced(0), "grown": GROWN, "pruned": PRUNED}
@@ -290,15 +290,32 @@ def test_weights_must_all_be_there(tmp_path: Path) -> None:
 def test_a_preset_is_made_of_the_parts_it_names(condition: str) -> None:
     model = small(condition=condition)
     kinds = {
-        "reconstruction": "ReconstructionConcat",
-        "node": "NodeEmbedding",
-        "latent": "LatentEmbedding",
-        "path": "PathEncoder",
-        "tokens": "PathTokens",
+        "diffuse_tree_vae": ["ReconstructionConcat", "NodeEmbedding"],
+        "tree_diffusion": ["PathEncoder"],
+        "reconstruction": ["ReconstructionConcat"],
+        "latent": ["LatentEmbedding"],
+        "reconstruction_path": ["ReconstructionConcat", "PathEncoder"],
+        "path_tokens": ["PathTokens"],
+        "node": ["NodeEmbedding"],
     }
     parts = list(model.conditioner.parts)  # type: ignore[arg-type]
-    assert [type(part).__name__ for part in parts] == [kinds[name] for name in CONDITIONS[condition]]
+    assert [type(part).__name__ for part in parts] == kinds[condition]
     assert type(model.schedule) is CosineSchedule and set(SCHEDULES) == {"linear", "cosine", "sigmoid", "ddpm"}
+
+
+def test_a_new_condition_is_one_entry_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(NodeEmbedding):
+        pass
+
+    def own(of: Inputs) -> Conditioner:
+        return Own(of.topology, of.width, **of.factory)
+
+    monkeypatch.setitem(CONDITIONS, "own", (own,))
+    model = small(condition="own")
+    model.save(tmp_path / "model")
+    found = LeafConditionedDDPM.load(tmp_path / "model")
+    check_same(found, model)
+    assert [type(part) for part in found.conditioner.parts] == [Own]  # type: ignore[union-attr]
 
 
 def test_settings_are_recorded_whole() -> None:
