@@ -12,6 +12,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from inspect import getattr_static
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -246,7 +247,7 @@ def record(factory: str, arguments: Mapping[str, Any], own: Mapping[str, object]
     Numbers of any kind, such as numpy's, become numbers of JSON, and tuples become lists.
 
     Args:
-        factory: name of a class method.
+        factory: name of a class method that begins with `for_`.
         arguments: arguments of that call; `build` calls the factory with the same.
         own: modules that were given in place of the factory's, by name; a file cannot describe how to build them.
 
@@ -280,7 +281,8 @@ def build(
     """Return the untrained model that a configuration describes; the global random state does not change.
 
     Args:
-        cls: class of the model, with the factory `for_images`, `for_vectors`, or both.
+        cls: class of the model. Its factories are its class methods whose names begin with `for_`, such as
+            `for_images`; a file can name no other attribute.
         config: the configuration that `record` returned.
         path: name of the file that holds the configuration, for messages.
         parts: the custom modules that the configuration names, by name.
@@ -291,7 +293,8 @@ def build(
             in the configuration.
     """
     entries = {name: value for name, value in config.items() if name != "own"}
-    known = [name for name in ("for_images", "for_vectors") if hasattr(cls, name)]
+    named = [name for name in dir(cls) if name.startswith("for_")]
+    known = [name for name in named if isinstance(getattr_static(cls, name), classmethod)]
     with described_by(path, config):
         factory, arguments = next(iter(entries.items()), ("", None))
         if len(entries) != 1 or factory not in known or not isinstance(arguments, Mapping):

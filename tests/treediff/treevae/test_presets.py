@@ -13,7 +13,7 @@ from torch import nn
 from worlds import seeded
 
 from treediff import TreeTopology, TreeVAE
-from treediff.core.io import build
+from treediff.core.io import build, record
 from treediff.layers import BernoulliLikelihood, GaussianLikelihood, MLPDecoder, PatchDecoder, ResidualDecoder
 
 
@@ -179,6 +179,36 @@ def test_a_configuration_must_fit_its_factory(file: Path) -> None:
         with pytest.raises(ValueError, match=re.escape(f"its configuration does not fit {factory}: ")) as caught:
             build(TreeVAE, config, file, {})
         assert why in str(caught.value)
+
+
+class Heard(TreeVAE):
+    """A model with a factory of its own, and with names that a file must not call."""
+
+    @classmethod
+    def for_audio(cls, *, seconds: int, **more: Any) -> Heard:  # noqa: ANN401
+        model = cls.for_vectors(features=2 * seconds, **more)
+        model.config = record("for_audio", {"seconds": seconds})
+        return model
+
+    def for_each(self) -> None:
+        raise AssertionError("a file called a method")
+
+    @staticmethod
+    def for_free(**_: Any) -> None:  # noqa: ANN401
+        raise AssertionError("a file called a function")
+
+
+def test_a_factory_of_a_custom_class_is_called_by_its_file(tmp_path: Path) -> None:
+    model = Heard.for_audio(seconds=3, topology=TreeTopology.balanced(1), generator=seeded(1))
+    model.save(tmp_path / "model")
+    found = Heard.load(tmp_path / "model").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["for_each", "for_free", "for_nothing", "load"])
+def test_a_file_calls_class_methods_that_begin_with_for_alone(name: str, file: Path) -> None:
+    with pytest.raises(ValueError, match="of for_audio or for_images or for_vectors, found"):
+        build(Heard, {name: {}}, file, {})
 
 
 def test_parts_that_would_couple_rows_are_refused() -> None:
