@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from treediff.core.modes import evaluating
-from treediff.layers.router import Router
+from treediff.layers.router import fit_router
 from treediff.treevae.model import TreeVAE
 
 __all__ = ["Augmentation", "cut_router", "nearest_neighbours", "normalized_cut"]
@@ -42,7 +42,7 @@ def cut_router(
 ) -> None:
     """Fit a node's posterior router to a normalised cut of some rows.
 
-    A posterior router of a custom class is unchanged.
+    The router may be of any class, see `fit_router`.
 
     Args:
         model: the model.
@@ -62,8 +62,6 @@ def cut_router(
     if on not in ("inputs", "features"):
         raise ValueError(f"on must be 'inputs' or 'features', found {on!r}")
     router = model.banks.posterior_routers.module(node)
-    if not isinstance(router, Router):
-        return
     depth = model.topology.depth(node)
 
     def features(rows: Tensor) -> Tensor:
@@ -77,7 +75,7 @@ def cut_router(
 
     seen = features(x)
     left = normalized_cut(x if on == "inputs" else seen, views=looks(), min_share=min_share)
-    router.fit(seen, left, generator=generator)
+    fit_router(router, seen, left, generator=generator)
     model.banks.posterior_routers.assign(node, router)
 
 

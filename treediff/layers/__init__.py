@@ -9,7 +9,7 @@ from treediff.layers.grouped.call import grouped_call, grouped_linear
 from treediff.layers.heads import BottomUpBlock, GaussianHead, LatentTransition
 from treediff.layers.init import initialize
 from treediff.layers.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood
-from treediff.layers.router import Router
+from treediff.layers.router import Router, fit_router
 
 __all__ = [
     "BernoulliLikelihood",
@@ -31,6 +31,7 @@ __all__ = [
     "ResidualEncoder",
     "Router",
     "decision_nt_xent",
+    "fit_router",
     "grouped_call",
     "grouped_linear",
     "initialize",

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from treediff.core.checks import Shape, check_shape
+from treediff.core.modes import evaluating
 from treediff.layers.hidden import stack
 
-__all__ = ["Router"]
+__all__ = ["Router", "fit_router"]
 
 
 class Router(nn.Sequential):
@@ -79,22 +80,55 @@ class Router(nn.Sequential):
         Raises:
             ValueError: if there are no inputs, or not one boolean for each input; or if the confidence is out of range.
         """
-        if not len(x) or left.shape != x.shape[:1]:
-            raise ValueError(
-                f"a cut needs at least one input and one boolean for each; found {len(x)} inputs and booleans of shape "
-                f"{tuple(left.shape)}"
-            )
-        if not 0.5 < confidence < 1:
-            raise ValueError(f"confidence must be above 0.5 and below 1, found {confidence}")
-        x = x.detach()
-        target = torch.where(left, confidence, 1 - confidence).to(x)
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=1e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps + 1)
-        with torch.enable_grad():
-            for _ in range(steps):
-                rows = torch.randint(len(x), (min(len(x), 1024),), generator=generator).to(x.device)
-                loss = nn.functional.binary_cross_entropy_with_logits(self(x[rows]), target[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+        fit_router(self, x, left, confidence=confidence, steps=steps, generator=generator)
+
+
+def fit_router(
+    router: nn.Module,
+    x: Tensor,
+    left: Tensor,
+    *,
+    confidence: float = 0.98,
+    steps: int = 150,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Train any router on a given cut, in eval mode; arguments and errors as for `Router.fit`.
+
+    A router without parameters that train is unchanged.
+
+    Args:
+        router: inputs to the logit of going left, `(n, *inputs)` to `(n,)`.
+        x: inputs.
+        left: sides.
+        confidence: target probability.
+        steps: of AdamW.
+        generator: source of the choice of inputs.
+
+    Examples:
+        >>> router = nn.Sequential(nn.Linear(1, 1), nn.Flatten(0))
+        >>> fit_router(router, torch.tensor([[-9.0], [9.0]]), torch.tensor([False, True]))
+        >>> (router(torch.tensor([[-9.0], [9.0]])) > 0).tolist()
+        [False, True]
+    """
+    if not len(x) or left.shape != x.shape[:1]:
+        raise ValueError(
+            f"a cut needs at least one input and one boolean for each; found {len(x)} inputs and booleans of shape "
+            f"{tuple(left.shape)}"
+        )
+    if not 0.5 < confidence < 1:
+        raise ValueError(f"confidence must be above 0.5 and below 1, found {confidence}")
+    trained = [parameter for parameter in router.parameters() if parameter.requires_grad]
+    if not trained:
+        return
+    x = x.detach()
+    target = torch.where(left, confidence, 1 - confidence).to(x)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps + 1)
+    with torch.enable_grad(), evaluating(router):
+        for _ in range(steps):
+            rows = torch.randint(len(x), (min(len(x), 1024),), generator=generator).to(x.device)
+            loss = nn.functional.binary_cross_entropy_with_logits(router(x[rows]), target[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()

@@ -11,7 +11,7 @@ from worlds import seeded
 
 from treediff import TreeTopology, TreeVAE
 from treediff.growth.cut import cut_router, normalized_cut
-from treediff.layers import NodeBank, Router
+from treediff.layers import Router
 
 
 def sides(model: TreeVAE, x: Tensor) -> Tensor:
@@ -74,21 +74,46 @@ def test_a_growth_hands_its_settings_on(monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
-def test_a_router_of_another_class_keeps_its_weights() -> None:
-    class Other(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(8, 1)
+class Linear(nn.Module):
+    """A linear router that is no `Router`; the dropout is not there when it is fitted."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(8, 1), nn.Dropout(0.9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.dropout(x)).squeeze(1)
+
+
+def with_router(router: nn.Module) -> TreeVAE:
+    return TreeVAE.for_vectors(
+        features=3, latent=2, width=8, topology=TreeTopology.balanced(1), posterior_router=router, generator=seeded(0)
+    )
+
+
+def test_a_router_of_another_class_learns_the_cut_that_a_router_learns() -> None:
+    x, ours, theirs = blobs(60, 60, 60, 60), with_router(Router((8,), ())), with_router(Linear())
+    before = ours.banks.posterior_routers.weights_of(0).clone()
+    assert torch.equal(before, theirs.banks.posterior_routers.weights_of(0))
+    state = torch.get_rng_state()
+    for model in (ours, theirs):
+        cut_router(model, 0, x, on="features", generator=seeded(0))
+    assert torch.equal(torch.get_rng_state(), state)
+    found = theirs.banks.posterior_routers.weights_of(0)
+    assert not torch.equal(found, before)
+    torch.testing.assert_close(found, ours.banks.posterior_routers.weights_of(0))
+    assert agreement(sides(theirs, x), normalized_cut(theirs.features(x)[0])) > 0.98
+
+
+def test_a_router_without_weights_stays_as_it_is() -> None:
+    class First(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x).squeeze(1)
+            return x[:, 0]
 
-    model = small()
-    model.banks.posterior_routers = NodeBank(Other())
-    model.banks.posterior_routers.add(0)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    cut_router(model, 0, blobs(20, 20))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model, x = with_router(First()), blobs(20, 20)
+    before = model.leaf_log_probs(x)
+    cut_router(model, 0, x, generator=seeded(0))
+    assert torch.equal(model.leaf_log_probs(x), before)
 
 
 def test_a_cut_of_something_else_is_an_error() -> None:
