@@ -48,8 +48,8 @@ from torch.nn import functional as F
 from train_munkey import efficientnet_lite0
 
 from munkey import DurableStore, KeyMemoryTransformer, KeyStore, Projection
-from munkey.search.codes import Screen
 from munkey.search.exact import nearest
+from munkey.search.screen import Screen
 
 WIDTH = 128
 COUNTS = (1, 100, 10_000)  # of ids that are forgotten at once

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from munkey.readout.aggregate import Retrieved
 from munkey.readout.writer import ValueWriter
-from munkey.search.exact import Neighbours, Search, exact
+from munkey.search import Neighbours, Search, exact
 from munkey.sharded.store import ShardedKeyStore
 from munkey.store.checks import ordered_ids
 from munkey.store.receipts import Receipt

@@ -29,7 +29,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from munkey.search.codes import TINY, Screen, bytes_of, length_above
+from munkey.search.screen import TINY, Screen, bytes_of, length_above
 from treediff.core.cpu import has_fast
 
 __all__ = ["Groups", "Pairs", "may_overflow", "plain", "product", "screened"]

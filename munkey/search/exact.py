@@ -1,4 +1,4 @@
-"""Nearest keys, exactly: a fast screen in low precision, then float64 for the few rows that may be among the nearest.
+"""Nearest keys by dot product, exactly: a fast screen in low precision, then float64 for the few remaining rows.
 
 Rows that a first pass over all keys does not rule out (`munkey.search.bounds`) are compared in float32. The few
 remaining rows are scored in float64, each separately, so that the result depends neither on the batch nor on row
@@ -9,6 +9,7 @@ Letters: `B` queries, `R` rows, `D` width of a key, `k` neighbours.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from munkey.search.bounds import Pairs, may_overflow, plain, product, screened
-from munkey.search.codes import Screen, length_above
 from munkey.search.scores import pair_scores
+from munkey.search.screen import Screen, length_above
 from treediff.core.checks import check_positive
 
 __all__ = [
@@ -37,13 +38,13 @@ _ROWS_AT_ONCE = 1 << 19  # scores at a time
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """The nearest rows of each query, the nearest first.
+    """The nearest rows of each query, the nearest first; a nearer row has a greater score.
 
     Args:
         ids: `(B, k)` int64 owners; -1 if there were fewer than `k` rows.
         rows: `(B, k)` int64 row numbers; -1 likewise.
-        scores: `(B, k)` in float64; `-inf` likewise.
-        candidates: `(B,)` int64, number of rows that were scored again.
+        scores: `(B, k)`, of an exact search dot products in float64; `-inf` likewise.
+        candidates: `(B,)` int64, number of rows that were scored one by one.
     """
 
     ids: Tensor
@@ -53,21 +54,46 @@ class Neighbours:
 
 
 class Searchable(Protocol):
-    """Interface of a store for a search."""
+    """Interface of a store for a search; columns have room for more rows than are in use.
+
+    Attributes:
+        keys: `(R, D)`.
+        ids: `(R,)` int64, the owner of each row.
+        views: `(R,)` int64, the number of each row among the rows of its owner.
+    """
+
+    keys: Tensor
+    ids: Tensor
+    views: Tensor
+
+    @property
+    def lock(self) -> AbstractContextManager[None]:
+        """Lock, under which no row is added, removed or moved."""
+
+    @property
+    def used(self) -> int:
+        """Number of rows in use, the first of each column."""
+
+    @property
+    def changes(self) -> int:
+        """Number of times that rows were added, removed or moved."""
 
     def nearest(self, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
         """Return the rows with the greatest dot product, exactly."""
 
 
 class Search(Protocol):
-    """Function that finds the nearest rows of a store."""
+    """Function that finds the nearest rows of a store.
+
+    Scores depend on query and key alone: scores of stored rows are kept, and used in every epoch of training.
+    """
 
     def __call__(self, store: Searchable, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
         """Return the `k` nearest rows of each query `(B, D)`, without rows of the owners `exclude_ids` `(B,)`."""
 
 
 def exact(store: Searchable, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
-    """Compare a query with all rows; see `nearest`."""
+    """Return the rows with the greatest dot product of all rows; see `nearest`."""
     return store.nearest(queries, k, exclude_ids=exclude_ids)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,8 +10,10 @@ from torch import Tensor
 from munkey.search.exact import Neighbours, Searchable
 from munkey.store.change import Change, Removed, Replaced
 from munkey.store.follower import Follower
-from munkey.store.store import KeyStore
 from treediff.core.checks import check_positive
+
+if TYPE_CHECKING:  # the store imports the exact search
+    from munkey.store.store import KeyStore
 
 __all__ = ["FaissSearch"]
 
@@ -57,15 +59,15 @@ class FaissSearch(Follower):
         check_positive(k=k)
         if store is not self.store or self.closed:
             raise ValueError("this index is of another store, or was closed; make one with FaissSearch(store)")
-        with self.store.lock:
-            return self._search(self.store, queries, k, exclude_ids)
+        with store.lock:
+            return self._search(store, queries, k, exclude_ids)
 
-    def _search(self, store: KeyStore, queries: Tensor, k: int, exclude_ids: Tensor | None) -> Neighbours:
+    def _search(self, store: Searchable, queries: Tensor, k: int, exclude_ids: Tensor | None) -> Neighbours:
         if self._changes != store.changes:
             self._changes = store.changes
             import faiss
 
-            self._index = faiss.IndexFlatIP(store.widths[0])
+            self._index = faiss.IndexFlatIP(store.keys.shape[1])
             self._index.add(store.keys[: store.used].float().numpy())
         spare = 0 if exclude_ids is None or not store.used else 1 + int(store.views[: store.used].max())
         scores, rows = (torch.from_numpy(found) for found in self._index.search(queries.float().numpy(), k + spare))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from munkey.search.codes import Screen
+from munkey.search.screen import Screen
 from munkey.store.change import Added, Change, Moved, Removed, Step, long_lived
 from munkey.store.erase import Scratch
 from munkey.store.follower import Follower

@@ -112,6 +112,9 @@ class KeyStore(nn.Module):
     """
 
     any_rows = True  # a state with any number of rows fits
+    ids: Tensor
+    views: Tensor
+    keys: Tensor
     values: nn.Parameter
 
     def __init__(

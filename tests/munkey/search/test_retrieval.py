@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from unittest.mock import patch
 
 import hypothesis.strategies as st
@@ -15,12 +16,12 @@ from torch import Tensor
 
 from munkey import KeyStore
 from munkey.search import bounds as screening
-from munkey.search import codes as screen
-from munkey.search import exact as retrieval
 from munkey.search import scores as scores_of
-from munkey.search.codes import Screen, bytes_of, length_above
+from munkey.search import screen
 from munkey.search.exact import Neighbours, at_least, nearest
+from munkey.search.screen import Screen, bytes_of, length_above
 
+retrieval = import_module("munkey.search.exact")  # the package has a function of this name
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 

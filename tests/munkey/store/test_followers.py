@@ -12,8 +12,8 @@ from stores import SECRET, WIDTHS, Holder, keys_of, seeded
 from torch import Tensor, nn
 
 from munkey import KeyStore
-from munkey.search.codes import Screen
 from munkey.search.exact import Neighbours, nearest
+from munkey.search.screen import Screen
 from munkey.store.averages import AverageRows
 from munkey.store.change import Added, Change, Moved, Removed, Replaced
 from munkey.store.codes import Codes
