@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from munkey.search.exact import Neighbours, Search, at_least, nearest
-from munkey.search.scores import pair_scores
 from munkey.store.averages import AverageRows
 from munkey.store.change import Added, Change, Moved, Removed, Replaced, long_lived
 from munkey.store.checks import distinct, ordered_ids, some, to_forget
@@ -292,7 +291,8 @@ class KeyStore(nn.Module):
     def nearest_to_rows(self, rows: Tensor, k: int, search: Search) -> tuple[Tensor, Tensor]:
         """Return row numbers and scores `(B, k)` of the neighbours of rows `(B,)`, without rows of the same id.
 
-        Neighbours are searched once, and again after rows were added or removed.
+        Scores are those of the search. Neighbours are searched once, and again after rows were added or removed, or
+        for another search.
         """
         keys = self._table["keys"]
 
@@ -300,9 +300,7 @@ class KeyStore(nn.Module):
             with Scratch() as scratch:  # rows that may be forgotten later
                 return search(self, scratch(keys[wanted]), k, exclude_ids=self._table["ids"][wanted])
 
-        found = self._neighbours.get(k, rows, self.used, find)
-        scores = pair_scores(keys, keys, rows.repeat_interleave(k), found.clamp(min=0).flatten())
-        return found, scores.view_as(found).masked_fill(found < 0, -torch.inf)
+        return self._neighbours.get(search, k, rows, self.used, find)
 
     @_in_turn
     def at_least(self, queries: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:

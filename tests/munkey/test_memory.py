@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 
 import hypothesis.strategies as st
 import pytest
@@ -12,8 +13,7 @@ from stores import SECRET, WIDTHS, keys_of, seeded, store
 from torch import Tensor
 
 from munkey import KeyStore, KeyValueMemory, ValueWriter
-from munkey.memory import exact
-from munkey.search.exact import Neighbours
+from munkey.search import Neighbours, Searchable, exact
 
 
 def memory(metric: str = "cosine", **settings: object) -> KeyValueMemory:
@@ -128,8 +128,54 @@ def test_a_table_looks_up_again_only_what_had_a_neighbour_that_went() -> None:
     rows = torch.arange(40)
     found.neighbours_of_rows(rows, 2)
     found.forget([20])
-    table = found.store._neighbours.tables[2]
-    assert table is not None and int((table[:, 0] == -2).sum()) == 2  # those of 19 and 21
+    table, _ = found.store._neighbours.tables[2]
+    assert int((table[:, 0] == -2).sum()) == 2  # those of 19 and 21
+
+
+def euclidean(store: Searchable, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
+    scores = -torch.cdist(queries, store.keys[: store.used])
+    ids = store.ids[: store.used]
+    if exclude_ids is not None:
+        scores = scores.masked_fill(exclude_ids[:, None] == ids, -torch.inf)
+    best = scores.topk(k)
+    return Neighbours(ids[best.indices], best.indices, best.values, torch.full((len(queries),), store.used))
+
+
+def test_scores_are_those_of_the_search_for_queries_and_for_rows() -> None:
+    found = memory("dot", search=euclidean)
+    found.remember(range(20), keys_of(list(range(20))) * torch.arange(1, 21)[:, None, None])
+    keys, rows = found.store.keys[:20], torch.tensor([3, 0, 7, 3])
+    distances = torch.cdist(keys[rows], keys)
+    distances[torch.arange(4), rows] = torch.inf
+    expected = distances.topk(5, largest=False)
+    got = found(keys[rows], 5, exclude_ids=rows)
+    torch.testing.assert_close(got.scores, -expected.values)
+    for _ in range(2):  # searched, and kept
+        near, scores = found.neighbours_of_rows(rows, 5)
+        assert torch.equal(near, expected.indices)
+        torch.testing.assert_close(scores, -expected.values.double())
+    found.forget([int(near[0, 0]), 19])
+    _, fresh = found.neighbours_of_rows(torch.arange(18), 5)
+    assert torch.equal(fresh, euclidean(found.store, found.store.keys[:18], 5, exclude_ids=found.store.ids[:18]).scores)
+
+
+def test_another_search_has_other_neighbours_and_the_old_one_is_not_kept() -> None:
+    found = memory("dot")
+    found.remember(range(20), keys_of(list(range(20))) * torch.arange(1, 21)[:, None, None])
+    rows = torch.arange(20)
+    first = found.neighbours_of_rows(rows, 3)
+
+    def other(store: Searchable, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
+        return euclidean(store, queries, k, exclude_ids=exclude_ids)
+
+    left, found.search = weakref.ref(other), other
+    del other
+    near, scores = found.neighbours_of_rows(rows, 3)
+    fresh = euclidean(found.store, found.store.keys[:20], 3, exclude_ids=found.store.ids[:20])
+    assert not torch.equal(near, first[0]) and torch.equal(near, fresh.rows) and torch.equal(scores, fresh.scores)
+    found.search = exact
+    assert all(torch.equal(one, two) for one, two in zip(found.neighbours_of_rows(rows, 3), first, strict=True))
+    assert left() is None
 
 
 @settings(max_examples=40)

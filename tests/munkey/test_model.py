@@ -10,9 +10,8 @@ from stores import seeded
 from torch import Tensor
 from torch.nn import functional as F
 
-from munkey import (
-    KeyMemoryTransformer,
-)
+from munkey import KeyMemoryTransformer, Retrieved
+from munkey.search import Neighbours, Searchable, exact
 
 AGGREGATIONS = ["ensemble", "softmax", "rank"]
 
@@ -134,6 +133,31 @@ def test_with_its_neighbours_values_an_instance_never_reads_its_own(aggregation:
     near = built.memory.neighbours(built.key_encoder(x[[2]]), 4, exclude_ids=[2]).rows[0]
     assert int(store.rows_of([2])) not in touched.tolist() and set(touched.tolist()) <= set(near.tolist())
     assert len(touched) == (1 if aggregation == "ensemble" else 4)
+
+
+def test_training_mixes_by_the_scores_that_the_search_found() -> None:
+    built = filled(aggregation="softmax", drop_input=0.0, drop_exemplar=0.0, own_token_probability=0.0)
+    seen: list[Tensor] = []
+
+    def euclidean(store: Searchable, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
+        found = exact(store, queries, store.used - 1, exclude_ids=exclude_ids)
+        best = (-torch.linalg.vector_norm(store.keys[found.rows] - queries[:, None], dim=2)).topk(k)
+        ids, rows = (numbers.gather(1, best.indices) for numbers in (found.ids, found.rows))
+        return Neighbours(ids, rows, best.values, found.candidates)
+
+    def spy(found: Retrieved, uniform: Tensor) -> Tensor:
+        seen.append(found.scores)
+        return one(found, uniform)
+
+    built.memory.search, one = euclidean, built.aggregation.one
+    built.aggregation.one = spy  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="not attached"):
+        built.loss(images(12)[:3], labels(12)[:3], ids=[0, 1, 2], generator=seeded()).backward()
+    keys = built.memory.store.keys[:12]
+    distances = torch.cdist(keys[:3], keys)
+    distances[torch.arange(3), torch.arange(3)] = torch.inf
+    torch.testing.assert_close(seen[0], -distances.topk(4, largest=False).values.double())
+    assert built.aggregation.log_temperature.grad is not None and built.aggregation.log_temperature.grad != 0
 
 
 def test_every_view_is_trained_with_every_neighbour() -> None:

@@ -259,8 +259,10 @@ def test_tables_of_neighbours(name: str, table: Table) -> None:
         return nearest(keys[rows], keys, ids, 3, views=views, exclude_ids=ids[rows])
 
     every = torch.arange(table.used)
-    tables.get(3, every, table.used, find)
+    tables.get(nearest, 3, every, table.used, find)
+    old = [scores for _, scores in tables.tables.values()]
     follow(name, table, tables)
+    assert len(old) == 1 and not old[0].any(), "scores of removed rows are overwritten"
     every = torch.arange(table.used)
     asked: list[int] = []
 
@@ -268,8 +270,9 @@ def test_tables_of_neighbours(name: str, table: Table) -> None:
         asked.extend(rows.tolist())
         return find(rows)
 
-    found = tables.get(3, every, table.used, counted)
+    found, scores = tables.get(nearest, 3, every, table.used, counted)
     assert torch.equal(found, find(every).rows) if len(every) else not len(found)
+    assert torch.equal(scores, find(every).scores) if len(every) else not len(scores)
     if name.startswith("remove"):
         assert len(asked) < len(every) or not len(every), "rows whose neighbours stay are not looked up again"
 
