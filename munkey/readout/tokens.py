@@ -1,6 +1,9 @@
-"""Tokens of an input: patches of an image, or linear maps of a vector."""
+"""Tokens of an input: patches of an image, linear maps of a vector, or custom."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from einops import rearrange
@@ -8,7 +11,32 @@ from torch import Tensor, nn
 
 from treediff.core.checks import check_batch, check_positive
 
-__all__ = ["ImageTokens", "VectorTokens"]
+__all__ = ["ImageTokens", "Tokens", "VectorTokens"]
+
+
+class Tokens(Protocol):
+    """Interface of a module from inputs to tokens."""
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Shape of one input."""
+
+    @property
+    def count(self) -> int:
+        """Number of tokens, `S`."""
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a token, `W`."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return the parameters; device and dtype of the first are those of the network."""
+
+    def check(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless `x` is a batch of inputs."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the tokens `(B, S, W)` of inputs `(B, ...)`."""
 
 
 class ImageTokens(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from munkey.readout.tokens import ImageTokens, VectorTokens
+from munkey.readout.tokens import Tokens
 from treediff.core.checks import check_positive
 from treediff.layers.attention import Attention
 
@@ -80,7 +80,7 @@ class ExemplarTransformer(nn.Module):
     exemplar token; the map from value to token is our choice.
 
     Args:
-        tokens: from inputs to tokens, `ImageTokens` or `VectorTokens`.
+        tokens: from inputs to tokens: `ImageTokens`, `VectorTokens`, or a module with the interface of `Tokens`.
         blocks: the transformer.
         value_width: `V`.
         outputs: `n`, dimensions of a prediction.
@@ -93,6 +93,7 @@ class ExemplarTransformer(nn.Module):
         ValueError: if a number is below 1.
 
     Examples:
+        >>> from munkey.readout.tokens import ImageTokens
         >>> tokens = ImageTokens(size=8, channels=1, patch=2, width=16)
         >>> network = ExemplarTransformer(tokens=tokens, blocks=[TransformerBlock(16, 2)], value_width=4, outputs=3)
         >>> network(tokens(torch.rand(5, 1, 8, 8)), torch.randn(5, 2, 4)).shape
@@ -102,7 +103,7 @@ class ExemplarTransformer(nn.Module):
     def __init__(
         self,
         *,
-        tokens: ImageTokens | VectorTokens,
+        tokens: Tokens,
         blocks: Iterable[TransformerBlock],
         value_width: int,
         outputs: int,
@@ -111,7 +112,8 @@ class ExemplarTransformer(nn.Module):
         check_positive(value_width=value_width, outputs=outputs)
         self.tokens, self.blocks = tokens, nn.ModuleList(blocks)
         width = tokens.width
-        factory: Any = {"device": tokens.embed.weight.device, "dtype": tokens.embed.weight.dtype}
+        weight = next(tokens.parameters(), torch.empty(0))
+        factory: Any = {"device": weight.device, "dtype": weight.dtype}
         self.start = nn.Parameter(0.02 * torch.randn(width, **factory))
         self.null_input = nn.Parameter(0.02 * torch.randn(tokens.count, width, **factory))
         self.exemplar = nn.Linear(value_width, width, **factory)

@@ -8,8 +8,18 @@ import pytest
 import torch
 from classifiers import filled, images
 from stores import seeded
+from torch import Tensor, nn
 
-from munkey import KeyMemoryTransformer, KeyValueMemory, PathwayAccuracies, Projection, pathway_accuracies
+from munkey import (
+    ExemplarTransformer,
+    KeyMemoryTransformer,
+    KeyStore,
+    KeyValueMemory,
+    ModuleEncoder,
+    PathwayAccuracies,
+    Projection,
+    pathway_accuracies,
+)
 from munkey.presets import patch_for
 from munkey.readout.tokens import ImageTokens, VectorTokens
 from munkey.readout.transformer import TransformerBlock
@@ -31,6 +41,35 @@ def test_a_token_is_its_patch() -> None:
 )
 def test_patches_that_fill_an_image(size: tuple[int, int], patch: int) -> None:
     assert patch_for(*size) == patch
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_tokens_of_ones_own(bare: bool) -> None:
+    class Own(nn.Module):
+        inputs, count, width = (5, 8), 5, 8
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential() if bare else nn.Sequential(nn.Linear(8, 8, dtype=torch.float64))
+
+        def check(self, x: Tensor) -> None:
+            if x.shape[1:] != self.inputs:
+                raise ValueError("no tokens")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)  # type: ignore[no-any-return]
+
+    tokens, x = Own(), torch.rand(3, 5, 8, dtype=torch.float32 if bare else torch.float64)
+    network = ExemplarTransformer(tokens=tokens, blocks=[], value_width=4, outputs=2)
+    assert network.start.dtype == network.head.weight.dtype == x.dtype
+    assert network(tokens(x), x.new_zeros(3, 1, 4)).shape == (3, 1, 2)
+    encoder = ModuleEncoder(nn.Flatten(), 40, fitted_on="other data")
+    memory = KeyValueMemory(KeyStore(40, 4, dtype=x.dtype))
+    model = KeyMemoryTransformer(key_encoder=encoder, memory=memory, network=network)
+    model.remember([1, 2, 3], x, torch.tensor([0, 1, 0]))
+    assert model(x).shape == (3, 2)
+    with pytest.raises(ValueError, match="no tokens"):
+        model(x[:, :4])
 
 
 def test_a_block_treats_each_row_alone() -> None:
