@@ -85,7 +85,8 @@ def save(model: MemoryModel, path: Path, disk: Disk | None = None) -> None:
         "store": {"seed": store.seed, "scale": store.scale, "secret": store.secret.hex()},
     }
     if model.memory.search is not exact:
-        header["search"] = type(model.memory.search).__name__
+        search = model.memory.search
+        header["search"] = getattr(search, "__name__", type(search).__name__)
     absent = _absent(encoder, rows=isinstance(store, ShardedKeyStore))
     state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(absent)}
     if store.log is not None or store.logged:
@@ -195,7 +196,7 @@ def _search(
         return given
     if name not in _SEARCHES:
         raise ValueError(
-            f"the memory in {path!r} was searched by a {name}, which the file does not hold; pass a function that "
+            f"the memory in {path!r} was searched by {name}, which the file does not hold; pass a function that "
             "builds one from a store as search="
         )
     return _SEARCHES[name]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from munkey import io
 from munkey.encoders.base import KeyEncoder, check_encoder
 from munkey.memory import KeyValueMemory
-from munkey.presets import DEFAULTS, Settings, model_parts, patch_for
+from munkey.presets import DEFAULTS, OF_NETWORK, Settings, model_parts, patch_for
 from munkey.readout.aggregate import Aggregation, Ensemble, Retrieved
 from munkey.readout.tokens import ImageTokens, VectorTokens
 from munkey.readout.transformer import ExemplarTransformer
@@ -234,10 +234,10 @@ class KeyMemoryTransformer(nn.Module):
         if search is not None:
             model.memory.search = search(model.memory.store)
         own: dict[str, Any] = {name: part for name, part in settings.items() if isinstance(part, nn.Module)}
-        settings = {name: setting for name, setting in settings.items() if name not in own}
         settings["own_token_probability"] = model.own_token_probability
         arguments = {**shapes, **settings, "task": task.config()}
-        model.config = record(factory, arguments, own)
+        replaced = (*own, *(OF_NETWORK if "network" in own else ()))
+        model.config = record(factory, {name: arguments[name] for name in arguments if name not in replaced}, own)
         return model
 
     # --- files --------------------------------------------------------------------------------------------

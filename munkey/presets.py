@@ -18,7 +18,7 @@ from munkey.store.store import KeyStore
 from munkey.task import Task
 from treediff.core.checks import check_positive
 
-__all__ = ["DEFAULTS", "Settings", "model_parts", "patch_for"]
+__all__ = ["DEFAULTS", "OF_NETWORK", "Settings", "model_parts", "patch_for"]
 
 
 class Settings(TypedDict, total=False):
@@ -78,6 +78,8 @@ DEFAULTS: Settings = {
     "sparse": False,
     "seed": 0,
 }
+#: Arguments of the factories that shape the default network alone; a custom network replaces them.
+OF_NETWORK = ("channels", "patch", "tokens", "width", "depth", "heads", "dropout")
 
 
 def patch_for(height: int, width: int) -> int:

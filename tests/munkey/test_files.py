@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from classifiers import CLASSES, SIZE, encoder, filled, images, labels, model, train
 from disks import FailingDisk, Killed
-from torch import nn
+from torch import Tensor, nn
 
 from munkey import ConvEncoder, DurableStore, KeyMemoryTransformer, ModuleEncoder, Projection
 from munkey import io as files
+from munkey.readout.tokens import ImageTokens, VectorTokens
+from munkey.readout.transformer import ExemplarTransformer, TransformerBlock
+from munkey.search import Neighbours, Search, Searchable
 from treediff.core.io import model_bytes, read_header, read_tensors
+
+
+def nearest_of_all(store: Searchable, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None) -> Neighbours:
+    return store.nearest(queries, k, exclude_ids=exclude_ids)
+
+
+class NearestOfAll:
+    __call__ = staticmethod(nearest_of_all)
 
 
 @pytest.mark.parametrize("settings", [{}, {"mode": "exact"}, {"aggregation": "softmax"}, {"aggregation": "rank"}])
@@ -132,6 +145,47 @@ def test_for_vectors_and_a_convolutional_encoder(tmp_path: Path) -> None:
     built.remember([1, 2], images(2))
     built.save(tmp_path / "c.safetensors")
     assert torch.equal(KeyMemoryTransformer.load(tmp_path / "c.safetensors").eval()(images(4)), built(images(4)))
+
+
+@pytest.mark.parametrize("inputs", ["images", "vectors"])
+def test_the_settings_of_a_network_of_ones_own_are_not_in_the_file(tmp_path: Path, inputs: str) -> None:
+    path, shape = tmp_path / "a.safetensors", (6,) if inputs == "vectors" else (2, 6, 6)
+    arguments: dict[str, Any] = {"key_encoder": Projection.random(shape, 3), "classes": 4, "value_width": 4}
+    factory = KeyMemoryTransformer.for_vectors if inputs == "vectors" else KeyMemoryTransformer.for_images
+    arguments |= {"features": 6} if inputs == "vectors" else {"size": 6, "channels": 2}
+
+    def network() -> ExemplarTransformer:
+        tokens = VectorTokens(6, 3, 8) if inputs == "vectors" else ImageTokens(6, 2, 2, 8)
+        return ExemplarTransformer(tokens=tokens, blocks=[TransformerBlock(8, 2)], value_width=4, outputs=4)
+
+    default = factory(**arguments).config
+    built = factory(**arguments, network=network()).eval()
+    name = f"for_{inputs}"
+    assert (
+        default is not None and built.config is not None and built.config["own"] == {"network": "ExemplarTransformer"}
+    )
+    others = {"tokens"} if inputs == "vectors" else {"patch", "channels"}
+    assert default[name].keys() - built.config[name].keys() == {"width", "depth", "heads", "dropout", *others}
+    built.remember([1, 2], torch.rand(2, *shape))
+    x = torch.rand(3, *shape)
+    for config in (built.config, {**built.config, name: default[name]}):  # the second, as files had it before
+        built.config = config
+        built.save(path)
+        found = KeyMemoryTransformer.load(path, network=network()).eval()
+        assert torch.equal(found(x), built(x)) and found.config is not None
+        assert "width" not in found.config[name]
+
+
+@pytest.mark.parametrize("search", [nearest_of_all, functools.partial(nearest_of_all), NearestOfAll()])
+def test_a_search_of_ones_own_is_named(tmp_path: Path, search: Search) -> None:
+    built, path = filled(), tmp_path / "a.safetensors"
+    built.memory.search = search
+    built.save(path)
+    name = {True: "nearest_of_all"}.get(search is nearest_of_all, type(search).__name__)
+    assert read_header(path, "KeyMemoryTransformer")["search"] == name
+    with pytest.raises(ValueError, match=f"was searched by {name}, which the file does not hold; pass a function that"):
+        KeyMemoryTransformer.load(path)
+    assert KeyMemoryTransformer.load(path, search=lambda store: search).memory.search is search
 
 
 def test_damage_is_seen(tmp_path: Path) -> None:
