@@ -5,6 +5,7 @@ This module holds no probabilities, and no networks that all nodes share, such a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from treediff.core.groups import Groups
 from treediff.core.noise import combine_seeds
 from treediff.layers.grouped.bank import NodeBank
+from treediff.layers.init import initialize
 from treediff.tree.plan import TreePlan
 from treediff.tree.topology import TreeTopology
 
-__all__ = ["NodeBanks", "by_node"]
+__all__ = ["NodeBanks", "by_node", "fresh"]
 
 
 class NodeBanks(nn.Module):
@@ -37,7 +39,8 @@ class NodeBanks(nn.Module):
         dtype: of the weights.
 
     Raises:
-        TypeError: if `topology` is no TreeTopology.
+        TypeError: if `topology` is no TreeTopology, or a template has a layer without a way to draw fresh weights, see
+            `initialize`.
         ValueError: if a template has buffers.
 
     Examples:
@@ -73,6 +76,9 @@ class NodeBanks(nn.Module):
         self.decoders = NodeBank(decoder, device=device, dtype=dtype, block=512)
         self._plans: dict[tuple[int, ...], TreePlan] = {}
         self.become(topology, generator=generator)
+        for bank in (self.transitions, self.posterior_routers, self.prior_routers, self.decoders):
+            if not bank.nodes:
+                fresh(bank)  # else a split would be the first to fail
 
     def extra_repr(self) -> str:
         """Return the tree, for `print(banks)`."""
@@ -126,6 +132,17 @@ class NodeBanks(nn.Module):
         if found is None or found.device != device:
             found = self._plans[key] = TreePlan(self.topology, nodes, device=device)
         return found
+
+
+def fresh(bank: NodeBank) -> nn.Module:
+    """Return a network like those of a bank, with fresh weights from a fixed seed.
+
+    Raises:
+        TypeError: if the template has a layer without a way to draw fresh weights, see `initialize`.
+    """
+    network = copy.deepcopy(bank.template).to_empty(device=bank.device)
+    initialize(network, generator=torch.Generator(bank.device).manual_seed(0))
+    return network
 
 
 def by_node(bank: NodeBank, x: Tensor, rank: Tensor, nodes: Sequence[int]) -> Tensor:

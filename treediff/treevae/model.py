@@ -31,6 +31,7 @@ from treediff.tree.files import from_header, header_of, require_topology
 from treediff.tree.probability import reparameterize, sample_leaf
 from treediff.tree.topology import TreeTopology
 from treediff.tree.visits import Visits, descend
+from treediff.treevae._trial import try_parts
 from treediff.treevae.banks import NodeBanks
 from treediff.treevae.posterior import ELBO, TreePosterior, leaf_log_probs_of
 from treediff.treevae.presets import TreeParts, image_parts, latent_shape, vector_parts
@@ -47,13 +48,16 @@ class TreeVAE(nn.Module):
 
     Args:
         topology: the tree to start with.
-        encoder: observations to the features of the deepest level.
-        bottom_up: blocks of the ladder, from the deepest level up; `len(bottom_up)` is the tree's greatest depth.
-        head: a node's Gaussian from features: `(B, ...)` to `(B, 2D, ...)`.
-        transition: a child's prior from the parent's latent: `(B, D, ...)` to `(B, 2D, ...)`.
-        posterior_router: features to the logit of going left, `(B,)`.
-        prior_router: latent to the logit of going left, `(B,)`.
-        decoder: a leaf's latent to the raw output that the likelihood reads.
+        encoder: observations to the features of the deepest level, `(B, *inputs)` to `(B, *features)`;
+            `features` is `(width,)` or `(width, h, w)`, with the `h` and `w` of the latent in a factory's encoder.
+        bottom_up: blocks of the ladder, from the deepest level up, `(B, *features)` to `(B, *features)`;
+            `len(bottom_up)` is the tree's greatest depth.
+        head: a node's Gaussian from features, `(B, *features)` to `(B, 2D)` or `(B, 2D, h, w)`; the mean is first.
+        transition: a child's prior from the parent's latent, `(B, *latent)` to `(B, 2D)` or `(B, 2D, h, w)`.
+        posterior_router: features to the logit of going left, `(B, *features)` to `(B,)`.
+        prior_router: latent to the logit of going left, `(B, *latent)` to `(B,)`.
+        decoder: a leaf's latent to the raw output that the likelihood reads, `(B, *latent)` to `(B, *inputs)` for the
+            likelihoods of `treediff.layers`.
         likelihood: distribution of observations given the decoder's output.
         latent: shape of one latent, `(D,)` or `(D, h, w)`.
         inputs: shape of one observation.
@@ -66,8 +70,10 @@ class TreeVAE(nn.Module):
         config: factory and arguments that built the model; None for a model that was built from parts.
 
     Raises:
-        TypeError: if `topology` is no TreeTopology.
-        ValueError: if the tree is deeper than the ladder, or a template has buffers.
+        TypeError: if `topology` is no TreeTopology, or a network of nodes has a layer without a way to draw fresh
+            weights, see `treediff.layers.initialize`.
+        ValueError: if the tree is deeper than the ladder, a template has buffers, or a part does not fit. Every part
+            runs on two rows when the model is built.
 
     Examples:
         >>> model = TreeVAE.for_images(size=8, topology=TreeTopology.balanced(1))
@@ -110,6 +116,7 @@ class TreeVAE(nn.Module):
         self.likelihood = likelihood
         self.config: dict[str, Any] | None = None
         self._require_depth(topology)
+        try_parts(encoder, bottom_up, self.banks, likelihood, self.latent, self.inputs)
 
     @classmethod
     def for_images(

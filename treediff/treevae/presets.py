@@ -21,7 +21,10 @@ __all__ = ["TreeParts", "image_parts", "latent_shape", "vector_parts"]
 
 
 class TreeParts(TypedDict, total=False):
-    """Parts of a `TreeVAE` that may replace the parts chosen by a factory; see the arguments of `TreeVAE`."""
+    """Parts of a `TreeVAE` that may replace the parts chosen by a factory; see the arguments of `TreeVAE`.
+
+    The features of a factory's encoder have the shape `(width,)`, or `(width, h, w)` if latents are maps.
+    """
 
     encoder: nn.Module
     bottom_up: Sequence[nn.Module]
