@@ -12,10 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from treediff.core.checks import Shape, check_positive, check_shape
-from treediff.layers.grouped._gaussians import LogVariance
 from treediff.layers.hidden import project, stack
+from treediff.tree.probability import log_softplus
 
 __all__ = ["BottomUpBlock", "GaussianHead", "LatentTransition"]
+
+
+class LogVariance(nn.Module):
+    """Layer that reads the second half of the channels as `softplus^-1` of a variance and returns its logarithm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, 2D, ...)` to `(B, 2D, ...)`: the mean unchanged, then the log-variance."""
+        mean, raw = x.chunk(2, 1)
+        return torch.cat([mean, log_softplus(raw)], 1)
 
 
 class GaussianHead(nn.Sequential):

@@ -25,10 +25,9 @@ from treediff.core import io
 from treediff.core.checks import check_batch, check_size
 from treediff.core.groups import Groups
 from treediff.core.modes import evaluating, lasting
-from treediff.layers.grouped._gaussians import merge_and_sample
 from treediff.layers.likelihood import Likelihood
 from treediff.tree.files import from_header, header_of, require_topology
-from treediff.tree.probability import reparameterize, sample_leaf
+from treediff.tree.probability import precision_weighted_merge, reparameterize, sample_leaf
 from treediff.tree.topology import TreeTopology
 from treediff.tree.visits import Visits, descend
 from treediff.treevae._trial import try_parts
@@ -422,9 +421,9 @@ class TreeVAE(nn.Module):
         for level, start, (hat, own_noise, node, parent) in zip(plan.levels[1:], visits.starts, below, strict=False):
             parents = samples[-1].index_select(0, parent - start)
             prior = self.banks.transitions(parents, Groups(node - level.start, len(level)), plan.ids(level))
-            z, posterior = merge_and_sample(hat, prior, own_noise)
-            samples.append(z)
-            posteriors.append(posterior)
+            merged = precision_weighted_merge(*hat.chunk(2, 1), *prior.chunk(2, 1))
+            samples.append(reparameterize(*merged, own_noise))
+            posteriors.append(torch.cat(merged, 1))
             priors.append(prior)
         z = torch.cat(samples)
         prior_logits = visits.logits

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treediff.layers.grouped._gaussians import kl
-from treediff.tree.probability import bernoulli_kl_with_logits, gaussian_log_prob
+from treediff.tree.probability import bernoulli_kl_with_logits, gaussian_kl, gaussian_log_prob
 from treediff.tree.visits import Visits
 
 __all__ = ["ELBO", "TreePosterior", "leaf_log_probs_of"]
@@ -75,7 +74,7 @@ class TreePosterior:
 
     def kl_nodes(self) -> Tensor:
         """Return `(T,)` analytic KL of each visit's posterior from its prior, not weighted by reach, in nats."""
-        return kl(self.posterior, self.prior)
+        return gaussian_kl(*self.posterior.chunk(2, 1), *self.prior.chunk(2, 1))
 
     def kl_decisions(self) -> Tensor:
         """Return `(R,)` KL of each decision's posterior from its prior, not weighted by reach, in nats."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from treediff.layers import Groups, NodeBank, ResidualBlock
-from treediff.layers.grouped._stack import blocks_of
+from treediff.layers.grouped.bank import blocks_of
 
 # --- computing ----------------------------------------------------------------------------------------------
 

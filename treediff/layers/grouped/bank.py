@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from treediff.core.groups import Groups, check_rows
 from treediff.core.modes import lasting
-from treediff.layers.grouped._stack import Stack, blocks_of, part
-from treediff.layers.grouped.call import apply_parts, parts_of
+from treediff.layers.grouped.call import apply_layers, layers_of
 from treediff.layers.init import initialize
 
 __all__ = ["NodeBank"]
@@ -86,7 +85,7 @@ class NodeBank(nn.Module):
         self._sizes = [(p.shape, p.numel() + -p.numel() % _ALIGNMENT) for p in parameters.values()]
         # In a tuple, so that the template's own weights are not registered as this module's.
         self._template = (copy.deepcopy(template).to("meta", stored).train(),)
-        self._parts = parts_of(self.template)
+        self._layers = layers_of(self.template)
 
     @property
     def template(self) -> nn.Module:
@@ -226,29 +225,23 @@ class NodeBank(nn.Module):
         check_rows(x, len(nodes), groups)
         # Reading the sizes of groups would stop an accelerator's stream.
         if self.block is None or len(x) <= 2 * self.block or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return apply_parts(self._parts, self._stacked(nodes), x, groups)
+            return apply_layers(self._layers, self._stacked(nodes), x, groups)
         results, start, group = [], 0, 0
         for rows, count in blocks_of(groups.sizes, self.block):
             own = Groups(groups.index[start : start + rows] - group, count)
             weights = self._stacked(nodes[group : group + count])
-            results.append(apply_parts(self._parts, weights, x[start : start + rows], own))
+            results.append(apply_layers(self._layers, weights, x[start : start + rows], own))
             start, group = start + rows, group + count
         return torch.cat(results)
 
     def _stacked(self, nodes: Sequence[int]) -> dict[str, Tensor]:
         """Return the weights of several nodes by the template's names, each with a leading axis `G`."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._views(torch.stack(self._weights_of_all(nodes)))
-        views = Stack.apply(self._sizes, *self._weights_of_all(nodes))  # type: ignore[no-untyped-call, unused-ignore]
-        return dict(zip(self._names, views, strict=True))
-
-    def _weights_of_all(self, nodes: Sequence[int]) -> list[Tensor]:
         if not nodes:
             raise ValueError("expected at least one node; without one there is no network to apply")
-        return [self.weights_of(node) for node in nodes]
+        return self._views(torch.stack([self.weights_of(node) for node in nodes]))
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self._names, part(flat, self._sizes), strict=True))
+        return dict(zip(self._names, _part(flat, self._sizes), strict=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NodeBank:
         """Convert the bank, for `.to`, `.double` and similar methods; nodes that are added later follow."""
@@ -277,3 +270,23 @@ def _watch(weights: nn.Parameter, node: int) -> None:
             )
 
     handle = weights.register_post_accumulate_grad_hook(check)
+
+
+def blocks_of(sizes: Sequence[int], rows: int) -> list[tuple[int, int]]:
+    """Return rows and number of groups of each block: as many whole groups as fit into `rows`, or one."""
+    blocks: list[tuple[int, int]] = []
+    for size in sizes:
+        if blocks and blocks[-1][0] + size <= rows:
+            blocks[-1] = (blocks[-1][0] + size, blocks[-1][1] + 1)
+        else:
+            blocks.append((size, 1))
+    return blocks
+
+
+def _part(flat: Tensor, sizes: list[tuple[torch.Size, int]]) -> tuple[Tensor, ...]:
+    """Split flat weights `(G, P)` into views of consecutive shapes, each `(G, ...)`."""
+    pieces = flat.split([size for _, size in sizes], 1)
+    return tuple(
+        (piece if size == shape.numel() else piece[:, : shape.numel()]).view(len(flat), *shape)
+        for piece, (shape, size) in zip(pieces, sizes, strict=True)
+    )

@@ -24,12 +24,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from treediff.core.groups import Groups, check_rows
-from treediff.layers.grouped._chain import Link, Step, run
-from treediff.layers.grouped._steps import STEPS
+from treediff.layers.grouped._steps import STEPS, Step, linear
 
 __all__ = ["grouped_call", "grouped_linear"]
-
-_LINEAR = {weights: Link(STEPS[nn.Linear.forward], nn.Identity(), weights) for weights in (1, 2)}
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
@@ -55,8 +52,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Group
                 [5.]])
     """
     check_rows(x, len(weight), groups)
-    weights = [weight] if bias is None else [weight, bias]
-    return run([_LINEAR[len(weights)]], weights, x, groups)
+    return linear(None, [weight] if bias is None else [weight, bias], x, groups)
 
 
 def _each_group(module: nn.Module, weights: Mapping[str, Tensor], x: Tensor, groups: Groups) -> Tensor:
@@ -87,53 +83,39 @@ def step_of(module: nn.Module) -> Step | None:
     return STEPS.get(type(module).forward)
 
 
-class Part(NamedTuple):
-    """Part of a template: consecutive layers.
+class Layer(NamedTuple):
+    """Layer of a template.
 
     Attributes:
-        modules: a chain of layers, or one layer without a step.
-        links: links of the chain; empty for a layer without a step.
+        module: the layer.
+        step: computes all groups together; None if there is no such function.
         names: pairs of the layer's name and the template's name of each weight.
     """
 
-    modules: list[nn.Module]
-    links: list[Link]
+    module: nn.Module
+    step: Step | None
     names: list[tuple[str, str]]
 
 
-def parts_of(module: nn.Module) -> list[Part]:
-    """Split a network into chains of layers, as long as possible; nested `Sequential` modules are flattened."""
-    parts: list[Part] = []
-    for layer, prefix in _layers(module, ""):
-        step = step_of(layer)
-        names = [(name, prefix + name) for name, _ in layer.named_parameters(remove_duplicate=False)]
-        if step is None or not parts or not parts[-1].links:
-            parts.append(Part([], [], []))
-        parts[-1].modules.append(layer)
-        parts[-1].names.extend(names)
-        if step is not None:
-            parts[-1].links.append(Link(step, layer, len(names)))
-    return parts
-
-
-def _layers(module: nn.Module, prefix: str) -> list[tuple[nn.Module, str]]:
-    """Return the layers that run one after the other, each with the prefix of its weights' names."""
+def layers_of(module: nn.Module, prefix: str = "") -> list[Layer]:
+    """Split a network into the layers that run one after the other; nested `Sequential` modules are flattened."""
     if type(module).forward is not nn.Sequential.forward or is_parametrized(module):
-        return [(module, prefix)]
+        names = [(name, prefix + name) for name, _ in module.named_parameters(remove_duplicate=False)]
+        return [Layer(module, step_of(module), names)]
     # Not `named_children`, which leaves out the second occurrence of a layer.
     children = [(child, f"{prefix}{name}.") for name, child in module._modules.items() if child is not None]
-    return [layer for child, name in children for layer in _layers(child, name)]
+    return [layer for child, name in children for layer in layers_of(child, name)]
 
 
-def apply_parts(parts: Sequence[Part], weights: Mapping[str, Tensor], x: Tensor, groups: Groups) -> Tensor:
-    """Run `grouped_call` for a network that is already split into parts."""
-    for modules, links, names in parts:
-        if links:
-            x = run(links, [weights[full] for _, full in names], x, groups)
+def apply_layers(layers: Sequence[Layer], weights: Mapping[str, Tensor], x: Tensor, groups: Groups) -> Tensor:
+    """Run `grouped_call` for a network that is already split into layers."""
+    for module, step, names in layers:
+        if step is not None:
+            x = step(module, [weights[full] for _, full in names], x, groups)
         elif names:
-            x = _each_group(modules[0], {name: weights[full] for name, full in names}, x, groups)
+            x = _each_group(module, {name: weights[full] for name, full in names}, x, groups)
         else:
-            x = modules[0](x)
+            x = module(x)
     return x
 
 
@@ -163,10 +145,10 @@ def grouped_call(module: nn.Module, weights: Mapping[str, Tensor], x: Tensor, gr
         tensor([[0.],
                 [9.]])
     """
-    parts = parts_of(module)
-    missing = [part.modules[0] for part in parts if not weights.keys() >= {full for _, full in part.names}]
+    layers = layers_of(module)
+    missing = [layer.module for layer in layers if not weights.keys() >= {full for _, full in layer.names}]
     if missing:
         raise ValueError(f"there are no weights for {missing[0]}; a layer must not occur in a network twice")
     for weight in weights.values():
         check_rows(x, len(weight), groups)
-    return apply_parts(parts, weights, x, groups)
+    return apply_layers(layers, weights, x, groups)

@@ -1,11 +1,11 @@
-"""Chains of layers: gradients are worked out where they are wanted, and nowhere else.
+"""Gradients of grouped layers are worked out where they are wanted, and nowhere else, and have gradients.
 
 That values and gradients are right is tested in `test_grouped.py`, for every layer and for layers in a row.
 """
 
 from __future__ import annotations
 
-from unittest.mock import patch
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from treediff.layers import Groups
 from treediff.layers.decoders import ConvDecoder, MLPDecoder, PatchDecoder
-from treediff.layers.grouped import _chain as chain
-from treediff.layers.grouped import _products as products
 from treediff.layers.grouped import call as grouped
 from treediff.layers.heads import GaussianHead, LatentTransition
 from treediff.layers.router import Router
@@ -43,9 +41,8 @@ def problem(name: str) -> tuple[nn.Module, dict[str, Tensor], Tensor, Groups]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_network_of_the_library_is_one_chain(name: str) -> None:
-    parts = grouped.parts_of(TEMPLATES[name][0]())
-    assert [bool(part.links) for part in parts if part.names] == [True]
+def test_no_network_of_the_library_loops_over_groups(name: str) -> None:
+    assert [layer.module for layer in grouped.layers_of(TEMPLATES[name][0]()) if layer.names and not layer.step] == []
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -69,17 +66,29 @@ def test_what_is_frozen_changes_no_other_gradient(name: str, trained: str) -> No
 
 def test_no_gradient_is_worked_out_in_vain() -> None:
     template, weights, x, groups = problem("router")
-    with patch.object(products, "_outer", wraps=products._outer) as outer:
-        grouped.grouped_call(template, weights, x.clone().requires_grad_(), groups).sum().backward()
-        assert not outer.called  # no weight wants a gradient
-        trained = {key: w.clone().requires_grad_() for key, w in weights.items()}
-        with patch.object(products, "_multiply", wraps=products._multiply) as multiply:
-            grouped.grouped_call(template, trained, x, groups).sum().backward()
-        assert outer.call_count == 1
-        assert multiply.call_count == 1  # forwards; the input wants none, and the last layer needs no product
+
+    def products(call: Callable[[], Tensor]) -> tuple[int, int]:
+        """How many products for rows and for weights the forward and the backward pass take."""
+        with torch.profiler.profile() as profile:
+            call().sum().backward()
+        counts = {event.key: event.count for event in profile.key_averages()}
+        return counts.get("treediff::multiply", 0), counts.get("treediff::outer", 0)
+
+    # The last layer needs no product: it has one output.
+    assert products(lambda: grouped.grouped_call(template, weights, x.clone().requires_grad_(), groups)) == (2, 0)
+    trained = {key: w.clone().requires_grad_() for key, w in weights.items()}
+    assert products(lambda: grouped.grouped_call(template, trained, x, groups)) == (1, 1)
 
 
-def test_without_gradients_nothing_is_kept() -> None:
-    template, weights, x, groups = problem("transition")
-    with patch.object(chain._Chain, "apply", side_effect=AssertionError("kept for a backward pass")), torch.no_grad():
-        grouped.grouped_call(template, weights, x, groups)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_gradients_have_gradients(name: str) -> None:
+    """Those of the plain loop over groups."""
+    template, weights, x, groups = problem(name)
+
+    def second(call: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), *(w.clone().requires_grad_() for w in weights.values())]
+        y = call(template, dict(zip(weights, leaves[1:], strict=True)), leaves[0], groups)
+        (first,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
+        return list(torch.autograd.grad(first.square().sum(), leaves, materialize_grads=True))
+
+    torch.testing.assert_close(second(grouped.grouped_call), second(grouped._each_group))
