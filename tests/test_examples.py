@@ -41,13 +41,14 @@ def grey(picture: Path) -> NDArray[np.int64]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all scripts run; the first three have run, and there are a few digits in a file."""
     here, digits = tmp_path_factory.mktemp("examples"), load_dataset("digits")
-    np.savez(
-        here / "few.npz",
-        train_images=digits.train_images[:300, 0].numpy(),
-        train_labels=digits.train_labels[:300].numpy(),
-        test_images=digits.test_images[:100, 0].numpy(),
-        test_labels=digits.test_labels[:100].numpy(),
-    )
+    for name, train, test in (("few", 300, 100), ("fewer", 120, 60)):
+        np.savez(
+            here / f"{name}.npz",
+            train_images=digits.train_images[:train, 0].numpy(),
+            train_labels=digits.train_labels[:train].numpy(),
+            test_images=digits.test_images[:test, 0].numpy(),
+            test_labels=digits.test_labels[:test].numpy(),
+        )
     run(here, "train_treevae.py", "--quick", "--leaves", "4", "--network", "mlp", "--width", "32")
     run(here, "train_diffusion.py", "--quick", "--width", "16", "--blocks", "1")
     run(here, "train_classifier.py", "--quick", "--width", "16")
@@ -156,9 +157,10 @@ def test_on_two_processes(folder: Path) -> None:
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=PATIENCE)
     difference = np.abs(grey(folder / "one/node-0.png") - grey(folder / "two/node-0.png"))  # of 255 levels
     assert difference.max() <= 8 and difference.mean() < 0.02, "the same picture, but for the order of sums"
+    few = ("--data", "few.npz")
     for script, rest in (
-        ("train_treevae.py", ("--network", "mlp", "--width", "16", "--leaves", "3", "--effort", "0.01")),
-        ("train_diffusion.py", ("--epochs", "1", "--batch-size", "128", "--width", "16", "--blocks", "1")),
+        ("train_treevae.py", (*few, "--network", "mlp", "--width", "16", "--leaves", "3", "--effort", "0.01")),
+        ("train_diffusion.py", (*few, "--epochs", "1", "--batch-size", "128", "--width", "16", "--blocks", "1")),
         ("train_munkey.py", ("--epochs", "4")),
     ):
         run(folder, script, *rest, "--out", f"two/{script}", size=2)
@@ -169,9 +171,9 @@ def test_on_two_processes(folder: Path) -> None:
 
 
 def test_rivals(folder: Path) -> None:
-    found = run(folder, "rivals.py", "--epochs", "2")["accuracy"]
-    assert found["NearestNeighbours"]["test"] > 0.9  # type: ignore[index]
-    results = run(folder, "sisa.py", "--epochs", "1")["results"]
+    found = run(folder, "rivals.py", "--data", "few.npz", "--epochs", "2")["accuracy"]
+    assert found["NearestNeighbours"]["test"] > 0.8  # type: ignore[index]
+    results = run(folder, "sisa.py", "--data", "few.npz", "--epochs", "1")["results"]
     assert [1 <= result["slices"] <= 6 for result in results[1:]] == [True, True]  # type: ignore[index]
 
 
@@ -184,7 +186,7 @@ def test_what_another_run_tuned_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_a_comparison_of_ways_to_forget(folder: Path) -> None:
-    options = ("--data", "few.npz", "--epochs", "2", "--seeds", "1", "--key-width", "32", "--holdout", "60")
+    options = ("--data", "fewer.npz", "--epochs", "1", "--seeds", "1", "--key-width", "32", "--holdout", "40")
     names = ["fine_tune", "munkey", "nearest_neighbours"]
     found = run(folder, "unlearning_benchmark.py", *options, "--methods", *names)
     methods = [row["method"] for row in found["rows"]]  # type: ignore[attr-defined]

