@@ -22,8 +22,8 @@ help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.examples ## grow a tree and draw sharp images of its clusters; then classify, forget, and compare; see demo/
-	$(BIN)/python examples/train_treevae.py --out demo
-	$(BIN)/python examples/train_diffusion.py --tree demo/model.safetensors --out demo/refined
+	$(BIN)/python examples/train_treevae.py --effort 0.5 --out demo
+	$(BIN)/python examples/train_diffusion.py --tree demo/model.safetensors --batch-size 256 --out demo/refined
 	$(BIN)/python examples/generate.py --model demo/refined/model.safetensors --out demo/refined
 	$(BIN)/python examples/train_munkey.py --out demo/munkey
 	$(BIN)/python examples/train_munkey.py --leave-out 100 --out demo/without
@@ -88,13 +88,13 @@ $(VENV)/.base: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; $(PYTHON) is " \
 		+ sys.version.split()[0] + ". Name another one: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
 	touch $@
 
 $(VENV)/.examples: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[examples]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --editable '.[test,docs]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test,docs]'
 	touch $@
