@@ -23,10 +23,11 @@ help: ## list the commands
 
 demo: $(VENV)/.examples ## grow a tree and draw sharp images of its clusters; then classify, forget, and compare; see demo/
 	$(BIN)/python examples/train_treevae.py --effort 0.5 --out demo
-	$(BIN)/python examples/train_diffusion.py --tree demo/model.safetensors --batch-size 256 --out demo/refined
+	$(BIN)/python examples/train_diffusion.py --tree demo/model.safetensors --epochs 40 --batch-size 256 \
+		--out demo/refined
 	$(BIN)/python examples/generate.py --model demo/refined/model.safetensors --out demo/refined
-	$(BIN)/python examples/train_munkey.py --out demo/munkey
-	$(BIN)/python examples/train_munkey.py --leave-out 100 --out demo/without
+	$(BIN)/python examples/train_munkey.py --epochs 30 --out demo/munkey
+	$(BIN)/python examples/train_munkey.py --epochs 30 --leave-out 100 --out demo/without
 	$(BIN)/python examples/forget.py --model demo/munkey/model.safetensors --file demo/without/left_out.txt \
 		--beside demo/without/model.safetensors --out demo/forgotten
 
