@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from munkey.store.change import Change, Step, long_lived
-from munkey.store.erase import Scratch
+from munkey.store.erase import Scratch, wipe
 from munkey.store.follower import Follower
 
 __all__ = ["SharedNeighbours"]
@@ -21,8 +21,10 @@ class SharedNeighbours(Follower):
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 
     def clear(self) -> None:
-        """Drop all tables."""
-        self._tables = {}
+        """Overwrite the scores, and drop all tables."""
+        old, self._tables = self._tables, {}
+        for _, scores in old.values():
+            wipe(scores)
 
     def steps(self, change: Change, scratch: Scratch) -> list[Step]:
         """Return the step that drops all tables: a change on one rank may change neighbours on all ranks."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from munkey import KeyStore
 from munkey.search.exact import Neighbours, nearest
 from munkey.search.screen import Screen
+from munkey.sharded.shared_neighbours import SharedNeighbours
 from munkey.store.averages import AverageRows
 from munkey.store.change import Added, Change, Moved, Removed, Replaced
 from munkey.store.codes import Codes
@@ -333,3 +334,13 @@ def test_what_a_store_puts_together_is_what_its_followers_are() -> None:
         "OptimizerRows",
         "AverageRows",
     ]
+
+
+def test_scores_of_ranks_are_overwritten_after_a_change() -> None:
+    tables = SharedNeighbours()
+    near, scores, unknown = tables.get(2, torch.arange(3), 3)
+    assert unknown.tolist() == [0, 1, 2]
+    near[:], scores[:] = 0, 7.0
+    tables.clear()
+    assert not scores.any()
+    assert len(tables.get(2, torch.arange(3), 3)[2]) == 3, "searched again"
