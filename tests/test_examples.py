@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             test_images=digits.test_images[:test, 0].numpy(),
             test_labels=digits.test_labels[:test].numpy(),
         )
-    run(here, "train_treevae.py", "--quick", "--leaves", "4", "--network", "mlp", "--width", "32")
+    run(here, "train_treevae.py", "--effort", "0.06", "--leaves", "4", "--network", "mlp", "--width", "32")
     run(here, "train_diffusion.py", "--quick", "--width", "16", "--blocks", "1")
     run(here, "train_classifier.py", "--quick", "--width", "16")
     return here
@@ -91,7 +91,7 @@ def test_pictures_of_ones_own(folder: Path) -> None:
         Image.fromarray(pixels).save(path)
     own = ("--data", "pictures", "--size", "8")
     small = ("--network", "mlp", "--width", "16", "--leaves", "2", "--effort", "0.01", "--out", "own/tree")
-    assert run(folder, "train_treevae.py", *own, *small)["data"] == "pictures"
+    assert run(folder, "train_treevae.py", *own, *small, "--quick")["data"] == "pictures"
     tree = ("--tree", "own/tree/model.safetensors", "--width", "16", "--blocks", "1", "--epochs", "1")
     run(folder, "train_diffusion.py", *own, *tree, "--out", "own/pair")
     refine = ("--model", "own/pair/model.safetensors", "--refine", "pictures", "--size", "8", "--steps", "2")
