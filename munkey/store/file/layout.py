@@ -218,7 +218,8 @@ class Layout:
         for start in range(0, len(records), _CACHED):
             part = words[start : start + _CACHED]
             here, both = mixed[: len(part)], products[: len(part)]
-            np.add(part, self._words, out=here)
+            np.copyto(here, part)  # an operand whose rows are apart would be copied to a buffer of NumPy's
+            np.add(here, self._words, out=here)
             np.multiply(here[:, ::2], here[:, 1::2], out=both, dtype=np.uint64)
             both.sum(1, out=found[start : start + _CACHED])
         for copy in (mixed, products):  # of rows that may be forgotten later
