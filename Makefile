@@ -8,6 +8,10 @@ PYTHON ?= python3
 #   make test TORCH='torch==2.13.0 --find-links path/to/wheels'
 TORCH ?= torch==2.13.0
 
+# Bytecode is written where a module is first imported, even where the environment says not to: pip installs none here
+# (--no-compile, as most is never imported), and each process would compile the sources of torch again, for seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 VENV := .venv
 BIN := $(VENV)/bin
 

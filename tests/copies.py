@@ -3,4 +3,6 @@
 import multiprocessing as mp
 
 context = mp.get_context("forkserver")
-context.set_forkserver_preload(["munkey", "treediff", "matplotlib.pyplot", "sklearn.datasets"])
+# torch._dynamo, too: the first step of an optimizer imports it.
+modules = "munkey treediff torch._dynamo kornia.augmentation matplotlib.pyplot scipy.optimize sklearn.datasets"
+context.set_forkserver_preload([*modules.split(), "sklearn.metrics"])

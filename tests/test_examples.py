@@ -3,15 +3,13 @@
 import argparse
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from scripts import PATIENCE, started
+from scripts import started
 from unlearning_benchmark import tune
 
 from treediff.data import load_dataset
@@ -49,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             test_images=digits.test_images[:test, 0].numpy(),
             test_labels=digits.test_labels[:test].numpy(),
         )
-    run(here, "train_treevae.py", "--effort", "0.06", "--leaves", "4", "--network", "mlp", "--width", "32")
+    run(here, "train_treevae.py", "--effort", "0.03", "--leaves", "4", "--network", "mlp", "--width", "32")
     run(here, "train_diffusion.py", "--quick", "--width", "16", "--blocks", "1")
     run(here, "train_classifier.py", "--quick", "--width", "16")
     return here
@@ -152,21 +150,19 @@ def test_a_classifier_forgets(folder: Path) -> None:
 def test_on_two_processes(folder: Path) -> None:
     options = ("--node", "0", "--count", "4", "--steps", "2", "--out")
     run(folder, "generate.py", *options, "one")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--")
-    command = [*torchrun, str(EXAMPLES / "generate.py"), *options, "two"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=PATIENCE)
+    run(folder, "generate.py", *options, "two", size=2)
     difference = np.abs(grey(folder / "one/node-0.png") - grey(folder / "two/node-0.png"))  # of 255 levels
     assert difference.max() <= 8 and difference.mean() < 0.02, "the same picture, but for the order of sums"
     few = ("--data", "few.npz")
     for script, rest in (
         ("train_treevae.py", (*few, "--network", "mlp", "--width", "16", "--leaves", "3", "--effort", "0.01")),
         ("train_diffusion.py", (*few, "--epochs", "1", "--batch-size", "128", "--width", "16", "--blocks", "1")),
-        ("train_munkey.py", ("--epochs", "4")),
+        ("train_munkey.py", (*few, "--epochs", "10")),
     ):
         run(folder, script, *rest, "--out", f"two/{script}", size=2)
     found = json.loads((folder / "two/train_munkey.py/results.json").read_text())
-    assert found["accuracy"]["test"]["full"] > 0.6
-    result = run(folder, "forget.py", "--model", "two/train_munkey.py/model", "--ids", "3", "5")
+    assert found["accuracy"]["test"]["full"] > 0.4
+    result = run(folder, "forget.py", "--model", "two/train_munkey.py/model", *few, "--ids", "3", "5")
     assert result["found"] == {"before": 4, "after": 0, "tensors": 0}
 
 
