@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,14 +15,21 @@ from treediff.core.distributed import ALONE, World, data_parallel, start
 
 
 @pytest.mark.parametrize(
-    ("resumed", "settings"),
-    [(False, {"policy": "highest_loss", "threshold": 0.05}), (True, {"min_share": 0.3})],  # which prunes
+    ("ranks", "resumed", "settings"),
+    [
+        (1, False, {"policy": "highest_loss", "threshold": 0.05}),
+        (2, True, {"min_share": 0.3}),  # which prunes
+        (3, False, {"policy": "highest_loss", "threshold": 0.05}),
+        (3, True, {"min_share": 0.3}),
+    ],
 )
-def test_a_tree_grows_on_many_processes_as_on_one(pool: RankPool, resumed: bool, settings: dict[str, Any]) -> None:
+def test_a_tree_grows_on_many_processes_as_on_one(
+    pools: Callable[[int], RankPool], ranks: int, resumed: bool, settings: dict[str, Any]
+) -> None:
     weights, tree, history = grown_here(resumed, settings)
     topology = TreeTopology.from_json(tree)
     assert "subtree" in history and resumed == (len(topology.leaves) < 1 + history.count("subtree") + 1)
-    for found in pool.run(grown_here, resumed, settings):
+    for found in pools(ranks).run(grown_here, resumed, settings):
         assert found[1:] == (tree, history)
         for name, weight in found[0].items():
             torch.testing.assert_close(weight, weights[name])
