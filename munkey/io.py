@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from munkey.encoders.base import KeyEncoder
 from munkey.encoders.conv import ConvEncoder
+from munkey.encoders.identity import Identity
 from munkey.encoders.projection import Projection
 from munkey.memory import KeyValueMemory
 from munkey.search.exact import Search, exact
@@ -48,6 +49,7 @@ Path = str | os.PathLike[str]
 #: Encoders that `load` builds from the file; any other encoder is passed to `load`.
 _OWN: dict[str, type[KeyEncoder]] = {
     "ConvEncoder": ConvEncoder,
+    "Identity": Identity,
     "Projection": Projection,
 }
 _ENCODER, _ROWS = "key_encoder.", "memory.store."
@@ -105,7 +107,8 @@ def _config_of(model: MemoryModel) -> dict[str, Any] | None:
         return None
     today = {name: getattr(model, name) for name in _SETTINGS} | {"metric": model.memory.metric}
     factory = next(name for name in model.config if name != "own")
-    return {**model.config, factory: {**model.config[factory], **today}}
+    arguments = model.config[factory]
+    return {**model.config, factory: {**arguments, **{name: today[name] for name in today if name in arguments}}}
 
 
 def _absent(encoder: KeyEncoder, *, rows: bool) -> tuple[str, ...]:

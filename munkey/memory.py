@@ -185,6 +185,17 @@ class KeyValueMemory(nn.Module):
 
     # --- reading ------------------------------------------------------------------------------------------
 
+    def labels(self, rows: Tensor) -> Tensor:
+        """Return the labels `(..., *)` of rows `(...)`; -1 or NaN for row -1."""
+        flat = rows.flatten()
+        there = (flat >= 0).nonzero().squeeze(1)
+        _, keys, found = self.store.described(flat[there])
+        keys.zero_()  # a copy of rows that may be forgotten later
+        missing = float("nan") if found.is_floating_point() else -1
+        every = found.new_full((len(flat), *found.shape[1:]), missing)
+        labels: Tensor = every.index_copy(0, there, found).unflatten(0, rows.shape)
+        return labels
+
     def read(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
         """Return the values `(..., V)` of rows `(...)`; the null token for row -1."""
         flat = rows.flatten()

@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from munkey import io
 from munkey.encoders.base import KeyEncoder, check_encoder
+from munkey.encoders.identity import Identity
 from munkey.memory import KeyValueMemory
-from munkey.presets import DEFAULTS, OF_NETWORK, Settings, model_parts, patch_for
+from munkey.presets import DEFAULTS, OF_NETWORK, Settings, feature_parts, model_parts, patch_for
 from munkey.readout.aggregate import Aggregation, Ensemble, Retrieved
+from munkey.readout.base import Query, Readout
+from munkey.readout.mixture import Mixture, fitted_weights
 from munkey.readout.tokens import ImageTokens, VectorTokens
 from munkey.readout.transformer import ExemplarTransformer
 from munkey.search.exact import Search
@@ -32,7 +35,7 @@ from munkey.store.checks import ordered_ids
 from munkey.store.receipts import Receipt
 from munkey.store.store import KeyStore
 from munkey.task import Classification, Task
-from treediff.core.checks import check_positive, check_size
+from treediff.core.checks import check_batch, check_positive, check_size
 from treediff.core.ema import EMA
 from treediff.core.io import Path, record
 from treediff.core.noise import drawing_from
@@ -59,6 +62,7 @@ class KeyMemoryTransformer(nn.Module):
         key_encoder: from inputs to keys, frozen.
         memory: keys and values of instances; with a writer in exact mode.
         network: the transformer.
+        readout: prediction from key and neighbours, in place of the transformer.
         task: kind of label that is predicted; one of `network.outputs` classes if not given.
         mode: 'paper' or 'exact'.
         aggregation: combines several neighbours into one prediction; `Ensemble` if not given.
@@ -89,7 +93,8 @@ class KeyMemoryTransformer(nn.Module):
         *,
         key_encoder: KeyEncoder,
         memory: KeyValueMemory,
-        network: ExemplarTransformer,
+        network: ExemplarTransformer | None = None,
+        readout: Readout | None = None,
         task: Task | None = None,
         mode: str = "paper",
         aggregation: Aggregation | None = None,
@@ -106,25 +111,29 @@ class KeyMemoryTransformer(nn.Module):
             raise ValueError(
                 f"the encoder gives keys of width {key_encoder.width}, the memory has {memory.store.widths[0]}"
             )
-        if network.value_width != memory.store.widths[1]:
+        if (network is None) == (readout is None):
+            raise ValueError("give network= or readout=, one of both")
+        if network is not None and network.value_width != memory.store.widths[1]:
             raise ValueError(
                 f"the network reads values of width {network.value_width}, the memory has {memory.store.widths[1]}"
             )
-        self.task = Classification(network.outputs) if task is None else task
+        self.task = _task_of(network, readout, task)
         labels = memory.store.settings()
-        if (self.task.outputs, self.task.label_shape) != (network.outputs, labels["label_shape"]):
+        outputs = self.task.outputs if network is None else network.outputs
+        if (self.task.outputs, self.task.label_shape) != (outputs, labels["label_shape"]):
             raise ValueError(
                 f"the task {self.task} needs a network of {self.task.outputs} outputs and a memory of labels of shape "
-                f"{self.task.label_shape}, found {network.outputs} outputs and labels of shape {labels['label_shape']}"
+                f"{self.task.label_shape}, found {outputs} outputs and labels of shape {labels['label_shape']}"
             )
-        self.mode = _check_mode(mode, key_encoder, memory)
+        self.mode = _check_mode(mode, key_encoder, memory, readout)
         own = (1.0 if mode == "paper" else 0.0) if own_token_probability is None else own_token_probability
         _check_shares(mode, own_token_probability=own, drop_input=drop_input, drop_exemplar=drop_exemplar)
         self.neighbours, self.sparse = int(neighbours), bool(sparse)
         shares = own, drop_input, drop_exemplar
         self.own_token_probability, self.drop_input, self.drop_exemplar = map(float, shares)
         self.key_encoder = key_encoder.requires_grad_(False)
-        self.memory, self.network, self.aggregation = memory, network, aggregation or Ensemble()
+        self.memory, self.network, self.readout = memory, network, readout
+        self.aggregation = aggregation or Ensemble()
         self.config: dict[str, Any] | None = None
 
     @classmethod
@@ -209,6 +218,64 @@ class KeyMemoryTransformer(nn.Module):
         factory = {"device": device, "dtype": dtype}
         parts = VectorTokens, inputs, _task(classes, task), key_encoder, settings, search, generator, factory
         return cls._recorded("for_vectors", {"features": features, "tokens": tokens}, *parts)
+
+    @classmethod
+    def for_features(
+        cls,
+        *,
+        features: int,
+        classes: int | None = None,
+        task: Task | None = None,
+        key_encoder: KeyEncoder | None = None,
+        neighbours: int = 32,
+        temperature: float = 0.1,
+        shrinkage: float = 0.6,
+        metric: str = "cosine",
+        search: Callable[[KeyStore], Search] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Build a classifier for features of a frozen network, which learns nothing and forgets exactly.
+
+        The prediction is a mixture of votes of neighbours and a linear head: a discriminant for classes, ridge
+        regression for other labels. There is nothing to train: `remember` takes instances and new classes at once. With
+        features that a `Projection.whitening` of permanent instances maps to keys, and weights of the mixture that
+        `fit_readout` chose on these, it is about as accurate as logistic regression on the same features; see
+        docs/results/readouts.md.
+
+        Args:
+            features: dimensions of an input.
+            classes: `n`, short for `task=Classification(n)`.
+            task: kind of label that is predicted.
+            key_encoder: from features to keys; the features themselves if not given.
+            neighbours: `k`, number of neighbours that vote.
+            temperature: of the votes; see `NeighbourVote`.
+            shrinkage: of the linear head; see `DiscriminantReadout`.
+            metric: 'cosine' or 'dot'.
+            search: builds the search for nearest rows from the memory's store; exact if not given.
+            device: of the model.
+            dtype: of the memory.
+
+        Raises:
+            TypeError: if a number is not whole.
+            ValueError: if a setting is out of range, not one of `classes` and `task` is given, or the encoder was
+                fitted to instances that can be forgotten.
+
+        Examples:
+            >>> model = KeyMemoryTransformer.for_features(features=3, classes=2)
+            >>> model.remember([7, 8], torch.eye(3)[:2], torch.tensor([0, 1]))
+            >>> model(torch.eye(3)[:2]).argmax(1)
+            tensor([0, 1])
+        """
+        encoder = Identity(features) if key_encoder is None else key_encoder
+        kind = _task(classes, task)
+        settings = {"neighbours": neighbours, "temperature": temperature, "shrinkage": shrinkage, "metric": metric}
+        parts = feature_parts(kind, encoder, **settings, device=device, dtype=dtype)  # type: ignore[arg-type]
+        model = cls(**parts)
+        if search is not None:
+            model.memory.search = search(model.memory.store)
+        model.config = record("for_features", {"features": features, **settings, "task": kind.config()}, {})
+        return model
 
     @classmethod
     def _recorded(
@@ -313,18 +380,122 @@ class KeyMemoryTransformer(nn.Module):
             TypeError: if the inputs are no floating-point tensor, or `exclude_ids` has no order, such as a set.
             ValueError: if the inputs have another shape than the model was built for, or are not finite.
         """
-        self.network.tokens.check(x)
-        inputs = self.network.tokens(x) if use_input else self.network.null_input.expand(len(x), -1, -1)
+        if self.readout is not None:
+            return self._read_out(x, use_input and use_memory, exclude_ids, keys)
+        network = self.transformer
+        network.tokens.check(x)
+        inputs = network.tokens(x) if use_input else network.null_input.expand(len(x), -1, -1)
         if not use_memory:
-            nothing: Tensor = self.network(inputs, self.memory.null.expand(len(x), 1, -1))
+            nothing: Tensor = network(inputs, self.memory.null.expand(len(x), 1, -1))
             return nothing.squeeze(1)
         if self.mode == "exact" and self.training and torch.is_grad_enabled():
             _check_exact(self.memory.store)
         own = None if exclude_ids is None else ordered_ids(exclude_ids)
         queries = self.key_encoder(x) if keys is None else keys
         found = self.memory(queries, self.neighbours, exclude_ids=own)
-        logits: Tensor = self.aggregation(found, lambda values: self.network(inputs, values), self.task.average)
+        logits: Tensor = self.aggregation(found, lambda values: network(inputs, values), self.task.average)
         return logits
+
+    @property
+    def transformer(self) -> ExemplarTransformer:
+        """The transformer; raise ValueError if the model has none."""
+        if self.network is None:
+            raise ValueError(
+                "this model has a readout in place of a transformer: it learns nothing, and has one pathway; build it "
+                "with for_images or for_vectors to train a transformer"
+            )
+        return self.network
+
+    def _check_inputs(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless `x` is a batch of inputs."""
+        if self.network is not None:
+            self.network.tokens.check(x)
+        elif isinstance(self.key_encoder, Identity):
+            check_batch(x, (self.key_encoder.width,), self.memory.store.values.dtype, None, "features")
+
+    def _read_out(
+        self, x: Tensor, both: bool, exclude_ids: Iterable[int] | Tensor | None, keys: Tensor | None
+    ) -> Tensor:
+        """Return the outputs of the readout."""
+        if not both:
+            self.transformer  # noqa: B018 - which raises the error
+        self._check_inputs(x)
+        readout: Readout = self.readout  # type: ignore[assignment]
+        query = self._query(x, keys, exclude_ids=exclude_ids)
+        outputs: Tensor = readout(query)
+        return outputs
+
+    def _query(self, x: Tensor, keys: Tensor | None, **about: Any) -> Query:  # noqa: ANN401
+        found = self.key_encoder(x) if keys is None else keys
+        return Query(self.memory, x, found, max(1, self.readout.neighbours), **about)  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def fit_readout(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        ids: Iterable[int] | Tensor | None = None,
+        folds: int = 5,
+        keys: Tensor | None = None,
+    ) -> Mixture:
+        """Choose the weights of a mixture of readouts: those with the least mean loss on some instances.
+
+        With `ids`, the instances are in the memory, and no instance is predicted with its own row: neighbours leave out
+        its id, and sums leave out its fold, as in cross-validation. Without `ids`, the instances are held out: none of
+        them may be in the memory.
+
+        Weights are not changed by a deletion. So in exact mode instances in the memory have to be permanent.
+
+        Args:
+            x: `(B, ...)` inputs.
+            labels: `(B, ...)`, as the task defines them.
+            ids: `(B,)` id of each instance in the memory.
+            folds: number of parts of the instances for cross-validation.
+            keys: `(B, D)` precomputed keys of the inputs.
+
+        Returns:
+            the mixture.
+
+        Raises:
+            KeyError: if an id is not in the memory.
+            TypeError: if the readout is no mixture, or a number is not whole.
+            ValueError: if there is no instance, an id can be forgotten in exact mode, or there are more folds than
+                instances.
+        """
+        if not isinstance(self.readout, Mixture):
+            raise TypeError(f"only a Mixture has weights to fit, found {type(self.readout).__name__}")
+        self._check_inputs(x)
+        targets = self.task.check(labels, len(x)).to(x.device)
+        if ids is None:
+            outputs = self.readout.outputs(self._query(x, keys))
+        else:
+            outputs = self._left_out(x, ordered_ids(ids), folds, keys)
+        weights = fitted_weights(self.task, outputs, targets)
+        self.readout.set_weights(dict(zip(self.readout.readouts, weights.tolist(), strict=True)))
+        return self.readout
+
+    def _left_out(self, x: Tensor, ids: list[int], folds: int, keys: Tensor | None) -> Tensor:
+        """Return the outputs `(m, B, n)` of all parts, for instances without their own rows."""
+        if len(ids) != len(x):
+            raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(ids)}")
+        check_positive(folds=folds)
+        if not 2 <= folds <= len(ids):
+            raise ValueError(f"folds must be from 2 to the number of instances, {len(ids)}; found {folds}")
+        store = self.memory.store
+        if self.mode == "exact" and not bool(store.get(ids).permanent.all()):
+            raise ValueError(
+                "weights that were fitted to instances do not forget them; in exact mode pass ids of permanent "
+                "instances, or held-out instances without ids"
+            )
+        parts = []
+        for fold in torch.arange(len(ids)).chunk(folds):
+            own = [ids[i] for i in fold.tolist()]
+            query = self._query(
+                x[fold], None if keys is None else keys[fold], exclude_ids=own, without=store.rows_of(own)
+            )
+            parts.append(self.readout.outputs(query))  # type: ignore[union-attr,operator]
+        return torch.cat(parts, 1)
 
     # --- training -----------------------------------------------------------------------------------------
 
@@ -351,7 +522,8 @@ class KeyMemoryTransformer(nn.Module):
             ValueError: as for `forward`, or if a label is out of range; in exact mode also if the memory holds
                 something that can be forgotten.
         """
-        self.network.tokens.check(x)
+        network = self.transformer
+        network.tokens.check(x)
         wanted = ordered_ids(ids)
         if len(wanted) != len(x):
             raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
@@ -362,9 +534,9 @@ class KeyMemoryTransformer(nn.Module):
             _check_exact(self.memory.store)
         uniform = torch.rand(4, len(x), generator=generator, device=x.device)
         hidden, alone = uniform[0] < self.drop_input, uniform[0] >= 1 - self.drop_exemplar
-        inputs = torch.where(hidden[:, None, None], self.network.null_input, self.network.tokens(x))
+        inputs = torch.where(hidden[:, None, None], network.null_input, network.tokens(x))
         values = self._values(wanted, uniform, alone)
-        return self.task.losses(self.network(inputs, values[:, None]).squeeze(1), targets).mean()
+        return self.task.losses(network(inputs, values[:, None]).squeeze(1), targets).mean()
 
     def _values(self, wanted: list[int], uniform: Tensor, alone: Tensor) -> Tensor:
         """Return the value `(B, V)` that each instance is trained with; the null token for a hidden exemplar.
@@ -398,7 +570,7 @@ class KeyMemoryTransformer(nn.Module):
         """
         values = self.memory.store.values
         trained = [weight for weight in self.parameters() if weight.requires_grad and weight is not values]
-        nulls = (self.network.start, self.network.null_input, self.memory.null)
+        nulls = (self.transformer.start, self.transformer.null_input, self.memory.null)
         plain = [weight for weight in trained if weight.ndim < 2 or any(weight is null for null in nulls)]
         decayed = [weight for weight in trained if all(weight is not other for other in plain)]
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -454,7 +626,7 @@ class KeyMemoryTransformer(nn.Module):
         self, ids: Iterable[int] | Tensor, x: Tensor, labels: Tensor | None, keys: Tensor | None
     ) -> tuple[list[int], Tensor, Tensor | None]:
         """Return the checked ids, keys and labels."""
-        self.network.tokens.check(x)
+        self._check_inputs(x)
         targets = None if labels is None else self.task.check(labels, len(x))
         if labels is None and self.mode == "exact":
             raise ValueError("in exact mode a value is written from key and label; pass labels")
@@ -478,6 +650,16 @@ class KeyMemoryTransformer(nn.Module):
         return self.memory.find_near_duplicates(ids, threshold)
 
 
+def _task_of(network: ExemplarTransformer | None, readout: Readout | None, task: Task | None) -> Task:
+    """Return the task of a model; a readout has its own."""
+    if network is not None:
+        return Classification(network.outputs) if task is None else task
+    own: Task = readout.task  # type: ignore[union-attr]
+    if task is not None and task != own:
+        raise ValueError(f"the readout predicts {own}, and task is {task}; leave task out")
+    return own
+
+
 def _task(classes: int | None, task: Task | None) -> Task:
     if (classes is None) == (task is None):
         raise ValueError(f"give classes= or task=, one of both; found classes={classes!r} and task={task!r}")
@@ -487,8 +669,8 @@ def _task(classes: int | None, task: Task | None) -> Task:
 _MODES = ("paper", "exact")
 
 
-def _check_mode(mode: str, key_encoder: KeyEncoder, memory: KeyValueMemory) -> str:
-    """Return `mode` if encoder and memory allow it.
+def _check_mode(mode: str, key_encoder: KeyEncoder, memory: KeyValueMemory, readout: Readout | None) -> str:
+    """Return `mode` if encoder, memory and readout allow it.
 
     Raises:
         ValueError: if there is no such mode, or exact mode would not be exact.
@@ -497,7 +679,7 @@ def _check_mode(mode: str, key_encoder: KeyEncoder, memory: KeyValueMemory) -> s
         raise ValueError(f"mode must be 'paper' or 'exact', found {mode!r}")
     if mode == "paper":
         return mode
-    if memory.writer is None:
+    if memory.writer is None and readout is None:
         raise ValueError(
             "mode='exact' needs KeyValueMemory(writer=ValueWriter(...)); the writer computes values of instances that "
             "were not trained on"

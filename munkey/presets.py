@@ -11,14 +11,19 @@ from torch import nn
 from munkey.encoders.base import KeyEncoder, check_encoder
 from munkey.memory import KeyValueMemory
 from munkey.readout.aggregate import AGGREGATIONS, Aggregation
+from munkey.readout.base import Readout
+from munkey.readout.features import UnitFeatures
+from munkey.readout.linear import DiscriminantReadout, RidgeReadout
+from munkey.readout.mixture import Mixture
 from munkey.readout.tokens import ImageTokens, VectorTokens
 from munkey.readout.transformer import ExemplarTransformer, TransformerBlock
+from munkey.readout.votes import NeighbourVote
 from munkey.readout.writer import ValueWriter
 from munkey.store.store import KeyStore
-from munkey.task import Task
+from munkey.task import Classification, Task
 from treediff.core.checks import check_positive
 
-__all__ = ["DEFAULTS", "OF_NETWORK", "Settings", "model_parts", "patch_for"]
+__all__ = ["DEFAULTS", "OF_NETWORK", "Settings", "feature_parts", "model_parts", "patch_for"]
 
 
 class Settings(TypedDict, total=False):
@@ -175,4 +180,38 @@ def model_parts(
         "drop_input": drop_input,
         "drop_exemplar": drop_exemplar,
         "sparse": sparse,
+    }
+
+
+def feature_parts(
+    task: Task,
+    key_encoder: KeyEncoder,
+    *,
+    neighbours: int,
+    temperature: float,
+    shrinkage: float,
+    metric: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Return the arguments of `KeyMemoryTransformer` for a model that forgets exactly and learns nothing.
+
+    Arguments and errors are those of `KeyMemoryTransformer.for_features`.
+    """
+    check_encoder(key_encoder)
+    labels: dict[str, Any] = {"label_shape": task.label_shape, "label_dtype": task.label_dtype}
+    store = KeyStore(key_encoder.width, 1, scale=0.0, **labels, device=device, dtype=dtype)
+    store.values.requires_grad_(False)
+    features = UnitFeatures(key_encoder.width)
+    readouts: dict[str, Readout] = {"votes": NeighbourVote(task, neighbours, temperature=temperature)}
+    if isinstance(task, Classification):
+        readouts["discriminant"] = DiscriminantReadout(task, features, shrinkage=shrinkage)
+    else:
+        readouts["ridge"] = RidgeReadout(task, features, shrinkage=shrinkage)
+    return {
+        "key_encoder": key_encoder,
+        "memory": KeyValueMemory(store, metric=metric),
+        "readout": Mixture(readouts).to(device=device),
+        "mode": "exact",
+        "neighbours": neighbours,
     }

@@ -105,6 +105,29 @@ class Task(ABC):
         """Return the score of each prediction, `(B,)` float64, whose mean is reported; higher is better."""
 
     @abstractmethod
+    def vectors(self, labels: Tensor) -> Tensor:
+        """Return labels `(...)` as vectors `(..., n)` float64, whose mean is a prediction; 0 for a missing label."""
+
+    @abstractmethod
+    def of_mean(self, mean: Tensor, known: Tensor, smoothing: float) -> Tensor:
+        """Return outputs `(B, n)` from mean vectors `(B, n)` of labels.
+
+        Args:
+            mean: weighted means of `vectors`.
+            known: `(B,)` whether there was any label.
+            smoothing: share of the prediction that is made without labels, so that no probability is 0 or 1.
+        """
+
+    @abstractmethod
+    def of_scores(self, scores: Tensor, scale: float) -> Tensor:
+        """Return outputs `(B, n)` from a least-squares fit `(B, n)` to `vectors`, times `scale` if they are logits."""
+
+    def missing(self, labels: Tensor) -> Tensor:
+        """Return which labels `(...)` are missing: -1 or NaN."""
+        gone = labels.isnan() if labels.is_floating_point() else labels < 0
+        return gone.flatten(gone.ndim - len(self.label_shape)).any(-1) if self.label_shape else gone
+
+    @abstractmethod
     def embedding(self, width: int, **factory: Any) -> nn.Module:  # noqa: ANN401 - device and dtype
         """Return a module that maps labels, some of which may be missing, to vectors of a width."""
 
@@ -160,6 +183,20 @@ class Classification(Task):
         """Return 1 for each correct prediction, else 0, `(B,)`; arguments as for `Task.scores`."""
         return (outputs.argmax(1) == labels).double()
 
+    def vectors(self, labels: Tensor) -> Tensor:
+        """Return a 1 at the place of the class, `(..., n)`; arguments as for `Task.vectors`."""
+        places = torch.arange(self.outputs, device=labels.device)
+        return (labels[..., None] == places).double()
+
+    def of_mean(self, mean: Tensor, known: Tensor, smoothing: float) -> Tensor:
+        """Return log-probabilities, `(B, n)`; arguments as for `Task.of_mean`."""
+        same = 1 / self.outputs
+        return torch.where(known[:, None], (1 - smoothing) * mean + smoothing * same, same).log()
+
+    def of_scores(self, scores: Tensor, scale: float) -> Tensor:
+        """Return log-probabilities, `(B, n)`; arguments as for `Task.of_scores`."""
+        return (scale * scores).log_softmax(1)
+
     def embedding(self, width: int, **factory: Any) -> nn.Module:  # noqa: ANN401
         """Return an embedding with a vector for each class, and a vector for a missing label."""
         return _ClassEmbedding(self.outputs + 1, width, **factory)
@@ -203,6 +240,18 @@ class MultiLabel(Task):
         """Return the share of correct properties of each instance, `(B,)`; arguments as for `Task.scores`."""
         return (self.predict(outputs) == labels).double().mean(1)
 
+    def vectors(self, labels: Tensor) -> Tensor:
+        """Return the properties as numbers, `(..., n)`; arguments as for `Task.vectors`."""
+        return labels.clamp_min(0).double()
+
+    def of_mean(self, mean: Tensor, known: Tensor, smoothing: float) -> Tensor:
+        """Return the logits of the mean probabilities, `(B, n)`; arguments as for `Task.of_mean`."""
+        return torch.where(known[:, None], (1 - smoothing) * mean + smoothing / 2, 0.5).logit()
+
+    def of_scores(self, scores: Tensor, scale: float) -> Tensor:
+        """Return logits that are 0 for a score of one half, `(B, n)`; arguments as for `Task.of_scores`."""
+        return scale * (scores - 0.5)
+
     def embedding(self, width: int, **factory: Any) -> nn.Module:  # noqa: ANN401
         """Return a linear map of label vectors."""
         return _VectorEmbedding(self.outputs, width, **factory)
@@ -244,6 +293,18 @@ class Regression(Task):
     def scores(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the negative mean squared error of each instance, `(B,)`; arguments as for `Task.scores`."""
         return -(outputs.double() - labels.double()).square().mean(1)
+
+    def vectors(self, labels: Tensor) -> Tensor:
+        """Return the numbers, `(..., n)`; arguments as for `Task.vectors`."""
+        return labels.nan_to_num(0.0).double()
+
+    def of_mean(self, mean: Tensor, known: Tensor, smoothing: float) -> Tensor:
+        """Return the mean, 0 without any label, `(B, n)`; arguments as for `Task.of_mean`."""
+        return torch.where(known[:, None], mean, 0.0)
+
+    def of_scores(self, scores: Tensor, scale: float) -> Tensor:
+        """Return the scores as they are; arguments as for `Task.of_scores`."""
+        return scores
 
     def embedding(self, width: int, **factory: Any) -> nn.Module:  # noqa: ANN401
         """Return a linear map of label vectors."""

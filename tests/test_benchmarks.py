@@ -112,13 +112,13 @@ def test_clusters_have_the_cosine_they_are_said_to(cosine: float) -> None:
 
 
 def test_requests_are_served_one_after_the_other(tmp_path: Path) -> None:
-    options = ("--data", "digits", "--key-width", "16", "--rounds", "1", "--requests", "8", "--epochs", "1")
+    options = ("--data", "digits", "--key-width", "16", "--rounds", "1", "--requests", "4", "--epochs", "1")
     done = run("deletion_requests.py", *options, "--out", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "out.json").read_text())
     assert {"bytes", "build", "add 1", "answer 256"} <= result["service"][0].keys()
     for where in ("in memory", "in a file"):
-        assert len(result["requests"][where]["seconds"]) == len(result["requests"][where]["accuracy"]) == 8
+        assert len(result["requests"][where]["seconds"]) == len(result["requests"][where]["accuracy"]) == 4
 
 
 def test_single_instances_are_attacked_with_models_of_their_own(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Projections as key encoders: random weights, or principal components."""
+"""Projections as key encoders: random weights, principal components, or whitening."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Projection"]
 
 
 class Projection(KeyEncoder):
-    """A projection of flattened inputs, `(x - mean) W`: random, or to principal components.
+    """A projection of flattened inputs, `(x - mean) W`: random, to principal components, or whitening.
 
     Args:
         mean: `(n,)`.
@@ -101,3 +101,41 @@ class Projection(KeyEncoder):
         weight = directions[:, -width:].flip(1)
         weight = weight * weight.gather(0, weight.abs().argmax(0, keepdim=True)).sign()
         return cls(mean.to(x.dtype), weight.to(x.dtype), fitted_on=fitted_on)
+
+    @classmethod
+    def whitening(cls, x: Tensor, labels: Tensor, *, shrinkage: float = 0.3, fitted_on: str) -> Self:
+        """Build a projection in which classes have round clouds of keys, `(x - mean) C^-1/2`.
+
+        `C = (1 - a) within + a m I` with the covariance within classes, the mean `m` of its diagonal, and `a` the
+        shrinkage. Cosines between whitened features tell classes apart better than cosines between features: directions
+        in which features vary within a class count less.
+
+        Args:
+            x: `(N, ...)`, inputs to fit to.
+            labels: `(N,)` int64, their classes.
+            shrinkage: `a`, above 0, and 1 at most.
+            fitted_on: kind of these inputs, one of `FITTED_ON`.
+
+        Raises:
+            ValueError: if there are fewer than two inputs, not one label for each, or the shrinkage is out of range.
+
+        Source: Hastie et al., "The elements of statistical learning" (2009), section 4.3.2.
+        """
+        if not 0 < shrinkage <= 1:
+            raise ValueError(f"shrinkage must be above 0, and 1 at most, found {shrinkage}")
+        rows = x.flatten(1).double()
+        if len(rows) < 2 or labels.shape != (len(rows),):
+            raise ValueError(
+                f"expected at least two inputs with one label each, found {len(rows)} inputs and labels of shape "
+                f"{tuple(labels.shape)}"
+            )
+        _, of_row, count = labels.unique(return_inverse=True, return_counts=True)
+        means = rows.new_zeros(len(count), rows.shape[1]).index_add_(0, of_row, rows) / count[:, None]
+        within = rows - means[of_row]
+        covariance = within.T @ within / max(1, len(rows) - len(count))
+        covariance = (1 - shrinkage) * covariance
+        spread = float(covariance.diagonal().mean()) / max(1 - shrinkage, 1e-12) if shrinkage < 1 else 1.0
+        covariance.diagonal().add_(shrinkage * spread if spread > 0 else 1.0)
+        factor = torch.linalg.cholesky(covariance)
+        weight = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False).T
+        return cls(rows.mean(0).to(x.dtype), weight.to(x.dtype), fitted_on=fitted_on)

@@ -174,7 +174,7 @@ class _Alone(nn.Module):
 
     def __init__(self, model: KeyMemoryTransformer) -> None:
         super().__init__()
-        self.network, self.null, self.task = model.network, model.memory.null, model.task
+        self.network, self.null, self.task = model.transformer, model.memory.null, model.task
 
     def forward(self, value: Tensor, x: Tensor, label: Tensor, hidden: Tensor, null: Tensor) -> Tensor:
         inputs = torch.where(hidden, self.network.null_input, self.network.tokens(x[None]))
@@ -238,7 +238,7 @@ def _check_model(model: KeyMemoryTransformer) -> None:
     if len(store) != store.used:
         raise ValueError(f"the claim needs one row for each instance, found {store.used} rows of {len(store)}")
 
-    for module in model.network.modules():
+    for module in model.transformer.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             raise ValueError(
                 f"the claim needs layers that do not mix instances, found a {type(module).__name__}, which keeps "
@@ -261,7 +261,7 @@ def _check_batch(
         )
     if len(x):
         with torch.autocast(x.device.type, enabled=False):
-            model.network.tokens.check(x)
+            model.transformer.tokens.check(x)
     return wanted, model.task.check(labels, len(x)).to(x.device)
 
 

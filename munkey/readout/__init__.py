@@ -1,7 +1,31 @@
 """Readouts: from an input and its neighbours to a prediction."""
 
 from munkey.readout.aggregate import Aggregation, Ensemble, RankMix, Retrieved, SoftmaxMix
+from munkey.readout.base import Query, Readout
+from munkey.readout.features import Features, FourierFeatures, ReLUFeatures, UnitFeatures
+from munkey.readout.linear import DiscriminantReadout, LinearReadout, RidgeReadout
+from munkey.readout.mixture import Mixture
 from munkey.readout.transformer import ExemplarTransformer
+from munkey.readout.votes import NeighbourVote
 from munkey.readout.writer import ValueWriter
 
-__all__ = ["Aggregation", "Ensemble", "ExemplarTransformer", "RankMix", "Retrieved", "SoftmaxMix", "ValueWriter"]
+__all__ = [
+    "Aggregation",
+    "DiscriminantReadout",
+    "Ensemble",
+    "ExemplarTransformer",
+    "Features",
+    "FourierFeatures",
+    "LinearReadout",
+    "Mixture",
+    "NeighbourVote",
+    "Query",
+    "RankMix",
+    "ReLUFeatures",
+    "Readout",
+    "Retrieved",
+    "RidgeReadout",
+    "SoftmaxMix",
+    "UnitFeatures",
+    "ValueWriter",
+]

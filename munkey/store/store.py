@@ -38,6 +38,7 @@ from munkey.store.new import NewRows
 from munkey.store.optimizers import OptimizerRows
 from munkey.store.receipts import Receipt
 from munkey.store.schema import COLUMNS, Rows, columns_of, label_column, misfit
+from munkey.store.sums import RowSums, Summand
 from munkey.store.table import Table
 from treediff.core.checks import check_positive
 from treediff.core.ema import EMA
@@ -141,6 +142,7 @@ class KeyStore(nn.Module):
         self._digest = Digest(self._table, secrets.token_bytes(32) if secret is None else secret)
         self._codes, self._gradients = Codes(self._table), GradientRows(self._table)
         self._neighbours = NeighbourTables()
+        self._sums: dict[Summand, RowSums] = {}
         self._logged: LoggedRows | None = None
         self._file: StoreFile | None = None
         self._attached: list[OptimizerRows | AverageRows] = []
@@ -312,6 +314,17 @@ class KeyStore(nn.Module):
         query, row, scores = at_least(queries, self._table["keys"][: self.used], threshold)
         return query, self._table["ids"][row], scores
 
+    @_in_turn
+    def sums(self, summand: Summand) -> RowSums:
+        """Return the sums of a function of rows, which follow all changes; see `munkey.store.sums`.
+
+        Args:
+            summand: function from keys and labels to whole numbers; equal summands have the same sums.
+        """
+        if summand not in self._sums:
+            self._sums[summand] = RowSums(self._table, summand)
+        return self._sums[summand]
+
     # --- changes ------------------------------------------------------------------------------------------
 
     @property
@@ -319,7 +332,7 @@ class KeyStore(nn.Module):
         """The table and its followers, in the order in which they write ahead, and then change."""
         first = [self._table, *(part for part in (self._logged, self._file) if part is not None)]
         own = [self._index, self._digest, self._codes, self._gradients, self._neighbours]
-        return [*first, *own, *self._attached, *self._others]
+        return [*first, *own, *self._sums.values(), *self._attached, *self._others]
 
     def _commit(self, change: Change) -> None:
         if self._changing:  # possible for a signal handler, in the thread that holds the lock
@@ -784,6 +797,8 @@ class KeyStore(nn.Module):
                 )
             self._digest.clear()  # the bytes of rows change
             self._codes.clear()
+            for sums in self._sums.values():
+                sums.clear()
             before = self._table["values"]
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self._table.values = self.values
