@@ -7,6 +7,7 @@ forgotten rows.
 from munkey.audit.pathways import PathwayAccuracies, pathway_accuracies
 from munkey.encoders.base import KeyEncoder
 from munkey.encoders.conv import ConvEncoder
+from munkey.encoders.identity import Identity
 from munkey.encoders.module import ModuleEncoder
 from munkey.encoders.projection import Projection
 from munkey.memory import KeyValueMemory
@@ -26,6 +27,7 @@ __all__ = [
     "Ensemble",
     "ExemplarTransformer",
     "FaissSearch",
+    "Identity",
     "KeyEncoder",
     "KeyMemoryTransformer",
     "KeyStore",

@@ -479,15 +479,15 @@ class KeyMemoryTransformer(nn.Module):
         """Return the outputs `(m, B, n)` of all parts, for instances without their own rows."""
         if len(ids) != len(x):
             raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(ids)}")
-        check_positive(folds=folds)
-        if not 2 <= folds <= len(ids):
-            raise ValueError(f"folds must be from 2 to the number of instances, {len(ids)}; found {folds}")
         store = self.memory.store
         if self.mode == "exact" and not bool(store.get(ids).permanent.all()):
             raise ValueError(
                 "weights that were fitted to instances do not forget them; in exact mode pass ids of permanent "
                 "instances, or held-out instances without ids"
             )
+        check_positive(folds=folds)
+        if not 2 <= folds <= len(ids):
+            raise ValueError(f"folds must be from 2 to the number of instances, {len(ids)}; found {folds}")
         parts = []
         for fold in torch.arange(len(ids)).chunk(folds):
             own = [ids[i] for i in fold.tolist()]

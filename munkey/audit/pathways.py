@@ -23,7 +23,8 @@ __all__ = ["PathwayAccuracies", "pathway_accuracies"]
 class PathwayAccuracies:
     """Mean scores of the task: shares of inputs that are classified correctly, from 0 to 1; NaN without inputs.
 
-    For a `Regression`, the score is the negative mean squared error; see `munkey.task.Task.scores`.
+    A pathway that a model without a transformer does not have is NaN. For a `Regression`, the score is the negative
+    mean squared error; see `munkey.task.Task.scores`.
 
     Args:
         full: with input and neighbours.
@@ -59,11 +60,13 @@ def pathway_accuracies(
         ValueError: if there is not one label for each input.
     """
     labels = model.task.check(labels, len(x)).to(x.device)
-    right = torch.zeros(3, dtype=torch.float64, device=x.device)
+    pathways: tuple[dict[str, bool], ...] = ({}, {"use_memory": False}, {"use_input": False})
+    right = torch.full((3,), 0.0 if model.network is not None else torch.nan, dtype=torch.float64, device=x.device)
+    right[0] = 0
     with evaluating(model):
         for rows in torch.arange(len(x)).split(batch_size):
             queries = model.key_encoder(x[rows]) if keys is None else keys[rows]
-            for row, settings in enumerate(({}, {"use_memory": False}, {"use_input": False})):
+            for row, settings in enumerate(pathways if model.network is not None else pathways[:1]):
                 logits = model(x[rows], keys=queries, **settings)
                 right[row] += model.task.scores(logits, labels[rows]).sum()
     return PathwayAccuracies(*(right / len(x)).tolist())

@@ -2,7 +2,8 @@
 
 from munkey.encoders.base import KeyEncoder
 from munkey.encoders.conv import ConvEncoder
+from munkey.encoders.identity import Identity
 from munkey.encoders.module import ModuleEncoder
 from munkey.encoders.projection import Projection
 
-__all__ = ["ConvEncoder", "KeyEncoder", "ModuleEncoder", "Projection"]
+__all__ = ["ConvEncoder", "Identity", "KeyEncoder", "ModuleEncoder", "Projection"]

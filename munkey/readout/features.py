@@ -105,11 +105,12 @@ class _Projected(Features):
             raise ValueError(f"scale must be above 0, and 64 at most, found {scale}")
         self.scale, self.seed = float(scale), int(seed)
         normal = counter_normal(self.seed, torch.arange(key_width), (width,), dtype=torch.float64)
-        self.register_buffer("weight", (normal * scale * 2**_WEIGHT_BITS).round())
+        # Not floating-point, which a model in lower precision would round.
+        self.register_buffer("weight", (normal * scale * 2**_WEIGHT_BITS).round().to(torch.int32))
 
     def projected(self, keys: Tensor) -> Tensor:
         """Return `2^22 w k` of keys of length 1, `(B, F)`, whole numbers as float64."""
-        return _unit(keys, _KEY_BITS) @ self.weight
+        return _unit(keys, _KEY_BITS) @ self.weight.double()
 
     def config(self) -> dict[str, Any]:
         """Return the arguments of the class, as plain JSON."""
@@ -149,15 +150,15 @@ class FourierFeatures(_Projected):
     def __init__(self, key_width: int, *, width: int, scale: float = 2.0, seed: int = 0, bits: int = 12) -> None:
         super().__init__(key_width, width, scale, seed, bits)
         uniform = counter_uniform(self.seed, torch.tensor([key_width]), (width,), dtype=torch.float64)[0]
-        self.register_buffer("phase", (uniform * _TURN).floor())
+        self.register_buffer("phase", (uniform * _TURN).floor().to(torch.int32))
         angles = torch.arange(_TURN, dtype=torch.float64) * (2 * math.pi / _TURN)
-        self.register_buffer("cosines", (2**bits * angles.cos()).round())
+        self.register_buffer("cosines", (2**bits * angles.cos()).round().to(torch.int32))
 
     def forward(self, keys: Tensor) -> Tensor:
         """Return the rounded cosines, `(B, F)`."""
         turns = self.projected(keys).mul_(_TURN / (2 * math.pi * 2 ** (_KEY_BITS + _WEIGHT_BITS))).floor_()
         place = turns.add_(self.phase).remainder_(_TURN)
-        return self.cosines[place.to(torch.int64)]
+        return self.cosines[place.to(torch.int64)].double()
 
 
 class ReLUFeatures(_Projected):

@@ -238,8 +238,7 @@ class DiscriminantReadout(LinearReadout):
         means = cross / count.clamp_min(1) - mean[:, None]  # around the mean of all rows
         means = torch.where(count > 0, means, 0.0)
         within = gram.sub_(torch.outer(phi, mean)).sub_((means * count) @ means.T)
-        within.div_(max(1.0, rows - float((count > 0).sum())))
-        factor = torch.linalg.cholesky(self._shrunk(within))
+        factor = torch.linalg.cholesky(self._shrunk(within.div_(rows)))
         weight = torch.cholesky_solve(means, factor)
         prior = (1 - self.balance) * (count.clamp_min(1e-6) / rows).log()
         return weight, prior - (0.5 * (means * weight).sum(0) + mean @ weight)

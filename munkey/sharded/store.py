@@ -24,6 +24,7 @@ from munkey.sharded.packing import pack, unpack
 from munkey.sharded.placement import check_place, owners
 from munkey.sharded.ranks import Ranks, Route
 from munkey.sharded.shared_neighbours import SharedNeighbours
+from munkey.sharded.shared_sums import SharedSums
 from munkey.store.change import Added, Removed
 from munkey.store.checks import ordered_ids, some, to_forget
 from munkey.store.digest import MODULUS
@@ -33,6 +34,7 @@ from munkey.store.log import ReceiptLog, known_to
 from munkey.store.receipts import Receipt
 from munkey.store.schema import COLUMNS, Rows
 from munkey.store.store import KeyStore, not_there
+from munkey.store.sums import Summand
 from treediff.core import __version__
 from treediff.core.checks import check_positive
 from treediff.core.ema import EMA
@@ -166,6 +168,7 @@ class ShardedKeyStore(nn.Module):
         """Synchronise row counts across ranks, after every change."""
         self._near.clear()
         local = self.local
+        local.forget_derived()
         self.counts = self.ranks.gather((len(local), local.used, local.forgettable))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:  # noqa: ANN401
@@ -281,6 +284,10 @@ class ShardedKeyStore(nn.Module):
         local = self.local
         ids, keys, labels = self._fetched(rows, (local.ids, local.keys, local.labels))
         return ids, keys, labels
+
+    def sums(self, summand: Summand) -> SharedSums:
+        """Return the sums of a function of rows; see `KeyStore.sums`."""
+        return SharedSums(self.local.sums(summand), self.ranks, self.described)
 
     def _rows(self, rows: Tensor) -> tuple[Route, Tensor]:
         route = Route(self.ranks, rows % self.ranks.size)

@@ -325,6 +325,11 @@ class KeyStore(nn.Module):
             self._sums[summand] = RowSums(self._table, summand)
         return self._sums[summand]
 
+    def forget_derived(self) -> None:
+        """Overwrite and drop everything that was derived from sums, as of rows on other ranks that have changed."""
+        for sums in self._sums.values():
+            sums.forget_derived()
+
     # --- changes ------------------------------------------------------------------------------------------
 
     @property
@@ -420,7 +425,12 @@ class KeyStore(nn.Module):
         if room is not None:
             self._commit(room)
         change = self._table.stage(write, count)
-        self._commit(change)
+        try:
+            self._commit(change)
+        except BaseException:
+            if self.used == change.start:  # refused after the new rows were written
+                self._table.undo(change)
+            raise
         try:
             for part in self._parts:
                 part.confirm(change)

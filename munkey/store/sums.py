@@ -21,7 +21,7 @@ from munkey.store.erase import Scratch, wipe
 from munkey.store.follower import Follower
 from munkey.store.table import Table
 
-__all__ = ["RowSums", "Summand"]
+__all__ = ["RowSums", "Summand", "products"]
 
 _LIMIT = 2**53  # whole numbers up to here are exact in float64
 _ROWS = 4096  # in one product
@@ -63,13 +63,13 @@ class RowSums(Follower):
     """
 
     def __init__(self, table: Table, summand: Summand) -> None:
-        self._table, self._summand = table, summand
+        self._table, self.summand = table, summand
         self._sums: Tensor | None = None
         self._derived: dict[Hashable, tuple[Tensor, ...]] = {}
 
     def clear(self) -> None:
         """Wipe and drop the sums, and everything derived from them."""
-        self._forget_derived()
+        self.forget_derived()
         if self._sums is not None:
             wipe(self._sums)
             self._sums = None
@@ -79,7 +79,7 @@ class RowSums(Follower):
         if self._sums is None:
             with long_lived():
                 self._check_count(self._table.used)
-                self._sums = self._products(slice(0, self._table.used))
+                self._sums = self.of(slice(0, self._table.used))
         return self._sums
 
     def derived(self, name: Hashable, make: Callable[[Tensor], T]) -> T:
@@ -89,28 +89,18 @@ class RowSums(Follower):
                 self._derived[name] = make(self.get())
         return self._derived[name]  # type: ignore[return-value]
 
-    def of(self, rows: Tensor) -> Tensor:
-        """Return the sums `(Z, Z)` of some rows `(n,)`, as a part that can be subtracted from all sums."""
-        return self._products(rows)
+    def of(self, rows: Tensor | slice) -> Tensor:
+        """Return the sums `(Z, Z)` of some rows, a part that can be subtracted from the sums of all rows."""
+        with Scratch() as scratch:
+            keys, labels = self._table["keys"][rows], self._table["labels"][rows]
+            return products(self.summand, keys if isinstance(rows, slice) else scratch(keys), labels)
 
-    def _forget_derived(self) -> None:
+    def forget_derived(self) -> None:
+        """Overwrite and drop everything derived from the sums."""
         for tensors in self._derived.values():
             for tensor in tensors:
                 wipe(tensor)
         self._derived.clear()
-
-    def _products(self, rows: Tensor | slice) -> Tensor:
-        """Return `sum z z'` of rows, in blocks, whose copies are wiped."""
-        keys, labels = self._table["keys"], self._table["labels"]
-        start, stop = (rows.start, rows.stop) if isinstance(rows, slice) else (0, len(rows))
-        total = torch.zeros(self._summand.width, self._summand.width, dtype=torch.float64, device=keys.device)
-        for first in range(start, stop, _ROWS):
-            part = slice(first, min(stop, first + _ROWS))
-            with Scratch() as scratch:
-                place = part if isinstance(rows, slice) else rows[part]
-                z = scratch(self._summand(keys[place], labels[place]))
-                total.addmm_(z.T, z)
-        return total
 
     # --- changes ------------------------------------------------------------------------------------------
 
@@ -120,10 +110,10 @@ class RowSums(Follower):
             self._check_count(change.stop)
 
     def _check_count(self, rows: int) -> None:
-        most = _LIMIT // self._summand.greatest**2
+        most = _LIMIT // self.summand.greatest**2
         if rows > most:
             raise ValueError(
-                f"sums of whole numbers up to {self._summand.greatest} are exact for at most {most:,} rows, found "
+                f"sums of whole numbers up to {self.summand.greatest} are exact for at most {most:,} rows, found "
                 f"{rows:,}; use fewer bits"
             )
 
@@ -137,8 +127,8 @@ class RowSums(Follower):
         keys, labels = self._table["keys"][rows], self._table["labels"][rows]
         if isinstance(change, Removed):
             scratch(keys)
-        z = scratch(self._summand(keys, labels))
-        return [self._forget_derived, *self._step(z, 1 if isinstance(change, Added) else -1, scratch)]
+        z = scratch(self.summand(keys, labels))
+        return [self.forget_derived, *self._step(z, 1 if isinstance(change, Added) else -1, scratch)]
 
     def _step(self, z: Tensor, sign: int, scratch: Scratch) -> list[Step]:
         """Return the step that adds `sign` times `z'z` in place, once, however often the step is run.
@@ -153,10 +143,24 @@ class RowSums(Follower):
         part = scratch(z.T @ z) if len(z) > _FEW else None
 
         def add() -> None:
-            if float(sums[-1, -1]) == before:
-                if part is None:
-                    sums.addmm_(z.T, z, alpha=sign)
-                else:
-                    sums.add_(part, alpha=sign)
+            if float(sums[-1, -1]) != before:
+                return
+            if part is not None:
+                sums.add_(part, alpha=sign)
+            elif len(z) == 1:  # twice as fast as a product
+                sums.addr_(z[0], z[0], alpha=sign)
+            else:
+                sums.addmm_(z.T, z, alpha=sign)
 
         return [add]
+
+
+def products(summand: Summand, keys: Tensor, labels: Tensor) -> Tensor:
+    """Return `sum z z'` of rows, `(Z, Z)`, in blocks, whose copies are wiped."""
+    total = torch.zeros(summand.width, summand.width, dtype=torch.float64, device=keys.device)
+    for start in range(0, len(keys), _ROWS):
+        part = slice(start, start + _ROWS)
+        with Scratch() as scratch:
+            z = scratch(summand(keys[part], labels[part]))
+            total.addmm_(z.T, z)
+    return total

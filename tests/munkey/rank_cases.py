@@ -273,6 +273,39 @@ def trained_model_on_ranks(mode: str) -> tuple[Any, ...]:
     return trained_model(mode, shard=True)
 
 
+def read_out(shard: bool) -> list[Tensor]:
+    """Answers of a model of features after each change of its rows, all of them or those of this rank."""
+    built = KeyMemoryTransformer.for_features(features=5, classes=3, neighbours=4, dtype=torch.float64)
+    built.memory.store.secret = b"for tests"
+    if shard:
+        built.shard()
+    rank, size = ranks_of(built.memory.store)
+    x = torch.randn(40, 5, generator=seeded(), dtype=torch.float64)
+    y, queries = x[:, :3].argmax(1), x[:12] + 0.3
+    own, found = torch.arange(24)[rank::size], []
+
+    def look() -> None:
+        found.append(built(queries[rank::size]))
+
+    built.remember(own, x[own], y[own], permanent=True)
+    look()
+    built.fit_readout(x[own], y[own], ids=own, folds=len(own) if shard and size > 1 else 24)
+    found.append(built.readout.outputs(built._query(queries[rank::size], None)).transpose(0, 1))  # type: ignore[union-attr,operator]
+    built.readout.set_weights({"votes": 0.5, "discriminant": 0.5})  # type: ignore[union-attr,operator]
+    built.remember([30] if rank == 0 else [], x[30:31][: 1 - rank], y[30:31][: 1 - rank])
+    look()
+    new = torch.arange(31, 40)[rank::size]
+    built.remember(new, x[new], y[new])
+    look()
+    built.forget([30, 35] if rank == 0 else [])
+    look()
+    return found
+
+
+def read_out_on_ranks() -> list[Tensor]:
+    return read_out(shard=True)
+
+
 def saved_model(folder: str) -> Tensor:
     built = classifier().double()
     built.remember(range(24), images(24), labels(24))

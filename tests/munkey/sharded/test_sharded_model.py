@@ -12,6 +12,8 @@ from rank_cases import (
     images,
     labels,
     loaded_model,
+    read_out,
+    read_out_on_ranks,
     remembered_a_bad_label,
     saved_model,
     sharded_with_other_encoders,
@@ -119,3 +121,10 @@ def test_a_state_that_is_loaded_is_counted() -> None:
     store.add([7, 8], torch.eye(3)[:2])
     other.load_state_dict(store.state_dict())
     assert len(other) == other.used == 2 and list(other) == [7, 8]
+
+
+def test_answers_of_votes_and_sums_are_those_of_one(pool: RankPool) -> None:
+    expected = read_out(shard=False)
+    for rank, found in enumerate(pool.run(read_out_on_ranks)):
+        for answers, whole in zip(found, expected, strict=True):
+            torch.testing.assert_close(answers, whole[rank :: pool.size], rtol=1e-12, atol=1e-12)

@@ -11,7 +11,9 @@ import torch
 from stores import SECRET, WIDTHS, Holder, keys_of, seeded
 from torch import Tensor, nn
 
-from munkey import KeyStore
+from munkey import Classification, KeyStore
+from munkey.readout import UnitFeatures
+from munkey.readout.linear import LabelledFeatures
 from munkey.search.exact import Neighbours, nearest
 from munkey.search.screen import Screen
 from munkey.sharded.shared_neighbours import SharedNeighbours
@@ -32,6 +34,7 @@ from munkey.store.neighbours import NeighbourTables
 from munkey.store.optimizers import OptimizerRows
 from munkey.store.receipts import Receipt
 from munkey.store.schema import COLUMNS, Rows, columns_of
+from munkey.store.sums import RowSums
 from munkey.store.table import Table
 from treediff import EMA
 
@@ -282,6 +285,15 @@ RECEIPT = Receipt((1,), (), 1, 1, "a", "b", 0.0)
 
 
 @each_change
+def test_sums(name: str, table: Table) -> None:
+    summand = LabelledFeatures(UnitFeatures(WIDTHS[0]), Classification(6))
+    sums = RowSums(table, summand)
+    sums.get()
+    follow(name, table, sums)
+    assert torch.equal(sums.get(), RowSums(table, summand).get())
+
+
+@each_change
 def test_a_log(name: str, table: Table, tmp_path: Path) -> None:
     digest = Digest(table, SECRET)
     with ReceiptLog(tmp_path / "log", SECRET, new=True) as log:
@@ -323,6 +335,7 @@ def test_what_a_store_puts_together_is_what_its_followers_are() -> None:
     store = KeyStore(*WIDTHS, secret=SECRET)
     store.add(range(4), keys_of([0, 1, 2, 3]))
     store.attach(torch.optim.SGD([store.values], lr=0.1), EMA(Holder(store)))
+    store.sums(LabelledFeatures(UnitFeatures(WIDTHS[0]), Classification(6)))
     kinds = [type(part).__name__ for part in store._parts]
     assert kinds == [
         "Table",
@@ -331,6 +344,7 @@ def test_what_a_store_puts_together_is_what_its_followers_are() -> None:
         "Codes",
         "GradientRows",
         "NeighbourTables",
+        "RowSums",
         "OptimizerRows",
         "AverageRows",
     ]

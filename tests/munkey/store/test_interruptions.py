@@ -10,7 +10,9 @@ import torch
 from reliability import CHANGES, interrupted
 from stores import SECRET, WIDTHS, Holder, keys_of
 
-from munkey import KeyStore
+from munkey import Classification, KeyStore
+from munkey.readout import UnitFeatures
+from munkey.readout.linear import LabelledFeatures
 from munkey.store import Follower
 from munkey.store.change import Change, Step
 from munkey.store.erase import Scratch
@@ -60,6 +62,9 @@ class Failing(Follower):
         self._at("confirm")
 
 
+SUMMAND = LabelledFeatures(UnitFeatures(WIDTHS[0]), Classification(20))
+
+
 def filled() -> tuple[KeyStore, torch.optim.Optimizer, EMA]:
     store = KeyStore(*WIDTHS, secret=SECRET)
     store.add(range(20), keys_of(list(range(20))), torch.arange(20))
@@ -71,6 +76,7 @@ def filled() -> tuple[KeyStore, torch.optim.Optimizer, EMA]:
         optimizer.step()
         ema.update()
     store.nearest(keys_of([1])[0], 2)
+    store.sums(SUMMAND).get()
     store.digest()
     return store, optimizer, ema
 
@@ -89,13 +95,14 @@ def everything(store: KeyStore, optimizer: torch.optim.Optimizer, ema: EMA) -> l
         [(one, *(tensor[row].tolist() for tensor in kept)) for one, row in rows.items()],
         [bool(tensor[store.used :].any()) for tensor in kept],
         near,
+        store.sums(SUMMAND).get().tolist(),
         store.digest(),
     ]
 
 
 CALLS = {
     "forget": lambda store: store.forget([3, 0, 19]),
-    "add": lambda store: store.add([50], keys_of([50])),
+    "add": lambda store: store.add([50], keys_of([50]), torch.tensor([7])),
     "add beyond the room": lambda store: store.add(range(50, 90), keys_of(list(range(50, 90)))),
     "compact": lambda store: store.compact(),
 }
@@ -110,6 +117,7 @@ def test_whoever_fails_before_memory_changes_leaves_everything_as_it_was(name: s
     with pytest.raises(MemoryError, match=where):
         CALLS[name](parts[0])
     assert everything(*parts) == before
+    assert not any(column[parts[0].used :].any() for column in parts[0].columns), "new rows were written already"
     assert "step" not in follower.seen and ("undo" in follower.seen) == (where == "write_ahead")
     CALLS[name](parts[0])
 
