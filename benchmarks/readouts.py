@@ -1,0 +1,186 @@
+"""Compare classifiers of the same features: what forgets to the bit, and what has to be trained again.
+
+    python benchmarks/readouts.py --data cifar.npz banking.npz --seeds 3 --out docs/results/readouts.json
+
+Files are those of `examples/embed.py`. Settings of the rivals (neighbours, temperature, shrinkage, penalty) are those
+that are best on a fifth of the training rows, which are then used as well; munkey has its defaults, and fits two
+weights to the permanent half of the rows. Numbers are means over seeds; a seed decides which rows are permanent, which
+are held out, and initial weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from munkey import Classification, KeyMemoryTransformer
+from munkey.readout import DiscriminantReadout, NeighbourVote, Query, RidgeReadout, UnitFeatures
+from treediff.data import load_dataset
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
+from classify_features import classifier, scores
+
+Predict = Callable[[Tensor], Tensor]
+Fit = Callable[[Tensor, Tensor, int], Predict]
+
+
+def readout(make: Callable[[Classification, int], Any]) -> Fit:
+    """One readout alone, on the features as keys."""
+
+    def fit(x: Tensor, y: Tensor, classes: int) -> Predict:
+        model = KeyMemoryTransformer.for_features(features=x.shape[1], classes=classes)
+        model.remember(range(len(x)), x, y)
+        part = make(Classification(classes), x.shape[1])
+        return lambda q: torch.cat([part(Query(model.memory, b, b, max(1, part.neighbours))) for b in q.split(256)])
+
+    return fit
+
+
+def logistic(penalty: float) -> Fit:
+    """Logistic regression with an L2 penalty, by L-BFGS to convergence."""
+
+    def fit(x: Tensor, y: Tensor, classes: int) -> Predict:
+        mean, spread = x.mean(0), x.std()
+        weight = torch.zeros(x.shape[1], classes, requires_grad=True)
+        bias = torch.zeros(classes, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            found = F.cross_entropy((x - mean) / spread @ weight + bias, y) + penalty * weight.square().sum()
+            found.backward()
+            return found
+
+        optimizer.step(loss)
+        return lambda q: ((q - mean) / spread @ weight + bias).detach()
+
+    return fit
+
+
+def perceptron(epochs: int, seed: int) -> Fit:
+    """A network with one hidden layer of 512 and dropout."""
+
+    def fit(x: Tensor, y: Tensor, classes: int) -> Predict:
+        mean, spread = x.mean(0), x.std(0) + 1e-6
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            layers = nn.Linear(x.shape[1], 512), nn.GELU(), nn.Dropout(0.5), nn.Linear(512, classes)
+            network, steps = nn.Sequential(*layers), epochs * -(-len(x) // 128)
+            optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps + 1)
+            for _ in range(epochs):
+                for rows in torch.randperm(len(x)).split(128):
+                    loss = F.cross_entropy(network((x[rows] - mean) / spread), y[rows])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+        network.eval()
+        return lambda q: network((q - mean) / spread).detach()
+
+    return fit
+
+
+def boosting(seed: int) -> Fit:
+    """Gradient-boosted trees of scikit-learn, for tables."""
+
+    def fit(x: Tensor, y: Tensor, classes: int) -> Predict:
+        trees = HistGradientBoostingClassifier(random_state=seed).fit(x.numpy(), y.numpy())
+        return lambda q: torch.from_numpy(trees.predict_proba(q.numpy())).clamp_min(1e-9).log()
+
+    return fit
+
+
+def votes(k: int, temperature: float) -> Fit:
+    return readout(lambda task, width: NeighbourVote(task, k, temperature=temperature))
+
+
+def ridge(shrinkage: float) -> Fit:
+    return readout(lambda task, width: RidgeReadout(task, UnitFeatures(width), shrinkage=shrinkage))
+
+
+def discriminant(shrinkage: float) -> Fit:
+    return readout(lambda task, width: DiscriminantReadout(task, UnitFeatures(width), shrinkage=shrinkage))
+
+
+#: Rivals and the settings that are tried for each; the first three forget to the bit as well.
+RIVALS: dict[str, Callable[[int, bool], Iterable[Fit]]] = {
+    "votes": lambda seed, table: [votes(k, t) for k in (1, 8, 32, 128) for t in (0.02, 0.05, 0.1)],
+    "ridge": lambda seed, table: [ridge(s) for s in (0.003, 0.01, 0.03, 0.1, 0.3)],
+    "discriminant": lambda seed, table: [discriminant(s) for s in (0.003, 0.01, 0.03, 0.1, 0.3)],
+    "logistic regression": lambda seed, table: [logistic(p) for p in (1e-5, 1e-4, 3e-4, 1e-3, 3e-3)],
+    "perceptron": lambda seed, table: [perceptron(epochs, seed) for epochs in (10, 30)],
+    "boosted trees": lambda seed, table: [boosting(seed)] if table else [],
+}
+
+
+def compare(path: Path, seed: int, *, table: bool) -> dict[str, Any]:
+    """All methods on one file, with one seed."""
+    data = load_dataset(path)
+    assert data.train_labels is not None and data.test_labels is not None
+    x, y = data.train_images.flatten(1), data.train_labels
+    test, labels = data.test_images.flatten(1), data.test_labels
+    classes = 1 + int(torch.cat([y, labels]).max())
+    ids = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    half, held, fitted = ids[: len(ids) // 2], ids[: len(ids) // 5], ids[len(ids) // 5 :]
+    found = {}
+    start = time.perf_counter()
+    model = classifier(x, y, ids, half, classes)
+    answers = torch.cat([model(part) for part in test.split(256)])
+    found["munkey"] = scores(answers, labels) | {"seconds": time.perf_counter() - start}
+    found["munkey, nothing permanent"] = scores(classifier(x, y, ids, ids[:0], classes)(test), labels)
+    for name, fits in RIVALS.items():
+        tried = [
+            (scores(fit(x[fitted], y[fitted], classes)(x[held]), y[held])["accuracy"], fit) for fit in fits(seed, table)
+        ]
+        if tried:
+            best = max(tried, key=lambda pair: pair[0])[1]
+            start = time.perf_counter()
+            found[name] = scores(best(x, y, classes)(test), labels) | {"seconds": time.perf_counter() - start}
+            print(path.stem, seed, name, f"{100 * found[name]['accuracy']:.2f}", flush=True)
+    print(path.stem, seed, "munkey", f"{100 * found['munkey']['accuracy']:.2f}", flush=True)
+    return found
+
+
+def summarised(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds."""
+    return {
+        name: {
+            what: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+            for what in runs[0][name]
+            for values in [[run[name][what] for run in runs]]
+        }
+        for name in runs[0]
+    }
+
+
+def main() -> None:
+    """Run all, and write one file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="files of examples/embed.py")
+    parser.add_argument("--tables", nargs="*", default=[], help="names of files that are tables")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("readouts.json"))
+    args = parser.parse_args()
+    found = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for path in args.data:
+        if path.stem not in found:
+            runs = [compare(path, seed, table=path.stem in args.tables) for seed in range(args.seeds)]
+            found[path.stem] = summarised(runs)
+            args.out.write_text(json.dumps(found, indent=1))
+    print(json.dumps({name: {m: row["accuracy"] for m, row in rows.items()} for name, rows in found.items()}))
+
+
+if __name__ == "__main__":
+    main()

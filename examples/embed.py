@@ -1,0 +1,118 @@
+"""Write features of a frozen network, or of a table, to a file that `classify_features.py` reads.
+
+    python examples/embed.py --data photographs/ --encoder efficientnet --size 96 --out features.npz
+    python examples/embed.py --texts queries.jsonl --model all-MiniLM-L6-v2 --out features.npz
+    python examples/embed.py --table people.csv --label income --skip weight --out features.npz
+
+Images are those of `treediff.data.load_dataset`. Each line of texts is an object with `text`, `label` and `split`
+('train' or 'test'); the model is a folder or a name for sentence-transformers. A table has a header and a column
+`split`; numbers are standardised (and their logarithm is taken if they exceed 200), other columns are one-hot, both as
+in the training rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+from train_munkey import efficientnet_lite0
+
+from munkey import KeyEncoder
+from treediff.data import load_dataset
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+def of_images(source: str, encoder: KeyEncoder, size: int | None) -> Arrays:
+    """Features of images, a batch at a time."""
+    data, found = load_dataset(source, size=size), {}
+    for split in ("train", "test"):
+        images = getattr(data, f"{split}_images")
+        parts = [encoder(part) for part in tqdm(images.split(64), desc=split)]
+        found[f"{split}_images"] = torch.cat(parts).numpy()
+        found[f"{split}_labels"] = getattr(data, f"{split}_labels").numpy()
+    return found
+
+
+def of_texts(path: Path, model: str) -> Arrays:
+    """Sentence embeddings."""
+    from sentence_transformers import SentenceTransformer
+
+    network, lines = SentenceTransformer(model), [json.loads(line) for line in path.read_text().splitlines()]
+    names, found = sorted({line["label"] for line in lines}), {}
+    for split in ("train", "test"):
+        own = [line for line in lines if line["split"] == split]
+        found[f"{split}_images"] = network.encode([line["text"] for line in own], show_progress_bar=True)
+        found[f"{split}_labels"] = np.array([names.index(line["label"]) for line in own])
+    return found
+
+
+def of_table(path: Path, label: str, skip: list[str]) -> Arrays:
+    """Standardised numbers and one-hot words; a word that no training row has is all zeros."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    parts = {split: [row for row in rows if row["split"] == split] for split in ("train", "test")}
+    names = sorted({row[label].strip(" .") for row in parts["train"]})
+    columns: dict[str, list[NDArray[np.generic]]] = {"train": [], "test": []}
+    for name in rows[0]:
+        if name not in (label, "split", *skip):
+            words = {split: [row[name] for row in part] for split, part in parts.items()}
+            for split, column in _column(words).items():
+                columns[split].append(column)
+    found: Arrays = {}
+    for split, part in parts.items():
+        found[f"{split}_images"] = np.concatenate(columns[split], 1).astype(np.float32)
+        found[f"{split}_labels"] = np.array([names.index(row[label].strip(" .")) for row in part])
+    return found
+
+
+def _column(words: dict[str, list[str]]) -> dict[str, NDArray[np.generic]]:
+    """One column of a table as numbers, `(n, width)`, by split."""
+    try:
+        numbers = {split: np.array([float(word) for word in part]) for split, part in words.items()}
+    except ValueError:
+        kinds = np.array(sorted(set(words["train"])))
+        return {split: (np.array(part)[:, None] == kinds).astype(float) for split, part in words.items()}
+    if numbers["train"].max() > 200:
+        numbers = {split: np.log1p(np.maximum(part, 0)) for split, part in numbers.items()}
+    mean, spread = numbers["train"].mean(), numbers["train"].std() or 1.0
+    return {split: ((part - mean) / spread)[:, None] for split, part in numbers.items()}
+
+
+def main() -> None:
+    """Compute, and write one file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", help="images: a name, a file or a folder")
+    source.add_argument("--texts", type=Path, help="texts: a file with one JSON object a line")
+    source.add_argument("--table", type=Path, help="a table: a CSV file with a header")
+    parser.add_argument("--encoder", default="efficientnet", choices=("efficientnet",), help="for images")
+    parser.add_argument("--size", type=int, default=96, help="height and width at which the network sees images")
+    parser.add_argument("--resize", type=int, help="height and width for images of a folder, if their sizes differ")
+    parser.add_argument("--model", help="for texts: folder or name of a sentence-transformers model")
+    parser.add_argument("--label", help="for a table: column of the class")
+    parser.add_argument("--skip", nargs="*", default=[], help="for a table: columns to leave out")
+    parser.add_argument("--out", type=Path, default=Path("features.npz"))
+    args = parser.parse_args()
+    if args.data is not None:
+        found = of_images(args.data, efficientnet_lite0(args.size), args.resize)
+    elif args.texts is not None:
+        if args.model is None:
+            parser.error("--texts needs --model, a folder or a name of a sentence-transformers model")
+        found = of_texts(args.texts, args.model)
+    else:
+        if args.label is None:
+            parser.error("--table needs --label, the column of the class")
+        found = of_table(args.table, args.label, args.skip)
+    np.savez(args.out, **found)  # type: ignore[arg-type]
+    print(json.dumps({"out": str(args.out), **{name: list(array.shape) for name, array in found.items()}}))
+
+
+if __name__ == "__main__":
+    main()
