@@ -3,6 +3,7 @@
 #
 #   TREEDIFF_DATA   a folder that holds mnist/ (and fashion-mnist/, if the Debian package is not installed)
 #   CIFAR           an .npz file with a part of CIFAR-10
+#   FEATURES        files of examples/embed.py, pneumonia.npz, flowers.npz, ham.npz and banking.npz
 #
 # Rows that need what is not given are left out. Times mean something only if nothing else runs.
 
@@ -30,6 +31,9 @@ NUMBERS += forgetting_cifar forgetting_cifar_kinds forgetting_cifar_exact forget
 	forgetting_cifar_own_0 forgetting_cifar_softmax forgetting_cifar_rank forgetting_cifar_no_dropout \
 	forgetting_cifar_no_memory cifar10-part
 UNLEARNT += cifar $(OTHER_SETS) cifar-leakage
+endif
+ifdef FEATURES
+NUMBERS += readouts
 endif
 ROWS ?= $(TREES:%=%.json) $(NUMBERS:%=%.json) $(UNLEARNT:%=unlearning/%/table.md)
 
@@ -172,3 +176,8 @@ $(OUT)/unlearning/cifar-leakage/table.md: TASK = $(CIFAR_TASK) --forget random:0
 	"munkey noise=1" "munkey own_token_probability=0.5" "munkey drop_exemplar=0"
 $(OUT)/unlearning/%/table.md:
 	$(UNLEARNING) $(TASK) --out $(@D)
+
+# --- readouts -------------------------------------------------------------------------------------------------
+
+$(OUT)/readouts.json:
+	$(PYTHON) benchmarks/readouts.py --data $(FEATURES) --seeds 3 --out $@

@@ -203,15 +203,17 @@ def feature_parts(
     store = KeyStore(key_encoder.width, 1, scale=0.0, **labels, device=device, dtype=dtype)
     store.values.requires_grad_(False)
     features = UnitFeatures(key_encoder.width)
-    readouts: dict[str, Readout] = {"votes": NeighbourVote(task, neighbours, temperature=temperature)}
+    votes: Readout = NeighbourVote(task, neighbours, temperature=temperature)
+    # Until they are fitted: weights near those that were fitted to features of images and texts.
     if isinstance(task, Classification):
-        readouts["discriminant"] = DiscriminantReadout(task, features, shrinkage=shrinkage)
+        discriminant = DiscriminantReadout(task, features, shrinkage=shrinkage)
+        mixture = Mixture({"votes": votes, "discriminant": discriminant}, {"votes": 0.8, "discriminant": 0.2})
     else:
-        readouts["ridge"] = RidgeReadout(task, features, shrinkage=shrinkage)
+        mixture = Mixture({"votes": votes, "ridge": RidgeReadout(task, features, shrinkage=shrinkage)})
     return {
         "key_encoder": key_encoder,
         "memory": KeyValueMemory(store, metric=metric),
-        "readout": Mixture(readouts).to(device=device),
+        "readout": mixture.to(device=device),
         "mode": "exact",
         "neighbours": neighbours,
     }

@@ -6,7 +6,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import readouts_table
 import store
 import store_peers
 import store_table
@@ -190,10 +192,28 @@ def test_the_tables_of_the_store_are_those_that_were_recorded() -> None:
     assert "| 1.23 |" in store_table.filled(page, result)
 
 
+def test_readouts_are_compared_on_a_file_and_in_a_table(tmp_path: Path) -> None:
+    x = torch.randn(90, 4, generator=seeded())
+    parts = {"train_images": x[:60], "train_labels": x[:60, :3].argmax(1)}
+    parts |= {"test_images": x[60:], "test_labels": x[60:, :3].argmax(1)}
+    np.savez(tmp_path / "few.npz", **{name: part.numpy() for name, part in parts.items()})
+    options = ("--data", str(tmp_path / "few.npz"), "--tables", "few", "--seeds", "2")
+    done = run("readouts.py", *options, "--out", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found["few"]) == 8 and all(0.3 < row["accuracy"][0] <= 1 for row in found["few"].values())
+    page = (BENCHMARKS.parent / "docs" / "results" / "readouts.md").read_text(encoding="utf-8")
+    ridge = found["few"]["ridge"]["accuracy"]
+    assert f"| ridge | {100 * ridge[0]:.1f} ± {100 * ridge[1]:.1f} |" in readouts_table.filled(page, found)
+    recorded = json.loads((BENCHMARKS.parent / "docs" / "results" / "readouts.json").read_text())
+    assert readouts_table.filled(page, recorded) == page
+
+
 def test_every_recorded_result_can_be_made_again() -> None:
     """But for one that says in the text that it is of older code."""
     root = BENCHMARKS.parent
     command = ["make", "-n", "-f", "benchmarks/results.mk", "OUT=made", "CIFAR=cifar.npz", "TREEDIFF_DATA=data"]
+    command.append("FEATURES=features.npz")
     rules = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True, timeout=60).stdout
     recorded = {path.name for path in (root / "docs" / "results").glob("*.json")}
     left = {"fashion-mnist-two-threads.json", "speed.json"}

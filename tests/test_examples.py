@@ -129,6 +129,19 @@ def test_an_encoder(folder: Path) -> None:
     assert run(folder, "train_munkey.py", *options)["encoder"] == "encoder.safetensors"
 
 
+def test_features_are_embedded_and_classified(folder: Path) -> None:
+    rows = [f"{i % 7},{'red' if i % 3 else 'blue'},{1000 * (i % 2)},{'yes.' if i % 2 else 'no.'}" for i in range(60)]
+    lines = [f"{row},{'test' if i >= 40 else 'train'},9" for i, row in enumerate(rows)]
+    (folder / "table.csv").write_text("\n".join(["size,colour,price,buys,split,weight", *lines]))
+    table = ("--table", "table.csv", "--label", "buys", "--skip", "weight", "--out", "table.npz")
+    assert run(folder, "embed.py", *table)["train_images"] == [40, 4]
+    found = run(folder, "classify_features.py", "--data", "table.npz", "--out", "features")
+    assert found["equal to never"] and found["after"]["accuracy"] == 1  # type: ignore[index]
+    found = run(folder, "classify_features.py", "--data", "few.npz", "--permanent", "0", "--out", "features")
+    assert found["equal to never"] and found["before"]["accuracy"] > 0.8  # type: ignore[index]
+    assert found["before"].keys() == {"accuracy", "balanced accuracy", "log loss", "calibration error"}  # type: ignore[attr-defined]
+
+
 def test_a_classifier_forgets(folder: Path) -> None:
     trained = run(folder, "train_munkey.py", "--epochs", "4")
     assert trained["accuracy"]["test"]["full"] > 0.6  # type: ignore[index]

@@ -190,3 +190,23 @@ def test_whitening_refuses_what_it_cannot_be_fitted_to() -> None:
         Projection.whitening(x, y[:3], fitted_on="other data")
     same = Projection.whitening(x[:1].repeat(3, 1), y[:3], fitted_on="other data")
     assert bool(same(x).isfinite().all())
+
+
+def test_whoever_keeps_an_old_head_or_old_sums_has_what_was_deleted() -> None:
+    """As docs/munkey.md warns; the library itself overwrites both."""
+    task = Classification(3)
+    built = model(task)
+    x = inputs(1, 7)
+    built.remember([500], x, torch.tensor([1]))
+    summand = built.readout.parts[1]._summand  # type: ignore[union-attr,operator]
+    sums = built.memory.store.sums(summand)
+    query = built._query(inputs(1), None)
+    head = built.readout.parts[1].solved(query)  # type: ignore[union-attr,operator]
+    old_sums, old_head = sums.get().clone(), head[0].clone()
+    built.forget([500])
+    assert not head[0].any(), "the old head is overwritten"
+    gone = (old_sums - sums.get())[3:-1, -1]
+    assert torch.equal(gone, summand.features(built.memory.scaled(x, "keys"))[0])
+    change = old_head - built.readout.parts[1].solved(query)[0]  # type: ignore[union-attr,operator]
+    direction = sums.get()[3:-1, 3:-1] @ change[:, 1]
+    assert abs(float(torch.cosine_similarity(direction, gone, dim=0))) > 0.5
