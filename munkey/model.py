@@ -422,7 +422,8 @@ class KeyMemoryTransformer(nn.Module):
         self._check_inputs(x)
         readout: Readout = self.readout  # type: ignore[assignment]
         query = self._query(x, keys, exclude_ids=exclude_ids)
-        outputs: Tensor = readout(query)
+        with self.memory.store.lock:  # all parts read the same rows
+            outputs: Tensor = readout(query)
         return outputs
 
     def _query(self, x: Tensor, keys: Tensor | None, **about: Any) -> Query:  # noqa: ANN401

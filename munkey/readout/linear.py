@@ -95,10 +95,11 @@ class LinearReadout(Readout):
 
     def forward(self, query: Query) -> Tensor:
         """Return outputs `(B, n)`; see the class."""
-        keys = query.memory.scaled(query.keys, "queries")
-        weight, bias = self.solved(query)
-        found = self.outputs((self.features(keys) * 2.0**-self.features.bits) @ weight + bias)
-        return found.to(query.keys.dtype)
+        unit = self.features(query.memory.scaled(query.keys, "queries")) * 2.0**-self.features.bits
+        with query.memory.store.lock:  # another thread may change rows, which overwrites the weights
+            weight, bias = self.solved(query)
+            scores = unit @ weight + bias
+        return self.outputs(scores).to(query.keys.dtype)
 
     def solved(self, query: Query) -> tuple[Tensor, Tensor]:
         """Return weights `(F, n)` and biases `(n,)` for features in [-1, 1], float64."""

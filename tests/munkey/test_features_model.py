@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,27 @@ def test_whitening_refuses_what_it_cannot_be_fitted_to() -> None:
         Projection.whitening(x, y[:3], fitted_on="other data")
     same = Projection.whitening(x[:1].repeat(3, 1), y[:3], fitted_on="other data")
     assert bool(same(x).isfinite().all())
+
+
+def test_an_answer_in_another_thread_is_of_one_state() -> None:
+    built, x = model(TASKS[0]), inputs(40, 3)
+    built.remember(range(100, 140), x, labels(TASKS[0], x))
+    states, answers, done = [built(x[:3])], [], threading.Event()
+
+    def answer() -> None:
+        while not done.is_set():
+            answers.append(built(x[:3]))
+
+    threads = [threading.Thread(target=answer) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for instance in range(110, 140):
+        built.forget([instance])
+        states.append(built(x[:3]))
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert answers and all(any(torch.equal(found, state) for state in states) for found in answers)
 
 
 def test_whoever_keeps_an_old_head_or_old_sums_has_what_was_deleted() -> None:
