@@ -47,5 +47,10 @@ def filled(page: str, result: dict[str, Any] | None) -> str:
     return page
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Rewrite the page."""
     rewrite(__doc__, "readouts.json", "readouts.md", filled)
+
+
+if __name__ == "__main__":
+    main()
