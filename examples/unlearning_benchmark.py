@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[*AFTER, *BY_DESIGN], help="all, if not given")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--effort", type=float, default=0.2, help="length of methods after the fact, in trainings")
+    parser.add_argument("--relearn", type=int, default=20, help="steps of relearning what was forgotten")
     parser.add_argument("--holdout", type=int, default=200, help="training images to tune on in place of test images")
     parser.add_argument("--encoder", default="random", help="random, efficientnet, or a file of train_encoder.py")
     parser.add_argument("--key-width", type=int, default=256, help="width of random keys")

@@ -218,7 +218,7 @@ class Bench:
         """Measurements of the predictions of a model, and of its weights."""
         task, sets = self.task, (self.gone, self.stay, self.others)
         found = {**task.measured(model, *sets), "seconds": seconds}
-        found["relearned"] = task.relearned(model, self.gone, self.others)
+        found["relearned"] = task.relearned(model, self.gone, self.others, steps=self.args.relearn)
         if isinstance(model, KeyMemoryTransformer):
             found["inside"] = task.inside(model, *sets)
             rows = self.gone[:1000]
