@@ -49,6 +49,9 @@ class KeyMemoryTransformer(nn.Module):
     The transformer reads a class token, the tokens of the input, and one exemplar token, the projected value of a
     neighbour. Each pathway has a learned null, which replaces a pathway that is dropped in training or switched off.
 
+    In place of the transformer a model may have a readout that learns nothing, such as votes of neighbours and a linear
+    head on exact sums; see `for_features` and `munkey.readout`.
+
     There are two modes of training, with different guarantees:
 
     - *paper*: weights and values are trained together on all instances. Deleting an instance leaves the same weights
