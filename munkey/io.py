@@ -107,8 +107,8 @@ def _config_of(model: MemoryModel) -> dict[str, Any] | None:
         return None
     today = {name: getattr(model, name) for name in _SETTINGS} | {"metric": model.memory.metric}
     factory = next(name for name in model.config if name != "own")
-    arguments = model.config[factory]
-    return {**model.config, factory: {**arguments, **{name: today[name] for name in today if name in arguments}}}
+    arguments = {name: today.get(name, value) for name, value in model.config[factory].items()}
+    return {**model.config, factory: arguments}
 
 
 def _absent(encoder: KeyEncoder, *, rows: bool) -> tuple[str, ...]:

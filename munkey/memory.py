@@ -18,6 +18,7 @@ from munkey.search import Neighbours, Search, exact
 from munkey.sharded.store import ShardedKeyStore
 from munkey.store.checks import ordered_ids
 from munkey.store.receipts import Receipt
+from munkey.store.schema import label_column, missing_label
 from munkey.store.store import KeyStore
 
 __all__ = ["KeyValueMemory", "Search"]
@@ -191,7 +192,7 @@ class KeyValueMemory(nn.Module):
         there = (flat >= 0).nonzero().squeeze(1)
         _, keys, found = self.store.described(flat[there])
         keys.zero_()  # a copy of rows that may be forgotten later
-        missing = float("nan") if found.is_floating_point() else -1
+        missing = missing_label(label_column(found.shape[1:], found.dtype))
         every = found.new_full((len(flat), *found.shape[1:]), missing)
         labels: Tensor = every.index_copy(0, there, found).unflatten(0, rows.shape)
         return labels

@@ -383,8 +383,8 @@ class KeyMemoryTransformer(nn.Module):
             TypeError: if the inputs are no floating-point tensor, or `exclude_ids` has no order, such as a set.
             ValueError: if the inputs have another shape than the model was built for, or are not finite.
         """
-        if self.readout is not None:
-            return self._read_out(x, use_input and use_memory, exclude_ids, keys)
+        if self.readout is not None and use_input and use_memory:
+            return self._read_out(self.readout, x, exclude_ids, keys)
         network = self.transformer
         network.tokens.check(x)
         inputs = network.tokens(x) if use_input else network.null_input.expand(len(x), -1, -1)
@@ -417,13 +417,10 @@ class KeyMemoryTransformer(nn.Module):
             check_batch(x, (self.key_encoder.width,), self.memory.store.values.dtype, None, "features")
 
     def _read_out(
-        self, x: Tensor, both: bool, exclude_ids: Iterable[int] | Tensor | None, keys: Tensor | None
+        self, readout: Readout, x: Tensor, exclude_ids: Iterable[int] | Tensor | None, keys: Tensor | None
     ) -> Tensor:
         """Return the outputs of the readout."""
-        if not both:
-            self.transformer  # noqa: B018 - which raises the error
         self._check_inputs(x)
-        readout: Readout = self.readout  # type: ignore[assignment]
         query = self._query(x, keys, exclude_ids=exclude_ids)
         with self.memory.store.lock:  # all parts read the same rows
             outputs: Tensor = readout(query)

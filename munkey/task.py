@@ -124,7 +124,7 @@ class Task(ABC):
 
     def missing(self, labels: Tensor) -> Tensor:
         """Return which labels `(...)` are missing: -1 or NaN."""
-        gone = labels.isnan() if labels.is_floating_point() else labels < 0
+        gone = _missing(labels)
         return gone.flatten(gone.ndim - len(self.label_shape)).any(-1) if self.label_shape else gone
 
     @abstractmethod
@@ -330,6 +330,11 @@ def task_from(config: Mapping[str, Any]) -> Task:
     return TASKS[config["name"]](config["outputs"])
 
 
+def _missing(labels: Tensor) -> Tensor:
+    """Return which numbers are missing: -1 or NaN."""
+    return labels.isnan() if labels.is_floating_point() else labels < 0
+
+
 class _ClassEmbedding(nn.Embedding):
     """An embedding of classes; the first vector is for a missing label, -1."""
 
@@ -342,6 +347,5 @@ class _VectorEmbedding(nn.Linear):
     """A linear map of label vectors; a missing label, -1 or NaN, adds only the bias."""
 
     def forward(self, labels: Tensor) -> Tensor:
-        missing = labels.isnan() if labels.is_floating_point() else labels < 0
-        vectors: Tensor = super().forward(labels.masked_fill(missing, 0).to(self.weight.dtype))
+        vectors: Tensor = super().forward(labels.masked_fill(_missing(labels), 0).to(self.weight.dtype))
         return vectors

@@ -60,13 +60,15 @@ def pathway_accuracies(
         ValueError: if there is not one label for each input.
     """
     labels = model.task.check(labels, len(x)).to(x.device)
-    pathways: tuple[dict[str, bool], ...] = ({}, {"use_memory": False}, {"use_input": False})
-    right = torch.full((3,), 0.0 if model.network is not None else torch.nan, dtype=torch.float64, device=x.device)
-    right[0] = 0
+    pathways: list[dict[str, bool]] = [{}]
+    if model.network is not None:
+        pathways += [{"use_memory": False}, {"use_input": False}]
+    right = torch.zeros(3, dtype=torch.float64, device=x.device)
+    right[len(pathways) :] = torch.nan
     with evaluating(model):
         for rows in torch.arange(len(x)).split(batch_size):
             queries = model.key_encoder(x[rows]) if keys is None else keys[rows]
-            for row, settings in enumerate(pathways if model.network is not None else pathways[:1]):
+            for row, settings in enumerate(pathways):
                 logits = model(x[rows], keys=queries, **settings)
                 right[row] += model.task.scores(logits, labels[rows]).sum()
     return PathwayAccuracies(*(right / len(x)).tolist())

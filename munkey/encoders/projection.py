@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from munkey.encoders.base import KeyEncoder
+from munkey.shrinkage import check_shrinkage, shrink
 from treediff.core.checks import check_positive
 from treediff.core.noise import counter_normal
 
@@ -121,8 +122,7 @@ class Projection(KeyEncoder):
 
         Source: Hastie et al., "The elements of statistical learning" (2009), section 4.3.2.
         """
-        if not 0 < shrinkage <= 1:
-            raise ValueError(f"shrinkage must be above 0, and 1 at most, found {shrinkage}")
+        check_shrinkage(shrinkage)
         rows = x.flatten(1).double()
         if len(rows) < 2 or labels.shape != (len(rows),):
             raise ValueError(
@@ -133,9 +133,6 @@ class Projection(KeyEncoder):
         means = rows.new_zeros(len(count), rows.shape[1]).index_add_(0, of_row, rows) / count[:, None]
         within = rows - means[of_row]
         covariance = within.T @ within / max(1, len(rows) - len(count))
-        covariance = (1 - shrinkage) * covariance
-        spread = float(covariance.diagonal().mean()) / max(1 - shrinkage, 1e-12) if shrinkage < 1 else 1.0
-        covariance.diagonal().add_(shrinkage * spread if spread > 0 else 1.0)
-        factor = torch.linalg.cholesky(covariance)
+        factor = torch.linalg.cholesky(shrink(covariance, shrinkage))
         weight = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False).T
         return cls(rows.mean(0).to(x.dtype), weight.to(x.dtype), fitted_on=fitted_on)

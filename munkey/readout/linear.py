@@ -15,6 +15,7 @@ from torch import Tensor
 
 from munkey.readout.base import Query, Readout
 from munkey.readout.features import Features
+from munkey.shrinkage import check_shrinkage, shrink
 from munkey.task import Classification, Task
 
 __all__ = ["DiscriminantReadout", "LabelledFeatures", "LinearReadout", "RidgeReadout"]
@@ -88,9 +89,7 @@ class LinearReadout(Readout):
 
     def __init__(self, task: Task, features: Features, shrinkage: float) -> None:
         super().__init__()
-        if not 0 < shrinkage <= 1:
-            raise ValueError(f"shrinkage must be above 0, and 1 at most, found {shrinkage}")
-        self.task, self.features, self.shrinkage = task, features, float(shrinkage)
+        self.task, self.features, self.shrinkage = task, features, check_shrinkage(shrinkage)
         self._summand = LabelledFeatures(features, task)
 
     def forward(self, query: Query) -> Tensor:
@@ -137,13 +136,6 @@ class LinearReadout(Readout):
             rows,
         )
 
-    def _shrunk(self, covariance: Tensor) -> Tensor:
-        """Return `(1 - a) C + a m I` in place, with the mean `m` of the variances and the shrinkage `a`."""
-        mean = float(covariance.diagonal().mean())
-        covariance.mul_(1 - self.shrinkage)
-        covariance.diagonal().add_(self.shrinkage * mean if mean > 0 else 1.0)
-        return covariance
-
 
 class RidgeReadout(LinearReadout):
     """Least squares with a penalty: `W = C^-1 cov(phi, y)` with the shrunk covariance `C = (1 - a) cov(phi) + a m I`.
@@ -177,7 +169,7 @@ class RidgeReadout(LinearReadout):
         if not rows:
             return torch.zeros_like(cross), torch.zeros_like(y)
         covariance = gram.sub_(torch.outer(phi, phi / rows)).div_(rows)
-        factor = torch.linalg.cholesky(self._shrunk(covariance))
+        factor = torch.linalg.cholesky(shrink(covariance, self.shrinkage))
         weight = torch.cholesky_solve((cross - torch.outer(phi, y / rows)) / rows, factor)
         return weight, (y - phi @ weight) / rows
 
@@ -239,7 +231,7 @@ class DiscriminantReadout(LinearReadout):
         means = cross / count.clamp_min(1) - mean[:, None]  # around the mean of all rows
         means = torch.where(count > 0, means, 0.0)
         within = gram.sub_(torch.outer(phi, mean)).sub_((means * count) @ means.T)
-        factor = torch.linalg.cholesky(self._shrunk(within.div_(rows)))
+        factor = torch.linalg.cholesky(shrink(within.div_(rows), self.shrinkage))
         weight = torch.cholesky_solve(means, factor)
         prior = (1 - self.balance) * (count.clamp_min(1e-6) / rows).log()
         return weight, prior - (0.5 * (means * weight).sum(0) + mean @ weight)
