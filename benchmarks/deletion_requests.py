@@ -60,7 +60,7 @@ class Data:
             size=(height, width),
             key_encoder=self.encoder,
             sparse=True,
-            **settings,
+            **{"mode": "paper", "readout": "transformer", **settings},
         )
 
     def remembered_by(self, model: Any, ids: Tensor) -> None:  # noqa: ANN401

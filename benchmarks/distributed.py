@@ -74,7 +74,9 @@ def models(world: World, batch: int, rounds: int) -> dict[str, float]:
         condition = condition_of(tree, x)
     ddpm_loss = data_parallel(ddpm.loss, ddpm)
     encoder = Projection.random((1, 28, 28), 64)
-    classifier = KeyMemoryTransformer.for_images(classes=10, channels=1, size=28, key_encoder=encoder, sparse=True)
+    classifier = KeyMemoryTransformer.for_images(
+        classes=10, channels=1, size=28, key_encoder=encoder, mode="paper", sparse=True
+    )
     classifier.shard()
     classifier.remember(own, x[own], labels[own])
     values = torch.optim.SparseAdam([classifier.memory.store.values], lr=1e-2)

@@ -120,7 +120,12 @@ def digest(x: Tensor) -> str:
 def trained(task: Task, ids: Tensor, seed: int, args: argparse.Namespace) -> KeyMemoryTransformer:
     """A model of some instances; in exact mode weights are trained on the permanent ones."""
     channels, height, width = task.images.shape[1:]
-    settings = {"mode": "exact" if args.permanent else "paper", "sparse": True, **dict(args.set)}
+    settings: dict[str, Any] = {
+        "mode": "exact" if args.permanent else "paper",
+        "readout": "transformer",
+        "sparse": True,
+    }
+    settings |= dict(args.set)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = KeyMemoryTransformer.for_images(
@@ -183,12 +188,13 @@ class Splits:
 
 def changed(model: KeyMemoryTransformer, name: str, value: int | str) -> KeyMemoryTransformer:
     """A model with the same weights and memory and one other setting."""
-    model = copy.copy(model)
-    model._modules = dict(model._modules)
+    model, readout = copy.copy(model), copy.copy(model.exemplar_readout)
+    readout._modules = dict(readout._modules)
+    model._modules = {**model._modules, "readout": readout}
     if name == "neighbours":
-        model.neighbours = int(value)
+        readout.neighbours = int(value)
     else:
-        model.aggregation = AGGREGATIONS[str(value)](model.neighbours)
+        readout.aggregation = AGGREGATIONS[str(value)](readout.neighbours)
     return model
 
 

@@ -2,10 +2,11 @@
 
     python benchmarks/readouts.py --data cifar.npz banking.npz --seeds 3 --out docs/results/readouts.json
 
-Files are those of `examples/embed.py`. Settings of the rivals (neighbours, temperature, shrinkage, penalty) are those
-that are best on a fifth of the training rows, which are then used as well; munkey has its defaults, and fits two
-weights to the permanent half of the rows. Numbers are means over seeds; a seed decides which rows are permanent, which
-are held out, and initial weights.
+Files are those of `examples/embed.py`; `fashion-{seed}.npz` names one for each seed. Settings of the rivals
+(neighbours, temperature, shrinkage, penalty) are those that are best on a fifth of the training rows, which are then
+used as well. munkey has the settings of `examples/classify_features.py`: a network is trained on most of the permanent
+half of the rows, and three weights are fitted to the others of that half. Numbers are means over seeds; a seed decides
+which rows are permanent, which are held out, and initial weights.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from munkey import Classification, KeyMemoryTransformer
@@ -29,7 +30,7 @@ from munkey.readout import DiscriminantReadout, NeighbourVote, Query, RidgeReado
 from treediff.data import load_dataset
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
-from classify_features import classifier, scores
+from classify_features import classifier, named_permanent, network, scores
 
 Predict = Callable[[Tensor], Tensor]
 Fit = Callable[[Tensor, Tensor, int], Predict]
@@ -69,25 +70,29 @@ def logistic(penalty: float) -> Fit:
 
 
 def perceptron(epochs: int, seed: int) -> Fit:
-    """A network with one hidden layer of 512 and dropout."""
+    """A network with one hidden layer of 512 and dropout, of `examples/classify_features.py`."""
 
     def fit(x: Tensor, y: Tensor, classes: int) -> Predict:
-        mean, spread = x.mean(0), x.std(0) + 1e-6
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            layers = nn.Linear(x.shape[1], 512), nn.GELU(), nn.Dropout(0.5), nn.Linear(512, classes)
-            network, steps = nn.Sequential(*layers), epochs * -(-len(x) // 128)
-            optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps + 1)
-            for _ in range(epochs):
-                for rows in torch.randperm(len(x)).split(128):
-                    loss = F.cross_entropy(network((x[rows] - mean) / spread), y[rows])
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-        network.eval()
-        return lambda q: network((q - mean) / spread).detach()
+        found = network(x, y, classes, epochs=epochs, seed=seed)
+        return lambda q: found(q).detach()
+
+    return fit
+
+
+def tip_adapter(beta: float, alpha: float) -> Fit:
+    """Tip-Adapter without training (arXiv 2111.03930, eq. 3 to 5) beside a linear head, here a ridge regression.
+
+    The paper's head is CLIP's for the names of classes, which features of other networks do not have.
+    """
+
+    def fit(x: Tensor, y: Tensor, classes: int) -> Predict:
+        keys, head, values = F.normalize(x, dim=1), ridge(0.03)(x, y, classes), F.one_hot(y, classes).float()
+
+        def predict(q: Tensor) -> Tensor:
+            votes = [(-beta * (1 - F.normalize(b, dim=1) @ keys.T)).exp() @ values for b in q.split(256)]
+            return head(q) + alpha * torch.cat(votes)
+
+        return predict
 
     return fit
 
@@ -121,12 +126,14 @@ RIVALS: dict[str, Callable[[int, bool], Iterable[Fit]]] = {
     "discriminant": lambda seed, table: [discriminant(s) for s in (0.003, 0.01, 0.03, 0.1, 0.3)],
     "logistic regression": lambda seed, table: [logistic(p) for p in (1e-5, 1e-4, 3e-4, 1e-3, 3e-3)],
     "perceptron": lambda seed, table: [perceptron(epochs, seed) for epochs in (10, 30)],
+    "Tip-Adapter": lambda seed, table: [tip_adapter(b, a) for b in (5.0, 20.0) for a in (0.3, 1.0, 3.0)],
     "boosted trees": lambda seed, table: [boosting(seed)] if table else [],
 }
 
 
 def compare(path: Path, seed: int, *, table: bool) -> dict[str, Any]:
     """All methods on one file, with one seed."""
+    path = Path(str(path).format(seed=seed))
     data = load_dataset(path)
     assert data.train_labels is not None and data.test_labels is not None
     x, y = data.train_images.flatten(1), data.train_labels
@@ -134,12 +141,21 @@ def compare(path: Path, seed: int, *, table: bool) -> dict[str, Any]:
     classes = 1 + int(torch.cat([y, labels]).max())
     ids = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     half, held, fitted = ids[: len(ids) // 2], ids[: len(ids) // 5], ids[len(ids) // 5 :]
+    if (named := named_permanent(str(path))) is not None:  # these features were fitted to some rows
+        half, ids = named, torch.cat([named, ids[~torch.isin(ids, named)]])
+        held, fitted = ids[-(len(ids) // 5) :], ids[: -(len(ids) // 5)]
     found = {}
-    start = time.perf_counter()
-    model = classifier(x, y, ids, half, classes)
-    answers = torch.cat([model(part) for part in test.split(256)])
-    found["munkey"] = scores(answers, labels) | {"seconds": time.perf_counter() - start}
-    found["munkey, nothing permanent"] = scores(classifier(x, y, ids, ids[:0], classes)(test), labels)
+    for name, fixed, epochs in (
+        ("munkey", half, 30),
+        ("munkey, no network", half, 0),
+        ("munkey, nothing permanent", ids[:0], 0),
+    ):
+        start = time.perf_counter()
+        model = classifier(x, y, ids, fixed, classes, epochs=epochs, seed=seed)
+        with torch.no_grad():
+            answers = torch.cat([model(part) for part in test.split(256)])
+        found[name] = scores(answers, labels) | {"seconds": time.perf_counter() - start}
+        print(path.stem, seed, name, f"{100 * found[name]['accuracy']:.2f}", flush=True)
     for name, fits in RIVALS.items():
         tried = [
             (scores(fit(x[fitted], y[fitted], classes)(x[held]), y[held])["accuracy"], fit) for fit in fits(seed, table)
@@ -149,7 +165,6 @@ def compare(path: Path, seed: int, *, table: bool) -> dict[str, Any]:
             start = time.perf_counter()
             found[name] = scores(best(x, y, classes)(test), labels) | {"seconds": time.perf_counter() - start}
             print(path.stem, seed, name, f"{100 * found[name]['accuracy']:.2f}", flush=True)
-    print(path.stem, seed, "munkey", f"{100 * found['munkey']['accuracy']:.2f}", flush=True)
     return found
 
 
@@ -175,9 +190,10 @@ def main() -> None:
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     for path in args.data:
-        if path.stem not in found:
-            runs = [compare(path, seed, table=path.stem in args.tables) for seed in range(args.seeds)]
-            found[path.stem] = summarised(runs)
+        name = path.stem.replace("-{seed}", "")
+        if name not in found:
+            runs = [compare(path, seed, table=name in args.tables) for seed in range(args.seeds)]
+            found[name] = summarised(runs)
             args.out.write_text(json.dumps(found, indent=1))
     print(json.dumps({name: {m: row["accuracy"] for m, row in rows.items()} for name, rows in found.items()}))
 

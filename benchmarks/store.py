@@ -317,7 +317,7 @@ def modelling(rounds: int, rows: int) -> Times:
     images = torch.rand(rows, 1, 28, 28, generator=generator)
     labels = torch.randint(10, (rows,), generator=generator)
     model = KeyMemoryTransformer.for_images(
-        classes=10, channels=1, size=28, key_encoder=Projection.random((1, 28, 28), WIDTH), sparse=True
+        classes=10, channels=1, size=28, key_encoder=Projection.random((1, 28, 28), WIDTH), mode="paper", sparse=True
     )
     ids = torch.arange(rows)
     model.memory.remember(ids, model.key_encoder(images), labels)

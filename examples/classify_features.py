@@ -1,11 +1,13 @@
-"""Classify features of a frozen network, and forget some instances to the bit; nothing is trained.
+"""Classify features of a frozen network, and forget some instances to the bit.
 
     python examples/embed.py --data photographs/ --out features.npz
     python examples/classify_features.py --data features.npz
 
-A share of the instances is permanent: the whitening of keys and two weights are fitted to them. All others can be
-forgotten, and the last lines check it: a classifier that never had them gives the same bits. Everything is here: copy
-it and change what you like. The last line printed is one JSON object with the results.
+A share of the instances is permanent. The whitening of keys is fitted to them, a small network is trained on most of
+them, and the others choose how much votes of neighbours, a linear head on exact sums, and the network count. All other
+instances can be forgotten, and the last lines check it: a classifier that never had them gives the same bits.
+`--epochs 0` trains no network. Everything is here: copy it and change what you like. The last line printed is one JSON
+object with the results.
 """
 
 from __future__ import annotations
@@ -15,27 +17,79 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from sklearn.metrics import balanced_accuracy_score
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from munkey import Identity, KeyMemoryTransformer, Projection
+from munkey import Classification, KeyMemoryTransformer, Projection
+from munkey.readout import ModuleReadout
 from treediff.data import load_dataset
 
 
-def classifier(x: Tensor, y: Tensor, ids: Tensor, fixed: Tensor, classes: int) -> KeyMemoryTransformer:
+class Standardised(nn.Module):
+    """Features with mean 0 and standard deviation 1."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", x.mean(0))
+        self.register_buffer("spread", x.std(0) + 1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = (x - self.mean) / self.spread  # type: ignore[operator]
+        return found
+
+
+def network(x: Tensor, y: Tensor, classes: int, *, epochs: int, seed: int) -> nn.Sequential:
+    """A network with one hidden layer and dropout; a plain PyTorch loop."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = nn.Linear(x.shape[1], 512), nn.GELU(), nn.Dropout(0.5), nn.Linear(512, classes)
+        found = nn.Sequential(Standardised(x), *layers)
+        optimizer = torch.optim.AdamW(found.parameters(), lr=1e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=epochs * -(-len(x) // 128) + 1)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(x)).split(128):
+                loss = F.cross_entropy(found(x[rows]), y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return found.eval()
+
+
+def classifier(
+    x: Tensor, y: Tensor, ids: Tensor, fixed: Tensor, classes: int, *, epochs: int = 0, seed: int = 0
+) -> KeyMemoryTransformer:
     """A classifier that remembers instances; those of `fixed` are permanent."""
-    rest = ids[~torch.isin(ids, fixed)]
-    encoder = (
-        Projection.whitening(x[fixed], y[fixed], fitted_on="permanent split") if len(fixed) else Identity(x.shape[1])
+    if not len(fixed):
+        model = KeyMemoryTransformer.for_features(features=x.shape[1], classes=classes)
+        model.remember(ids, x[ids], y[ids])
+        return model
+    encoder = Projection.whitening(x[fixed], y[fixed], fitted_on="permanent split")
+    trained, held = fixed[len(fixed) // 5 :], fixed[: len(fixed) // 5]
+    readouts = {}
+    if epochs:
+        found = network(x[trained], y[trained], classes, epochs=epochs, seed=seed)
+        readouts["network"] = ModuleReadout(Classification(classes), found, fitted_on="permanent split")
+    model = KeyMemoryTransformer.for_features(
+        features=x.shape[1], classes=classes, key_encoder=encoder, readouts=readouts
     )
-    model = KeyMemoryTransformer.for_features(features=x.shape[1], classes=classes, key_encoder=encoder)
-    if len(fixed):
-        model.remember(fixed, x[fixed], y[fixed], permanent=True)
-        model.fit_readout(x[fixed], y[fixed], ids=fixed)
+    model.remember(fixed, x[fixed], y[fixed], permanent=True)
+    own = held if epochs else fixed  # weights of a network's own instances would tell too much of it
+    model.fit_readout(x[own], y[own], ids=own)
+    rest = ids[~torch.isin(ids, fixed)]
     model.remember(rest, x[rest], y[rest])
     return model
+
+
+def named_permanent(path: str) -> Tensor | None:
+    """The rows that a file of embed.py names, since its network was fitted to them."""
+    if not path.endswith(".npz"):
+        return None
+    with np.load(path) as file:
+        return torch.from_numpy(file["permanent"]) if "permanent" in file.files else None
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -59,6 +113,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits", help="a file of embed.py, or images, whose pixels are the features")
     parser.add_argument("--permanent", type=float, default=0.5, help="share of the instances that cannot be forgotten")
     parser.add_argument("--forget", type=float, default=0.1, help="share of the others that are forgotten")
+    parser.add_argument("--epochs", type=int, default=30, help="of the network; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/features"), help="folder for results")
     args = parser.parse_args()
@@ -68,9 +123,11 @@ def main() -> None:
     x, test = data.train_images.flatten(1), data.test_images.flatten(1)
     y, classes = data.train_labels, 1 + int(torch.cat([data.train_labels, data.test_labels]).max())
     ids = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed))
-    fixed, rest = ids[: int(args.permanent * len(ids))], ids[int(args.permanent * len(ids)) :]
+    fixed = named_permanent(args.data)
+    fixed = ids[: int(args.permanent * len(ids))] if fixed is None else fixed
+    rest = ids[~torch.isin(ids, fixed)]
     start = time.perf_counter()
-    model = classifier(x, y, ids, fixed, classes)
+    model = classifier(x, y, ids, fixed, classes, epochs=args.epochs, seed=args.seed)
     before = model(test)
     seconds = time.perf_counter() - start
     gone = rest[: max(1, int(args.forget * len(rest)))]
@@ -80,13 +137,13 @@ def main() -> None:
     start = time.perf_counter()
     after = model(test)
     to_answer = time.perf_counter() - start
-    never = classifier(x, y, ids[~torch.isin(ids, gone)], fixed, classes)
+    never = classifier(x, y, ids[~torch.isin(ids, gone)], fixed, classes, epochs=args.epochs, seed=args.seed)
     result = {
         "data": data.name,
         "seed": args.seed,
         "instances": len(ids),
         "features": x.shape[1],
-        "readout": repr(model.readout).splitlines()[1].strip(),
+        "weights": dict(zip(model.readout.readouts, model.readout.weights.tolist(), strict=True)),  # type: ignore
         "seconds to remember and answer": seconds,
         "before": scores(before, data.test_labels),
         "forgotten": len(receipt.forgotten),

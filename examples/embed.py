@@ -1,13 +1,15 @@
 """Write features of a frozen network, or of a table, to a file that `classify_features.py` reads.
 
     python examples/embed.py --data photographs/ --encoder efficientnet --size 96 --out features.npz
+    python examples/embed.py --data fashion-mnist --encoder fit --out features.npz   # where no network is at hand
     python examples/embed.py --texts queries.jsonl --model all-MiniLM-L6-v2 --out features.npz
     python examples/embed.py --table people.csv --label income --skip weight --out features.npz
 
-Images are those of `treediff.data.load_dataset`. Each line of texts is an object with `text`, `label` and `split`
-('train' or 'test'); the model is a folder or a name for sentence-transformers. A table has a header and a column
-`split`; numbers are standardised (and their logarithm is taken if they exceed 200), other columns are one-hot, both as
-in the training rows.
+Images are those of `treediff.data.load_dataset`. With `--encoder fit`, a small convolutional network is fitted to a
+share of the training images and their labels; these are permanent, and the file names them. Each line of texts is an
+object with `text`, `label` and `split` ('train' or 'test'); the model is a folder or a name for sentence-transformers.
+A table has a header and a column `split`; numbers are standardised (and their logarithm is taken if they exceed 200),
+other columns are one-hot, both as in the training rows.
 """
 
 from __future__ import annotations
@@ -15,23 +17,49 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
+import kornia.augmentation as kornia
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 from train_munkey import efficientnet_lite0
 
-from munkey import KeyEncoder
+from munkey import ConvEncoder, fit_encoder
+from treediff.augment import Augment
 from treediff.data import load_dataset
 
 Arrays = dict[str, NDArray[np.generic]]
 
 
-def of_images(source: str, encoder: KeyEncoder, size: int | None) -> Arrays:
+def fitted(images: Tensor, labels: Tensor, args: argparse.Namespace) -> ConvEncoder:
+    """A network that is fitted to permanent images, which are moved; images in colour are mirrored, too."""
+    moved = kornia.RandomAffine(0.0, (0.07, 0.07), p=1.0)
+    augment = Augment(moved, kornia.RandomHorizontalFlip()) if images.shape[1] == 3 else Augment(moved)
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        encoder = ConvEncoder(images.shape[1], args.width, "permanent split", args.hidden)
+    generator, progress = torch.Generator().manual_seed(args.seed), partial(tqdm, desc="encoder", mininterval=1.0)
+    return fit_encoder(
+        encoder, images, labels, epochs=args.epochs, augment=augment, generator=generator, progress=progress
+    )
+
+
+def of_images(source: str, args: argparse.Namespace) -> Arrays:
     """Features of images, a batch at a time."""
-    data, found = load_dataset(source, size=size), {}
+    found: Arrays = {}
+    data, encoder = load_dataset(source, size=args.resize), None
+    if args.encoder == "fit":
+        if data.train_labels is None:
+            raise SystemExit(f"{source}: an encoder is fitted to images and labels, found no labels")
+        order = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(args.seed))
+        stay = order[: int(args.permanent * len(order))]
+        encoder, found["permanent"] = fitted(data.train_images[stay], data.train_labels[stay], args), stay.numpy()
+    else:
+        encoder = efficientnet_lite0(args.size)
     for split in ("train", "test"):
         images = getattr(data, f"{split}_images")
         parts = [encoder(part) for part in tqdm(images.split(64), desc=split)]
@@ -92,7 +120,12 @@ def main() -> None:
     source.add_argument("--data", help="images: a name, a file or a folder")
     source.add_argument("--texts", type=Path, help="texts: a file with one JSON object a line")
     source.add_argument("--table", type=Path, help="a table: a CSV file with a header")
-    parser.add_argument("--encoder", default="efficientnet", choices=("efficientnet",), help="for images")
+    parser.add_argument("--encoder", default="efficientnet", choices=("efficientnet", "fit"), help="for images")
+    parser.add_argument("--permanent", type=float, default=0.5, help="with fit: share of images that stay for good")
+    parser.add_argument("--seed", type=int, default=0, help="with fit: decides which images stay, and initial weights")
+    parser.add_argument("--epochs", type=int, default=10, help="with fit: passes over the permanent images")
+    parser.add_argument("--width", type=int, default=128, help="with fit: number of features")
+    parser.add_argument("--hidden", type=int, default=32, help="with fit: channels of the first stage")
     parser.add_argument("--size", type=int, default=96, help="height and width at which the network sees images")
     parser.add_argument("--resize", type=int, help="height and width for images of a folder, if their sizes differ")
     parser.add_argument("--model", help="for texts: folder or name of a sentence-transformers model")
@@ -101,7 +134,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("features.npz"))
     args = parser.parse_args()
     if args.data is not None:
-        found = of_images(args.data, efficientnet_lite0(args.size), args.resize)
+        found = of_images(args.data, args)
     elif args.texts is not None:
         if args.model is None:
             parser.error("--texts needs --model, a folder or a name of a sentence-transformers model")

@@ -1,8 +1,8 @@
 """Forget instances of a trained classifier, at once and without their data, and report the changes.
 
     python examples/train_munkey.py                                   # first train the classifier
+    python examples/forget.py --label 7                               # all of a class that are not permanent
     python examples/forget.py --ids 3 14 15
-    python examples/forget.py --label 7                               # a whole class
     python examples/forget.py --file ids.txt --out runs/forgotten     # an id a line
 
 With `--beside`, the table also has a model that was trained without these instances. The receipt is written as JSON;
@@ -32,7 +32,17 @@ def chosen(model: KeyMemoryTransformer, args: argparse.Namespace) -> list[int]:
     if args.file is not None:
         return [int(line) for line in args.file.read_text().split()]
     there = slice(0, store.used)
-    return sorted(set(store.ids[there][store.labels[there] == args.label].tolist()))
+    of_label = store.labels[there] == args.label
+    if of_label.any() and store.permanent[there][of_label].all():
+        raise SystemExit(f"all instances of class {args.label} are permanent, and cannot be forgotten")
+    return sorted(set(store.ids[there][of_label & ~store.permanent[there]].tolist()))
+
+
+def twins(model: KeyMemoryTransformer, ids: list[int], threshold: float) -> dict[int, int]:
+    """The nearest instance that stays, for each instance that is forgotten but has a near duplicate."""
+    gone, found = set(ids), model.find_near_duplicates(ids, threshold)
+    staying = {own: [other for other, _ in others if other not in gone] for own, others in found.items()}
+    return {own: others[0] for own, others in staying.items() if others}
 
 
 def measure(model: KeyMemoryTransformer, data: ImageDataset, groups: dict[str, torch.Tensor]) -> dict[str, object]:
@@ -68,6 +78,7 @@ def main() -> None:
     parser.add_argument(
         "--missing", default="raise", choices=("raise", "ignore"), help="what to do with ids that are not there"
     )
+    parser.add_argument("--twins", type=float, default=0.99, help="least similarity of a near duplicate")
     parser.add_argument("--beside", type=Path, help="a model trained without these instances")
     args = parser.parse_args()
 
@@ -83,7 +94,7 @@ def main() -> None:
     rows = store.get(ids[:100])  # kept only to search for their bytes afterwards
     kept = sorted(set(store) - set(ids))
     groups = {"forgotten": torch.tensor(ids), "kept": torch.tensor(kept, dtype=torch.int64)}
-    results = {"before": measure(model, data, groups)}
+    results, alike = {"before": measure(model, data, groups)}, twins(model, ids, args.twins)
     start = time.perf_counter()
     receipt = model.forget(ids)
     seconds = time.perf_counter() - start
@@ -105,7 +116,20 @@ def main() -> None:
         f"of their {report.pieces} keys and values the file held {left['before']} before, and holds {left['after']} "
         f"now; {left['tensors']} are in the model's tensors"
     )
-    about = {"seconds": seconds, "rows": receipt.rows, "bytes": receipt.bytes, "found": left, "accuracy": results}
+    if alike:
+        some = ", ".join(f"{own} ({other})" for own, other in list(alike.items())[:5])
+        print(
+            f"{len(alike)} of them have a near duplicate that stays and still answers for them: {some}"
+            f"{', ...' if len(alike) > 5 else ''}; forget these, too, if they show the same thing"
+        )
+    about = {
+        "twins": {str(own): other for own, other in alike.items()},
+        "seconds": seconds,
+        "rows": receipt.rows,
+        "bytes": receipt.bytes,
+        "found": left,
+        "accuracy": results,
+    }
     print(json.dumps({"data": data.name, **about}))
 
 

@@ -2,15 +2,18 @@
 
     python examples/train_munkey.py                                        # real handwritten digits, half a minute
     python examples/train_munkey.py --data fashion-mnist --out runs/munkey-fashion --epochs 10
-    python examples/train_munkey.py --mode exact --permanent 0.5           # weights are trained on half of the images
+    python examples/train_munkey.py --mode paper                           # weights and values, on all images
     python examples/train_munkey.py --resume                               # resumes an interrupted run
 
     python examples/forget.py --label 3                                    # afterwards: forget all threes
 
 With `torchrun --nproc-per-node 2 examples/train_munkey.py` each of two processes has a part of the memory. The model is
 then a folder, `model`, and an interrupted run cannot be resumed. An image's id is its place in the training set. Colour
-images are moved and mirrored. Everything is here: copy it and change what you like. The last line printed is one JSON
-object with the results.
+images are moved and mirrored.
+
+In exact mode a half of the images is permanent. A transformer is trained on most of these; the others choose how much
+its prediction counts beside votes of neighbours and a linear head on exact sums. The other half can be forgotten to the
+bit. Everything is here: copy it and change what you like. The last line printed is one JSON object with the results.
 """
 
 from __future__ import annotations
@@ -161,8 +164,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/munkey"), help="folder for results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="by default as many as take half a minute on the digits")
-    parser.add_argument("--mode", default="paper", choices=("paper", "exact"))
-    parser.add_argument("--permanent", type=float, default=0.5, help="exact mode: share of images to train weights on")
+    parser.add_argument("--mode", default="exact", choices=("exact", "paper"))
+    parser.add_argument("--permanent", type=float, default=0.5, help="exact mode: share of images that stay for good")
     parser.add_argument("--leave-out", type=int, default=0, help="images to leave out; left_out.txt lists them")
     parser.add_argument("--encoder", default="random", help="random, efficientnet, or a file of train_encoder.py")
     parser.add_argument("--key-width", type=int, default=64, help="width of random keys")
@@ -211,13 +214,14 @@ def main() -> None:
     )
     if world.size > 1:
         model.shard()  # each process holds a part of the memory
-    seen = stay if args.mode == "exact" else ids
+    exact = args.mode == "exact"
+    seen, held = stay.split([len(stay) - len(stay) // 5, len(stay) // 5]) if exact else (ids, ids[:0])
     settings = {
         name: value for name, value in vars(args).items() if name not in ("out", "resume", "save_every", "quiet")
     }
     checkpoint, start_time = args.out / "checkpoint.safetensors", time.perf_counter()
     if not args.resume:  # otherwise they come with the checkpoint
-        remember(model, images, labels, seen, world, permanent=args.mode == "exact")
+        remember(model, images, labels, seen, world, permanent=exact)
         model.memory.store.compact()  # in the order in which rows are saved, so that moments fit them
     train(
         model,
@@ -237,7 +241,11 @@ def main() -> None:
         settings=settings,
         quiet=args.quiet,
     )
-    remember(model, images, labels, ids[~torch.isin(ids, seen)], world)
+    if exact:  # weights of the readouts, chosen by permanent images that the transformer was not trained on
+        remember(model, images, labels, held, world, permanent=True)
+        if len(held) > 1:  # every process gives the same images
+            model.fit_readout(images[held], labels[held], ids=held)
+    remember(model, images, labels, ids[~torch.isin(ids, torch.cat([seen, held]))], world)
     seconds = time.perf_counter() - start_time
     model.save(args.out / ("model.safetensors" if world.size == 1 else "model"))
     WipedCheckpoints().remove(str(checkpoint))

@@ -7,8 +7,10 @@ forgotten rows.
 from munkey.audit.pathways import PathwayAccuracies, pathway_accuracies
 from munkey.encoders.base import KeyEncoder
 from munkey.encoders.conv import ConvEncoder
+from munkey.encoders.fitting import fit_encoder
 from munkey.encoders.identity import Identity
 from munkey.encoders.module import ModuleEncoder
+from munkey.encoders.perceptron import PerceptronEncoder
 from munkey.encoders.projection import Projection
 from munkey.memory import KeyValueMemory
 from munkey.model import KeyMemoryTransformer
@@ -35,6 +37,7 @@ __all__ = [
     "ModuleEncoder",
     "MultiLabel",
     "PathwayAccuracies",
+    "PerceptronEncoder",
     "Projection",
     "RankMix",
     "Receipt",
@@ -45,5 +48,6 @@ __all__ = [
     "SoftmaxMix",
     "Task",
     "ValueWriter",
+    "fit_encoder",
     "pathway_accuracies",
 ]

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from munkey.encoders.base import KeyEncoder
 from munkey.encoders.conv import ConvEncoder
 from munkey.encoders.identity import Identity
+from munkey.encoders.perceptron import PerceptronEncoder
 from munkey.encoders.projection import Projection
 from munkey.memory import KeyValueMemory
+from munkey.readout.base import Readout
+from munkey.readout.exemplar import ExemplarReadout
 from munkey.search.exact import Search, exact
 from munkey.search.faiss import FaissSearch
 from munkey.sharded import ShardedKeyStore
@@ -50,6 +53,7 @@ Path = str | os.PathLike[str]
 _OWN: dict[str, type[KeyEncoder]] = {
     "ConvEncoder": ConvEncoder,
     "Identity": Identity,
+    "PerceptronEncoder": PerceptronEncoder,
     "Projection": Projection,
 }
 _ENCODER, _ROWS = "key_encoder.", "memory.store."
@@ -57,8 +61,10 @@ _ENCODER, _ROWS = "key_encoder.", "memory.store."
 
 #: Searches that `load` builds from the file; any other search is passed to `load`, as a function of the store.
 _SEARCHES: dict[str, Callable[[KeyStore], Search]] = {"FaissSearch": FaissSearch}
-#: Attributes of a model that may have been set since the model was built.
-_SETTINGS = ("mode", "neighbours", "own_token_probability", "drop_input", "drop_exemplar", "sparse")
+#: Attributes of a transformer's readout that may have been set since the model was built.
+_SETTINGS = ("neighbours", "own_token_probability", "drop_input", "drop_exemplar", "stop_gradient", "sparse")
+#: Prefixes of the names of tensors in format 1, where a model had a transformer and no other readout.
+_MOVED = {"network.": "readout.network.", "aggregation.": "readout.aggregation."}
 
 
 class MemoryModel(Protocol):
@@ -66,6 +72,8 @@ class MemoryModel(Protocol):
 
     key_encoder: KeyEncoder
     memory: KeyValueMemory
+    readout: Readout
+    mode: str
     config: dict[str, Any] | None
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,7 +113,10 @@ def _config_of(model: MemoryModel) -> dict[str, Any] | None:
     """Return the configuration of a model, with its current settings."""
     if model.config is None:
         return None
-    today = {name: getattr(model, name) for name in _SETTINGS} | {"metric": model.memory.metric}
+    today = {"mode": model.mode, "metric": model.memory.metric}
+    for part in model.readout.modules():
+        if isinstance(part, ExemplarReadout):
+            today |= {name: getattr(part, name) for name in _SETTINGS}
     factory = next(name for name in model.config if name != "own")
     arguments = {name: today.get(name, value) for name, value in model.config[factory].items()}
     return {**model.config, factory: arguments}
@@ -182,7 +193,7 @@ def _made(
             with lasting():
                 config, own = _with_task(config, parts)
                 model = build(cls, config, path, own, **arguments)
-    _fill(model, tensors, path, encoder, rows, secret)
+    _fill(model, {_moved(name): x for name, x in tensors.items()}, path, encoder, rows, secret)
     if rows is None:
         store = model.memory.store
         store.seed, store.scale, store.secret = about["seed"], about["scale"], secret
@@ -206,14 +217,32 @@ def _search(
 
 
 def _today(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration in the current format; in format 1, inputs and classes are beside the settings."""
-    if "inputs" not in config:
-        return config
-    inputs, settings = dict(config["inputs"]), {k: v for k, v in config.items() if k not in ("inputs", "num_classes")}
-    factory = "for_images" if "channels" in inputs else "for_vectors"
-    if "count" in inputs:
-        inputs["tokens"] = inputs.pop("count")
-    return {factory: {**inputs, **settings, "task": Classification(config["num_classes"]).config()}}
+    """Return a configuration in the current form.
+
+    In format 1, inputs and classes are beside the settings. Before there were other readouts, every model had a
+    transformer, which was trained in another way.
+    """
+    if "inputs" in config:
+        inputs = dict(config["inputs"])
+        settings = {k: v for k, v in config.items() if k not in ("inputs", "num_classes")}
+        factory = "for_images" if "channels" in inputs else "for_vectors"
+        if "count" in inputs:
+            inputs["tokens"] = inputs.pop("count")
+        config = {factory: {**inputs, **settings, "task": Classification(config["num_classes"]).config()}}
+    for factory in {"for_images", "for_vectors"} & config.keys():
+        given = dict(config[factory])
+        if "readout" not in given:
+            given |= {"readout": "transformer", "stop_gradient": False}
+            if given.get("own_token_probability") is None:
+                given["own_token_probability"] = float(given.get("mode") == "paper")
+        config = {**config, factory: given}
+    return config
+
+
+def _moved(name: str) -> str:
+    """Return the present name of a tensor."""
+    old = next((old for old in _MOVED if name.startswith(old)), "")
+    return _MOVED.get(old, "") + name.removeprefix(old)
 
 
 def _with_task(config: dict[str, Any], parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -197,13 +197,20 @@ class KeyValueMemory(nn.Module):
         labels: Tensor = every.index_copy(0, there, found).unflatten(0, rows.shape)
         return labels
 
-    def read(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
-        """Return the values `(..., V)` of rows `(...)`; the null token for row -1."""
+    def read(self, rows: Tensor, *, sparse: bool = False, frozen: bool = False) -> Tensor:
+        """Return the values `(..., V)` of rows `(...)`; the null token for row -1.
+
+        Args:
+            rows: `(...)` int64 row numbers.
+            sparse: see `KeyStore.read`.
+            frozen: whether no gradient reaches the values of the store; the null token and the writer get theirs.
+        """
         flat = rows.flatten()
         there = (flat >= 0).nonzero().squeeze(1)
         values = self.null.repeat(len(flat), 1)
         if len(there) or isinstance(self.store, ShardedKeyStore):  # all ranks read together
             found = self.store.read(flat[there], sparse=sparse)
+            found = found.detach() if frozen else found
             if self.writer is not None:
                 _, keys, labels = self.store.described(flat[there])
                 found = found + self.writer(keys, labels)

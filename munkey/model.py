@@ -1,9 +1,9 @@
-"""A transformer that keeps what is particular to an instance in a memory, from which an instance can be deleted.
+"""A classifier that keeps what is particular to an instance in a memory, from which an instance can be deleted.
 
-The model follows the published description of MUNKEY (arXiv 2603.15033). A frozen encoder computes a key for each
-training instance, and the instance owns a value. The classifier reads the values of the nearest keys beside the tokens
-of the input. Forgetting an instance deletes its key, value and label from the memory; no weight changes. Choices that
-the paper leaves open are parameters.
+A frozen encoder computes a key for each training instance. The memory holds key, label and value of the instance.
+Readouts predict from the nearest keys and from sums over all rows. Forgetting an instance deletes its row; no weight
+changes. The paper's model (MUNKEY, arXiv 2603.15033), a transformer that reads the values of the nearest keys beside
+the tokens of the input, is one of the readouts. Choices that the paper leaves open are parameters.
 
 Letters: `B` batch, `C H W` image, `D` width of a key, `V` width of a value, `k` neighbours, `n` classes, `S` tokens of
 an input, `W` their width.
@@ -11,7 +11,7 @@ an input, `W` their width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, Self, Unpack
 
 import torch
@@ -23,11 +23,11 @@ from munkey.encoders.base import KeyEncoder, check_encoder
 from munkey.encoders.identity import Identity
 from munkey.memory import KeyValueMemory
 from munkey.presets import DEFAULTS, OF_NETWORK, Settings, feature_parts, model_parts, patch_for
-from munkey.readout.aggregate import Aggregation, Ensemble, Retrieved
 from munkey.readout.base import Query, Readout
+from munkey.readout.exemplar import ExemplarReadout
 from munkey.readout.mixture import Mixture, fitted_weights
+from munkey.readout.module import ModuleReadout
 from munkey.readout.tokens import ImageTokens, VectorTokens
-from munkey.readout.transformer import ExemplarTransformer
 from munkey.search.exact import Search
 from munkey.sharded import ShardedKeyStore
 from munkey.sharded.ranks import Ranks
@@ -35,7 +35,7 @@ from munkey.store.checks import ordered_ids
 from munkey.store.receipts import Receipt
 from munkey.store.store import KeyStore
 from munkey.task import Classification, Task
-from treediff.core.checks import check_batch, check_positive, check_size
+from treediff.core.checks import check_positive, check_size
 from treediff.core.ema import EMA
 from treediff.core.io import Path, record
 from treediff.core.noise import drawing_from
@@ -44,44 +44,31 @@ __all__ = ["KeyMemoryTransformer"]
 
 
 class KeyMemoryTransformer(nn.Module):
-    """A classifier with a pathway for the input and a pathway for the memory.
+    """A classifier that reads a memory: a frozen encoder from inputs to keys, the memory, and a readout.
 
-    The transformer reads a class token, the tokens of the input, and one exemplar token, the projected value of a
-    neighbour. Each pathway has a learned null, which replaces a pathway that is dropped in training or switched off.
+    A readout predicts from the input, its key and the nearest rows: votes of neighbours, a linear head on exact sums, a
+    transformer that reads the input beside values, or a `Mixture` of such readouts; see `munkey.readout`.
 
-    In place of the transformer a model may have a readout that learns nothing, such as votes of neighbours and a linear
-    head on exact sums; see `for_features` and `munkey.readout`.
+    There are two modes, with different guarantees:
 
-    There are two modes of training, with different guarantees:
-
-    - *paper*: weights and values are trained together on all instances. Deleting an instance leaves the same weights
-      beside a memory that never held the instance. The weights were trained on the instance; what the weights kept
-      must be measured.
     - *exact*: weights are trained on permanent instances only. Every other instance gets a value computed from its key
       and label. Deleting the instance leaves a model that is equal, bit for bit, to a model that never had the
       instance. The encoder must not have been fitted to the instance either.
+    - *paper*: weights and values of a transformer are trained together on all instances. Deleting an instance leaves
+      the same weights beside a memory that never held the instance. The weights were trained on the instance; what the
+      weights kept must be measured.
 
     Args:
         key_encoder: from inputs to keys, frozen.
-        memory: keys and values of instances; with a writer in exact mode.
-        network: the transformer.
-        readout: prediction from key and neighbours, in place of the transformer.
-        task: kind of label that is predicted; one of `network.outputs` classes if not given.
-        mode: 'paper' or 'exact'.
-        aggregation: combines several neighbours into one prediction; `Ensemble` if not given.
-        neighbours: `k`, number of retrieved rows.
-        own_token_probability: share of the instances in training that read their own value. All others read values of
-            their neighbours, without their own. Always 0 in exact mode, where a value holds the label.
-        drop_input: share of the instances whose input is hidden in training.
-        drop_exemplar: share of the instances whose exemplar is hidden; input and exemplar are never both hidden.
-        sparse: whether gradients of values are sparse, for optimisers like SparseAdam, whose cost follows the batch.
+        memory: keys and values of instances; with a writer if a transformer reads them in exact mode.
+        readout: prediction from input, key and neighbours.
+        mode: 'exact' or 'paper'.
 
     Raises:
-        TypeError: if a number is not whole.
-        ValueError: if encoder, memory, network and task do not fit together, a share is out of range, or exact mode
-            would not be exact.
+        ValueError: if encoder, memory and readout do not fit together, or exact mode would not be exact.
 
     Attributes:
+        task: kind of label that is predicted.
         config: arguments of the factory that built the model; None for a model that was built from parts.
     """
 
@@ -92,51 +79,24 @@ class KeyMemoryTransformer(nn.Module):
     )
 
     def __init__(
-        self,
-        *,
-        key_encoder: KeyEncoder,
-        memory: KeyValueMemory,
-        network: ExemplarTransformer | None = None,
-        readout: Readout | None = None,
-        task: Task | None = None,
-        mode: str = "paper",
-        aggregation: Aggregation | None = None,
-        neighbours: int = 4,
-        own_token_probability: float | None = None,
-        drop_input: float = 0.2,
-        drop_exemplar: float = 0.2,
-        sparse: bool = False,
+        self, *, key_encoder: KeyEncoder, memory: KeyValueMemory, readout: Readout, mode: str = "exact"
     ) -> None:
         super().__init__()
-        check_positive(neighbours=neighbours)
         check_encoder(key_encoder)
         if key_encoder.width != memory.store.widths[0]:
             raise ValueError(
                 f"the encoder gives keys of width {key_encoder.width}, the memory has {memory.store.widths[0]}"
             )
-        if (network is None) == (readout is None):
-            raise ValueError("give network= or readout=, one of both")
-        if network is not None and network.value_width != memory.store.widths[1]:
-            raise ValueError(
-                f"the network reads values of width {network.value_width}, the memory has {memory.store.widths[1]}"
-            )
-        self.task = _task_of(network, readout, task)
+        self.task, self.mode = readout.task, mode
         labels = memory.store.settings()
-        outputs = self.task.outputs if network is None else network.outputs
-        if (self.task.outputs, self.task.label_shape) != (outputs, labels["label_shape"]):
+        if self.task.label_shape != labels["label_shape"]:
             raise ValueError(
-                f"the task {self.task} needs a network of {self.task.outputs} outputs and a memory of labels of shape "
-                f"{self.task.label_shape}, found {outputs} outputs and labels of shape {labels['label_shape']}"
+                f"the task {self.task} needs a memory of labels of shape {self.task.label_shape}, found labels of "
+                f"shape {labels['label_shape']}"
             )
-        self.mode = _check_mode(mode, key_encoder, memory, readout)
-        own = (1.0 if mode == "paper" else 0.0) if own_token_probability is None else own_token_probability
-        _check_shares(mode, own_token_probability=own, drop_input=drop_input, drop_exemplar=drop_exemplar)
-        self.neighbours, self.sparse = int(neighbours), bool(sparse)
-        shares = own, drop_input, drop_exemplar
-        self.own_token_probability, self.drop_input, self.drop_exemplar = map(float, shares)
+        _check_readout(mode, key_encoder, memory, readout)
         self.key_encoder = key_encoder.requires_grad_(False)
-        self.memory, self.network, self.readout = memory, network, readout
-        self.aggregation = aggregation or Ensemble()
+        self.memory, self.readout = memory, readout
         self.config: dict[str, Any] | None = None
 
     @classmethod
@@ -234,6 +194,7 @@ class KeyMemoryTransformer(nn.Module):
         temperature: float = 0.1,
         shrinkage: float = 0.6,
         metric: str = "cosine",
+        readouts: Mapping[str, Readout] | None = None,
         search: Callable[[KeyStore], Search] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -244,7 +205,7 @@ class KeyMemoryTransformer(nn.Module):
         regression for other labels. There is nothing to train: `remember` takes instances and new classes at once. With
         features that a `Projection.whitening` of permanent instances maps to keys, and weights of the mixture that
         `fit_readout` chose on these, it is about as accurate as logistic regression on the same features; see
-        docs/results/readouts.md.
+        docs/results/readouts.md. A network that was trained on permanent instances can join it as a `ModuleReadout`.
 
         Args:
             features: dimensions of an input.
@@ -255,6 +216,8 @@ class KeyMemoryTransformer(nn.Module):
             temperature: of the votes; see `NeighbourVote`.
             shrinkage: of the linear head; see `DiscriminantReadout`.
             metric: 'cosine' or 'dot'.
+            readouts: others that join the mixture by name; their weight is 0 until `fit_readout` chose the weights.
+                They are passed to `load` again, as `readouts=`.
             search: builds the search for nearest rows from the memory's store; exact if not given.
             device: of the model.
             dtype: of the memory.
@@ -273,11 +236,13 @@ class KeyMemoryTransformer(nn.Module):
         encoder = Identity(features) if key_encoder is None else key_encoder
         kind = _task(classes, task)
         settings = {"neighbours": neighbours, "temperature": temperature, "shrinkage": shrinkage, "metric": metric}
-        parts = feature_parts(kind, encoder, **settings, device=device, dtype=dtype)  # type: ignore[arg-type]
+        others = dict(readouts or {})
+        parts = feature_parts(kind, encoder, others, **settings, device=device, dtype=dtype)  # type: ignore[arg-type]
         model = cls(**parts)
         if search is not None:
             model.memory.search = search(model.memory.store)
-        model.config = record("for_features", {"features": features, **settings, "task": kind.config()}, {})
+        own = {"readouts": nn.ModuleDict(others)} if others else {}
+        model.config = record("for_features", {"features": features, **settings, "task": kind.config()}, own)
         return model
 
     @classmethod
@@ -304,7 +269,7 @@ class KeyMemoryTransformer(nn.Module):
         if search is not None:
             model.memory.search = search(model.memory.store)
         own: dict[str, Any] = {name: part for name, part in settings.items() if isinstance(part, nn.Module)}
-        settings["own_token_probability"] = model.own_token_probability
+        settings["own_token_probability"] = model.exemplar_readout.own_token_probability
         arguments = {**shapes, **settings, "task": task.config()}
         replaced = (*own, *(OF_NETWORK if "network" in own else ()))
         model.config = record(factory, {name: arguments[name] for name in arguments if name not in replaced}, own)
@@ -383,52 +348,37 @@ class KeyMemoryTransformer(nn.Module):
             TypeError: if the inputs are no floating-point tensor, or `exclude_ids` has no order, such as a set.
             ValueError: if the inputs have another shape than the model was built for, or are not finite.
         """
-        if self.readout is not None and use_input and use_memory:
-            return self._read_out(self.readout, x, exclude_ids, keys)
-        network = self.transformer
-        network.tokens.check(x)
-        inputs = network.tokens(x) if use_input else network.null_input.expand(len(x), -1, -1)
-        if not use_memory:
-            nothing: Tensor = network(inputs, self.memory.null.expand(len(x), 1, -1))
-            return nothing.squeeze(1)
-        if self.mode == "exact" and self.training and torch.is_grad_enabled():
+        self._check_inputs(x)
+        readout = self.readout if use_input and use_memory else self.exemplar_readout
+        if self.mode == "exact" and self.training and torch.is_grad_enabled() and self.has_transformer:
             _check_exact(self.memory.store)
-        own = None if exclude_ids is None else ordered_ids(exclude_ids)
-        queries = self.key_encoder(x) if keys is None else keys
-        found = self.memory(queries, self.neighbours, exclude_ids=own)
-        logits: Tensor = self.aggregation(found, lambda values: network(inputs, values), self.task.average)
-        return logits
+        query = self._query(x, keys, exclude_ids=exclude_ids, use_input=use_input, use_memory=use_memory)
+        outputs: Tensor = readout(query)
+        return outputs
 
     @property
-    def transformer(self) -> ExemplarTransformer:
-        """The transformer; raise ValueError if the model has none."""
-        if self.network is None:
-            raise ValueError(
-                "this model has a readout in place of a transformer: it learns nothing, and has one pathway; build it "
-                "with for_images or for_vectors to train a transformer"
-            )
-        return self.network
+    def has_transformer(self) -> bool:
+        """True if a readout has a transformer: weights that are trained, and pathways that can be switched off."""
+        return bool(_transformers(self.readout))
+
+    @property
+    def exemplar_readout(self) -> ExemplarReadout:
+        """The readout with a transformer, alone or as part of a mixture; raise ValueError if there is none."""
+        if found := _transformers(self.readout):
+            return found[0]
+        raise ValueError(
+            "this model has no transformer: it learns nothing, and has one pathway; build it with for_images or "
+            "for_vectors to train a transformer"
+        )
 
     def _check_inputs(self, x: Tensor) -> None:
         """Raise TypeError or ValueError unless `x` is a batch of inputs."""
-        if self.network is not None:
-            self.network.tokens.check(x)
-        elif isinstance(self.key_encoder, Identity):
-            check_batch(x, (self.key_encoder.width,), self.memory.store.values.dtype, None, "features")
-
-    def _read_out(
-        self, readout: Readout, x: Tensor, exclude_ids: Iterable[int] | Tensor | None, keys: Tensor | None
-    ) -> Tensor:
-        """Return the outputs of the readout."""
-        self._check_inputs(x)
-        query = self._query(x, keys, exclude_ids=exclude_ids)
-        with self.memory.store.lock:  # all parts read the same rows
-            outputs: Tensor = readout(query)
-        return outputs
+        self.key_encoder.check(x)
+        self.readout.check(x)
 
     def _query(self, x: Tensor, keys: Tensor | None, **about: Any) -> Query:  # noqa: ANN401
-        found = self.key_encoder(x) if keys is None else keys
-        return Query(self.memory, x, found, max(1, self.readout.neighbours), **about)  # type: ignore[union-attr]
+        found = (lambda: self.key_encoder(x)) if keys is None else keys
+        return Query(self.memory, x, found, max(1, self.readout.neighbours), **about)
 
     @torch.no_grad()
     def fit_readout(
@@ -446,13 +396,15 @@ class KeyMemoryTransformer(nn.Module):
         its id, and sums leave out its fold, as in cross-validation. Without `ids`, the instances are held out: none of
         them may be in the memory.
 
-        Weights are not changed by a deletion. So in exact mode instances in the memory have to be permanent.
+        Weights are not changed by a deletion. So in exact mode instances in the memory have to be permanent. If weights
+        of a readout are trained, they should not have been trained on these instances, which they know too well. With a
+        memory on several ranks, all ranks give the same instances.
 
         Args:
             x: `(B, ...)` inputs.
             labels: `(B, ...)`, as the task defines them.
             ids: `(B,)` id of each instance in the memory.
-            folds: number of parts of the instances for cross-validation.
+            folds: number of parts of the instances for cross-validation, at most one for each instance.
             keys: `(B, D)` precomputed keys of the inputs.
 
         Returns:
@@ -461,13 +413,15 @@ class KeyMemoryTransformer(nn.Module):
         Raises:
             KeyError: if an id is not in the memory.
             TypeError: if the readout is no mixture, or a number is not whole.
-            ValueError: if there is no instance, an id can be forgotten in exact mode, or there are more folds than
-                instances.
+            ValueError: if there is no instance, or one only with an id, an id can be forgotten in exact mode, there are
+                fewer than two folds, or ranks give different instances.
         """
         if not isinstance(self.readout, Mixture):
             raise TypeError(f"only a Mixture has weights to fit, found {type(self.readout).__name__}")
         self._check_inputs(x)
-        targets = self.task.check(labels, len(x)).to(x.device)
+        targets, store = self.task.check(labels, len(x)).to(x.device), self.memory.store
+        if isinstance(store, ShardedKeyStore):  # ranks with different weights would wait for each other
+            store.ranks.same("instances to fit a readout to", (len(x), float(x.double().sum()), targets.tolist()))
         if ids is None:
             outputs = self.readout.outputs(self._query(x, keys))
         else:
@@ -487,15 +441,15 @@ class KeyMemoryTransformer(nn.Module):
                 "instances, or held-out instances without ids"
             )
         check_positive(folds=folds)
-        if not 2 <= folds <= len(ids):
-            raise ValueError(f"folds must be from 2 to the number of instances, {len(ids)}; found {folds}")
+        if min(folds, len(ids)) < 2:
+            raise ValueError(f"expected at least two folds and two instances, found {folds} and {len(ids)}")
         parts = []
         for fold in torch.arange(len(ids)).chunk(folds):
             own = [ids[i] for i in fold.tolist()]
             query = self._query(
                 x[fold], None if keys is None else keys[fold], exclude_ids=own, without=store.rows_of(own)
             )
-            parts.append(self.readout.outputs(query))  # type: ignore[union-attr,operator]
+            parts.append(self.readout.outputs(query))  # type: ignore[operator]
         return torch.cat(parts, 1)
 
     # --- training -----------------------------------------------------------------------------------------
@@ -523,8 +477,8 @@ class KeyMemoryTransformer(nn.Module):
             ValueError: as for `forward`, or if a label is out of range; in exact mode also if the memory holds
                 something that can be forgotten.
         """
-        network = self.transformer
-        network.tokens.check(x)
+        readout = self.exemplar_readout
+        self._check_inputs(x)
         wanted = ordered_ids(ids)
         if len(wanted) != len(x):
             raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
@@ -533,32 +487,7 @@ class KeyMemoryTransformer(nn.Module):
         targets = self.task.check(labels, len(x)).to(x.device)
         if self.mode == "exact":
             _check_exact(self.memory.store)
-        uniform = torch.rand(4, len(x), generator=generator, device=x.device)
-        hidden, alone = uniform[0] < self.drop_input, uniform[0] >= 1 - self.drop_exemplar
-        inputs = torch.where(hidden[:, None, None], network.null_input, network.tokens(x))
-        values = self._values(wanted, uniform, alone)
-        return self.task.losses(network(inputs, values[:, None]).squeeze(1), targets).mean()
-
-    def _values(self, wanted: list[int], uniform: Tensor, alone: Tensor) -> Tensor:
-        """Return the value `(B, V)` that each instance is trained with; the null token for a hidden exemplar.
-
-        Only rows in use are read, since a sparse optimiser changes every row that was read.
-        """
-        memory, store = self.memory, self.memory.store
-        rows = store.one_row_of_each(wanted, uniform[2])
-        if self.own_token_probability == 1:
-            return memory.read(torch.where(alone, -1, rows), sparse=self.sparse)
-        near, scores = memory.neighbours_of_rows(rows, self.neighbours)
-        own = uniform[1] < self.own_token_probability
-        if isinstance(self.aggregation, Ensemble):
-            pick = self.aggregation.pick(near >= 0, uniform[3])
-            rows = torch.where(own, rows, near.gather(1, pick[:, None]).squeeze(1))
-            return memory.read(torch.where(alone, -1, rows), sparse=self.sparse)
-        theirs = torch.where((own | alone)[:, None], -1, near)
-        tokens = memory.read(theirs, sparse=self.sparse)
-        found = Retrieved(tokens, scores.masked_fill(theirs < 0, -torch.inf), theirs)
-        mine = memory.read(torch.where(own & ~alone, rows, -1), sparse=self.sparse)
-        return torch.where((own & ~alone)[:, None], mine, self.aggregation.one(found, uniform[3]))
+        return readout.loss(self.memory, x, targets, wanted, generator=generator)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return groups of all trained weights except the values: matrices with decay, vectors and nulls without.
@@ -571,7 +500,7 @@ class KeyMemoryTransformer(nn.Module):
         """
         values = self.memory.store.values
         trained = [weight for weight in self.parameters() if weight.requires_grad and weight is not values]
-        nulls = (self.transformer.start, self.transformer.null_input, self.memory.null)
+        nulls = (*self.exemplar_readout.nulls(), self.memory.null)
         plain = [weight for weight in trained if weight.ndim < 2 or any(weight is null for null in nulls)]
         decayed = [weight for weight in trained if all(weight is not other for other in plain)]
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -651,36 +580,33 @@ class KeyMemoryTransformer(nn.Module):
         return self.memory.find_near_duplicates(ids, threshold)
 
 
-def _task_of(network: ExemplarTransformer | None, readout: Readout | None, task: Task | None) -> Task:
-    """Return the task of a model; a readout has its own."""
-    if network is not None:
-        return Classification(network.outputs) if task is None else task
-    own: Task = readout.task  # type: ignore[union-attr]
-    if task is not None and task != own:
-        raise ValueError(f"the readout predicts {own}, and task is {task}; leave task out")
-    return own
-
-
 def _task(classes: int | None, task: Task | None) -> Task:
     if (classes is None) == (task is None):
         raise ValueError(f"give classes= or task=, one of both; found classes={classes!r} and task={task!r}")
     return Classification(classes) if task is None else task  # type: ignore[arg-type]
 
 
-_MODES = ("paper", "exact")
+def _transformers(readout: Readout) -> list[ExemplarReadout]:
+    """Return all readouts with a transformer."""
+    return [part for part in readout.modules() if isinstance(part, ExemplarReadout)]
 
 
-def _check_mode(mode: str, key_encoder: KeyEncoder, memory: KeyValueMemory, readout: Readout | None) -> str:
-    """Return `mode` if encoder, memory and readout allow it.
+_MODES = ("exact", "paper")
 
-    Raises:
-        ValueError: if there is no such mode, or exact mode would not be exact.
-    """
+
+def _check_readout(mode: str, key_encoder: KeyEncoder, memory: KeyValueMemory, readout: Readout) -> None:
+    """Raise ValueError if there is no such mode, the parts do not fit, or exact mode would not be exact."""
+    transformers = _transformers(readout)
     if mode not in _MODES:
-        raise ValueError(f"mode must be 'paper' or 'exact', found {mode!r}")
+        raise ValueError(f"mode must be 'exact' or 'paper', found {mode!r}")
+    if len(transformers) > 1:
+        raise ValueError(f"values belong to one transformer, found {len(transformers)} readouts with a transformer")
+    for transformer in transformers:
+        if (wanted := transformer.network.value_width) != memory.store.widths[1]:
+            raise ValueError(f"the network reads values of width {wanted}, the memory has {memory.store.widths[1]}")
     if mode == "paper":
-        return mode
-    if memory.writer is None and readout is None:
+        return
+    if transformers and memory.writer is None:
         raise ValueError(
             "mode='exact' needs KeyValueMemory(writer=ValueWriter(...)); the writer computes values of instances that "
             "were not trained on"
@@ -695,7 +621,18 @@ def _check_mode(mode: str, key_encoder: KeyEncoder, memory: KeyValueMemory, read
             "in exact mode the encoder must not have seen what can be forgotten; fit it to other data or to the "
             "permanent split, or use mode='paper'"
         )
-    return mode
+    for part in readout.modules():
+        if isinstance(part, ModuleReadout) and part.fitted_on == "forgettable":
+            raise ValueError(
+                "in exact mode a module must not have been trained on what can be forgotten; train it on the permanent "
+                "split, or use mode='paper'"
+            )
+    for transformer in transformers:
+        if transformer.own_token_probability:
+            raise ValueError(
+                "own_token_probability must be 0 in exact mode, where a written value holds the label of its instance; "
+                f"found {transformer.own_token_probability}"
+            )
 
 
 def _check_exact(store: KeyStore) -> None:
@@ -705,21 +642,4 @@ def _check_exact(store: KeyStore) -> None:
             f"in exact mode weights are trained on permanent instances, but the memory holds {store.forgettable} rows "
             "that can be forgotten; train first, on instances remembered with permanent=True, and remember others "
             "afterwards"
-        )
-
-
-def _check_shares(mode: str, **shares: float) -> None:
-    """Raise ValueError if shares are out of range, or do not fit together."""
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, found {share}")
-    drop_input, drop_exemplar = shares["drop_input"], shares["drop_exemplar"]
-    if drop_input + drop_exemplar > 1:
-        raise ValueError(
-            f"drop_input and drop_exemplar must add up to 1 at most, found {drop_input} and {drop_exemplar}"
-        )
-    if mode == "exact" and shares["own_token_probability"]:
-        raise ValueError(
-            "own_token_probability must be 0 in exact mode, where a written value holds the label of its instance; "
-            f"found {shares['own_token_probability']}"
         )

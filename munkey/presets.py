@@ -12,6 +12,7 @@ from munkey.encoders.base import KeyEncoder, check_encoder
 from munkey.memory import KeyValueMemory
 from munkey.readout.aggregate import AGGREGATIONS, Aggregation
 from munkey.readout.base import Readout
+from munkey.readout.exemplar import ExemplarReadout
 from munkey.readout.features import UnitFeatures
 from munkey.readout.linear import DiscriminantReadout, RidgeReadout
 from munkey.readout.mixture import Mixture
@@ -30,16 +31,19 @@ class Settings(TypedDict, total=False):
     """Settings of the factories of `KeyMemoryTransformer`, besides shapes, task and encoder.
 
     Attributes:
-        mode: 'paper' or 'exact'; 'paper' if not given.
+        mode: 'exact' or 'paper'; 'exact' if not given.
+        readout: 'mixture', of votes, a linear head on exact sums and the transformer, or 'transformer' alone; the
+            mixture in exact mode, the transformer in paper mode.
         width: of the transformer; 64.
         depth: number of blocks; 2.
         heads: of the attention; 4.
         dropout: in the blocks, in training only; 0.
         value_width: dimensions of a value; 128, as in the paper.
         aggregation: 'ensemble', 'softmax' or 'rank', or a module; 'ensemble'.
-        neighbours: number of retrieved rows; 4, as in the paper.
+        neighbours: number of rows that the transformer reads; 4, as in the paper.
         metric: 'cosine' or 'dot'; 'cosine'.
-        own_token_probability: see `KeyMemoryTransformer`; 1 in paper mode.
+        own_token_probability: see `ExemplarReadout`; 0.7 in paper mode, 0 in exact mode.
+        stop_gradient: see `ExemplarReadout`; True.
         drop_input: share of the instances whose input is hidden in training; 0.2.
         drop_exemplar: share of the instances whose exemplar is hidden in training; 0.2.
         sparse: whether gradients of values are sparse; False.
@@ -49,6 +53,7 @@ class Settings(TypedDict, total=False):
     """
 
     mode: str
+    readout: str | None
     width: int
     depth: int
     heads: int
@@ -58,6 +63,7 @@ class Settings(TypedDict, total=False):
     neighbours: int
     metric: str
     own_token_probability: float | None
+    stop_gradient: bool
     drop_input: float
     drop_exemplar: float
     sparse: bool
@@ -68,7 +74,8 @@ class Settings(TypedDict, total=False):
 
 #: Defaults of the settings.
 DEFAULTS: Settings = {
-    "mode": "paper",
+    "mode": "exact",
+    "readout": None,
     "width": 64,
     "depth": 2,
     "heads": 4,
@@ -78,6 +85,7 @@ DEFAULTS: Settings = {
     "neighbours": 4,
     "metric": "cosine",
     "own_token_probability": None,
+    "stop_gradient": True,
     "drop_input": 0.2,
     "drop_exemplar": 0.2,
     "sparse": False,
@@ -100,6 +108,7 @@ def model_parts(
     task: Task,
     key_encoder: KeyEncoder,
     mode: str,
+    readout: str | None,
     width: int,
     depth: int,
     heads: int,
@@ -109,6 +118,7 @@ def model_parts(
     neighbours: int,
     metric: str,
     own_token_probability: float | None,
+    stop_gradient: bool,
     drop_input: float,
     drop_exemplar: float,
     sparse: bool,
@@ -126,6 +136,7 @@ def model_parts(
         task: kind of label that is predicted.
         key_encoder: from inputs to keys.
         mode: see `Settings`.
+        readout: see `Settings`.
         width: see `Settings`.
         depth: see `Settings`.
         heads: see `Settings`.
@@ -135,6 +146,7 @@ def model_parts(
         neighbours: see `Settings`.
         metric: see `Settings`.
         own_token_probability: see `Settings`.
+        stop_gradient: see `Settings`.
         drop_input: see `Settings`.
         drop_exemplar: see `Settings`.
         sparse: see `Settings`.
@@ -152,6 +164,9 @@ def model_parts(
     exact = mode == "exact"
     check_positive(depth=depth, neighbours=neighbours)
     check_encoder(key_encoder)
+    readout = readout or ("mixture" if exact else "transformer")
+    if readout not in ("mixture", "transformer"):
+        raise ValueError(f"readout must be 'mixture' or 'transformer', found {readout!r}")
     if isinstance(aggregation, str) and aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}; found {aggregation!r}")
     labels: dict[str, Any] = {"label_shape": task.label_shape, "label_dtype": task.label_dtype}
@@ -168,24 +183,47 @@ def model_parts(
     if writer is None and exact:
         writer = ValueWriter(key_encoder.width, value_width, task, **factory)
     mixed = aggregation if isinstance(aggregation, nn.Module) else AGGREGATIONS[aggregation](neighbours).to(**factory)
+    own = (0.0 if exact else 0.7) if own_token_probability is None else own_token_probability
+    transformer = ExemplarReadout(
+        network,
+        task=task,
+        aggregation=mixed,
+        neighbours=neighbours,
+        own_token_probability=own,
+        drop_input=drop_input,
+        drop_exemplar=drop_exemplar,
+        stop_gradient=stop_gradient,
+        sparse=sparse,
+    )
+    closed, weights = closed_form(task, key_encoder.width)
+    mixture = Mixture({**closed, "transformer": transformer}, {**weights, "transformer": 0.0}).to(device=device)
     return {
         "key_encoder": key_encoder,
         "memory": KeyValueMemory(store, metric=metric, writer=writer),
-        "network": network,
-        "task": task,
+        "readout": mixture if readout == "mixture" else transformer,
         "mode": mode,
-        "aggregation": mixed,
-        "neighbours": neighbours,
-        "own_token_probability": own_token_probability,
-        "drop_input": drop_input,
-        "drop_exemplar": drop_exemplar,
-        "sparse": sparse,
     }
+
+
+def closed_form(
+    task: Task, width: int, *, neighbours: int = 32, temperature: float = 0.1, shrinkage: float = 0.6
+) -> tuple[dict[str, Readout], dict[str, float]]:
+    """Return readouts without weights that are trained, and their weights in a mixture that was not fitted yet.
+
+    Arguments and errors are those of `KeyMemoryTransformer.for_features`.
+    """
+    features = UnitFeatures(width)
+    votes = NeighbourVote(task, neighbours, temperature=temperature)
+    if isinstance(task, Classification):  # weights near those that were fitted to features of images and texts
+        discriminant = DiscriminantReadout(task, features, shrinkage=shrinkage)
+        return {"votes": votes, "discriminant": discriminant}, {"votes": 0.8, "discriminant": 0.2}
+    return {"votes": votes, "ridge": RidgeReadout(task, features, shrinkage=shrinkage)}, {"votes": 0.5, "ridge": 0.5}
 
 
 def feature_parts(
     task: Task,
     key_encoder: KeyEncoder,
+    others: dict[str, Readout],
     *,
     neighbours: int,
     temperature: float,
@@ -202,18 +240,11 @@ def feature_parts(
     labels: dict[str, Any] = {"label_shape": task.label_shape, "label_dtype": task.label_dtype}
     store = KeyStore(key_encoder.width, 1, scale=0.0, **labels, device=device, dtype=dtype)
     store.values.requires_grad_(False)
-    features = UnitFeatures(key_encoder.width)
-    votes: Readout = NeighbourVote(task, neighbours, temperature=temperature)
-    # Until they are fitted: weights near those that were fitted to features of images and texts.
-    if isinstance(task, Classification):
-        discriminant = DiscriminantReadout(task, features, shrinkage=shrinkage)
-        mixture = Mixture({"votes": votes, "discriminant": discriminant}, {"votes": 0.8, "discriminant": 0.2})
-    else:
-        mixture = Mixture({"votes": votes, "ridge": RidgeReadout(task, features, shrinkage=shrinkage)})
+    closed, weights = closed_form(
+        task, key_encoder.width, neighbours=neighbours, temperature=temperature, shrinkage=shrinkage
+    )
     return {
         "key_encoder": key_encoder,
         "memory": KeyValueMemory(store, metric=metric),
-        "readout": mixture.to(device=device),
-        "mode": "exact",
-        "neighbours": neighbours,
+        "readout": Mixture({**closed, **others}, {**weights, **dict.fromkeys(others, 0.0)}).to(device=device),
     }

@@ -18,12 +18,13 @@ def check_shrinkage(shrinkage: float) -> float:
     return float(shrinkage)
 
 
-def shrink(covariance: Tensor, shrinkage: float) -> Tensor:
+def shrink(covariance: Tensor, shrinkage: float, size: float = 1.0) -> Tensor:
     """Return `(1 - a) C + a m I` in place, with the mean `m` of the variances, or 1 if there is no variance.
 
     Args:
         covariance: `C`, `(F, F)`.
         shrinkage: `a`.
+        size: mean square of the features; a mean variance below `1e-12` of this is rounding, and counts as none.
 
     Source: Friedman, "Regularized discriminant analysis" (1989), eq. 18.
 
@@ -35,5 +36,5 @@ def shrink(covariance: Tensor, shrinkage: float) -> Tensor:
     """
     mean = float(covariance.diagonal().mean())
     covariance.mul_(1 - shrinkage)
-    covariance.diagonal().add_(shrinkage * mean if mean > 0 else 1.0)
+    covariance.diagonal().add_(shrinkage * mean if mean > 1e-12 * size else 1.0)
     return covariance

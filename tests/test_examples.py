@@ -144,17 +144,22 @@ def test_features_are_embedded_and_classified(folder: Path) -> None:
 
 def test_a_classifier_forgets(folder: Path) -> None:
     few = ("--data", "few.npz")
-    trained = run(folder, "train_munkey.py", *few, "--epochs", "15")
+    trained = run(folder, "train_munkey.py", *few, "--mode", "paper", "--epochs", "15")
     assert trained["accuracy"]["test"]["full"] > 0.6  # type: ignore[index]
     result = run(folder, "forget.py", *few, "--label", "3")
     assert result["rows"] and result["found"] == {"before": 2 * result["rows"], "after": 0, "tensors": 0}  # type: ignore[operator]
     assert result["accuracy"]["after"]["forgotten"]["full"] < 0.1  # type: ignore[index]
     assert json.loads((folder / "runs/forgotten/receipt.json").read_text())["rows"] == result["rows"]
-    options = (*few, "--mode", "exact", "--quick", "--leave-out", "5", "--out", "exact")
+    options = (*few, "--quick", "--leave-out", "5", "--out", "exact")
     assert run(folder, "train_munkey.py", *options)["mode"] == "exact"
     (folder / "ids.txt").write_text("7\n" + (folder / "exact" / "left_out.txt").read_text())
     options = (*few, "--file", "ids.txt", "--missing", "ignore", "--beside", "exact/model.safetensors")
     assert run(folder, "forget.py", *options)["accuracy"]["trained without"]  # type: ignore[index]
+    exact = (*few, "--model", "exact/model.safetensors", "--label", "3")
+    result = run(folder, "forget.py", *exact, "--twins", "0.9")
+    assert result["found"] == {"before": result["rows"], "after": 0, "tensors": 0}  # keys alone: values are written
+    assert result["twins"], "permanent images of the same digit are near"
+    assert result["accuracy"]["after"]["forgotten"]["full"] > 0.5  # type: ignore[index]
     images, labels = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 0, 1])
     np.savez(folder / "other.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     refused = started(EXAMPLES / "forget.py", "--ids", "3", "--data", "other.npz", folder=folder)
@@ -171,12 +176,15 @@ def test_on_two_processes(folder: Path) -> None:
     for script, rest in (
         ("train_treevae.py", (*few, "--network", "mlp", "--width", "16", "--leaves", "3", "--effort", "0.01")),
         ("train_diffusion.py", (*few, "--epochs", "1", "--batch-size", "128", "--width", "16", "--blocks", "1")),
-        ("train_munkey.py", (*few, "--epochs", "10")),
+        ("train_munkey.py", (*few, "--mode", "paper", "--epochs", "10")),
+        ("train_munkey.py", (*few, "--epochs", "2", "--leave-out", "3")),
     ):
-        run(folder, script, *rest, "--out", f"two/{script}", size=2)
-    found = json.loads((folder / "two/train_munkey.py/results.json").read_text())
-    assert found["accuracy"]["test"]["full"] > 0.4
-    result = run(folder, "forget.py", "--model", "two/train_munkey.py/model", *few, "--ids", "3", "5")
+        out = f"two/{script}-{'paper' in rest}"
+        run(folder, script, *rest, "--out", out, size=2)
+    for mode, least in (("True", 0.4), ("False", 0.7)):
+        found = json.loads((folder / f"two/train_munkey.py-{mode}/results.json").read_text())
+        assert found["accuracy"]["test"]["full"] > least
+    result = run(folder, "forget.py", "--model", "two/train_munkey.py-True/model", *few, "--ids", "3", "5")
     assert result["found"] == {"before": 4, "after": 0, "tensors": 0}
 
 

@@ -140,6 +140,7 @@ class Bench:
         """In exact mode weights are trained on half of the images, none of them forgotten; the rest is stored later."""
         task, exact, noise = self.task, settings.get("mode") == "exact", settings.pop("noise", None)
         channels, *size = task.shape
+        own = 0.0 if exact else 1.0  # of the recorded runs
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = KeyMemoryTransformer.for_images(
@@ -148,7 +149,7 @@ class Bench:
                 size=(size[0], size[1]),
                 key_encoder=task.encoder,
                 sparse=True,
-                **settings,
+                **{"mode": "paper", "readout": "transformer", "own_token_probability": own, **settings},
             )
         draw = self.all[torch.randperm(len(self.all), generator=torch.Generator().manual_seed(7))]
         for_good = draw[~torch.isin(draw, self.gone)][: len(draw) // 2]

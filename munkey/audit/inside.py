@@ -72,7 +72,7 @@ def inside_view(
     """
     labels = model.task.check(labels, len(x)).to(x.device)
     generator = generator or torch.Generator(x.device).manual_seed(0)
-    memory, network = model.memory, model.transformer
+    memory, network = model.memory, model.exemplar_readout.network
     rows = _in_order(memory.store)
     mean = memory.read(rows).double().mean(0).to(memory.null.dtype) if len(rows) else memory.null
     parts: dict[str, list[Tensor]] = {name: [] for name in ("null", "mean", "random", "features", "gradients")}
@@ -170,7 +170,7 @@ def _random_tokens(memory: KeyValueMemory, rows: Tensor, count: int, generator: 
 
 
 def _gradient_norms(model: KeyMemoryTransformer, x: Tensor, labels: Tensor) -> Tensor:
-    network = model.transformer
+    network = model.exemplar_readout.network
     weights = {name: weight.detach() for name, weight in network.named_parameters()}
 
     def loss(weights: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def pathway_accuracies(
     """
     labels = model.task.check(labels, len(x)).to(x.device)
     pathways: list[dict[str, bool]] = [{}]
-    if model.network is not None:
+    if model.has_transformer:
         pathways += [{"use_memory": False}, {"use_input": False}]
     right = torch.zeros(3, dtype=torch.float64, device=x.device)
     right[len(pathways) :] = torch.nan

@@ -2,8 +2,18 @@
 
 from munkey.encoders.base import KeyEncoder
 from munkey.encoders.conv import ConvEncoder
+from munkey.encoders.fitting import fit_encoder
 from munkey.encoders.identity import Identity
 from munkey.encoders.module import ModuleEncoder
+from munkey.encoders.perceptron import PerceptronEncoder
 from munkey.encoders.projection import Projection
 
-__all__ = ["ConvEncoder", "Identity", "KeyEncoder", "ModuleEncoder", "Projection"]
+__all__ = [
+    "ConvEncoder",
+    "Identity",
+    "KeyEncoder",
+    "ModuleEncoder",
+    "PerceptronEncoder",
+    "Projection",
+    "fit_encoder",
+]

@@ -64,6 +64,9 @@ class KeyEncoder(nn.Module, ABC):
         self.config: dict[str, Any] = {"width": width, "fitted_on": fitted_on}
         self._unwritten, self._full = Unwritten(), FullBatches(width)
 
+    def check(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless `x` is a batch of inputs, as far as the class knows its inputs."""
+
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """Return the keys `(B, D)` of a batch."""

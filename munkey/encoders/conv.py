@@ -56,6 +56,11 @@ class ConvEncoder(KeyEncoder):
                 channels = wide
         self.body, self.head = nn.Sequential(*layers), nn.Linear(channels, width)
 
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless `x` is a batch of images with the encoder's channels."""
+        if x.ndim != 4 or x.shape[1] != self.config["channels"]:
+            raise ValueError(f"expected images (B, {self.config['channels']}, H, W), found {tuple(x.shape)}")
+
     def encode(self, x: Tensor) -> Tensor:
         """Return the keys `(B, D)` of a batch, with gradients, to train the encoder."""
         keys: Tensor = self.head(self.body(2 * x - 1).mean((2, 3)))

@@ -7,6 +7,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from munkey.encoders.base import KeyEncoder
+from treediff.core.checks import check_batch
 
 __all__ = ["Identity"]
 
@@ -35,6 +36,10 @@ class Identity(KeyEncoder):
 
     def __init__(self, width: int, *, fitted_on: str = "other data") -> None:
         super().__init__(width, fitted_on)
+
+    def check(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless `x` is a batch of finite vectors of the encoder's width."""
+        check_batch(x, (self.width,), None, None, "features")
 
     def encode(self, x: Tensor) -> Tensor:
         """Return a copy of the inputs, `(B, D)`."""

@@ -133,6 +133,6 @@ class Projection(KeyEncoder):
         means = rows.new_zeros(len(count), rows.shape[1]).index_add_(0, of_row, rows) / count[:, None]
         within = rows - means[of_row]
         covariance = within.T @ within / max(1, len(rows) - len(count))
-        factor = torch.linalg.cholesky(shrink(covariance, shrinkage))
+        factor = torch.linalg.cholesky(shrink(covariance, shrinkage, float(rows.square().mean())))
         weight = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False).T
         return cls(rows.mean(0).to(x.dtype), weight.to(x.dtype), fitted_on=fitted_on)

@@ -121,19 +121,19 @@ def private_backward(
     weights = {name: weight for name, weight in alone.named_parameters() if weight.requires_grad}
     _check_precision(weights)
     totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    losses, store = x.new_zeros(0), model.memory.store
+    losses, store, readout = x.new_zeros(0), model.memory.store, model.exemplar_readout
     for weight in model.parameters():
         weight.grad = None
     if len(x):
         rows = store.rows_of(wanted)
         uniform = torch.rand(2, len(x), generator=generator, device=x.device)
-        hidden, null = uniform[0] < model.drop_input, uniform[0] >= 1 - model.drop_exemplar
+        hidden, null = uniform[0] < readout.drop_input, uniform[0] >= 1 - readout.drop_exemplar
         with torch.autocast(x.device.type, enabled=False):
             slopes, own, losses = _slopes(alone, weights, store.values.detach()[rows], x, labels, hidden, null)
         totals = _clipped_sums(slopes, clip)
         if store.values.requires_grad:
             own = torch.where(own.isfinite().all(1, keepdim=True), own, 0)
-            store.values.grad = _rows_grad(store.values, rows[~null], own[~null] / expected_batch_size, model.sparse)
+            store.values.grad = _rows_grad(store.values, rows[~null], own[~null] / expected_batch_size, readout.sparse)
     for name, weight in weights.items():
         noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
         weight.grad = (totals[name] + noise_multiplier * clip * noise) / expected_batch_size
@@ -174,7 +174,7 @@ class _Alone(nn.Module):
 
     def __init__(self, model: KeyMemoryTransformer) -> None:
         super().__init__()
-        self.network, self.null, self.task = model.transformer, model.memory.null, model.task
+        self.network, self.null, self.task = model.exemplar_readout.network, model.memory.null, model.task
 
     def forward(self, value: Tensor, x: Tensor, label: Tensor, hidden: Tensor, null: Tensor) -> Tensor:
         inputs = torch.where(hidden, self.network.null_input, self.network.tokens(x[None]))
@@ -223,10 +223,11 @@ def _rows_grad(values: Tensor, rows: Tensor, own: Tensor, sparse: bool) -> Tenso
 
 
 def _check_model(model: KeyMemoryTransformer) -> None:
-    if model.mode != "paper" or model.own_token_probability != 1:
+    own = model.exemplar_readout.own_token_probability
+    if model.mode != "paper" or own != 1:
         raise ValueError(
             "the claim needs paper mode with own_token_probability=1, so that a value depends on its instance only; "
-            f"found mode={model.mode!r}, own_token_probability={model.own_token_probability}"
+            f"found mode={model.mode!r}, own_token_probability={own}"
         )
     if model.key_encoder.fitted_on == "forgettable":
         raise ValueError("the claim needs an encoder that has not seen what can be forgotten")
@@ -238,7 +239,7 @@ def _check_model(model: KeyMemoryTransformer) -> None:
     if len(store) != store.used:
         raise ValueError(f"the claim needs one row for each instance, found {store.used} rows of {len(store)}")
 
-    for module in model.transformer.modules():
+    for module in model.exemplar_readout.network.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             raise ValueError(
                 f"the claim needs layers that do not mix instances, found a {type(module).__name__}, which keeps "
@@ -261,7 +262,7 @@ def _check_batch(
         )
     if len(x):
         with torch.autocast(x.device.type, enabled=False):
-            model.transformer.tokens.check(x)
+            model.exemplar_readout.network.tokens.check(x)
     return wanted, model.task.check(labels, len(x)).to(x.device)
 
 

@@ -2,9 +2,11 @@
 
 from munkey.readout.aggregate import Aggregation, Ensemble, RankMix, Retrieved, SoftmaxMix
 from munkey.readout.base import Query, Readout
+from munkey.readout.exemplar import ExemplarReadout
 from munkey.readout.features import Features, FourierFeatures, ReLUFeatures, UnitFeatures
 from munkey.readout.linear import DiscriminantReadout, LinearReadout, RidgeReadout
 from munkey.readout.mixture import Mixture
+from munkey.readout.module import ModuleReadout
 from munkey.readout.transformer import ExemplarTransformer
 from munkey.readout.votes import NeighbourVote
 from munkey.readout.writer import ValueWriter
@@ -13,11 +15,13 @@ __all__ = [
     "Aggregation",
     "DiscriminantReadout",
     "Ensemble",
+    "ExemplarReadout",
     "ExemplarTransformer",
     "Features",
     "FourierFeatures",
     "LinearReadout",
     "Mixture",
+    "ModuleReadout",
     "NeighbourVote",
     "Query",
     "RankMix",

@@ -6,22 +6,25 @@ Letters: `B` inputs, `D` width of a key, `k` neighbours, `n` outputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from munkey.readout.aggregate import Retrieved
 from munkey.search import Neighbours
 from munkey.store.store import KeyStore
 from munkey.task import Task
 
-__all__ = ["Query", "Readout"]
+__all__ = ["Memory", "Query", "Readout"]
 
 
 class Memory(Protocol):
     """Interface of a memory for readouts, see `munkey.KeyValueMemory`."""
 
     store: KeyStore
+    null: nn.Parameter
 
     def scaled(self, x: Tensor, name: str) -> Tensor:
         """Return keys or queries in the scale of the store."""
@@ -32,6 +35,12 @@ class Memory(Protocol):
     def labels(self, rows: Tensor) -> Tensor:
         """Return the labels of rows."""
 
+    def read(self, rows: Tensor, *, sparse: bool = False, frozen: bool = False) -> Tensor:
+        """Return the values of rows."""
+
+    def neighbours_of_rows(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the rows nearest to rows, and their scores."""
+
 
 class Query:
     """Inputs whose labels are to be predicted, with their neighbours, which are searched once for all readouts.
@@ -39,37 +48,57 @@ class Query:
     Args:
         memory: memory of the rows.
         inputs: `(B, ...)`.
-        keys: `(B, D)`, as the key encoder returns them.
+        keys: `(B, D)`, as the key encoder returns them, or a function that computes them when they are first asked for.
         neighbours: greatest number of neighbours that a readout reads.
         exclude_ids: `(B,)` ids whose rows no input has for neighbours, one for each input.
         without: rows `(m,)` that do not count in sums, as in cross-validation.
+        use_input: whether a transformer reads the input.
+        use_memory: whether a transformer reads neighbours.
     """
 
     def __init__(
         self,
         memory: Memory,
         inputs: Tensor,
-        keys: Tensor,
+        keys: Tensor | Callable[[], Tensor],
         neighbours: int,
         *,
         exclude_ids: Iterable[int] | Tensor | None = None,
         without: Tensor | None = None,
+        use_input: bool = True,
+        use_memory: bool = True,
     ) -> None:
-        self.memory, self.inputs, self.keys, self.without = memory, inputs, keys, without
-        self._most, self._exclude = neighbours, exclude_ids
-        self._found: tuple[Neighbours, Tensor] | None = None
+        self.memory, self.inputs, self.without = memory, inputs, without
+        self.use_input, self.use_memory = use_input, use_memory
+        self._keys, self._most, self._exclude = keys, neighbours, exclude_ids
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """Keys of the inputs, `(B, D)`."""
+        return self._keys if isinstance(self._keys, Tensor) else self._keys()
+
+    @cached_property
+    def _found(self) -> Neighbours:
+        return self.memory.neighbours(self.keys, self._most, exclude_ids=self._exclude)
+
+    @cached_property
+    def _labels(self) -> Tensor:
+        return self.memory.labels(self._found.rows)
 
     def neighbours(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return rows `(B, k)`, scores `(B, k)` and labels `(B, k, ...)` of the nearest rows.
 
         In place of a neighbour that does not exist, the row is -1, the score `-inf`, and the label missing.
         """
-        if self._found is None:
-            with self.memory.store.lock:  # no row may move between search and reading
-                found = self.memory.neighbours(self.keys, self._most, exclude_ids=self._exclude)
-                self._found = found, self.memory.labels(found.rows)
-        found, labels = self._found
-        return found.rows[:, :k], found.scores[:, :k], labels[:, :k]
+        with self.memory.store.lock:  # no row may move between search and reading
+            found = self._found
+            return found.rows[:, :k], found.scores[:, :k], self._labels[:, :k]
+
+    def retrieved(self, k: int) -> Retrieved:
+        """Return the values, scores and ids of the nearest rows, through which gradients flow."""
+        with self.memory.store.lock:
+            found = self._found
+            return Retrieved(self.memory.read(found.rows[:, :k]), found.scores[:, :k], found.ids[:, :k])
 
 
 class Readout(nn.Module, ABC):
@@ -86,6 +115,9 @@ class Readout(nn.Module, ABC):
     deletion: ClassVar[str]
     task: Task
     neighbours: int = 0
+
+    def check(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless `x` is a batch of inputs of the readout, if it reads inputs."""
 
     @abstractmethod
     def forward(self, query: Query) -> Tensor:

@@ -74,17 +74,24 @@ class Mixture(Readout):
             )
         self.weights.copy_(torch.tensor(list(weights.values()), dtype=torch.float64))
 
+    def check(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless `x` is a batch of inputs of all parts."""
+        for part in self.parts:
+            part.check(x)
+
     def outputs(self, query: Query) -> Tensor:
         """Return the outputs of all parts, `(m, B, n)`."""
-        return torch.stack([part(query) for part in self.parts])
+        with query.memory.store.lock:  # all parts read the same rows
+            return torch.stack([part(query) for part in self.parts])
 
     def forward(self, query: Query) -> Tensor:
         """Return the sum `(B, n)`; a part whose weight is 0 is not computed."""
         total = None
-        for weight, part in zip(self.weights.tolist(), self.parts, strict=True):
-            if weight or total is None:
-                found = weight * part(query)
-                total = found if total is None else total + found
+        with query.memory.store.lock:  # all parts read the same rows
+            for weight, part in zip(self.weights.tolist(), self.parts, strict=True):
+                if weight or total is None:
+                    found = weight * part(query)
+                    total = found if total is None else total + found
         return total  # type: ignore[return-value]
 
     def extra_repr(self) -> str:

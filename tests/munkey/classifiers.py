@@ -16,13 +16,17 @@ def encoder() -> Projection:
 
 
 def model(seed: int = 0, **settings: object) -> KeyMemoryTransformer:
+    """A transformer alone, in paper mode with own values alone unless settings say something else."""
+    defaults: dict[str, object] = {"width": 8, "heads": 2, "value_width": 4, "mode": "paper", "readout": "transformer"}
+    if settings.get("mode", "paper") == "paper":
+        defaults["own_token_probability"] = 1.0
     built = KeyMemoryTransformer.for_images(
         classes=CLASSES,
         channels=1,
         size=SIZE,
         key_encoder=encoder(),
         generator=seeded(seed),
-        **{"width": 8, "heads": 2, "value_width": 4, **settings},  # type: ignore[arg-type]
+        **{**defaults, **settings},  # type: ignore[arg-type]
     )
     built.memory.store.secret = b"for tests"
     torch.nn.init.constant_(built.memory.null, 0.3)

@@ -153,8 +153,10 @@ def test_what_is_refused() -> None:
     built.remember([70, 71], x, y)
     with pytest.raises(ValueError, match="in exact mode pass ids of permanent instances, or held-out instances"):
         built.fit_readout(x, y, ids=[70, 71])
-    with pytest.raises(ValueError, match="folds must be from 2 to the number of instances, 2; found 5"):
-        built.fit_readout(x, y, ids=[0, 1])
+    with pytest.raises(ValueError, match="expected at least two folds and two instances, found 5 and 1"):
+        built.fit_readout(x[:1], y[:1], ids=[0])
+    with pytest.raises(ValueError, match="expected at least two folds and two instances, found 1 and 2"):
+        built.fit_readout(x, y, ids=[0, 1], folds=1)
     with pytest.raises(ValueError, match="expected one id for each of 2 inputs, found 1"):
         built.fit_readout(x, y, ids=[0])
     for act in (
@@ -162,7 +164,7 @@ def test_what_is_refused() -> None:
         lambda: built(x, use_memory=False),
         lambda: built.parameter_groups(0.1),
     ):
-        with pytest.raises(ValueError, match="this model has a readout in place of a transformer: it learns nothing"):
+        with pytest.raises(ValueError, match="this model has no transformer: it learns nothing"):
             act()
     with pytest.raises(ValueError, match=re.escape("expected features of shape (batch, 5), found (2, 4)")):
         built(x[:, :4])
@@ -170,15 +172,8 @@ def test_what_is_refused() -> None:
         KeyMemoryTransformer.for_features(
             features=WIDTH, classes=3, key_encoder=Identity(WIDTH, fitted_on="forgettable")
         )
-    memory = KeyValueMemory(KeyStore(WIDTH, 1))
-    vote = NeighbourVote(Classification(3))
-    with pytest.raises(ValueError, match="give network= or readout=, one of both"):
-        KeyMemoryTransformer(key_encoder=Identity(WIDTH), memory=memory)
-    with pytest.raises(
-        ValueError, match=re.escape("the readout predicts Classification(3), and task is MultiLabel(3)")
-    ):
-        KeyMemoryTransformer(key_encoder=Identity(WIDTH), memory=memory, readout=vote, task=MultiLabel(3))
-    alone = KeyMemoryTransformer(key_encoder=Identity(WIDTH), memory=memory, readout=vote)
+    memory, vote = KeyValueMemory(KeyStore(WIDTH, 1)), NeighbourVote(Classification(3))
+    alone = KeyMemoryTransformer(key_encoder=Identity(WIDTH), memory=memory, readout=vote, mode="paper")
     with pytest.raises(TypeError, match="only a Mixture has weights to fit, found NeighbourVote"):
         alone.fit_readout(x, y)
 

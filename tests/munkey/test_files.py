@@ -93,7 +93,7 @@ def test_an_encoder_that_the_file_does_not_hold_is_passed_again(tmp_path: Path) 
         return ModuleEncoder(net, 5, fitted_on="other data")
 
     built = KeyMemoryTransformer.for_images(
-        classes=CLASSES, channels=1, size=SIZE, key_encoder=own(), width=8, value_width=4
+        classes=CLASSES, channels=1, size=SIZE, key_encoder=own(), width=8, value_width=4, mode="paper"
     ).eval()
     built.remember([1, 2], images(2), labels(2))
     path = tmp_path / "a.safetensors"
@@ -123,16 +123,16 @@ def test_a_model_built_from_parts_is_filled(tmp_path: Path) -> None:
     assert torch.equal(other(images(3)), built(images(3)))
     with pytest.raises(ValueError, match="was built from parts, which a file does not hold"):
         KeyMemoryTransformer.load(path)
-    with pytest.raises(ValueError, match=r"the file does not fit the model at 'network\.head"):
+    with pytest.raises(ValueError, match=r"the file does not fit the model at 'readout\.network\.head"):
         wide = KeyMemoryTransformer.for_images(
-            classes=CLASSES + 1, channels=1, size=SIZE, key_encoder=encoder(), width=8, value_width=4
+            classes=CLASSES + 1, channels=1, size=SIZE, key_encoder=encoder(), width=8, value_width=4, mode="paper"
         )
         KeyMemoryTransformer.load(path, model=wide)
 
 
 def test_for_vectors_and_a_convolutional_encoder(tmp_path: Path) -> None:
     vectors = KeyMemoryTransformer.for_vectors(
-        classes=4, features=6, key_encoder=Projection.random((6,), 3), tokens=2, width=8, value_width=4
+        classes=4, features=6, key_encoder=Projection.random((6,), 3), tokens=2, width=8, value_width=4, mode="paper"
     ).eval()
     vectors.remember([1, 2], torch.randn(2, 6))
     vectors.save(tmp_path / "v.safetensors")
@@ -140,7 +140,7 @@ def test_for_vectors_and_a_convolutional_encoder(tmp_path: Path) -> None:
     assert torch.equal(KeyMemoryTransformer.load(tmp_path / "v.safetensors").eval()(x), vectors(x))
     conv = ConvEncoder(channels=1, width=5, fitted_on="other data", hidden=8)
     built = KeyMemoryTransformer.for_images(
-        classes=3, channels=1, size=SIZE, key_encoder=conv, width=8, value_width=4, dtype=torch.float32
+        classes=3, channels=1, size=SIZE, key_encoder=conv, width=8, value_width=4, dtype=torch.float32, mode="paper"
     ).eval()
     built.remember([1, 2], images(2))
     built.save(tmp_path / "c.safetensors")
@@ -150,7 +150,12 @@ def test_for_vectors_and_a_convolutional_encoder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("inputs", ["images", "vectors"])
 def test_the_settings_of_a_network_of_ones_own_are_not_in_the_file(tmp_path: Path, inputs: str) -> None:
     path, shape = tmp_path / "a.safetensors", (6,) if inputs == "vectors" else (2, 6, 6)
-    arguments: dict[str, Any] = {"key_encoder": Projection.random(shape, 3), "classes": 4, "value_width": 4}
+    arguments: dict[str, Any] = {
+        "key_encoder": Projection.random(shape, 3),
+        "classes": 4,
+        "value_width": 4,
+        "mode": "paper",
+    }
     factory = KeyMemoryTransformer.for_vectors if inputs == "vectors" else KeyMemoryTransformer.for_images
     arguments |= {"features": 6} if inputs == "vectors" else {"size": 6, "channels": 2}
 

@@ -18,7 +18,7 @@ AGGREGATIONS = ["ensemble", "softmax", "rank"]
 
 def by_hand(built: KeyMemoryTransformer, x: Tensor, values: Tensor) -> Tensor:
     """Logits `(n,)` of one image beside one value, token by token."""
-    net = built.network
+    net = built.readout.network
     sequence = torch.cat([net.start[None], net.tokens(x[None])[0], net.exemplar(values)[None]])[None]
     for block in net.blocks:
         sequence = sequence + block.attention(block.attention_norm(sequence))  # type: ignore[operator]
@@ -30,9 +30,9 @@ def test_the_ensemble_is_the_mean_of_one_run_for_each_neighbour() -> None:
     built = filled()
     x = images(4, seed=1)
     got = built(x)
-    found = built.memory(built.key_encoder(x), built.neighbours)
+    found = built.memory(built.key_encoder(x), built.readout.neighbours)
     for b in range(4):
-        runs = torch.stack([by_hand(built, x[b], found.tokens[b, j]) for j in range(built.neighbours)])
+        runs = torch.stack([by_hand(built, x[b], found.tokens[b, j]) for j in range(built.readout.neighbours)])
         torch.testing.assert_close(got[b], runs.softmax(1).mean(0).log())
 
 
@@ -95,7 +95,8 @@ def test_keys_that_are_at_hand_are_not_made_again() -> None:
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_gradient_reaches_every_parameter(aggregation: str) -> None:
-    built = filled(aggregation=aggregation, own_token_probability=0.0, drop_input=0.3, drop_exemplar=0.3)
+    shares = {"own_token_probability": 0.0, "drop_input": 0.3, "drop_exemplar": 0.3}
+    built = filled(aggregation=aggregation, stop_gradient=False, **shares)
     built.attach(torch.optim.SGD([built.memory.store.values], lr=0.1))
     x, y = images(12), labels(12)
     for seed in range(3):  # either pathway is dropped now and then
@@ -123,7 +124,7 @@ def test_with_its_own_value_an_instance_trains_that_row_alone() -> None:
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_with_its_neighbours_values_an_instance_never_reads_its_own(aggregation: str) -> None:
-    settings = {"drop_input": 0.0, "drop_exemplar": 0.0, "own_token_probability": 0.0}
+    settings = {"drop_input": 0.0, "drop_exemplar": 0.0, "own_token_probability": 0.0, "stop_gradient": False}
     built = filled(aggregation=aggregation, **settings)
     built.attach(torch.optim.SGD([built.memory.store.values], lr=0.1))
     x, y, store = images(12), labels(12), built.memory.store
@@ -149,15 +150,17 @@ def test_training_mixes_by_the_scores_that_the_search_found() -> None:
         seen.append(found.scores)
         return one(found, uniform)
 
-    built.memory.search, one = euclidean, built.aggregation.one
-    built.aggregation.one = spy  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match="not attached"):
-        built.loss(images(12)[:3], labels(12)[:3], ids=[0, 1, 2], generator=seeded()).backward()
+    built.memory.search, one = euclidean, built.readout.aggregation.one
+    built.readout.aggregation.one = spy  # type: ignore[method-assign]
+    built.loss(images(12)[:3], labels(12)[:3], ids=[0, 1, 2], generator=seeded()).backward()
     keys = built.memory.store.keys[:12]
     distances = torch.cdist(keys[:3], keys)
     distances[torch.arange(3), torch.arange(3)] = torch.inf
     torch.testing.assert_close(seen[0], -distances.topk(4, largest=False).values.double())
-    assert built.aggregation.log_temperature.grad is not None and built.aggregation.log_temperature.grad != 0
+    assert (
+        built.readout.aggregation.log_temperature.grad is not None
+        and built.readout.aggregation.log_temperature.grad != 0
+    )
 
 
 def test_every_view_is_trained_with_every_neighbour() -> None:
@@ -170,7 +173,8 @@ def test_every_view_is_trained_with_every_neighbour() -> None:
     rows_of, read = store.one_row_of_each, built.memory.read
 
     def spy(rows: Tensor, **settings: bool) -> Tensor:
-        seen.add((asked[-1], int(rows)))
+        if int(rows) >= 0:  # its own value is not read
+            seen.add((asked[-1], int(rows)))
         return read(rows, **settings)
 
     asked: list[int] = []
@@ -186,12 +190,36 @@ def test_every_view_is_trained_with_every_neighbour() -> None:
     assert len(seen) == 8  # two views, four neighbours
 
 
+@pytest.mark.parametrize("share", [0.0, 0.7])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_no_loss_of_an_instance_has_a_gradient_at_a_value_of_another(
+    aggregation: str, sparse: bool, share: float
+) -> None:
+    settings = {"own_token_probability": share, "drop_input": 0.0, "drop_exemplar": 0.0, "sparse": sparse}
+    built = filled(aggregation=aggregation, **settings)
+    built.attach(torch.optim.SGD([built.memory.store.values], lr=0.1))
+    x, y, store = images(12), labels(12), built.memory.store
+    read_own = 0
+    for seed in range(8):
+        store.values.grad = None
+        loss = built.loss(x[[2]], y[[2]], ids=[2], generator=seeded(seed))
+        loss.backward()
+        grad = store.values.grad
+        touched = [] if grad is None else grad.to_dense().abs().sum(1).nonzero().squeeze(1).tolist()
+        assert touched in ([], store.rows_of([2]).tolist())
+        held = [] if grad is None or not sparse else grad.coalesce().indices()[0].tolist()
+        assert set(held) <= set(store.rows_of([2]).tolist())  # a sparse optimiser changes every row that is held
+        read_own += bool(touched)
+    assert read_own == 0 if share == 0 else 0 < read_own < 8
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_a_sparse_gradient_holds_the_rows_that_were_used(aggregation: str) -> None:
     for dropped in (0.0, 1.0):
         for share in (0.0, 1.0):
             settings = {"drop_input": 0.0, "drop_exemplar": dropped, "own_token_probability": share, "sparse": True}
-            built = filled(aggregation=aggregation, **settings)
+            built = filled(aggregation=aggregation, stop_gradient=False, **settings)
             built.attach(torch.optim.SGD([built.memory.store.values], lr=0.1))
             built.loss(images(12)[[2]], labels(12)[[2]], ids=[2], generator=seeded()).backward()
             grad = built.memory.store.values.grad
@@ -202,15 +230,15 @@ def test_a_sparse_gradient_holds_the_rows_that_were_used(aggregation: str) -> No
 def test_how_often_a_pathway_is_dropped() -> None:
     built = filled(400, drop_input=0.3, drop_exemplar=0.2, own_token_probability=1.0)
     seen: list[tuple[Tensor, Tensor]] = []
-    forward = built.network.forward
+    forward = built.readout.network.forward
 
     def spy(inputs: Tensor, values: Tensor) -> Tensor:
         seen.append((inputs, values))
         return forward(inputs, values)
 
-    built.network.forward = spy  # type: ignore[method-assign]
+    built.readout.network.forward = spy  # type: ignore[method-assign]
     built.loss(images(400), labels(400), ids=range(400), generator=seeded())
-    hidden = (seen[0][0] == built.network.null_input).all(2).all(1)
+    hidden = (seen[0][0] == built.readout.network.null_input).all(2).all(1)
     alone = (seen[0][1] == built.memory.null).all(2).squeeze(1)
     assert hidden.float().mean().item() == pytest.approx(0.3, abs=0.07)
     assert alone.float().mean().item() == pytest.approx(0.2, abs=0.06)
@@ -253,7 +281,7 @@ def test_groups_hold_every_weight_once_and_decay_matrices_only(settings: dict[st
     assert found == sorted(trained - {"memory.store.values"})
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert all(names[id(weight)].endswith(("weight", "position")) for weight in decayed["params"])
-    undecayed = {"network.start", "network.null_input", "memory.null", "network.norm.weight"}
+    undecayed = {"readout.network.start", "readout.network.null_input", "memory.null", "readout.network.norm.weight"}
     assert undecayed <= {names[id(weight)] for weight in plain["params"]}
 
 

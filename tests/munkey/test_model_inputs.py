@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from classifiers import CLASSES, SIZE, encoder, filled, images, labels, model
 from torch import nn
 
 from munkey import (
+    Classification,
     ExemplarTransformer,
     KeyMemoryTransformer,
     KeyStore,
@@ -18,13 +20,19 @@ from munkey import (
     Projection,
     ValueWriter,
 )
+from munkey.readout import ExemplarReadout
 from munkey.readout.tokens import VectorTokens
 from munkey.readout.transformer import TransformerBlock
 
 
 def parts(**changes: object) -> dict[str, object]:
+    """Parts of a model, some of them changed; what belongs to the readout of a transformer is put there."""
     built = model()
-    return {"key_encoder": built.key_encoder, "memory": built.memory, "network": built.network, **changes}
+    own = {name: changes.pop(name) for name in list(changes) if name not in ("key_encoder", "memory", "mode")}
+    readout = partial(
+        ExemplarReadout, **{"network": built.exemplar_readout.network, "own_token_probability": 0.0, **own}
+    )  # type: ignore[arg-type]
+    return {"key_encoder": built.key_encoder, "memory": built.memory, "mode": "paper", "readout": readout, **changes}
 
 
 def network(**changes: int) -> ExemplarTransformer:
@@ -33,11 +41,14 @@ def network(**changes: int) -> ExemplarTransformer:
     return ExemplarTransformer(tokens=tokens, blocks=[TransformerBlock(8, 2)], **widths)
 
 
-def exact_parts(scale: float = 0.0, trained: bool = False, fitted_on: str = "other data") -> dict[str, object]:
+def exact_parts(
+    scale: float = 0.0, trained: bool = False, fitted_on: str = "other data", **changes: object
+) -> dict[str, object]:
     store = KeyStore(5, 4, scale=scale)
     store.values.requires_grad_(trained)
     module = ModuleEncoder(nn.Flatten(), 5, fitted_on=fitted_on)
-    return parts(mode="exact", memory=KeyValueMemory(store, writer=ValueWriter(5, 4, 3)), key_encoder=module)
+    memory = KeyValueMemory(store, writer=ValueWriter(5, 4, 3))
+    return parts(mode="exact", memory=memory, key_encoder=module, **changes)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +57,8 @@ def exact_parts(scale: float = 0.0, trained: bool = False, fitted_on: str = "oth
         (parts(network=network(value_width=7)), ValueError, "the network reads values of width 7, the memory has 4"),
         (parts(neighbours=1.5), TypeError, "neighbours must be a whole number, found 1.5"),
         (parts(key_encoder=Projection.random((5,), 6)), ValueError, "gives keys of width 6, the memory has 5"),
-        (parts(mode="both"), ValueError, "mode must be 'paper' or 'exact', found 'both'"),
+        (parts(mode="both"), ValueError, "mode must be 'exact' or 'paper', found 'both'"),
+        (parts(task=Classification(4)), ValueError, "the task Classification(4) needs a network of 4 outputs, found 3"),
         (parts(mode="exact"), ValueError, "mode='exact' needs KeyValueMemory(writer=ValueWriter"),
         (
             exact_parts(scale=0.1),
@@ -55,7 +67,7 @@ def exact_parts(scale: float = 0.0, trained: bool = False, fitted_on: str = "oth
         ),
         (exact_parts(trained=True), ValueError, "in exact mode values are written, not learned"),
         (exact_parts(fitted_on="forgettable"), ValueError, "in exact mode the encoder must not have seen what can be"),
-        (exact_parts() | {"own_token_probability": 0.5}, ValueError, "own_token_probability must be 0 in exact mode"),
+        (exact_parts(own_token_probability=0.5), ValueError, "own_token_probability must be 0 in exact mode"),
         (parts(own_token_probability=1.5), ValueError, "own_token_probability must be between 0 and 1, found 1.5"),
         (parts(drop_input=-0.1), ValueError, "drop_input must be between 0 and 1, found -0.1"),
         (parts(drop_input=0.6, drop_exemplar=0.5), ValueError, "must add up to 1 at most, found 0.6 and 0.5"),
@@ -63,7 +75,7 @@ def exact_parts(scale: float = 0.0, trained: bool = False, fitted_on: str = "oth
 )
 def test_bad_parts(settings: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        KeyMemoryTransformer(**settings)  # type: ignore[arg-type]
+        KeyMemoryTransformer(**{**settings, "readout": settings["readout"]()})  # type: ignore[arg-type,operator]
 
 
 def test_bad_widths_of_a_network() -> None:
@@ -77,7 +89,8 @@ def test_bad_widths_of_a_network() -> None:
     ("settings", "error", "message"),
     [
         ({"aggregation": "mean"}, ValueError, "aggregation must be one of ensemble, softmax, rank; found 'mean'"),
-        ({"wide": 3}, TypeError, "there are no settings wide; there are mode, width, depth"),
+        ({"wide": 3}, TypeError, "there are no settings wide; there are mode, readout, width"),
+        ({"readout": "votes"}, ValueError, "readout must be 'mixture' or 'transformer', found 'votes'"),
         ({"depth": 0}, ValueError, "depth must be at least 1, found 0"),
         ({"patch": 0}, ValueError, "patch must be at least 1, found 0"),
         ({"patch": 5}, ValueError, "patches must fill the image; 5 does not divide 8 and 6"),

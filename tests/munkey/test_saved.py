@@ -30,7 +30,7 @@ def with_conv() -> KeyMemoryTransformer:
         torch.manual_seed(0)
         conv = ConvEncoder(channels=1, width=5, fitted_on="other data", hidden=8)
         built = KeyMemoryTransformer.for_images(
-            classes=CLASSES, channels=1, size=SIZE, key_encoder=conv, width=8, value_width=4
+            classes=CLASSES, channels=1, size=SIZE, key_encoder=conv, width=8, value_width=4, mode="paper"
         )
     built.remember([1, 2], images(2), labels(2))
     return built
@@ -119,7 +119,7 @@ def test_encoder_and_model_are_passed_on(tmp_path: Path) -> None:
         return ModuleEncoder(net, 5, fitted_on="other data")
 
     built = KeyMemoryTransformer.for_images(
-        classes=CLASSES, channels=1, size=SIZE, key_encoder=own(), width=8, value_width=4
+        classes=CLASSES, channels=1, size=SIZE, key_encoder=own(), width=8, value_width=4, mode="paper"
     )
     built.remember([1, 2], images(2), labels(2))
     write_folder(built, tmp_path)
@@ -127,7 +127,7 @@ def test_encoder_and_model_are_passed_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="which the file does not hold; pass it as key_encoder="):
         pull(KeyMemoryTransformer, tmp_path)
     other = KeyMemoryTransformer.for_images(
-        classes=CLASSES, channels=1, size=SIZE, key_encoder=own(), width=8, value_width=4
+        classes=CLASSES, channels=1, size=SIZE, key_encoder=own(), width=8, value_width=4, mode="paper"
     )
     assert pull(KeyMemoryTransformer, tmp_path, model=other) is other
     check_same(other, built)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from munkey import Classification, DurableStore, KeyMemoryTransformer, KeyStore, MultiLabel, Regression, Task
 from munkey.audit import inside_attacks, inside_view, pathway_accuracies, relearning_curve
+from munkey.readout import ExemplarReadout
 from munkey.store import ReceiptLog
 from munkey.store.log import tokens_of
 from munkey.task import TASKS, task_from
@@ -118,7 +119,7 @@ def test_labels_of_any_kind_of_numbers_are_taken() -> None:
 
 
 def built(task: Task, **settings: Any) -> KeyMemoryTransformer:  # noqa: ANN401
-    small = {"width": 8, "heads": 2, "value_width": 4, **settings}
+    small = {"width": 8, "heads": 2, "value_width": 4, "mode": "paper", "readout": "transformer", **settings}
     model = KeyMemoryTransformer.for_images(size=SIZE, task=task, key_encoder=encoder(), **small)
     model.memory.store.secret = SECRET
     return model
@@ -180,9 +181,9 @@ def test_a_model_is_audited(name: str) -> None:
     assert {"null, loss", "null, classifier", "features", "gradients"} <= attacks.keys()
     slopes = []
     for image, label in zip(x[:6], y[:6], strict=True):
-        inputs = model.network.tokens(image[None])
-        outputs = model.network(inputs, model.memory.null.expand(1, 1, -1)).squeeze(1)
-        own = list(model.network.parameters())
+        inputs = model.readout.network.tokens(image[None])
+        outputs = model.readout.network(inputs, model.memory.null.expand(1, 1, -1)).squeeze(1)
+        own = list(model.readout.network.parameters())
         gradient = torch.autograd.grad(task.losses(outputs, label[None]).sum(), own, allow_unused=True)
         slopes.append(torch.stack([g.square().sum() for g in gradient if g is not None]).sum().sqrt())
     torch.testing.assert_close(views[0].gradients, torch.stack(slopes), rtol=1e-4, atol=1e-6)
@@ -269,11 +270,11 @@ def test_a_store_refuses_labels_of_another_kind() -> None:
 
 def test_task_network_and_memory_fit_together() -> None:
     model = built(Classification(4))
-    parts = {"key_encoder": model.key_encoder, "memory": model.memory, "network": model.network}
+    readout = ExemplarReadout(model.exemplar_readout.network, task=Regression(4))
     with pytest.raises(
-        ValueError, match=re.escape("the task Regression(4) needs a network of 4 outputs and a memory of")
+        ValueError, match=re.escape("the task Regression(4) needs a memory of labels of shape (4,), fou")
     ):
-        KeyMemoryTransformer(**parts, task=Regression(4))
+        KeyMemoryTransformer(key_encoder=model.key_encoder, memory=model.memory, readout=readout, mode="paper")
     with pytest.raises(
         ValueError, match=re.escape("give classes= or task=, one of both; found classes=3 and task=Reg")
     ):

@@ -20,14 +20,14 @@ Shape = tuple[int, ...]
 
 
 def check_batch(
-    x: object, shape: tuple[int, ...], dtype: torch.dtype, data_range: tuple[float, float] | None, what: str
+    x: object, shape: tuple[int, ...], dtype: torch.dtype | None, data_range: tuple[float, float] | None, what: str
 ) -> Tensor:
     """Return the batch unchanged if it fits the model; values are read on a CPU only.
 
     Args:
         x: the batch.
         shape: of one row.
-        dtype: of the weights; autocast allows others.
+        dtype: of the weights; autocast allows others, and None any floating-point one.
         data_range: least and greatest value, both allowed; None for any finite one.
         what: 'images' or 'observations', for messages.
 
@@ -41,7 +41,7 @@ def check_batch(
         raise TypeError(f"expected floating-point {what}, found {x.dtype}; convert them with {float_advice(x.dtype)}")
     if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != shape:
         raise ValueError(f"expected {what} of shape (batch, {', '.join(map(str, shape))}), found {tuple(x.shape)}")
-    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+    if dtype not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
             f"expected {what} of the dtype of the weights, {dtype}, found {x.dtype}; convert them with .to({dtype}), "
             "or the model with model.to(x.dtype)"

@@ -33,7 +33,7 @@ def test_a_view_is_that_of_a_loop_over_instances() -> None:
     got = inside_view(built, x, y, batch_size=3)
     assert built.training, "the mode is what it was"
     built.eval()
-    memory, network = built.memory, built.network
+    memory, network = built.memory, built.readout.network
     mean = memory.read(torch.arange(20)).mean(0)
     for n in range(7):
         tokens = network.tokens(x[n : n + 1])
@@ -76,10 +76,12 @@ def test_with_an_empty_memory_every_token_is_the_null() -> None:
 def test_attacks_find_what_weights_hold_and_nothing_where_they_hold_nothing() -> None:
     built, x = filled(60), images(120)
     y = torch.randint(3, (120,), generator=seeded(5))  # nothing to learn but by heart
-    optimizer = torch.optim.AdamW(built.network.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(built.readout.network.parameters(), lr=1e-2)
     for _ in range(150):
         optimizer.zero_grad()
-        logits = built.network(built.network.tokens(x[:60]), built.memory.null.detach().expand(60, 1, -1))
+        logits = built.readout.network(
+            built.readout.network.tokens(x[:60]), built.memory.null.detach().expand(60, 1, -1)
+        )
         F.cross_entropy(logits.squeeze(1), y[:60]).backward()
         optimizer.step()
     parts = [torch.arange(30, 60), torch.arange(90, 120), torch.arange(30), torch.arange(60, 90)]

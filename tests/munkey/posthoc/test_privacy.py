@@ -37,6 +37,8 @@ def vectors() -> KeyMemoryTransformer:
             width=8,
             heads=2,
             value_width=4,
+            mode="paper",
+            own_token_probability=1.0,
             drop_input=0.0,
             drop_exemplar=0.0,
         )
@@ -97,7 +99,7 @@ def test_noise_is_normal_on_all_shared_weights_and_on_no_value() -> None:
             generator=seeded(seed),
         )
         found = grads(built)
-        assert "memory.store.values" not in found and "memory.null" in found and "network.null_input" in found
+        assert "memory.store.values" not in found and "memory.null" in found and "readout.network.null_input" in found
         draws.append(torch.cat([grad.flatten() for grad in found.values()]))
     noise = torch.cat(draws) / (0.5 * 3 / 10)
     assert abs(noise.mean()) < 4 / math.sqrt(len(noise)) and abs(noise.std() - 1) < 4 / math.sqrt(2 * len(noise))
@@ -122,8 +124,8 @@ def test_pathways_are_dropped() -> None:
     built = filled(COUNT, drop_input=1.0, drop_exemplar=0.0)
     private_backward(built, images(COUNT), labels(COUNT), ids=range(COUNT), generator=seeded(), **QUIET)
     assert (
-        grads(built)["network.tokens.embed.weight"].abs().max() == 0
-        and grads(built)["network.null_input"].abs().max() > 0
+        grads(built)["readout.network.tokens.embed.weight"].abs().max() == 0
+        and grads(built)["readout.network.null_input"].abs().max() > 0
     )
 
 
@@ -133,7 +135,7 @@ def test_the_same_generator_gives_the_same_gradients() -> None:
         built = filled(COUNT)
         options = {**QUIET, "noise_multiplier": 1.0, "clip": 1.0}
         private_backward(built, images(COUNT), labels(COUNT), ids=range(COUNT), generator=seeded(seed), **options)
-        found.append(grads(built)["network.head.weight"])
+        found.append(grads(built)["readout.network.head.weight"])
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
@@ -312,20 +314,22 @@ def test_no_gradient_of_an_earlier_loss_is_left() -> None:
     built = filled(COUNT, aggregation="softmax", own_token_probability=0.0)
     built.attach(torch.optim.SGD([built.memory.store.values], 0.1))
     built.loss(images(COUNT), labels(COUNT), ids=range(COUNT), generator=seeded()).backward()
-    built.network.head.weight.requires_grad_(False)
-    built.own_token_probability = 1.0
+    built.readout.network.head.weight.requires_grad_(False)
+    built.readout.own_token_probability = 1.0
     held = set(grads(built))
     private_backward(built, images(0), labels(0), ids=[], generator=seeded(), **QUIET)
-    assert "network.head.weight" in held and any(name.startswith("aggregation") for name in held)
+    assert "readout.network.head.weight" in held and any(name.startswith("readout.aggregation") for name in held)
     assert not any(grad.any() for grad in grads(built).values())
-    assert built.network.head.weight.grad is None and all(p.grad is None for p in built.aggregation.parameters())
+    assert built.readout.network.head.weight.grad is None and all(
+        p.grad is None for p in built.readout.aggregation.parameters()
+    )
 
 
 def test_values_that_are_not_trained_have_no_gradient() -> None:
     built = undropped()
     built.memory.store.values.requires_grad_(False)
     private_backward(built, images(COUNT), labels(COUNT), ids=range(COUNT), generator=seeded(), **QUIET)
-    assert built.memory.store.values.grad is None and built.network.head.weight.grad is not None
+    assert built.memory.store.values.grad is None and built.readout.network.head.weight.grad is not None
 
 
 def test_with_dropout_each_instance_draws_by_itself() -> None:
@@ -342,10 +346,15 @@ def test_models_for_which_the_claim_does_not_hold() -> None:
     two.memory.remember([50], torch.randn(1, 2, 5, generator=seeded(4)), labels(1))
     with torch.random.fork_rng():
         seen = KeyMemoryTransformer.for_images(
-            classes=3, channels=1, size=(8, 6), key_encoder=Projection.principal(images(20), 5, fitted_on="forgettable")
+            classes=3,
+            channels=1,
+            size=(8, 6),
+            key_encoder=Projection.principal(images(20), 5, fitted_on="forgettable"),
+            mode="paper",
+            own_token_probability=1.0,
         )
     mixing, frozen = undropped(), undropped()
-    mixing.network.norm = torch.nn.BatchNorm1d(8)
+    mixing.readout.network.norm = torch.nn.BatchNorm1d(8)
     frozen.requires_grad_(False)
     for built, message in (
         (undropped(own_token_probability=0.5), "the claim needs paper mode with own_token_probability=1"),

@@ -17,7 +17,7 @@ from stores import seeded
 from torch import Tensor
 from torch.nn import functional as F
 
-from munkey import Classification, KeyStore, KeyValueMemory, MultiLabel, Regression, Task
+from munkey import Classification, KeyStore, KeyValueMemory, MultiLabel, Projection, Regression, Task
 from munkey.readout import DiscriminantReadout, Mixture, NeighbourVote, Query, Readout, RidgeReadout, UnitFeatures
 from munkey.readout.linear import LabelledFeatures
 from munkey.readout.mixture import fitted_weights
@@ -44,6 +44,11 @@ def memory_of(task: Task, keys: Tensor, labels: Tensor | None, metric: str = "co
     memory = KeyValueMemory(store, metric=metric)
     memory.remember(range(len(keys)), keys, labels)
     return memory
+
+
+def heads_of(task: Task) -> list[Readout]:
+    heads: list[Readout] = [RidgeReadout(task, UnitFeatures(WIDTH))]
+    return [*heads, DiscriminantReadout(task, UnitFeatures(WIDTH))] if isinstance(task, Classification) else heads
 
 
 def query_of(memory: KeyValueMemory, keys: Tensor, k: int = 1, **settings: object) -> Query:
@@ -160,12 +165,20 @@ def test_a_shrunk_discriminant_is_that_of_its_formula(balance: float) -> None:
     torch.testing.assert_close(found[:, :4].log_softmax(1), expected, rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 7, 40])
+@each_task
+def test_a_head_of_equal_rows_is_finite(task: Task, rows: int) -> None:
+    """Features have no variance, but for rounding: one row, one row of each class, or the same row many times."""
+    for x in (keys_of(1).repeat(rows, 1), keys_of(rows)):
+        memory = memory_of(task, x, labels_of(task, x))
+        for head in heads_of(task):
+            assert head(query_of(memory, keys_of(5, 2))).isfinite().all()
+    Projection.whitening(1e-9 * keys_of(1).repeat(2, 1), torch.tensor([0, 1]), fitted_on="other data")
+
+
 @each_task
 def test_a_head_without_rows_knows_nothing(task: Task) -> None:
-    heads: list[Readout] = [RidgeReadout(task, UnitFeatures(WIDTH))]
-    if isinstance(task, Classification):
-        heads.append(DiscriminantReadout(task, UnitFeatures(WIDTH)))
-    for head in heads:
+    for head in heads_of(task):
         found = head(query_of(memory_of(task, keys_of(0), None), keys_of(3, 2)))
         assert bool(found.isfinite().all()) and torch.equal(found[0], found[1])
 

@@ -21,6 +21,7 @@ from munkey import (
     pathway_accuracies,
 )
 from munkey.presets import patch_for
+from munkey.readout import ExemplarReadout
 from munkey.readout.tokens import ImageTokens, VectorTokens
 from munkey.readout.transformer import TransformerBlock
 
@@ -65,7 +66,7 @@ def test_tokens_of_ones_own(bare: bool) -> None:
     assert network(tokens(x), x.new_zeros(3, 1, 4)).shape == (3, 1, 2)
     encoder = ModuleEncoder(nn.Flatten(), 40, fitted_on="other data")
     memory = KeyValueMemory(KeyStore(40, 4, dtype=x.dtype))
-    model = KeyMemoryTransformer(key_encoder=encoder, memory=memory, network=network)
+    model = KeyMemoryTransformer(key_encoder=encoder, memory=memory, readout=ExemplarReadout(network), mode="paper")
     model.remember([1, 2, 3], x, torch.tensor([0, 1, 0]))
     assert model(x).shape == (3, 2)
     with pytest.raises(ValueError, match="no tokens"):
@@ -90,9 +91,9 @@ def test_no_statistic_is_kept_of_a_batch() -> None:
 
 def test_the_static_path_compiles_whole() -> None:
     built = filled()
-    x, values = built.network.tokens(images(3)).detach(), torch.randn(3, 2, 4, generator=seeded())
-    compiled = torch.compile(built.network, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, values), built.network(x, values))
+    x, values = built.readout.network.tokens(images(3)).detach(), torch.randn(3, 2, 4, generator=seeded())
+    compiled = torch.compile(built.readout.network, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, values), built.readout.network(x, values))
 
 
 def test_autocast() -> None:
@@ -107,7 +108,7 @@ def test_autocast() -> None:
 def test_other_dtypes(dtype: torch.dtype) -> None:
     encoder = Projection.random((1, 8, 6), 5).to(dtype)
     built = KeyMemoryTransformer.for_images(
-        classes=3, channels=1, size=(8, 6), key_encoder=encoder, width=8, value_width=4, dtype=dtype
+        classes=3, channels=1, size=(8, 6), key_encoder=encoder, width=8, value_width=4, dtype=dtype, mode="paper"
     )
     built.remember([1, 2], images(2).to(dtype))
     assert built(images(3).to(dtype)).dtype == dtype

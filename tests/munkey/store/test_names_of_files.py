@@ -183,7 +183,9 @@ def test_two_saves_to_one_folder_at_once(tmp_path: Path, model: bool) -> None:
     def whole() -> object:
         if model:
             found = KeyMemoryTransformer.load(folder)
-            return found.memory.store.digest(), checksum(found.state_dict()["network.head.weight"].numpy().tobytes())
+            return found.memory.store.digest(), checksum(
+                found.state_dict()["readout.network.head.weight"].numpy().tobytes()
+            )
         return ShardedKeyStore.load(folder).digest()
 
     known = []

@@ -1,0 +1,145 @@
+"""A transformer that reads the input beside the value of each neighbour, and its training.
+
+Letters: `B` inputs, `k` neighbours, `V` width of a value, `n` outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from munkey.readout.aggregate import Aggregation, Ensemble, Retrieved
+from munkey.readout.base import Memory, Query, Readout
+from munkey.readout.transformer import ExemplarTransformer
+from munkey.task import Classification, Task
+from treediff.core.checks import check_positive
+
+__all__ = ["ExemplarReadout"]
+
+
+class ExemplarReadout(Readout):
+    """The predictions of a transformer beside the values of the neighbours, combined by an aggregation.
+
+    There are two pathways, the input and the exemplar. Each has a learned null, which replaces a pathway that is
+    dropped in training or switched off.
+
+    In training an instance reads its own value, or the value of a neighbour. A value of a neighbour is read without its
+    gradient: only the loss of an instance itself changes its value, so that no value learns anything of another
+    instance.
+
+    Deletion: a deleted row has no value and is no neighbour. The weights stay; see the modes of `KeyMemoryTransformer`.
+
+    Args:
+        network: the transformer.
+        task: kind of label; one of `network.outputs` classes if not given.
+        aggregation: combines several neighbours into one prediction; `Ensemble` if not given.
+        neighbours: `k`.
+        own_token_probability: share of the instances in training that read their own value. All others read values of
+            their neighbours, without their own.
+        drop_input: share of the instances whose input is hidden in training.
+        drop_exemplar: share of the instances whose exemplar is hidden; input and exemplar are never both hidden.
+        stop_gradient: whether values of neighbours are read without their gradient. If False, a value also learns from
+            instances nearby, which forgets less: see docs/results/munkey.md.
+        sparse: whether gradients of values are sparse, for optimisers like SparseAdam, whose cost follows the batch.
+
+    Raises:
+        TypeError: if a number is not whole.
+        ValueError: if a share is out of range, or network and task do not fit.
+
+    Source: MUNKEY (arXiv 2603.15033); reading neighbours in training, without gradient, is ours.
+    """
+
+    deletion = "weights"
+
+    def __init__(
+        self,
+        network: ExemplarTransformer,
+        *,
+        task: Task | None = None,
+        aggregation: Aggregation | None = None,
+        neighbours: int = 4,
+        own_token_probability: float = 0.7,
+        drop_input: float = 0.2,
+        drop_exemplar: float = 0.2,
+        stop_gradient: bool = True,
+        sparse: bool = False,
+    ) -> None:
+        super().__init__()
+        check_positive(neighbours=neighbours)
+        self.task = Classification(network.outputs) if task is None else task
+        if self.task.outputs != network.outputs:
+            raise ValueError(
+                f"the task {self.task} needs a network of {self.task.outputs} outputs, found {network.outputs}"
+            )
+        shares = {"own_token_probability": own_token_probability}
+        shares |= {"drop_input": drop_input, "drop_exemplar": drop_exemplar}
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, found {share}")
+        if drop_input + drop_exemplar > 1:
+            raise ValueError(
+                f"drop_input and drop_exemplar must add up to 1 at most, found {drop_input} and {drop_exemplar}"
+            )
+        self.own_token_probability = float(own_token_probability)
+        self.drop_input, self.drop_exemplar = float(drop_input), float(drop_exemplar)
+        self.neighbours, self.stop_gradient, self.sparse = int(neighbours), bool(stop_gradient), bool(sparse)
+        self.network, self.aggregation = network, aggregation or Ensemble()
+
+    def check(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless `x` is a batch of inputs of the network."""
+        self.network.tokens.check(x)
+
+    def forward(self, query: Query) -> Tensor:
+        """Return outputs `(B, n)`; a pathway that the query switches off is replaced by its null."""
+        network, x, memory = self.network, query.inputs, query.memory
+        inputs = network.tokens(x) if query.use_input else network.null_input.expand(len(x), -1, -1)
+        if not query.use_memory:
+            nothing: Tensor = network(inputs, memory.null.expand(len(x), 1, -1))
+            return nothing.squeeze(1)
+        outputs: Tensor = self.aggregation(
+            query.retrieved(self.neighbours), lambda values: network(inputs, values), self.task.average
+        )
+        return outputs
+
+    def loss(
+        self, memory: Memory, x: Tensor, targets: Tensor, ids: list[int], *, generator: torch.Generator | None
+    ) -> Tensor:
+        """Return the mean loss of the task, a scalar; arguments are those of `KeyMemoryTransformer.loss`, checked."""
+        uniform = torch.rand(4, len(x), generator=generator, device=x.device)
+        hidden, alone = uniform[0] < self.drop_input, uniform[0] >= 1 - self.drop_exemplar
+        network = self.network
+        inputs = torch.where(hidden[:, None, None], network.null_input, network.tokens(x))
+        values = self._values(memory, ids, uniform, alone)
+        return self.task.losses(network(inputs, values[:, None]).squeeze(1), targets).mean()
+
+    def nulls(self) -> Iterator[Tensor]:
+        """Return the learned tokens, which are vectors although some have two dimensions."""
+        yield from (self.network.start, self.network.null_input)
+
+    def _values(self, memory: Memory, ids: list[int], uniform: Tensor, alone: Tensor) -> Tensor:
+        """Return the value `(B, V)` that each instance is trained with; the null token for a hidden exemplar.
+
+        Only rows in use are read, since a sparse optimiser changes every row that was read.
+        """
+        rows = memory.store.one_row_of_each(ids, uniform[2])
+        if self.own_token_probability == 1:
+            return memory.read(torch.where(alone, -1, rows), sparse=self.sparse)
+        near, scores = memory.neighbours_of_rows(rows, self.neighbours)
+        own = (uniform[1] < self.own_token_probability) & ~alone
+        if isinstance(self.aggregation, Ensemble):
+            pick = self.aggregation.pick(near >= 0, uniform[3])
+            near, scores = near.gather(1, pick[:, None]), scores.gather(1, pick[:, None])
+        near = torch.where((own | alone)[:, None], -1, near)
+        tokens = self._read_others(memory, near)
+        found = Retrieved(tokens, scores.masked_fill(near < 0, -torch.inf), near)
+        mine = memory.read(torch.where(own, rows, -1), sparse=self.sparse)
+        theirs = tokens[:, 0] if isinstance(self.aggregation, Ensemble) else self.aggregation.one(found, uniform[3])
+        return torch.where(own[:, None], mine, theirs)
+
+    def _read_others(self, memory: Memory, rows: Tensor) -> Tensor:
+        """Return values `(B, k, V)` of neighbours; the null token, and what a writer computes, keep their gradients."""
+        if not self.stop_gradient:
+            return memory.read(rows, sparse=self.sparse)
+        return memory.read(rows, frozen=True)

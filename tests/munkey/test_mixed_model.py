@@ -1,0 +1,134 @@
+"""A transformer as one of several readouts: trained on what stays, and forgotten to the bit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from classifiers import images, labels, model, train
+from stores import seeded
+from torch import Tensor, nn
+
+from munkey import (
+    Classification,
+    Identity,
+    KeyMemoryTransformer,
+    KeyStore,
+    KeyValueMemory,
+    pathway_accuracies,
+)
+from munkey.readout import ExemplarReadout, Mixture, ModuleReadout, Query
+
+
+def trained(secret: bytes = b"for tests") -> KeyMemoryTransformer:
+    """Trained on 8 permanent instances; the mixture is fitted to 8 others."""
+    built = model(mode="exact", readout="mixture")
+    built.memory.store.secret = secret
+    built.remember(range(8), images(16)[:8], labels(16)[:8], permanent=True)
+    train(built, list(range(8)))
+    built.remember(range(8, 16), images(16)[8:], labels(16)[8:], permanent=True)
+    built.fit_readout(images(16)[8:], labels(16)[8:], ids=range(8, 16))
+    built.readout.set_weights({"votes": 0.5, "discriminant": 0.2, "transformer": 0.4})  # type: ignore[operator]
+    return built.eval()
+
+
+def test_a_mixture_with_a_transformer_that_forgot_is_one_that_never_saw(tmp_path: Path) -> None:
+    x, y = images(30), labels(30)
+    one, other = trained(), trained()
+    one.remember(range(16, 30), x[16:], y[16:])
+    one(images(5, seed=3))
+    one.forget([17, 20, 29])
+    kept = [i for i in range(28, 15, -1) if i not in (17, 20)]
+    other.remember(kept, x[kept], y[kept])
+    fresh, alone = images(9, seed=4), trained()
+    with torch.no_grad():
+        assert torch.equal(one(fresh), other(fresh)) and not torch.equal(one(fresh), alone(fresh))
+    assert one.memory.store.digest() == other.memory.store.digest()
+    for name, built in (("one", one), ("other", other)):
+        built.save(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+    again = KeyMemoryTransformer.load(tmp_path / "one").eval()
+    with torch.no_grad():
+        assert torch.equal(again(fresh), one(fresh)) and again.config == one.config
+
+
+def test_every_part_counts_and_pathways_are_those_of_the_transformer() -> None:
+    built, x = trained(), images(7, seed=3)
+    assert isinstance(built.readout, Mixture)
+    with torch.no_grad():
+        query = Query(built.memory, x, built.key_encoder(x), 32)
+        expected = torch.tensordot(built.readout.weights.float(), built.readout.outputs(query), 1)
+        torch.testing.assert_close(built(x), expected)
+        reader = built.exemplar_readout
+        for switched in ({"use_input": False}, {"use_memory": False}):
+            alone = reader(Query(built.memory, x, built.key_encoder(x), 4, **switched))
+            assert torch.equal(built(x, **switched), alone)
+    assert not torch.isnan(torch.tensor(pathway_accuracies(built, x, labels(7)).memory))
+
+
+def test_a_mixture_that_was_not_fitted_does_not_hear_the_transformer() -> None:
+    built = model(mode="exact", readout="mixture")
+    built.remember(range(8), images(8), labels(8))
+    assert isinstance(built.readout, Mixture) and float(built.readout.weights[-1]) == 0
+    with torch.no_grad():
+        before = built(images(3, seed=2))
+        nn.init.normal_(built.exemplar_readout.network.head.weight)
+        assert torch.equal(built(images(3, seed=2)), before)
+
+
+def network(fitted_on: str = "permanent split") -> ModuleReadout:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return ModuleReadout(Classification(3), nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)), fitted_on=fitted_on)
+
+
+def by_rule(x: Tensor) -> Tensor:
+    return x[:, :3].argmax(1)
+
+
+def test_a_network_of_ones_own_joins_the_mixture_and_its_weight_is_what_it_is_worth(tmp_path: Path) -> None:
+    x, noise = torch.randn(120, 4, generator=seeded()), torch.randint(3, (120,), generator=seeded(1))
+    for right in (True, False):
+        part = network()
+        nn.init.eye_(part.module[1].weight)  # type: ignore[index]
+        built = KeyMemoryTransformer.for_features(features=4, classes=3, readouts={"network": part})
+        y = by_rule(x) if right else noise
+        built.remember(range(60), x[:60], y[:60], permanent=True)
+        before = built(x[60:])
+        built.remember(range(60, 120), x[60:], y[60:], permanent=True)
+        weights = built.fit_readout(x[60:], y[60:], ids=range(60, 120)).weights
+        assert (float(weights[2]) > 0.5) == right
+        if right:
+            built.save(tmp_path / "model")
+            again = KeyMemoryTransformer.load(tmp_path / "model", readouts={"network": network()})
+            assert torch.equal(again(x), built(x)) and not torch.equal(before, built(x[60:]))
+            with pytest.raises(ValueError, match="readouts"):
+                KeyMemoryTransformer.load(tmp_path / "model")
+
+
+def test_a_network_stays_in_eval_mode_and_frozen() -> None:
+    part = network().train()
+    assert not part.module.training and not any(weight.requires_grad for weight in part.parameters())
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="fitted_on must be one of nothing, other data, permanent split, forgettable; fo"
+    ):
+        network("mine")
+    with pytest.raises(
+        ValueError, match="a module must not have been trained on what can be forgotten; train it on the"
+    ):
+        KeyMemoryTransformer.for_features(features=4, classes=3, readouts={"network": network("forgettable")})
+    wrong = ModuleReadout(Classification(3), nn.Linear(4, 2), fitted_on="other data")
+    built = KeyMemoryTransformer(
+        key_encoder=Identity(4), memory=KeyValueMemory(KeyStore(4, 1)), readout=wrong, mode="paper"
+    )
+    with pytest.raises(ValueError, match=re.escape("expected outputs of shape (2, 3) from the module, found (2, 2)")):
+        built(torch.ones(2, 4))
+    one = model()
+    two = Mixture({name: ExemplarReadout(one.exemplar_readout.network) for name in ("a", "b")})
+    with pytest.raises(ValueError, match="values belong to one transformer, found 2 readouts with a transformer"):
+        KeyMemoryTransformer(key_encoder=one.key_encoder, memory=one.memory, readout=two, mode="paper")
