@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.ensemble import HistGradientBoostingClassifier
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,9 +30,7 @@ from treediff.data import load_dataset
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
 from classify_features import classifier, named_permanent, network, scores
-
-Predict = Callable[[Tensor], Tensor]
-Fit = Callable[[Tensor, Tensor, int], Predict]
+from rivals import Fit, Predict, boosting, logistic
 
 
 def readout(make: Callable[[Classification, int], Any]) -> Fit:
@@ -44,27 +41,6 @@ def readout(make: Callable[[Classification, int], Any]) -> Fit:
         model.remember(range(len(x)), x, y)
         part = make(Classification(classes), x.shape[1])
         return lambda q: torch.cat([part(Query(model.memory, b, b, max(1, part.neighbours))) for b in q.split(256)])
-
-    return fit
-
-
-def logistic(penalty: float) -> Fit:
-    """Logistic regression with an L2 penalty, by L-BFGS to convergence."""
-
-    def fit(x: Tensor, y: Tensor, classes: int) -> Predict:
-        mean, spread = x.mean(0), x.std()
-        weight = torch.zeros(x.shape[1], classes, requires_grad=True)
-        bias = torch.zeros(classes, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            found = F.cross_entropy((x - mean) / spread @ weight + bias, y) + penalty * weight.square().sum()
-            found.backward()
-            return found
-
-        optimizer.step(loss)
-        return lambda q: ((q - mean) / spread @ weight + bias).detach()
 
     return fit
 
@@ -93,16 +69,6 @@ def tip_adapter(beta: float, alpha: float) -> Fit:
             return head(q) + alpha * torch.cat(votes)
 
         return predict
-
-    return fit
-
-
-def boosting(seed: int) -> Fit:
-    """Gradient-boosted trees of scikit-learn, for tables."""
-
-    def fit(x: Tensor, y: Tensor, classes: int) -> Predict:
-        trees = HistGradientBoostingClassifier(random_state=seed).fit(x.numpy(), y.numpy())
-        return lambda q: torch.from_numpy(trees.predict_proba(q.numpy())).clamp_min(1e-9).log()
 
     return fit
 

@@ -160,20 +160,27 @@ $(OUT)/shadow_models.json:
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/shadow_models.py --models 64 --work $(RUNS)/shadows --out $@
 
 CIFAR_TASK = --data $(CIFAR) --encoder efficientnet --epochs 20 --holdout 2000
-$(OUT)/unlearning/fashion/table.md: TASK = --data fashion-mnist --epochs 10 --holdout 6000 --forget random:0.1 --seeds 3
-$(OUT)/unlearning/cifar/table.md: TASK = $(CIFAR_TASK) --forget random:0.1 --seeds 3
+PIXELS = --methods fine_tune neg_grad neg_grad_plus l1_sparse random_labels bad_teacher scrub sal_un ssd amun \
+	"munkey mode=paper own_token_probability=1" "munkey readout=transformer" rac_delete semi_parametric \
+	nearest_neighbours sisa
+$(OUT)/unlearning/fashion/table.md: TASK = --data fashion-mnist --epochs 10 --holdout 6000 --forget random:0.1 --seeds 3 $(PIXELS)
+$(OUT)/unlearning/cifar/table.md: TASK = $(CIFAR_TASK) --forget random:0.1 --seeds 3 $(PIXELS)
 
 # Other forget sets take over what was tuned, and leave out what trains longest.
 OTHER_TASK = $(CIFAR_TASK) --seeds 1 --tuned $(OUT)/unlearning/cifar/tuned.json --methods fine_tune neg_grad \
-	neg_grad_plus l1_sparse random_labels bad_teacher scrub sal_un ssd amun munkey "munkey mode=exact" nearest_neighbours
+	neg_grad_plus l1_sparse random_labels bad_teacher scrub sal_un ssd amun "munkey mode=paper own_token_probability=1" \
+	"munkey readout=transformer" nearest_neighbours
 $(OUT)/unlearning/cifar-class/table.md: TASK = $(OTHER_TASK) --forget class
 $(OUT)/unlearning/cifar-cluster/table.md: TASK = $(OTHER_TASK) --forget cluster:0.01
 $(OUT)/unlearning/cifar-one-percent/table.md: TASK = $(OTHER_TASK) --forget random:0.01
 $(OTHER_SETS:%=$(OUT)/unlearning/%/table.md): $(OUT)/unlearning/cifar/table.md
 
 $(OUT)/unlearning/cifar-leakage/table.md: TASK = $(CIFAR_TASK) --forget random:0.1 --seeds 1 --methods \
-	"munkey own_token_probability=0" "munkey drop_exemplar=0.5" "munkey drop_input=0.5" "munkey width=32 depth=1" \
-	"munkey noise=1" "munkey own_token_probability=0.5" "munkey drop_exemplar=0"
+	"munkey mode=paper own_token_probability=0 stop_gradient=false" \
+	"munkey mode=paper own_token_probability=1 drop_exemplar=0.5" "munkey mode=paper own_token_probability=1 drop_input=0.5" \
+	"munkey mode=paper own_token_probability=1 width=32 depth=1" "munkey mode=paper own_token_probability=1 noise=1" \
+	"munkey mode=paper own_token_probability=0.5 stop_gradient=false" \
+	"munkey mode=paper own_token_probability=1 drop_exemplar=0"
 $(OUT)/unlearning/%/table.md:
 	$(UNLEARNING) $(TASK) --out $(@D)
 

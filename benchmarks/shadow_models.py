@@ -122,7 +122,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="height and width for images of a folder, if their sizes differ")
     parser.add_argument("--models", type=int, default=64, help="of each kind, 12 at least")
     parser.add_argument("--candidates", type=int, default=300)
-    parser.add_argument("--methods", nargs="+", default=["munkey", "munkey mode=exact", *SETTINGS])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["munkey mode=paper own_token_probability=1", "munkey readout=transformer", *SETTINGS],
+    )
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--effort", type=float, default=0.2)
     parser.add_argument("--encoder", default="random")

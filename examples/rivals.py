@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -22,6 +24,9 @@ from munkey.readout.tokens import ImageTokens
 from munkey.readout.transformer import TransformerBlock
 from treediff.augment import Augment
 from treediff.data import load_dataset
+
+Predict = Callable[[Tensor], Tensor]
+Fit = Callable[[Tensor, Tensor, int], Predict]
 
 
 class Features(nn.Module):
@@ -38,6 +43,20 @@ class Features(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = torch.cat([self.start.expand(len(x), 1, -1), self.tokens(x)], 1)
         return self.norm(self.blocks(tokens)[:, 0])
+
+
+class VectorFeatures(nn.Module):
+    """Features `(B, W)` of vectors, such as features of another network or rows of a table: one hidden layer."""
+
+    def __init__(self, inputs: int, width: int = 512) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(inputs, elementwise_affine=False), nn.Linear(inputs, width), nn.GELU(), nn.Dropout(0.5)
+        )
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
 
 
 class Rival(nn.Module):
@@ -59,9 +78,9 @@ class TrainedRival(Rival, ABC):
 
 
 class Plain(TrainedRival):
-    """A vision transformer without memory, the input of methods of unlearning after the fact. It deletes nothing."""
+    """A network without memory, the input of methods of unlearning after the fact. It deletes nothing."""
 
-    def __init__(self, features: Features, classes: int) -> None:
+    def __init__(self, features: Features | VectorFeatures, classes: int) -> None:
         super().__init__()
         self.features, self.head = features, nn.Linear(features.width, classes)
 
@@ -128,7 +147,9 @@ class SemiParametric(TrainedRival):
     """In the manner of deep semi-parametric models (Zheng et al., arXiv 2603.22870): a query is compared with the mean
     features of a sample of each class. A deleted image is never drawn again, but the weights were trained on it."""
 
-    def __init__(self, features: Features, classes: int, support: int = 128, support_asked: int = 4096) -> None:
+    def __init__(
+        self, features: Features | VectorFeatures, classes: int, support: int = 128, support_asked: int = 4096
+    ) -> None:
         super().__init__()
         self.features, self.classes = features, classes
         self.query, self.key = (nn.Linear(features.width, features.width) for _ in range(2))
@@ -166,6 +187,56 @@ class SemiParametric(TrainedRival):
         self.means = None
         rows = torch.randint(len(self.ids), (self.support,), generator=self.generator)
         return F.cross_entropy(self.compared(x, self.mean_features(rows)), labels)
+
+
+def logistic(penalty: float) -> Fit:
+    """Logistic regression with an L2 penalty, by L-BFGS to convergence."""
+
+    def fit(x: Tensor, y: Tensor, classes: int) -> Predict:
+        mean, spread = x.mean(0), x.std()
+        weight = torch.zeros(x.shape[1], classes, requires_grad=True)
+        bias = torch.zeros(classes, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            found = F.cross_entropy((x - mean) / spread @ weight + bias, y) + penalty * weight.square().sum()
+            found.backward()
+            return found
+
+        optimizer.step(loss)
+        return lambda q: ((q - mean) / spread @ weight + bias).detach()
+
+    return fit
+
+
+def boosting(seed: int) -> Fit:
+    """Gradient-boosted trees of scikit-learn, for tables."""
+
+    def fit(x: Tensor, y: Tensor, classes: int) -> Predict:
+        trees = HistGradientBoostingClassifier(random_state=seed).fit(x.numpy(), y.numpy())
+        return lambda q: torch.from_numpy(trees.predict_proba(q.numpy())).clamp_min(1e-9).log()
+
+    return fit
+
+
+class Refitted(Rival):
+    """A classifier that is fitted again without what it is to forget: exact, and as slow as fitting."""
+
+    def __init__(self, how: Fit, classes: int) -> None:
+        super().__init__()
+        self.how, self.classes = how, classes
+
+    def remember(self, ids: Tensor, x: Tensor, labels: Tensor, *, keys: Tensor | None = None) -> None:
+        self.ids, self.inputs, self.labels = ids, x, labels
+        self.predict = self.how(x, labels, self.classes)
+
+    def forget(self, ids: Tensor) -> None:
+        stay = ~torch.isin(self.ids, ids)
+        self.remember(self.ids[stay], self.inputs[stay], self.labels[stay])
+
+    def forward(self, x: Tensor, *, keys: Tensor | None = None) -> Tensor:
+        return self.predict(x)
 
 
 def fit(

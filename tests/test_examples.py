@@ -206,15 +206,27 @@ def test_what_another_run_tuned_is_taken_over(tmp_path: Path) -> None:
 def test_a_comparison_of_ways_to_forget(folder: Path) -> None:
     options = ("--data", "fewer.npz", "--epochs", "1", "--seeds", "1", "--key-width", "32", "--holdout", "40")
     options += ("--relearn", "3")
-    names = ["fine_tune", "munkey", "nearest_neighbours"]
+    names = ["fine_tune", "munkey", "munkey mode=paper", "nearest_neighbours"]
     found = run(folder, "unlearning_benchmark.py", *options, "--methods", *names)
     methods = [row["method"] for row in found["rows"]]  # type: ignore[attr-defined]
-    assert methods[-3:] == names and "munkey: retrained" in methods
+    assert methods[-4:] == names and "munkey: retrained" in methods
     first, second = ([row for row in found["rows"] if row["method"] == f"plain: {what}"] for what in ORACLES)  # type: ignore[attr-defined]
     assert len(first) == len(second) == 1 and first[0]["attacks"] != second[0]["attacks"], "another seed"
     out = folder / "runs/unlearning"
     assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert (out / "table.md").read_text().count("\n") == 2 + len(methods)
+    tables = (out / "table.md").read_text().split("\n\n")
+    assert [each.strip().count("\n") for each in tables] == [1 + len(methods), 1 + len(names), 3]
+    exact = next(row for row in found["rows"] if row["method"] == "munkey")  # type: ignore[attr-defined]
+    assert exact["equal to its oracle"] and exact["one"]["bytes"]
     assert json.loads((out / "results.json").read_text())["rows"] == found["rows"], "saved as it went"
+    few = np.load(folder / "fewer.npz")
+    flat = {name: few[name].reshape(len(few[name]), -1) / 16 for name in ("train_images", "test_images")}
+    flat = {name: x.astype(np.float32) for name, x in flat.items()}
+    np.savez(folder / "flat.npz", **flat, **{name: few[name] for name in ("train_labels", "test_labels")})
+    names = ["munkey", "munkey mode=paper", "logistic_regression", "boosted_trees"]
+    options = ("--data", "flat.npz", "--epochs", "2", "--seeds", "1", "--relearn", "1", "--out", "flat")
+    found = run(folder, "unlearning_benchmark.py", *options, "--methods", *names)
+    rows = {row["method"]: row for row in found["rows"]}  # type: ignore[attr-defined]
+    assert rows["munkey"]["equal to its oracle"] and rows["munkey"]["test"] > 70 and "inside" not in rows["munkey"]
     other = started(EXAMPLES / "unlearning_benchmark.py", "--epochs", "3", folder=folder)
     assert other.returncode and "holds results of other settings; name another folder" in other.stderr

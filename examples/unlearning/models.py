@@ -13,7 +13,21 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from rivals import Features, NearestNeighbours, Plain, RACDelete, Rival, SemiParametric, TrainedRival, fit
+from classify_features import classifier
+from rivals import (
+    Features,
+    NearestNeighbours,
+    Plain,
+    RACDelete,
+    Refitted,
+    Rival,
+    SemiParametric,
+    TrainedRival,
+    VectorFeatures,
+    boosting,
+    fit,
+    logistic,
+)
 from sisa import SISA
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,6 +37,7 @@ from unlearning.task import Task
 from munkey import DurableStore, KeyMemoryTransformer, pathway_accuracies, posthoc
 from munkey.posthoc.privacy import poisson_batches, private_backward
 from munkey.presets import patch_for
+from munkey.readout import Mixture
 from treediff.augment import Augment
 
 
@@ -108,7 +123,7 @@ class Bench:
         ids = self.stay if without else self.all
         if name.startswith("munkey"):
             settings = dict(setting(pair) for pair in name.split()[1:])
-            return self._munkey(settings, ids, self.seed if "mode" in settings else seed)
+            return self._munkey(settings, ids, seed if settings.get("mode") == "paper" else self.seed)
         if name == "sisa":
             epochs = max(1, round(2 * args.epochs / 4))  # three slices: as many steps in all as one model takes
             learn = functools.partial(fit, augment=task.augment, epochs=epochs)
@@ -122,14 +137,17 @@ class Bench:
                 "rac_delete": lambda: RACDelete(self._plain(seed), task.encoder, task.classes),
                 "semi_parametric": lambda: SemiParametric(self._features(), task.classes),
                 "nearest_neighbours": lambda: NearestNeighbours(task.encoder, task.classes),
+                "logistic_regression": lambda: Refitted(logistic(3e-4), task.classes),
+                "boosted_trees": lambda: Refitted(boosting(seed), task.classes),
             }[name]()
         model.remember(ids, task.images[ids], task.labels[ids], keys=task.keys[ids])
         if isinstance(model, TrainedRival):
             fit(model, task.images, task.labels, ids, epochs=args.epochs, augment=task.augment, seed=seed)
         return model
 
-    def _features(self) -> Features:
-        return Features(self.task.shape, patch_for(*self.task.shape[1:]))
+    def _features(self) -> Features | VectorFeatures:
+        shape = self.task.shape
+        return Features(shape, patch_for(*shape[1:])) if len(shape) > 1 else VectorFeatures(*shape)
 
     def _plain(self, seed: int) -> Plain:
         with torch.random.fork_rng():
@@ -137,32 +155,42 @@ class Bench:
             return Plain(self._features(), self.task.classes)
 
     def _munkey(self, settings: dict[str, Any], ids: Tensor, seed: int) -> KeyMemoryTransformer:
-        """In exact mode weights are trained on half of the images, none of them forgotten; the rest is stored later."""
-        task, exact, noise = self.task, settings.get("mode") == "exact", settings.pop("noise", None)
-        channels, *size = task.shape
-        own = 0.0 if exact else 1.0  # of the recorded runs
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = KeyMemoryTransformer.for_images(
-                classes=task.classes,
-                channels=channels,
-                size=(size[0], size[1]),
-                key_encoder=task.encoder,
-                sparse=True,
-                **{"mode": "paper", "readout": "transformer", "own_token_probability": own, **settings},
-            )
+        """In exact mode half of the rows are permanent, none of them forgotten; the rest is stored later."""
+        task, noise, paper = self.task, settings.pop("noise", None), settings.get("mode") == "paper"
         draw = self.all[torch.randperm(len(self.all), generator=torch.Generator().manual_seed(7))]
         for_good = draw[~torch.isin(draw, self.gone)][: len(draw) // 2]
-        seen = for_good if exact else ids
-        options: dict[str, Any] = {"epochs": self.args.epochs, "augment": task.augment, "seed": seed}
-        model.remember(seen, task.images[seen], task.labels[seen], keys=task.keys[seen], permanent=exact)
+        if len(task.shape) == 1 and not settings:
+            order = torch.cat([for_good, ids[~torch.isin(ids, for_good)]])
+            options = {"epochs": self.args.epochs, "seed": seed}
+            return classifier(task.images, task.labels, order, for_good, task.classes, **options)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = self._untrained(settings)
+        seen, held = (ids, ids[:0]) if paper else for_good.tensor_split([len(for_good) - len(for_good) // 5])
+        if not isinstance(model.readout, Mixture):
+            seen, held = torch.cat([seen, held]), held[:0]
+        options = {"epochs": self.args.epochs, "augment": task.augment, "seed": seed}
+        self._remember(model, seen, permanent=not paper)
         if noise is not None:
             train_private(model, task.images, task.labels, seen, len(self.all), noise, **options)
         else:
             train(model, task.images, task.labels, seen, batch_size=128, **options)
-        later = ids[~torch.isin(ids, seen)]
-        model.remember(later, task.images[later], task.labels[later], keys=task.keys[later])
+        if len(held):
+            self._remember(model, held, permanent=True)
+            model.fit_readout(task.images[held], task.labels[held], ids=held, keys=task.keys[held])
+        self._remember(model, ids[~torch.isin(ids, torch.cat([seen, held]))], permanent=False)
         return model
+
+    def _untrained(self, settings: dict[str, Any]) -> KeyMemoryTransformer:
+        task, about = self.task, {"classes": self.task.classes, "key_encoder": self.task.encoder, "sparse": True}
+        if len(task.shape) == 1:
+            return KeyMemoryTransformer.for_vectors(features=task.shape[0], **about, **settings)
+        channels, height, width = task.shape
+        return KeyMemoryTransformer.for_images(channels=channels, size=(height, width), **about, **settings)
+
+    def _remember(self, model: KeyMemoryTransformer, ids: Tensor, *, permanent: bool) -> None:
+        task = self.task
+        model.remember(ids, task.images[ids], task.labels[ids], keys=task.keys[ids], permanent=permanent)
 
     def row(self, method: str) -> dict[str, Any]:
         """Measurements of a method: a name as in `forgotten`, or a kind of model before, or retrained without."""
@@ -172,6 +200,7 @@ class Bench:
             found = self.measured(model, seconds)
             if isinstance(model, KeyMemoryTransformer):
                 found["seconds in a file"] = self.seconds_in_a_file(name)
+                found["one"] = self.one(name)
                 found["equal to its oracle"] = equal(model, self.fitted(name, 1))
             return found
         start = time.perf_counter()
@@ -188,6 +217,27 @@ class Bench:
         start = time.perf_counter()
         model.forget(self.gone)  # type: ignore[operator]
         return model, time.perf_counter() - start
+
+    def one(self, name: str) -> dict[str, float]:
+        """Milliseconds and bytes to forget one instance, and milliseconds of the first answer for 256 after it."""
+        model = copy.deepcopy(self.fitted(name, 0))
+        assert isinstance(model, KeyMemoryTransformer)
+        x, _, keys = (part[:256] for part in self.task.test)
+        with torch.no_grad():
+            self.task.answers(model.eval(), x, keys)
+        model.memory.store.digest()
+        model.forget(self.gone[:1])  # the first call builds what later calls use
+        start = time.perf_counter()
+        receipt = model.forget(self.gone[1:2])
+        forgotten = time.perf_counter()
+        with torch.no_grad():
+            self.task.answers(model, x, keys)
+        answered = time.perf_counter()
+        return {
+            "milliseconds": 1000 * (forgotten - start),
+            "bytes": receipt.bytes,
+            "answer after": 1000 * (answered - forgotten),
+        }
 
     def seconds_in_a_file(self, name: str) -> float:
         """Seconds to forget from a memory in a file, until the medium holds no forgotten row."""
@@ -220,7 +270,7 @@ class Bench:
         task, sets = self.task, (self.gone, self.stay, self.others)
         found = {**task.measured(model, *sets), "seconds": seconds}
         found["relearned"] = task.relearned(model, self.gone, self.others, steps=self.args.relearn)
-        if isinstance(model, KeyMemoryTransformer):
+        if isinstance(model, KeyMemoryTransformer) and model.has_transformer:
             found["inside"] = task.inside(model, *sets)
             rows = self.gone[:1000]
             accuracies = pathway_accuracies(model, task.images[rows], task.labels[rows], keys=task.keys[rows])

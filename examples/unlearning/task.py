@@ -1,19 +1,22 @@
-"""Data of unlearning_benchmark.py: images, keys, forget sets, and what is measured."""
+"""Data of unlearning_benchmark.py: images or features, keys, forget sets, and what is measured."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from classify_features import scores
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from train_munkey import augment_of, encoder_of
 
-from munkey import KeyMemoryTransformer
+from munkey import Identity, KeyMemoryTransformer
 from munkey.audit import (
     Attack,
     attack,
@@ -38,7 +41,7 @@ class Task:
             raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")
         self.name, self.kind = data.name, args.forget
         images, self.shape = data.train_images, tuple(data.train_images.shape[1:])
-        self.encoder = encoder_of(args, self.shape)
+        self.encoder = encoder_of(args, self.shape) if len(self.shape) > 1 else Identity(self.shape[0])
         keys, queries = self._keys(args, images, data.test_images)
         end = len(images) - holdout
         self.images, self.labels, self.keys = images[:end], data.train_labels[:end], keys[:end]
@@ -46,7 +49,7 @@ class Task:
         if holdout:
             self.test = (images[end:], data.train_labels[end:], keys[end:])
         self.classes = 1 + int(torch.cat([self.labels, self.test[1]]).max())
-        self.augment = augment_of(self.shape[0])
+        self.augment = augment_of(self.shape[0]) if len(self.shape) > 1 else None
 
     def _keys(self, args: argparse.Namespace, *splits: Tensor) -> list[Tensor]:
         """Keys of both splits, computed once for each data set and encoder."""
@@ -83,7 +86,7 @@ class Task:
             splits[name] = (self.images[ids], self.labels[ids], self.keys[ids])
         model.eval()
         logits = {
-            name: torch.cat([model(a, keys=b) for a, b in zip(x.split(256), keys.split(256), strict=True)]).float()
+            name: torch.cat([self.answers(model, a, b) for a, b in zip(x.split(256), keys.split(256), strict=True)])
             for name, (x, _, keys) in splits.items()
         }
         labels = {name: split[1] for name, split in splits.items()}
@@ -97,7 +100,25 @@ class Task:
             about["retain"], about["test"][odd], about["forget"], about["test"][even]
         )
         attacks = {name: attack(a, b, resamples=200) for name, (a, b) in pairs.items()}
+        quality = {name: value for name, value in scores(logits["test"], labels["test"]).items() if name != "accuracy"}
+        found |= {**quality, "milliseconds": self.milliseconds(model)}
         return {**found, "attack": 100 * attacks["loss"].auc, "attacks": summary(attacks)}
+
+    def answers(self, model: nn.Module, x: Tensor, keys: Tensor) -> Tensor:
+        """Logits; a model with an encoder of its own computes its keys."""
+        own = isinstance(model, KeyMemoryTransformer) and model.key_encoder is not self.encoder
+        found: Tensor = model(x, keys=None if own else keys)
+        return found.float()
+
+    def milliseconds(self, model: nn.Module) -> float:
+        """Median milliseconds to answer for 256 test rows, whose keys are at hand if the model takes these."""
+        x, _, keys = (part[:256] for part in self.test)
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            self.answers(model, x, keys)
+            seconds.append(time.perf_counter() - start)
+        return 1000 * statistics.median(seconds)
 
     def relearned(self, model: nn.Module, gone: Tensor, others: Tensor, *, count: int = 256, steps: int = 20) -> float:
         """Mean loss over steps, in nats, of learning fresh test images minus the loss of relearning forgotten images.
@@ -107,7 +128,7 @@ class Task:
         losses = []
         for rows, sets in ((others[:count], (x, y, keys)), (gone[:count], (self.images, self.labels, self.keys))):
             own, (inputs, labels, queries) = copy.deepcopy(model).eval(), (part[rows] for part in sets)
-            said = _by_row(own, inputs, queries)
+            said = self._by_row(own, inputs, queries)
             if not said(torch.arange(1)).requires_grad:
                 return 0.0
             optimizer = torch.optim.AdamW(own.parameters(), lr=3e-4, weight_decay=0.0)
@@ -117,6 +138,9 @@ class Task:
             losses.append(float(curve[1:].mean()))
         return losses[0] - losses[1]
 
+    def _by_row(self, model: nn.Module, x: Tensor, keys: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda rows: self.answers(model, x[rows], keys[rows])
+
     def inside(self, model: KeyMemoryTransformer, gone: Tensor, stay: Tensor, others: Tensor) -> dict[str, list[float]]:
         """Attacks on the weights, with 1,000 images of each set at most."""
         x, y, _ = self.test
@@ -124,10 +148,6 @@ class Task:
         sets += [(self.images[stay], self.labels[stay]), (x[others[1::2]], y[others[1::2]])]
         views = [inside_view(model, images[:1000], labels[:1000]) for images, labels in sets]
         return summary(inside_attacks(*views, resamples=200))
-
-
-def _by_row(model: nn.Module, x: Tensor, keys: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda rows: model(x[rows], keys=keys[rows])
 
 
 def summary(attacks: dict[str, Attack]) -> dict[str, list[float]]:
