@@ -243,8 +243,9 @@ def main() -> None:
     )
     if exact:  # weights of the readouts, chosen by permanent images that the transformer was not trained on
         remember(model, images, labels, held, world, permanent=True)
-        if len(held) > 1:  # every process gives the same images
-            model.fit_readout(images[held], labels[held], ids=held)
+        own = held[world.rank :: world.size]
+        if len(held) > world.size:
+            model.fit_readout(images[own], labels[own], ids=own)
     remember(model, images, labels, ids[~torch.isin(ids, torch.cat([seen, held]))], world)
     seconds = time.perf_counter() - start_time
     model.save(args.out / ("model.safetensors" if world.size == 1 else "model"))

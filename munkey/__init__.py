@@ -14,7 +14,7 @@ from munkey.encoders.perceptron import PerceptronEncoder
 from munkey.encoders.projection import Projection
 from munkey.memory import KeyValueMemory
 from munkey.model import KeyMemoryTransformer
-from munkey.readout.aggregate import Ensemble, RankMix, Retrieved, SoftmaxMix
+from munkey.readout.aggregate import Attend, Ensemble, RankMix, Retrieved, SoftmaxMix
 from munkey.readout.transformer import ExemplarTransformer
 from munkey.readout.writer import ValueWriter
 from munkey.search.faiss import FaissSearch
@@ -23,6 +23,7 @@ from munkey.store import DurableStore, KeyStore, Receipt, Rows
 from munkey.task import Classification, MultiLabel, Regression, Task
 
 __all__ = [
+    "Attend",
     "Classification",
     "ConvEncoder",
     "DurableStore",

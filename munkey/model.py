@@ -22,7 +22,7 @@ from munkey import io
 from munkey.encoders.base import KeyEncoder, check_encoder
 from munkey.encoders.identity import Identity
 from munkey.memory import KeyValueMemory
-from munkey.presets import DEFAULTS, OF_NETWORK, Settings, feature_parts, model_parts, patch_for
+from munkey.presets import OF_NETWORK, Settings, completed, feature_parts, model_parts, patch_for
 from munkey.readout.base import Query, Readout
 from munkey.readout.exemplar import ExemplarReadout
 from munkey.readout.mixture import Mixture, fitted_weights
@@ -260,16 +260,12 @@ class KeyMemoryTransformer(nn.Module):
         placed: dict[str, Any],
     ) -> Self:
         """Build a model from parts, some of which may be custom, and record its configuration."""
-        settings: dict[str, Any] = {**DEFAULTS, **given}
-        unknown = sorted(settings.keys() - Settings.__annotations__.keys())
-        if unknown:
-            raise TypeError(f"there are no settings {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
+        settings = completed(given)
         with drawing_from(generator):  # layers draw their weights when they are built
             model = cls(**model_parts(tokens, inputs, task=task, key_encoder=key_encoder, **settings, **placed))
         if search is not None:
             model.memory.search = search(model.memory.store)
         own: dict[str, Any] = {name: part for name, part in settings.items() if isinstance(part, nn.Module)}
-        settings["own_token_probability"] = model.exemplar_readout.own_token_probability
         arguments = {**shapes, **settings, "task": task.config()}
         replaced = (*own, *(OF_NETWORK if "network" in own else ()))
         model.config = record(factory, {name: arguments[name] for name in arguments if name not in replaced}, own)
@@ -398,7 +394,7 @@ class KeyMemoryTransformer(nn.Module):
 
         Weights are not changed by a deletion. So in exact mode instances in the memory have to be permanent. If weights
         of a readout are trained, they should not have been trained on these instances, which they know too well. With a
-        memory on several ranks, all ranks give the same instances.
+        memory on several ranks, each rank gives other instances, and all ranks get the same weights.
 
         Args:
             x: `(B, ...)` inputs.
@@ -413,19 +409,23 @@ class KeyMemoryTransformer(nn.Module):
         Raises:
             KeyError: if an id is not in the memory.
             TypeError: if the readout is no mixture, or a number is not whole.
-            ValueError: if there is no instance, or one only with an id, an id can be forgotten in exact mode, there are
-                fewer than two folds, or ranks give different instances.
+            ValueError: if there is no instance, or one only with an id, an id can be forgotten in exact mode, or there
+                are fewer than two folds.
         """
         if not isinstance(self.readout, Mixture):
             raise TypeError(f"only a Mixture has weights to fit, found {type(self.readout).__name__}")
         self._check_inputs(x)
         targets, store = self.task.check(labels, len(x)).to(x.device), self.memory.store
-        if isinstance(store, ShardedKeyStore):  # ranks with different weights would wait for each other
-            store.ranks.same("instances to fit a readout to", (len(x), float(x.double().sum()), targets.tolist()))
+        ranks = store.ranks if isinstance(store, ShardedKeyStore) else None
+        check_positive(folds=folds)
         if ids is None:
             outputs = self.readout.outputs(self._query(x, keys))
         else:
-            outputs = self._left_out(x, ordered_ids(ids), folds, keys)
+            counts = [len(x)] if ranks is None else ranks.gather(len(x))
+            outputs = self._left_out(x, ordered_ids(ids), min(folds, *counts), keys)
+        if ranks is not None:  # all ranks fit the same weights
+            every = ranks.gather((outputs, targets))
+            outputs, targets = torch.cat([one for one, _ in every], 1), torch.cat([other for _, other in every])
         weights = fitted_weights(self.task, outputs, targets)
         self.readout.set_weights(dict(zip(self.readout.readouts, weights.tolist(), strict=True)))
         return self.readout
@@ -440,11 +440,10 @@ class KeyMemoryTransformer(nn.Module):
                 "weights that were fitted to instances do not forget them; in exact mode pass ids of permanent "
                 "instances, or held-out instances without ids"
             )
-        check_positive(folds=folds)
-        if min(folds, len(ids)) < 2:
-            raise ValueError(f"expected at least two folds and two instances, found {folds} and {len(ids)}")
+        if folds < 2:
+            raise ValueError(f"expected at least two folds and two instances, found {folds} folds of {len(ids)}")
         parts = []
-        for fold in torch.arange(len(ids)).chunk(folds):
+        for fold in torch.arange(len(ids)).tensor_split(folds):
             own = [ids[i] for i in fold.tolist()]
             query = self._query(
                 x[fold], None if keys is None else keys[fold], exclude_ids=own, without=store.rows_of(own)

@@ -24,7 +24,7 @@ from munkey.store.store import KeyStore
 from munkey.task import Classification, Task
 from treediff.core.checks import check_positive
 
-__all__ = ["DEFAULTS", "OF_NETWORK", "Settings", "feature_parts", "model_parts", "patch_for"]
+__all__ = ["DEFAULTS", "OF_MODE", "OF_NETWORK", "Settings", "completed", "feature_parts", "model_parts", "patch_for"]
 
 
 class Settings(TypedDict, total=False):
@@ -39,8 +39,9 @@ class Settings(TypedDict, total=False):
         heads: of the attention; 4.
         dropout: in the blocks, in training only; 0.
         value_width: dimensions of a value; 128, as in the paper.
-        aggregation: 'ensemble', 'softmax' or 'rank', or a module; 'ensemble'.
-        neighbours: number of rows that the transformer reads; 4, as in the paper.
+        aggregation: 'attend', 'ensemble', 'softmax' or 'rank', or a module; 'attend' in exact mode, which reads all
+            neighbours in one pass, 'ensemble' in paper mode.
+        neighbours: number of rows that the transformer reads; 16 in exact mode, 4 in paper mode, as in the paper.
         metric: 'cosine' or 'dot'; 'cosine'.
         own_token_probability: see `ExemplarReadout`; 0.7 in paper mode, 0 in exact mode.
         stop_gradient: see `ExemplarReadout`; True.
@@ -59,8 +60,8 @@ class Settings(TypedDict, total=False):
     heads: int
     dropout: float
     value_width: int
-    aggregation: str | Aggregation
-    neighbours: int
+    aggregation: str | Aggregation | None
+    neighbours: int | None
     metric: str
     own_token_probability: float | None
     stop_gradient: bool
@@ -75,24 +76,42 @@ class Settings(TypedDict, total=False):
 #: Defaults of the settings.
 DEFAULTS: Settings = {
     "mode": "exact",
-    "readout": None,
     "width": 64,
     "depth": 2,
     "heads": 4,
     "dropout": 0.0,
     "value_width": 128,
-    "aggregation": "ensemble",
-    "neighbours": 4,
     "metric": "cosine",
-    "own_token_probability": None,
     "stop_gradient": True,
     "drop_input": 0.2,
     "drop_exemplar": 0.2,
     "sparse": False,
     "seed": 0,
 }
+#: Defaults that depend on the mode.
+OF_MODE: dict[str, Settings] = {
+    "exact": {"readout": "mixture", "aggregation": "attend", "neighbours": 16, "own_token_probability": 0.0},
+    "paper": {"readout": "transformer", "aggregation": "ensemble", "neighbours": 4, "own_token_probability": 0.7},
+}
 #: Arguments of the factories that shape the default network alone; a custom network replaces them.
 OF_NETWORK = ("channels", "patch", "tokens", "width", "depth", "heads", "dropout")
+
+
+def completed(given: Settings) -> dict[str, Any]:
+    """Return all settings, with defaults for those that are not given, or None.
+
+    Raises:
+        TypeError: if there is no such setting.
+        ValueError: if there is no such mode.
+    """
+    if unknown := sorted(given.keys() - Settings.__annotations__.keys()):
+        names = ", ".join(name for name in Settings.__annotations__ if name not in ("network", "writer"))
+        raise TypeError(f"there are no settings {', '.join(unknown)}; there are {names}")
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    mode = settings.get("mode", DEFAULTS["mode"])
+    if mode not in OF_MODE:
+        raise ValueError(f"mode must be 'exact' or 'paper', found {mode!r}")
+    return {**DEFAULTS, **OF_MODE[mode], **settings}
 
 
 def patch_for(height: int, width: int) -> int:
@@ -108,7 +127,7 @@ def model_parts(
     task: Task,
     key_encoder: KeyEncoder,
     mode: str,
-    readout: str | None,
+    readout: str,
     width: int,
     depth: int,
     heads: int,
@@ -117,7 +136,7 @@ def model_parts(
     aggregation: str | Aggregation,
     neighbours: int,
     metric: str,
-    own_token_probability: float | None,
+    own_token_probability: float,
     stop_gradient: bool,
     drop_input: float,
     drop_exemplar: float,
@@ -164,7 +183,6 @@ def model_parts(
     exact = mode == "exact"
     check_positive(depth=depth, neighbours=neighbours)
     check_encoder(key_encoder)
-    readout = readout or ("mixture" if exact else "transformer")
     if readout not in ("mixture", "transformer"):
         raise ValueError(f"readout must be 'mixture' or 'transformer', found {readout!r}")
     if isinstance(aggregation, str) and aggregation not in AGGREGATIONS:
@@ -183,13 +201,12 @@ def model_parts(
     if writer is None and exact:
         writer = ValueWriter(key_encoder.width, value_width, task, **factory)
     mixed = aggregation if isinstance(aggregation, nn.Module) else AGGREGATIONS[aggregation](neighbours).to(**factory)
-    own = (0.0 if exact else 0.7) if own_token_probability is None else own_token_probability
     transformer = ExemplarReadout(
         network,
         task=task,
         aggregation=mixed,
         neighbours=neighbours,
-        own_token_probability=own,
+        own_token_probability=own_token_probability,
         drop_input=drop_input,
         drop_exemplar=drop_exemplar,
         stop_gradient=stop_gradient,

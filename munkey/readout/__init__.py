@@ -1,6 +1,6 @@
 """Readouts: from an input and its neighbours to a prediction."""
 
-from munkey.readout.aggregate import Aggregation, Ensemble, RankMix, Retrieved, SoftmaxMix
+from munkey.readout.aggregate import Aggregation, Attend, Ensemble, RankMix, Retrieved, SoftmaxMix
 from munkey.readout.base import Query, Readout
 from munkey.readout.exemplar import ExemplarReadout
 from munkey.readout.features import Features, FourierFeatures, ReLUFeatures, UnitFeatures
@@ -13,6 +13,7 @@ from munkey.readout.writer import ValueWriter
 
 __all__ = [
     "Aggregation",
+    "Attend",
     "DiscriminantReadout",
     "Ensemble",
     "ExemplarReadout",

@@ -1,7 +1,8 @@
 """Aggregations of several neighbours: one prediction from all of their tokens.
 
 *Ensemble* runs the model once for each neighbour and averages. *Softmax* and *rank* mix the tokens into one token and
-run the model once. The paper names all three (MUNKEY, arXiv 2603.15033); the formulas are our choice.
+run the model once. The paper names all three (MUNKEY, arXiv 2603.15033); the formulas are our choice. *Attend* runs the
+model once, which attends to all tokens beside each other.
 
 Letters: `B` batch, `k` neighbours, `V` width of a value, `n` classes.
 """
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from treediff.core.checks import check_positive
 
-__all__ = ["AGGREGATIONS", "Aggregation", "Ensemble", "RankMix", "Retrieved", "SoftmaxMix"]
+__all__ = ["AGGREGATIONS", "Aggregation", "Attend", "Ensemble", "RankMix", "Retrieved", "SoftmaxMix"]
 
 Predict = Callable[[Tensor], Tensor]
 Average = Callable[[Tensor, Tensor], Tensor]
@@ -29,7 +30,8 @@ class Aggregation(nn.Module, ABC):
 
     Args of a call:
         found: the neighbours.
-        predict: from tokens `(B, m, V)` to outputs `(B, m, n)`, each token independently.
+        predict: from tokens `(B, m, V)` to outputs `(B, m, n)`, each token independently, or from `(B, m, j, V)` to
+            `(B, m, n)`, `j` tokens at a time.
         average: from outputs `(B, m, n)` and weights `(B, m)` to outputs `(B, n)`, see `munkey.task.Task.average`.
     """
 
@@ -39,7 +41,7 @@ class Aggregation(nn.Module, ABC):
 
     @abstractmethod
     def one(self, found: Retrieved, uniform: Tensor) -> Tensor:
-        """Return one token `(B, V)` for a single pass in training; random choices follow numbers `(B,)` in [0, 1)."""
+        """Return the tokens `(B, j, V)` of one pass in training; random choices follow numbers `(B,)` in [0, 1)."""
 
 
 class Ensemble(Aggregation):
@@ -72,9 +74,9 @@ class Ensemble(Aggregation):
         return average(logits, weights)
 
     def one(self, found: Retrieved, uniform: Tensor) -> Tensor:
-        """Return the token of a random neighbour; existing neighbours precede missing neighbours."""
+        """Return the token `(B, 1, V)` of a random neighbour; existing neighbours precede missing neighbours."""
         pick = self.pick(found.there, uniform)
-        return found.tokens[torch.arange(len(pick), device=pick.device), pick]
+        return found.tokens[torch.arange(len(pick), device=pick.device), pick][:, None]
 
     @staticmethod
     def pick(there: Tensor, uniform: Tensor) -> Tensor:
@@ -97,8 +99,8 @@ class _Mix(Aggregation):
         return (weights[..., None] * found.tokens).sum(1)
 
     def one(self, found: Retrieved, uniform: Tensor) -> Tensor:
-        """Return the mixed token `(B, V)`; nothing is random."""
-        return self.mixed(found)
+        """Return the mixed token `(B, 1, V)`; nothing is random."""
+        return self.mixed(found)[:, None]
 
     @abstractmethod
     def preferences(self, found: Retrieved) -> Tensor:
@@ -167,8 +169,24 @@ class RankMix(_Mix):
         return self.weights[:k].expand(len(found.ids), -1)
 
 
+class Attend(Aggregation):
+    """One prediction beside all neighbours, to which the transformer attends; missing neighbours are null tokens.
+
+    The cost is that of one pass with `k` more tokens, not of `k` passes.
+    """
+
+    def forward(self, found: Retrieved, predict: Predict, average: Average) -> Tensor:
+        """Return the prediction beside all tokens, `(B, n)`; arguments as for `Aggregation`."""
+        return predict(found.tokens[:, None]).squeeze(1)
+
+    def one(self, found: Retrieved, uniform: Tensor) -> Tensor:
+        """Return all tokens `(B, k, V)`; nothing is random."""
+        return found.tokens
+
+
 #: Aggregations by name; each is built for a greatest number of neighbours.
 AGGREGATIONS: dict[str, Callable[[int], Aggregation]] = {
+    "attend": lambda count: Attend(),
     "ensemble": lambda count: Ensemble(),
     "softmax": lambda count: SoftmaxMix(),
     "rank": RankMix,

@@ -119,13 +119,13 @@ class ExemplarReadout(Readout):
         yield from (self.network.start, self.network.null_input)
 
     def _values(self, memory: Memory, ids: list[int], uniform: Tensor, alone: Tensor) -> Tensor:
-        """Return the value `(B, V)` that each instance is trained with; the null token for a hidden exemplar.
+        """Return the values `(B, j, V)` that each instance is trained with; null tokens for a hidden exemplar.
 
         Only rows in use are read, since a sparse optimiser changes every row that was read.
         """
         rows = memory.store.one_row_of_each(ids, uniform[2])
         if self.own_token_probability == 1:
-            return memory.read(torch.where(alone, -1, rows), sparse=self.sparse)
+            return memory.read(torch.where(alone, -1, rows)[:, None], sparse=self.sparse)
         near, scores = memory.neighbours_of_rows(rows, self.neighbours)
         own = (uniform[1] < self.own_token_probability) & ~alone
         if isinstance(self.aggregation, Ensemble):
@@ -134,9 +134,10 @@ class ExemplarReadout(Readout):
         near = torch.where((own | alone)[:, None], -1, near)
         tokens = self._read_others(memory, near)
         found = Retrieved(tokens, scores.masked_fill(near < 0, -torch.inf), near)
-        mine = memory.read(torch.where(own, rows, -1), sparse=self.sparse)
-        theirs = tokens[:, 0] if isinstance(self.aggregation, Ensemble) else self.aggregation.one(found, uniform[3])
-        return torch.where(own[:, None], mine, theirs)
+        theirs = tokens if isinstance(self.aggregation, Ensemble) else self.aggregation.one(found, uniform[3])
+        mine = torch.full(theirs.shape[:2], -1, device=rows.device).index_copy(1, rows.new_zeros(1), rows[:, None])
+        read = memory.read(torch.where(own[:, None], mine, -1), sparse=self.sparse)
+        return torch.where(own[:, None, None], read, theirs)
 
     def _read_others(self, memory: Memory, rows: Tensor) -> Tensor:
         """Return values `(B, k, V)` of neighbours; the null token, and what a writer computes, keep their gradients."""

@@ -65,9 +65,9 @@ class TransformerBlock(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the result of the block, of the shape of `x`."""
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+    def forward(self, x: Tensor, *, first: int | None = None) -> Tensor:
+        """Return the result of the block, of the shape of `x`; with `first`, of so many first tokens only."""
+        x = x[:, :first] + self.dropout(self.attention(self.attention_norm(x), first=first))
         changed: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return changed
 
@@ -86,7 +86,7 @@ class ExemplarTransformer(nn.Module):
         outputs: `n`, dimensions of a prediction.
 
     Shapes:
-        tokens `(B, S, W)` and values `(B, m, V)` to `(B, m, n)`.
+        tokens `(B, S, W)` and values `(B, m, V)` or `(B, m, j, V)` to `(B, m, n)`.
 
     Raises:
         TypeError: if a number is not whole.
@@ -132,15 +132,18 @@ class ExemplarTransformer(nn.Module):
     def features(self, inputs: Tensor, values: Tensor) -> Tensor:
         """Return the inputs of the head, `(B, m, W)`; arguments as for `forward`."""
         batch, many = values.shape[:2]
-        exemplars = self.exemplar(values).flatten(0, 1)[:, None]
+        exemplars = self.exemplar(values if values.ndim == 4 else values[:, :, None]).flatten(0, 1)
         rows = inputs.repeat_interleave(many, 0)
         x = torch.cat([self.start.expand(len(rows), 1, -1), rows, exemplars], 1)
-        for block in self.blocks:
-            x = block(x)
+        for place, block in enumerate(self.blocks, 1):
+            x = block(x, first=1 if place == len(self.blocks) else None)  # one token is read
         features: Tensor = self.norm(x[:, 0]).unflatten(0, (batch, many))
         return features
 
     def forward(self, inputs: Tensor, values: Tensor) -> Tensor:
-        """Return logits `(B, m, n)` for input tokens `(B, S, W)` beside values `(B, m, V)`, each value separately."""
+        """Return logits `(B, m, n)` for input tokens `(B, S, W)` beside values `(B, m, V)`, each value separately.
+
+        Values `(B, m, j, V)` are read `j` at a time: the attention decides how much each of these counts.
+        """
         logits: Tensor = self.head(self.features(inputs, values))
         return logits

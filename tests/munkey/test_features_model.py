@@ -153,9 +153,9 @@ def test_what_is_refused() -> None:
     built.remember([70, 71], x, y)
     with pytest.raises(ValueError, match="in exact mode pass ids of permanent instances, or held-out instances"):
         built.fit_readout(x, y, ids=[70, 71])
-    with pytest.raises(ValueError, match="expected at least two folds and two instances, found 5 and 1"):
+    with pytest.raises(ValueError, match="expected at least two folds and two instances, found 1 folds of 1"):
         built.fit_readout(x[:1], y[:1], ids=[0])
-    with pytest.raises(ValueError, match="expected at least two folds and two instances, found 1 and 2"):
+    with pytest.raises(ValueError, match="expected at least two folds and two instances, found 1 folds of 2"):
         built.fit_readout(x, y, ids=[0, 1], folds=1)
     with pytest.raises(ValueError, match="expected one id for each of 2 inputs, found 1"):
         built.fit_readout(x, y, ids=[0])

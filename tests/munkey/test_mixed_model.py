@@ -63,7 +63,7 @@ def test_every_part_counts_and_pathways_are_those_of_the_transformer() -> None:
         torch.testing.assert_close(built(x), expected)
         reader = built.exemplar_readout
         for switched in ({"use_input": False}, {"use_memory": False}):
-            alone = reader(Query(built.memory, x, built.key_encoder(x), 4, **switched))
+            alone = reader(Query(built.memory, x, built.key_encoder(x), 32, **switched))
             assert torch.equal(built(x, **switched), alone)
     assert not torch.isnan(torch.tensor(pathway_accuracies(built, x, labels(7)).memory))
 

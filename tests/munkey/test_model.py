@@ -17,13 +17,26 @@ AGGREGATIONS = ["ensemble", "softmax", "rank"]
 
 
 def by_hand(built: KeyMemoryTransformer, x: Tensor, values: Tensor) -> Tensor:
-    """Logits `(n,)` of one image beside one value, token by token."""
+    """Logits `(n,)` of one image beside one value `(V,)`, or several `(k, V)`, token by token."""
     net = built.readout.network
-    sequence = torch.cat([net.start[None], net.tokens(x[None])[0], net.exemplar(values)[None]])[None]
+    sequence = torch.cat([net.start[None], net.tokens(x[None])[0], net.exemplar(values.reshape(-1, 4))])[None]
     for block in net.blocks:
         sequence = sequence + block.attention(block.attention_norm(sequence))  # type: ignore[operator]
         sequence = sequence + block.mlp(block.mlp_norm(sequence))  # type: ignore[operator]
     return net.head(net.norm(sequence[0, 0]))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_transformer_that_attends_reads_all_neighbours_in_one_pass(depth: int) -> None:
+    built = filled(aggregation="attend", depth=depth)
+    x, rows = images(4, seed=1), []
+    found = built.memory(built.key_encoder(x), 4)
+    for b in range(4):
+        rows.append(by_hand(built, x[b], found.tokens[b]))
+        torch.testing.assert_close(by_hand(built, x[b], found.tokens[b].flip(0)), rows[-1])
+    torch.testing.assert_close(built(x), torch.stack(rows))
+    one, other = filled(aggregation="attend", neighbours=1), filled(neighbours=1)
+    torch.testing.assert_close(one(x).log_softmax(1), other(x))
 
 
 def test_the_ensemble_is_the_mean_of_one_run_for_each_neighbour() -> None:
@@ -239,7 +252,7 @@ def test_how_often_a_pathway_is_dropped() -> None:
     built.readout.network.forward = spy  # type: ignore[method-assign]
     built.loss(images(400), labels(400), ids=range(400), generator=seeded())
     hidden = (seen[0][0] == built.readout.network.null_input).all(2).all(1)
-    alone = (seen[0][1] == built.memory.null).all(2).squeeze(1)
+    alone = (seen[0][1] == built.memory.null).flatten(1).all(1)
     assert hidden.float().mean().item() == pytest.approx(0.3, abs=0.07)
     assert alone.float().mean().item() == pytest.approx(0.2, abs=0.06)
     assert not (hidden & alone).any()

@@ -88,7 +88,11 @@ def test_bad_widths_of_a_network() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"aggregation": "mean"}, ValueError, "aggregation must be one of ensemble, softmax, rank; found 'mean'"),
+        (
+            {"aggregation": "mean"},
+            ValueError,
+            "aggregation must be one of attend, ensemble, softmax, rank; found 'mean'",
+        ),
         ({"wide": 3}, TypeError, "there are no settings wide; there are mode, readout, width"),
         ({"readout": "votes"}, ValueError, "readout must be 'mixture' or 'transformer', found 'votes'"),
         ({"depth": 0}, ValueError, "depth must be at least 1, found 0"),

@@ -80,7 +80,9 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(source, 2 * width, **factory)
         self.out = nn.Linear(width, width, **factory)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, *, first: int | None = None
+    ) -> Tensor:
         """Attend from the tokens of `x` to the key tokens.
 
         Args:
@@ -88,16 +90,17 @@ class Attention(nn.Module):
             context: `(B, T, context)` key tokens; None if the module was built for self-attention.
             mask: `(B, T)` booleans, True = may be attended to; None means that all tokens may be attended to. Where no
                 token may be attended to, in a row of False or for `T = 0`, the result is the output projection of zero.
+            first: compute the results of so many first tokens only; all if not given.
 
         Returns:
-            `(B, S, width)`.
+            `(B, S, width)`, or `(B, first, width)`.
 
         Raises:
             ValueError: if a shape does not fit, or the context is missing or superfluous.
             TypeError: if the mask is not boolean.
         """
         source = self._source(x, context)
-        query = self._split(self.query(x))
+        query = self._split(self.query(x[:, :first]))
         key, value = (self._split(part) for part in self.key_value(source).chunk(2, dim=-1))
         if mask is not None:
             _check_mask(mask, source)

@@ -88,7 +88,7 @@ def test_attacks_find_what_weights_hold_and_nothing_where_they_hold_nothing() ->
     views = [inside_view(built, x[rows], y[rows]) for rows in parts]
     found = inside_attacks(*views, resamples=10)
     assert len(found) == 3 * 5 + 2
-    assert found["null, loss"].auc > 0.8 and found["gradients"].auc > 0.8
+    assert found["null, loss"].auc > 0.8 and found["gradients"].auc > 0.75
     assert found["null, classifier"].auc > 0.7  # by what it learned of 30 and 30; 0.78 to 0.82, as the processor rounds
     ours, theirs = (membership_scores(view.logits["null"], view.labels)["loss"] for view in views[:2])
     assert found["null, loss"].auc == attack(ours, theirs, resamples=1).auc

@@ -10,7 +10,7 @@ from stores import seeded
 from torch import Tensor
 
 from munkey import Classification, Ensemble, RankMix, Retrieved, SoftmaxMix
-from munkey.readout.aggregate import AGGREGATIONS, Aggregation
+from munkey.readout.aggregate import AGGREGATIONS, Aggregation, Attend
 
 B, K, V, N = 5, 4, 3, 6
 WEIGHT = torch.randn(V, N, generator=seeded(9))
@@ -60,7 +60,7 @@ def test_mixtures(kind: str) -> None:
         else:
             logits = near.scores[b, :count].float() / 0.2 if kind == "softmax" else mix.weights[:count]  # type: ignore[index]
             token = sum(w * near.tokens[b, j] for j, w in enumerate(logits.softmax(0)))  # type: ignore[assignment,misc]
-        torch.testing.assert_close(tokens[b], token)
+        torch.testing.assert_close(tokens[b], token[None])
         torch.testing.assert_close(got[b], one(token))
 
 
@@ -72,6 +72,18 @@ def test_an_ensemble_trains_any_neighbour_there_is_and_all_equally_often() -> No
         for b in range(B):
             seen[b, int((near.tokens[b] == picked[b]).all(1).nonzero()[0])] += 1
     assert seen.tolist() == [[150, 150, 150, 150], [200, 200, 200, 0], [600, 0, 0, 0], [600, 0, 0, 0], [300, 300, 0, 0]]
+
+
+def test_all_neighbours_are_read_at_once() -> None:
+    near, seen = found([4, 3, 1, 0, 2]), []
+
+    def predict(values: Tensor) -> Tensor:
+        seen.append(values)
+        return values.sum((2, 3))[..., None].expand(-1, -1, N)
+
+    got = Attend()(near, predict, average_of)
+    assert torch.equal(seen[0], near.tokens[:, None]) and torch.equal(Attend().one(near, torch.zeros(B)), near.tokens)
+    torch.testing.assert_close(got, near.tokens.sum((1, 2))[:, None].expand(-1, N))
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
