@@ -4,8 +4,8 @@
 
 Files are those of `examples/embed.py`; `fashion-{seed}.npz` names one for each seed. Settings of the rivals
 (neighbours, temperature, shrinkage, penalty) are those that are best on a fifth of the training rows, which are then
-used as well. munkey has the settings of `examples/classify_features.py`: a network is trained on most of the permanent
-half of the rows, and three weights are fitted to the others of that half. Numbers are means over seeds; a seed decides
+used as well. munkey is `examples/classify_features.py`: half of the rows are permanent; a network is trained on most of
+these, and the others choose the shrinkage of the whitening and three weights. Numbers are means over seeds; a seed decides
 which rows are permanent, which are held out, and initial weights.
 """
 
@@ -111,13 +111,14 @@ def compare(path: Path, seed: int, *, table: bool) -> dict[str, Any]:
         half, ids = named, torch.cat([named, ids[~torch.isin(ids, named)]])
         held, fitted = ids[-(len(ids) // 5) :], ids[: -(len(ids) // 5)]
     found = {}
-    for name, fixed, epochs in (
-        ("munkey", half, 30),
-        ("munkey, no network", half, 0),
-        ("munkey, nothing permanent", ids[:0], 0),
+    for name, fixed, epochs, balance in (
+        ("munkey", half, 30, 0.0),
+        ("munkey, balance 0.5", half, 30, 0.5),
+        ("munkey, no network", half, 0, 0.0),
+        ("munkey, nothing permanent", ids[:0], 0, 0.0),
     ):
         start = time.perf_counter()
-        model = classifier(x, y, ids, fixed, classes, epochs=epochs, seed=seed)
+        model = classifier(x, y, ids, fixed, classes, epochs=epochs, balance=balance, seed=seed)
         with torch.no_grad():
             answers = torch.cat([model(part) for part in test.split(256)])
         found[name] = scores(answers, labels) | {"seconds": time.perf_counter() - start}

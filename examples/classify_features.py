@@ -4,10 +4,10 @@
     python examples/classify_features.py --data features.npz
 
 A share of the instances is permanent. The whitening of keys is fitted to them, a small network is trained on most of
-them, and the others choose how much votes of neighbours, a linear head on exact sums, and the network count. All other
-instances can be forgotten, and the last lines check it: a classifier that never had them gives the same bits.
-`--epochs 0` trains no network. Everything is here: copy it and change what you like. The last line printed is one JSON
-object with the results.
+them, and the others choose the shrinkage of the whitening, and how much votes of neighbours, a linear head on exact
+sums, and the network count. All other instances can be forgotten, and the last lines check it: a classifier that never
+had them gives the same bits. `--epochs 0` trains no network. Everything is here: copy it and change what you like. The
+last line printed is one JSON object with the results.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from munkey import Classification, KeyMemoryTransformer, Projection
 from munkey.readout import ModuleReadout
 from treediff.data import load_dataset
+
+SHRINKAGES = (0.3, 0.6)  # of the whitening, to choose from
 
 
 class Standardised(nn.Module):
@@ -60,28 +62,53 @@ def network(x: Tensor, y: Tensor, classes: int, *, epochs: int, seed: int) -> nn
 
 
 def classifier(
-    x: Tensor, y: Tensor, ids: Tensor, fixed: Tensor, classes: int, *, epochs: int = 0, seed: int = 0
+    x: Tensor,
+    y: Tensor,
+    ids: Tensor,
+    fixed: Tensor,
+    classes: int,
+    *,
+    epochs: int = 0,
+    balance: float = 0.0,
+    seed: int = 0,
 ) -> KeyMemoryTransformer:
     """A classifier that remembers instances; those of `fixed` are permanent."""
     if not len(fixed):
-        model = KeyMemoryTransformer.for_features(features=x.shape[1], classes=classes)
+        model = KeyMemoryTransformer.for_features(features=x.shape[1], classes=classes, balance=balance)
         model.remember(ids, x[ids], y[ids])
         return model
-    encoder = Projection.whitening(x[fixed], y[fixed], fitted_on="permanent split")
-    trained, held = fixed[len(fixed) // 5 :], fixed[: len(fixed) // 5]
-    readouts = {}
+    held, trained = fixed.tensor_split([len(fixed) // 5])
+    task, readouts = Classification(classes), {}
     if epochs:
         found = network(x[trained], y[trained], classes, epochs=epochs, seed=seed)
-        readouts["network"] = ModuleReadout(Classification(classes), found, fitted_on="permanent split")
-    model = KeyMemoryTransformer.for_features(
-        features=x.shape[1], classes=classes, key_encoder=encoder, readouts=readouts
-    )
-    model.remember(fixed, x[fixed], y[fixed], permanent=True)
+        readouts["network"] = ModuleReadout(task, found, fitted_on="permanent split")
+
+    def whitened(own: Tensor, shrinkage: float, others: dict[str, ModuleReadout]) -> KeyMemoryTransformer:
+        encoder = Projection.whitening(x[own], y[own], shrinkage=shrinkage, fitted_on="permanent split")
+        model = KeyMemoryTransformer.for_features(
+            features=x.shape[1], task=task, key_encoder=encoder, balance=balance, readouts=others
+        )
+        model.remember(own, x[own], y[own], permanent=True)
+        return model
+
+    def loss(shrinkage: float) -> float:
+        """Of instances that neither whitening nor memory has seen."""
+        model = whitened(trained, shrinkage, {})
+        model.fit_readout(x[held], y[held])
+        return float(task.losses(answers(model, x[held]), y[held]).mean())
+
+    model = whitened(fixed, min(SHRINKAGES, key=loss), readouts)
     own = held if epochs else fixed  # weights of a network's own instances would tell too much of it
     model.fit_readout(x[own], y[own], ids=own)
     rest = ids[~torch.isin(ids, fixed)]
     model.remember(rest, x[rest], y[rest])
     return model
+
+
+@torch.no_grad()
+def answers(model: KeyMemoryTransformer, x: Tensor) -> Tensor:
+    """Log-probabilities, a batch at a time."""
+    return torch.cat([model(part) for part in x.split(256)])
 
 
 def named_permanent(path: str) -> Tensor | None:
@@ -114,6 +141,9 @@ def main() -> None:
     parser.add_argument("--permanent", type=float, default=0.5, help="share of the instances that cannot be forgotten")
     parser.add_argument("--forget", type=float, default=0.1, help="share of the others that are forgotten")
     parser.add_argument("--epochs", type=int, default=30, help="of the network; 0 for none")
+    parser.add_argument(
+        "--balance", type=float, default=0.0, help="from 0, as frequent as seen, to 1, all classes alike"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/features"), help="folder for results")
     args = parser.parse_args()
@@ -127,17 +157,18 @@ def main() -> None:
     fixed = ids[: int(args.permanent * len(ids))] if fixed is None else fixed
     rest = ids[~torch.isin(ids, fixed)]
     start = time.perf_counter()
-    model = classifier(x, y, ids, fixed, classes, epochs=args.epochs, seed=args.seed)
-    before = model(test)
+    options = {"epochs": args.epochs, "balance": args.balance, "seed": args.seed}
+    model = classifier(x, y, ids, fixed, classes, **options)
+    before = answers(model, test)
     seconds = time.perf_counter() - start
     gone = rest[: max(1, int(args.forget * len(rest)))]
     start = time.perf_counter()
     receipt = model.forget(gone)
     to_forget = time.perf_counter() - start
     start = time.perf_counter()
-    after = model(test)
+    after = answers(model, test)
     to_answer = time.perf_counter() - start
-    never = classifier(x, y, ids[~torch.isin(ids, gone)], fixed, classes, epochs=args.epochs, seed=args.seed)
+    never = classifier(x, y, ids[~torch.isin(ids, gone)], fixed, classes, **options)
     result = {
         "data": data.name,
         "seed": args.seed,
@@ -150,7 +181,7 @@ def main() -> None:
         "seconds to forget": to_forget,
         "seconds to answer after": to_answer,
         "after": scores(after, data.test_labels),
-        "equal to never": torch.equal(after, never(test)),
+        "equal to never": torch.equal(after, answers(never, test)),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     model.save(args.out / "model.safetensors")

@@ -193,6 +193,7 @@ class KeyMemoryTransformer(nn.Module):
         neighbours: int = 32,
         temperature: float = 0.1,
         shrinkage: float = 0.6,
+        balance: float = 0.0,
         metric: str = "cosine",
         readouts: Mapping[str, Readout] | None = None,
         search: Callable[[KeyStore], Search] | None = None,
@@ -215,6 +216,8 @@ class KeyMemoryTransformer(nn.Module):
             neighbours: `k`, number of neighbours that vote.
             temperature: of the votes; see `NeighbourVote`.
             shrinkage: of the linear head; see `DiscriminantReadout`.
+            balance: from 0, where frequent classes are predicted more often, to 1, where all classes are alike; see
+                `NeighbourVote`. Above 0, a new class is predicted after fewer examples.
             metric: 'cosine' or 'dot'.
             readouts: others that join the mixture by name; their weight is 0 until `fit_readout` chose the weights.
                 They are passed to `load` again, as `readouts=`.
@@ -235,9 +238,10 @@ class KeyMemoryTransformer(nn.Module):
         """
         encoder = Identity(features) if key_encoder is None else key_encoder
         kind = _task(classes, task)
-        settings = {"neighbours": neighbours, "temperature": temperature, "shrinkage": shrinkage, "metric": metric}
+        settings: dict[str, Any] = {"neighbours": neighbours, "temperature": temperature, "shrinkage": shrinkage}
+        settings |= {"balance": balance, "metric": metric}
         others = dict(readouts or {})
-        parts = feature_parts(kind, encoder, others, **settings, device=device, dtype=dtype)  # type: ignore[arg-type]
+        parts = feature_parts(kind, encoder, others, **settings, device=device, dtype=dtype)
         model = cls(**parts)
         if search is not None:
             model.memory.search = search(model.memory.store)

@@ -223,16 +223,23 @@ def model_parts(
 
 
 def closed_form(
-    task: Task, width: int, *, neighbours: int = 32, temperature: float = 0.1, shrinkage: float = 0.6
+    task: Task,
+    width: int,
+    *,
+    neighbours: int = 32,
+    temperature: float = 0.1,
+    shrinkage: float = 0.6,
+    balance: float = 0.0,
 ) -> tuple[dict[str, Readout], dict[str, float]]:
     """Return readouts without weights that are trained, and their weights in a mixture that was not fitted yet.
 
     Arguments and errors are those of `KeyMemoryTransformer.for_features`.
     """
     features = UnitFeatures(width)
-    votes = NeighbourVote(task, neighbours, temperature=temperature)
+    balance = balance if isinstance(task, Classification) else 0.0
+    votes = NeighbourVote(task, neighbours, temperature=temperature, balance=balance)
     if isinstance(task, Classification):  # weights near those that were fitted to features of images and texts
-        discriminant = DiscriminantReadout(task, features, shrinkage=shrinkage)
+        discriminant = DiscriminantReadout(task, features, shrinkage=shrinkage, balance=balance)
         return {"votes": votes, "discriminant": discriminant}, {"votes": 0.8, "discriminant": 0.2}
     return {"votes": votes, "ridge": RidgeReadout(task, features, shrinkage=shrinkage)}, {"votes": 0.5, "ridge": 0.5}
 
@@ -245,6 +252,7 @@ def feature_parts(
     neighbours: int,
     temperature: float,
     shrinkage: float,
+    balance: float,
     metric: str,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -258,7 +266,12 @@ def feature_parts(
     store = KeyStore(key_encoder.width, 1, scale=0.0, **labels, device=device, dtype=dtype)
     store.values.requires_grad_(False)
     closed, weights = closed_form(
-        task, key_encoder.width, neighbours=neighbours, temperature=temperature, shrinkage=shrinkage
+        task,
+        key_encoder.width,
+        neighbours=neighbours,
+        temperature=temperature,
+        shrinkage=shrinkage,
+        balance=balance,
     )
     return {
         "key_encoder": key_encoder,

@@ -75,7 +75,7 @@ def test_a_model_that_forgot_is_one_that_never_had_it(task: Task, tmp_path: Path
 
 @each_task
 def test_a_file_holds_all_of_it(task: Task, tmp_path: Path) -> None:
-    built = model(task, temperature=0.2, shrinkage=0.5)
+    built = model(task, temperature=0.2, shrinkage=0.5, balance=0.5)
     built.save(tmp_path / "model")
     again = KeyMemoryTransformer.load(tmp_path / "model")
     assert torch.equal(again(inputs(6, 2)), built(inputs(6, 2))) and again.config == built.config

@@ -68,18 +68,22 @@ def weight_of(weights: str, score: float, best: float, rank: int) -> float:
 
 
 @each_task
-@pytest.mark.parametrize("weights", ["softmax", "rank", "distance", "equal"])
-def test_votes_are_those_of_a_loop_over_neighbours(task: Task, weights: str) -> None:
+@pytest.mark.parametrize(
+    ("weights", "balance"), [("softmax", 0.0), ("rank", 0.0), ("distance", 0.0), ("equal", 0.0), ("softmax", 0.7)]
+)
+def test_votes_are_those_of_a_loop_over_neighbours(task: Task, weights: str, balance: float) -> None:
+    balance *= isinstance(task, Classification)
     keys, queries, k = keys_of(40), keys_of(5, 2), 7
     labels = labels_of(task, keys)
     memory = memory_of(task, keys, labels)
-    found = NeighbourVote(task, k, weights=weights)(query_of(memory, queries, k))
+    found = NeighbourVote(task, k, weights=weights, balance=balance)(query_of(memory, queries, k))
     for query, outputs in zip(queries, found, strict=True):
         scores = keys @ query
         order = scores.argsort(descending=True)[:k].tolist()
         total, mean = 0.0, torch.zeros(task.outputs, dtype=torch.float64)
         for rank, row in enumerate(order):
             share = weight_of(weights, float(scores[row]), float(scores[order[0]]), rank)
+            share /= int((labels == labels[row]).sum()) ** balance if balance else 1
             total += share
             one = F.one_hot(labels[row], 4) if isinstance(task, Classification) else labels[row]
             mean += share * one.double()
@@ -89,6 +93,21 @@ def test_votes_are_those_of_a_loop_over_neighbours(task: Task, weights: str) -> 
         elif isinstance(task, MultiLabel):
             mean = (0.98 * mean + 0.01).logit()
         torch.testing.assert_close(outputs, mean)
+
+
+def test_balanced_votes_leave_out_rows_and_forget_to_the_bit() -> None:
+    task, keys, queries = TASKS[0], keys_of(60), keys_of(9, 2)
+    labels, out = labels_of(task, keys), [2, 3, 17, 40]
+    kept = [row for row in range(60) if row not in out]
+    vote, fewer = NeighbourVote(task, 5, balance=1.0), memory_of(task, keys[kept], labels[kept])
+    expected, whole = vote(query_of(fewer, queries, 5)), memory_of(task, keys, labels)
+    before = vote(query_of(whole, queries, 5))
+    whole.forget(out)
+    assert torch.equal(vote(query_of(whole, queries, 5)), expected) and not torch.equal(before, expected)
+    again = memory_of(task, keys, labels)
+    near = [Query(again, q[None], q[None], 5, exclude_ids=[2], without=torch.tensor([2])) for q in keys[2:3]]
+    alone = memory_of(task, keys[[*range(2), *range(3, 60)]], labels[[*range(2), *range(3, 60)]])
+    assert torch.equal(vote(near[0]), vote(query_of(alone, keys[2:3], 5)))
 
 
 def test_equal_votes_are_those_of_scikit_learn() -> None:
@@ -290,6 +309,10 @@ def test_settings_out_of_range_are_refused() -> None:
         NeighbourVote(task, temperature=0)
     with pytest.raises(ValueError, match="smoothing must be between 0 and 1, found 1"):
         NeighbourVote(task, smoothing=1)
+    with pytest.raises(ValueError, match="balance must be between 0 and 1, found 2"):
+        NeighbourVote(task, balance=2)
+    with pytest.raises(TypeError, match=re.escape("classes are balanced, found Regression(2); use balance=0")):
+        NeighbourVote(Regression(2), balance=0.5)
     with pytest.raises(ValueError, match="shrinkage must be above 0, and 1 at most, found 0"):
         RidgeReadout(task, features, shrinkage=0)
     with pytest.raises(ValueError, match="scale must be above 0, found -1"):
