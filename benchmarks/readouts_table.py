@@ -2,12 +2,14 @@
 
     python benchmarks/readouts_table.py
 
-The tables between the marks of docs/results/readouts.md are made from docs/results/readouts.json; the text around the
-tables stays.
+The tables between the marks of docs/results/readouts.md are made from docs/results/readouts.json and new_classes.json,
+and so is docs/results/readouts.png; the text around the tables stays.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from tables import markdown, put, rewrite
@@ -39,17 +41,72 @@ TABLES = {
 }
 
 
+def of_new_classes(result: dict[str, Any]) -> str:
+    """Accuracy on a new class and on old classes, by number of examples of the new class."""
+    counts = list(next(iter(result.values())))[1:]
+    return markdown(
+        ("", "old, before", *(f"new, {count}" for count in counts), *(f"old, {count}" for count in counts[-3:])),
+        (
+            (
+                name,
+                f"{rows['0']['old']:.1f}",
+                *(f"{rows[count]['new']:.1f}" for count in counts),
+                *(f"{rows[count]['old']:.1f}" for count in counts[-3:]),
+            )
+            for name, rows in result.items()
+        ),
+    )
+
+
 def filled(page: str, result: dict[str, Any] | None) -> str:
     """The page with its tables."""
+    learnt = Path(__file__).parents[1] / "docs" / "results" / "new_classes.json"
+    if learnt.exists():
+        page = put(page, "new classes", of_new_classes(json.loads(learnt.read_text())))
     for name, settings in TABLES.items():
         if result is not None:
             page = put(page, name, table(result, *settings))
     return page
 
 
+#: Methods of the picture: symbol, and whether the method forgets to the bit.
+SHOWN = {
+    "munkey": ("D", True),
+    "votes": ("o", True),
+    "ridge": ("s", True),
+    "logistic regression": ("o", False),
+    "perceptron": ("s", False),
+}
+
+
+def picture(result: dict[str, Any], path: Path) -> None:
+    """Accuracy of each method, set by set; means over seeds, with standard deviations."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.5 * len(result)), layout="constrained")
+    for place, rows in enumerate(result.values()):
+        for step, (method, (marker, exact)) in enumerate(SHOWN.items()):
+            mean, spread = (100 * value for value in rows[method]["accuracy"])
+            color, size = ("C0" if exact else "C1"), 9 if method == "munkey" else 6
+            look: dict[str, Any] = {"color": color, "markersize": size, "markerfacecolor": color if exact else "white"}
+            label = (method + ("" if exact else ", trained again to forget")) if place == 0 else None
+            axes.errorbar(mean, -place + 0.12 * (2 - step), xerr=spread, fmt=marker, label=label, **look)
+    axes.set_yticks([-place for place in range(len(result))], list(result))
+    axes.set_xlabel("test accuracy, %; more is better")
+    axes.grid(axis="x", color="0.9")
+    figure.legend(loc="outside upper center", ncols=len(SHOWN), fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main() -> None:
-    """Rewrite the page."""
+    """Rewrite the page, and draw the picture."""
     rewrite(__doc__, "readouts.json", "readouts.md", filled)
+    results = Path(__file__).parents[1] / "docs" / "results"
+    picture(json.loads((results / "readouts.json").read_text()), results / "readouts.png")
 
 
 if __name__ == "__main__":

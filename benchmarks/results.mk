@@ -3,7 +3,9 @@
 #
 #   TREEDIFF_DATA   a folder that holds mnist/ (and fashion-mnist/, if the Debian package is not installed)
 #   CIFAR           an .npz file with a part of CIFAR-10
-#   FEATURES        files of examples/embed.py, pneumonia.npz, flowers.npz, ham.npz and banking.npz
+#   FEATURES        files of examples/embed.py: pneumonia.npz, banking.npz, ham.npz, flowers.npz, fashion-{seed}.npz,
+#                   cifar.npz and adult.npz
+#   HAM, PNEUMONIA  .npz files with images of HAM10000 and PneumoniaMNIST
 #
 # Rows that need what is not given are left out. Times mean something only if nothing else runs.
 
@@ -27,13 +29,19 @@ TREES += mnist-0 mnist-1
 NUMBERS += mnist_diffusion mnist_generation forgetting_fashion_encoder
 endif
 ifdef CIFAR
-NUMBERS += forgetting_cifar forgetting_cifar_kinds forgetting_cifar_exact forgetting_cifar_own_half \
+NUMBERS += forgetting_cifar forgetting_cifar_own_1 forgetting_cifar_kinds forgetting_cifar_exact forgetting_cifar_own_half \
 	forgetting_cifar_own_0 forgetting_cifar_softmax forgetting_cifar_rank forgetting_cifar_no_dropout \
 	forgetting_cifar_no_memory cifar10-part
 UNLEARNT += cifar $(OTHER_SETS) cifar-leakage
 endif
 ifdef FEATURES
-NUMBERS += readouts
+NUMBERS += readouts new_classes
+endif
+ifdef HAM
+NUMBERS += forgetting_ham forgetting_ham_own_1 forgetting_ham_gradient
+endif
+ifdef PNEUMONIA
+NUMBERS += forgetting_pneumonia forgetting_pneumonia_own_1 forgetting_pneumonia_gradient
 endif
 ROWS ?= $(TREES:%=%.json) $(NUMBERS:%=%.json) $(UNLEARNT:%=unlearning/%/table.md)
 
@@ -120,29 +128,48 @@ $(OUT)/unet_step.json:
 # --- forgetting -----------------------------------------------------------------------------------------------
 
 $(OUT)/forgetting_fashion.json:
-	$(FORGETTING) --data fashion-mnist --key-width 256 --floor random-10% --out $@
+	$(FORGETTING) --data fashion-mnist --key-width 256 --floor random-10% --set own_token_probability=1 --out $@
 $(OUT)/forgetting_fashion_exact.json:
-	$(FORGETTING) --data fashion-mnist --key-width 256 --permanent 0.5 --kinds random-10% --floor random-10% --out $@
+	$(FORGETTING) --data fashion-mnist --key-width 256 --permanent 0.5 --kinds random-10% --floor random-10% \
+		--set aggregation=ensemble neighbours=4 --out $@
 $(RUNS)/encoder-mnist/encoder.safetensors:
 	$(PYTHON) examples/train_encoder.py --data mnist --rows 20000 --epochs 3 --hidden 16 --key-width 128 \
 		--fitted-on "other data" --out $(@D)
 $(OUT)/forgetting_fashion_encoder.json: $(RUNS)/encoder-mnist/encoder.safetensors
-	$(FORGETTING) --data fashion-mnist --encoder $< --kinds random-10% --floor random-10% --out $@
+	$(FORGETTING) --data fashion-mnist --encoder $< --kinds random-10% --floor random-10% \
+		--set own_token_probability=1 --out $@
+CIFAR_VIEWS = --kinds random-10% --floor random-10% --also neighbours=1 neighbours=16 aggregation=softmax aggregation=rank
 $(OUT)/forgetting_cifar.json:
-	$(FORGETTING) $(CIFAR_KEYS) --kinds random-10% --floor random-10% \
-		--also neighbours=1 neighbours=16 aggregation=softmax aggregation=rank --out $@
+	$(FORGETTING) $(CIFAR_KEYS) $(CIFAR_VIEWS) --out $@
+$(OUT)/forgetting_cifar_own_1.json:
+	$(FORGETTING) $(CIFAR_KEYS) $(CIFAR_VIEWS) --set own_token_probability=1 --out $@
 $(OUT)/forgetting_cifar_kinds.json:
-	$(FORGETTING) $(CIFAR_KEYS) --kinds random-1% class cluster --out $@
+	$(FORGETTING) $(CIFAR_KEYS) --kinds random-1% class cluster --set own_token_probability=1 --out $@
 $(OUT)/forgetting_cifar_exact.json:
-	$(FORGETTING) $(CIFAR_KEYS) --kinds random-10% --permanent 0.5 --floor random-10% --out $@
-$(OUT)/forgetting_cifar_own_half.json: SET := own_token_probability=0.5
-$(OUT)/forgetting_cifar_own_0.json: SET := own_token_probability=0
-$(OUT)/forgetting_cifar_softmax.json: SET := own_token_probability=0.5 aggregation=softmax
-$(OUT)/forgetting_cifar_rank.json: SET := own_token_probability=0.5 aggregation=rank
-$(OUT)/forgetting_cifar_no_dropout.json: SET := drop_input=0 drop_exemplar=0
-$(OUT)/forgetting_cifar_no_memory.json: SET := drop_input=0 drop_exemplar=1
+	$(FORGETTING) $(CIFAR_KEYS) --kinds random-10% --permanent 0.5 --floor random-10% \
+		--set aggregation=ensemble neighbours=4 --out $@
+$(OUT)/forgetting_cifar_own_half.json: SET := own_token_probability=0.5 stop_gradient=false
+$(OUT)/forgetting_cifar_own_0.json: SET := own_token_probability=0 stop_gradient=false
+$(OUT)/forgetting_cifar_softmax.json: SET := own_token_probability=0.5 aggregation=softmax stop_gradient=false
+$(OUT)/forgetting_cifar_rank.json: SET := own_token_probability=0.5 aggregation=rank stop_gradient=false
+$(OUT)/forgetting_cifar_no_dropout.json: SET := own_token_probability=1 drop_input=0 drop_exemplar=0
+$(OUT)/forgetting_cifar_no_memory.json: SET := own_token_probability=1 drop_input=0 drop_exemplar=1
 $(OUT)/forgetting_cifar_%.json:
 	$(FORGETTING) $(CIFAR_KEYS) --kinds random-10% --set $(SET) --out $@
+MEDICAL = $(FORGETTING) --data $($(1)) --encoder efficientnet --epochs 20 --kinds random-10% --floor random-10% \
+	--also neighbours=16 --keys $(RUNS)/$(1)-keys.npz
+$(OUT)/forgetting_ham.json:
+	$(call MEDICAL,HAM) --out $@
+$(OUT)/forgetting_ham_own_1.json:
+	$(call MEDICAL,HAM) --set own_token_probability=1 --out $@
+$(OUT)/forgetting_ham_gradient.json:
+	$(call MEDICAL,HAM) --set own_token_probability=0.5 stop_gradient=false --out $@
+$(OUT)/forgetting_pneumonia.json:
+	$(call MEDICAL,PNEUMONIA) --out $@
+$(OUT)/forgetting_pneumonia_own_1.json:
+	$(call MEDICAL,PNEUMONIA) --set own_token_probability=1 --out $@
+$(OUT)/forgetting_pneumonia_gradient.json:
+	$(call MEDICAL,PNEUMONIA) --set own_token_probability=0.5 stop_gradient=false --out $@
 $(OUT)/store.json:
 	$(PYTHON) benchmarks/store.py --rounds 5 --out $@
 $(OUT)/reliability.json:
@@ -161,7 +188,7 @@ $(OUT)/shadow_models.json:
 
 CIFAR_TASK = --data $(CIFAR) --encoder efficientnet --epochs 20 --holdout 2000
 PIXELS = --methods fine_tune neg_grad neg_grad_plus l1_sparse random_labels bad_teacher scrub sal_un ssd amun \
-	"munkey mode=paper own_token_probability=1" "munkey readout=transformer" rac_delete semi_parametric \
+	"munkey mode=paper own_token_probability=1" "munkey readout=transformer aggregation=ensemble neighbours=4" rac_delete semi_parametric \
 	nearest_neighbours sisa
 $(OUT)/unlearning/fashion/table.md: TASK = --data fashion-mnist --epochs 10 --holdout 6000 --forget random:0.1 --seeds 3 $(PIXELS)
 $(OUT)/unlearning/cifar/table.md: TASK = $(CIFAR_TASK) --forget random:0.1 --seeds 3 $(PIXELS)
@@ -169,7 +196,7 @@ $(OUT)/unlearning/cifar/table.md: TASK = $(CIFAR_TASK) --forget random:0.1 --see
 # Other forget sets take over what was tuned, and leave out what trains longest.
 OTHER_TASK = $(CIFAR_TASK) --seeds 1 --tuned $(OUT)/unlearning/cifar/tuned.json --methods fine_tune neg_grad \
 	neg_grad_plus l1_sparse random_labels bad_teacher scrub sal_un ssd amun "munkey mode=paper own_token_probability=1" \
-	"munkey readout=transformer" nearest_neighbours
+	"munkey readout=transformer aggregation=ensemble neighbours=4" nearest_neighbours
 $(OUT)/unlearning/cifar-class/table.md: TASK = $(OTHER_TASK) --forget class
 $(OUT)/unlearning/cifar-cluster/table.md: TASK = $(OTHER_TASK) --forget cluster:0.01
 $(OUT)/unlearning/cifar-one-percent/table.md: TASK = $(OTHER_TASK) --forget random:0.01
@@ -187,4 +214,6 @@ $(OUT)/unlearning/%/table.md:
 # --- readouts -------------------------------------------------------------------------------------------------
 
 $(OUT)/readouts.json:
-	$(PYTHON) benchmarks/readouts.py --data $(FEATURES) --seeds 3 --out $@
+	$(PYTHON) benchmarks/readouts.py --data $(FEATURES) --tables adult --seeds 3 --out $@
+$(OUT)/new_classes.json:
+	$(PYTHON) benchmarks/new_classes.py --data $(filter-out %-{seed}.npz %adult.npz %pneumonia.npz,$(FEATURES)) --out $@

@@ -125,7 +125,11 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=["munkey mode=paper own_token_probability=1", "munkey readout=transformer", *SETTINGS],
+        default=[
+            "munkey mode=paper own_token_probability=1",
+            "munkey readout=transformer aggregation=ensemble neighbours=4",
+            *SETTINGS,
+        ],
     )
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--effort", type=float, default=0.2)

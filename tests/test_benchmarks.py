@@ -201,19 +201,28 @@ def test_readouts_are_compared_on_a_file_and_in_a_table(tmp_path: Path) -> None:
     done = run("readouts.py", *options, "--out", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "out.json").read_text())
-    assert len(found["few"]) == 8 and all(0.3 < row["accuracy"][0] <= 1 for row in found["few"].values())
+    assert len(found["few"]) == 11 and all(0.3 < row["accuracy"][0] <= 1 for row in found["few"].values())
     page = (BENCHMARKS.parent / "docs" / "results" / "readouts.md").read_text(encoding="utf-8")
     ridge = found["few"]["ridge"]["accuracy"]
     assert f"| ridge | {100 * ridge[0]:.1f} ± {100 * ridge[1]:.1f} |" in readouts_table.filled(page, found)
     recorded = json.loads((BENCHMARKS.parent / "docs" / "results" / "readouts.json").read_text())
     assert readouts_table.filled(page, recorded) == page
+    readouts_table.picture(found, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    options = ("--data", str(tmp_path / "few.npz"), "--classes", "1", "--epochs", "0", "--seeds", "1")
+    done = run("new_classes.py", *options, "--out", str(tmp_path / "new.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    learnt = json.loads((tmp_path / "new.json").read_text())
+    rows = learnt["few, balance 1"]
+    assert list(rows) == ["0", "1", "5", "20", "every", "all"] and rows["0"]["new"] == 0 < rows["every"]["new"]
+    assert rows["every"]["old"] > 50 and len(readouts_table.of_new_classes(learnt).split("\n")) == 2 + len(learnt)
 
 
 def test_every_recorded_result_can_be_made_again() -> None:
     """But for one that says in the text that it is of older code."""
     root = BENCHMARKS.parent
     command = ["make", "-n", "-f", "benchmarks/results.mk", "OUT=made", "CIFAR=cifar.npz", "TREEDIFF_DATA=data"]
-    command.append("FEATURES=features.npz")
+    command += ["FEATURES=features.npz", "HAM=ham.npz", "PNEUMONIA=pneumonia.npz"]
     rules = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True, timeout=60).stdout
     recorded = {path.name for path in (root / "docs" / "results").glob("*.json")}
     left = {"fashion-mnist-two-threads.json", "speed.json"}
