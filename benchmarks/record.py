@@ -85,6 +85,9 @@ def store(found: dict[str, Any]) -> Iterator[Row]:
     for name in ("step", "inference"):
         own, without = (found["model"][key] for key in (name, f"{name} without memory"))
         yield Row(f"munkey, {name}", 1000 * own, "without memory", without / own)
+    if (exact := found["model"].get("inference, exact mode")) is not None:
+        without = found["model"]["inference without memory"]
+        yield Row("munkey, inference, exact mode", 1000 * exact, "without memory", without / exact)
 
 
 def requests(found: dict[str, Any]) -> Iterator[Row]:

@@ -312,7 +312,8 @@ def encoding(rounds: int, count: int) -> dict[str, Any] | None:
 
 
 def modelling(rounds: int, rows: int) -> Times:
-    """A training step of 64 images and inference of 256, with 4 neighbours and without."""
+    """A training step of 64 images and inference of 256: in paper mode with 4 neighbours, in exact mode with 16, and
+    without memory."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(rows, 1, 28, 28, generator=generator)
     labels = torch.randint(10, (rows,), generator=generator)
@@ -324,6 +325,12 @@ def modelling(rounds: int, rows: int) -> Times:
     values = model.memory.store.values
     optimizers = [torch.optim.AdamW(model.parameter_groups(0.05)), torch.optim.SparseAdam([values])]
     model.attach(optimizers[1])
+
+    exact = KeyMemoryTransformer.for_images(
+        classes=10, channels=1, size=28, key_encoder=Projection.random((1, 28, 28), WIDTH), readout="transformer"
+    )
+    exact.memory.remember(ids, exact.key_encoder(images), labels)
+    exact.eval()
 
     def step(memory: bool) -> None:
         some = torch.randint(rows, (64,), generator=generator)
@@ -345,6 +352,7 @@ def modelling(rounds: int, rows: int) -> Times:
         "step without memory": lambda: step(False),
         "inference": lambda: infer(True),
         "inference without memory": lambda: infer(False),
+        "inference, exact mode": torch.no_grad()(lambda: exact(images[:256])),
         "search": lambda: model.memory.neighbours(model.key_encoder(images[:256]), 4),
     }
     return in_turns(acts, 5 * rounds) | {"bytes per row": float(model.memory.store.row_bytes())}

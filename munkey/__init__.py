@@ -6,6 +6,7 @@ forgotten rows.
 
 from munkey.audit.pathways import PathwayAccuracies, pathway_accuracies
 from munkey.encoders.base import KeyEncoder
+from munkey.encoders.cache import FeatureCache
 from munkey.encoders.conv import ConvEncoder
 from munkey.encoders.fitting import fit_encoder
 from munkey.encoders.identity import Identity
@@ -30,6 +31,7 @@ __all__ = [
     "Ensemble",
     "ExemplarTransformer",
     "FaissSearch",
+    "FeatureCache",
     "Identity",
     "KeyEncoder",
     "KeyMemoryTransformer",

@@ -1,6 +1,7 @@
 """Key encoders: frozen maps from inputs to keys."""
 
 from munkey.encoders.base import KeyEncoder
+from munkey.encoders.cache import FeatureCache
 from munkey.encoders.conv import ConvEncoder
 from munkey.encoders.fitting import fit_encoder
 from munkey.encoders.identity import Identity
@@ -10,6 +11,7 @@ from munkey.encoders.projection import Projection
 
 __all__ = [
     "ConvEncoder",
+    "FeatureCache",
     "Identity",
     "KeyEncoder",
     "ModuleEncoder",

@@ -110,8 +110,13 @@ class KeyEncoder(nn.Module, ABC):
             raise ValueError("the encoder gave a key that is not finite; check its weights, and the range of inputs")
         return keys
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Dtype of the keys; None for that of the inputs, if the encoder has no weights."""
+        return next((t.dtype for t in self.state_dict().values() if t.is_floating_point()), None)
+
     def _dtype(self, x: Tensor) -> torch.dtype:
-        return next((t.dtype for t in self.state_dict().values() if t.is_floating_point()), x.dtype)
+        return self.dtype or x.dtype
 
     def _batch(self, x: Tensor) -> Tensor:
         # Always in the same memory layout, which decides how a convolution rounds.
