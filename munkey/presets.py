@@ -50,7 +50,9 @@ class Settings(TypedDict, total=False):
         sparse: whether gradients of values are sparse; False.
         seed: of the initial values; 0.
         network: an `ExemplarTransformer` in place of the default network.
-        writer: a `ValueWriter` in place of the default writer of exact mode.
+        writer: a `ValueWriter`, or True for the default one, which exact mode always has. In paper mode a writer gives
+            an instance that is remembered after training a value at once; without a writer, such a value is noise until
+            it is trained. False.
     """
 
     mode: str
@@ -70,7 +72,7 @@ class Settings(TypedDict, total=False):
     sparse: bool
     seed: int
     network: ExemplarTransformer
-    writer: ValueWriter
+    writer: ValueWriter | bool
 
 
 #: Defaults of the settings.
@@ -143,7 +145,7 @@ def model_parts(
     sparse: bool,
     seed: int,
     network: ExemplarTransformer | None = None,
-    writer: ValueWriter | None = None,
+    writer: ValueWriter | bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
@@ -198,8 +200,9 @@ def model_parts(
         )
     store = KeyStore(key_encoder.width, value_width, seed=seed, scale=0.0 if exact else 0.02, **labels, **factory)
     store.values.requires_grad_(not exact)
-    if writer is None and exact:
-        writer = ValueWriter(key_encoder.width, value_width, task, **factory)
+    of_row = writer if isinstance(writer, ValueWriter) else None
+    if of_row is None and (writer or exact):
+        of_row = ValueWriter(key_encoder.width, value_width, task, **factory)
     mixed = aggregation if isinstance(aggregation, nn.Module) else AGGREGATIONS[aggregation](neighbours).to(**factory)
     transformer = ExemplarReadout(
         network,
@@ -216,7 +219,7 @@ def model_parts(
     mixture = Mixture({**closed, "transformer": transformer}, {**weights, "transformer": 0.0}).to(device=device)
     return {
         "key_encoder": key_encoder,
-        "memory": KeyValueMemory(store, metric=metric, writer=writer),
+        "memory": KeyValueMemory(store, metric=metric, writer=of_row),
         "readout": mixture if readout == "mixture" else transformer,
         "mode": mode,
     }

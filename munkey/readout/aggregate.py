@@ -21,7 +21,7 @@ from treediff.core.checks import check_positive
 
 __all__ = ["AGGREGATIONS", "Aggregation", "Attend", "Ensemble", "RankMix", "Retrieved", "SoftmaxMix"]
 
-Predict = Callable[[Tensor], Tensor]
+Predict = Callable[..., Tensor]
 Average = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -30,8 +30,8 @@ class Aggregation(nn.Module, ABC):
 
     Args of a call:
         found: the neighbours.
-        predict: from tokens `(B, m, V)` to outputs `(B, m, n)`, each token independently, or from `(B, m, j, V)` to
-            `(B, m, n)`, `j` tokens at a time.
+        predict: from tokens `(B, m, V)` to outputs `(B, m, n)`, each token independently; or from tokens
+            `(B, m, j, V)` and a mask `(B, m, j)` to `(B, m, n)`, the tokens of the mask at a time.
         average: from outputs `(B, m, n)` and weights `(B, m)` to outputs `(B, n)`, see `munkey.task.Task.average`.
     """
 
@@ -170,14 +170,20 @@ class RankMix(_Mix):
 
 
 class Attend(Aggregation):
-    """One prediction beside all neighbours, to which the transformer attends; missing neighbours are null tokens.
+    """One prediction beside all neighbours, to which the transformer attends; without neighbours, to the null token.
 
     The cost is that of one pass with `k` more tokens, not of `k` passes.
     """
 
     def forward(self, found: Retrieved, predict: Predict, average: Average) -> Tensor:
         """Return the prediction beside all tokens, `(B, n)`; arguments as for `Aggregation`."""
-        return predict(found.tokens[:, None]).squeeze(1)
+        return predict(found.tokens[:, None], self.read(found.there)[:, None]).squeeze(1)
+
+    @staticmethod
+    def read(there: Tensor) -> Tensor:
+        """Return which tokens `(B, k)` are read: those of neighbours, and in any case the first."""
+        first = torch.arange(there.shape[1], device=there.device) == 0
+        return there | first
 
     def one(self, found: Retrieved, uniform: Tensor) -> Tensor:
         """Return all tokens `(B, k, V)`; nothing is random."""

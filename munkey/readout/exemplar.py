@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from munkey.readout.aggregate import Aggregation, Ensemble, Retrieved
+from munkey.readout.aggregate import Aggregation, Attend, Ensemble, Retrieved
 from munkey.readout.base import Memory, Query, Readout
 from munkey.readout.transformer import ExemplarTransformer
 from munkey.task import Classification, Task
@@ -99,7 +99,7 @@ class ExemplarReadout(Readout):
             nothing: Tensor = network(inputs, memory.null.expand(len(x), 1, -1))
             return nothing.squeeze(1)
         outputs: Tensor = self.aggregation(
-            query.retrieved(self.neighbours), lambda values: network(inputs, values), self.task.average
+            query.retrieved(self.neighbours), lambda *values: network(inputs, *values), self.task.average
         )
         return outputs
 
@@ -111,21 +111,25 @@ class ExemplarReadout(Readout):
         hidden, alone = uniform[0] < self.drop_input, uniform[0] >= 1 - self.drop_exemplar
         network = self.network
         inputs = torch.where(hidden[:, None, None], network.null_input, network.tokens(x))
-        values = self._values(memory, ids, uniform, alone)
-        return self.task.losses(network(inputs, values[:, None]).squeeze(1), targets).mean()
+        values, there = self._values(memory, ids, uniform, alone)
+        mask = Attend.read(there)[:, None] if isinstance(self.aggregation, Attend) else None
+        return self.task.losses(network(inputs, values[:, None], mask).squeeze(1), targets).mean()
 
     def nulls(self) -> Iterator[Tensor]:
         """Return the learned tokens, which are vectors although some have two dimensions."""
         yield from (self.network.start, self.network.null_input)
 
-    def _values(self, memory: Memory, ids: list[int], uniform: Tensor, alone: Tensor) -> Tensor:
-        """Return the values `(B, j, V)` that each instance is trained with; null tokens for a hidden exemplar.
+    def _values(self, memory: Memory, ids: list[int], uniform: Tensor, alone: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values `(B, j, V)` that each instance is trained with, and which of them there are `(B, j)`.
+
+        A hidden exemplar, and a value that there is not, is the null token.
 
         Only rows in use are read, since a sparse optimiser changes every row that was read.
         """
         rows = memory.store.one_row_of_each(ids, uniform[2])
         if self.own_token_probability == 1:
-            return memory.read(torch.where(alone, -1, rows)[:, None], sparse=self.sparse)
+            rows = torch.where(alone, -1, rows)[:, None]
+            return memory.read(rows, sparse=self.sparse), rows >= 0
         near, scores = memory.neighbours_of_rows(rows, self.neighbours)
         own = (uniform[1] < self.own_token_probability) & ~alone
         if isinstance(self.aggregation, Ensemble):
@@ -137,7 +141,8 @@ class ExemplarReadout(Readout):
         theirs = tokens if isinstance(self.aggregation, Ensemble) else self.aggregation.one(found, uniform[3])
         mine = torch.full(theirs.shape[:2], -1, device=rows.device).index_copy(1, rows.new_zeros(1), rows[:, None])
         read = memory.read(torch.where(own[:, None], mine, -1), sparse=self.sparse)
-        return torch.where(own[:, None, None], read, theirs)
+        there = torch.where(own[:, None], mine >= 0, near[:, : theirs.shape[1]] >= 0)
+        return torch.where(own[:, None, None], read, theirs), there
 
     def _read_others(self, memory: Memory, rows: Tensor) -> Tensor:
         """Return values `(B, k, V)` of neighbours; the null token, and what a writer computes, keep their gradients."""

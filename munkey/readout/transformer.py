@@ -65,9 +65,12 @@ class TransformerBlock(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, *, first: int | None = None) -> Tensor:
-        """Return the result of the block, of the shape of `x`; with `first`, of so many first tokens only."""
-        x = x[:, :first] + self.dropout(self.attention(self.attention_norm(x), first=first))
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, first: int | None = None) -> Tensor:
+        """Return the result of the block, of the shape of `x`; with `first`, of so many first tokens only.
+
+        Tokens may be attended to where the mask `(B, S)` is True, or all if there is no mask.
+        """
+        x = x[:, :first] + self.dropout(self.attention(self.attention_norm(x), mask=mask, first=first))
         changed: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return changed
 
@@ -129,21 +132,25 @@ class ExemplarTransformer(nn.Module):
         """Dimensions of a prediction, `n`."""
         return self.head.out_features
 
-    def features(self, inputs: Tensor, values: Tensor) -> Tensor:
+    def features(self, inputs: Tensor, values: Tensor, there: Tensor | None = None) -> Tensor:
         """Return the inputs of the head, `(B, m, W)`; arguments as for `forward`."""
         batch, many = values.shape[:2]
         exemplars = self.exemplar(values if values.ndim == 4 else values[:, :, None]).flatten(0, 1)
         rows = inputs.repeat_interleave(many, 0)
         x = torch.cat([self.start.expand(len(rows), 1, -1), rows, exemplars], 1)
+        mask = None
+        if there is not None:
+            mask = torch.cat([there.new_ones(len(x), 1 + inputs.shape[1]), there.flatten(0, 1)], 1)
         for place, block in enumerate(self.blocks, 1):
-            x = block(x, first=1 if place == len(self.blocks) else None)  # one token is read
+            x = block(x, mask=mask, first=1 if place == len(self.blocks) else None)  # one token is read
         features: Tensor = self.norm(x[:, 0]).unflatten(0, (batch, many))
         return features
 
-    def forward(self, inputs: Tensor, values: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, values: Tensor, there: Tensor | None = None) -> Tensor:
         """Return logits `(B, m, n)` for input tokens `(B, S, W)` beside values `(B, m, V)`, each value separately.
 
-        Values `(B, m, j, V)` are read `j` at a time: the attention decides how much each of these counts.
+        Values `(B, m, j, V)` are read `j` at a time: the attention decides how much each of these counts. Where `there`
+        `(B, m, j)` is False, a value is not read.
         """
-        logits: Tensor = self.head(self.features(inputs, values))
+        logits: Tensor = self.head(self.features(inputs, values, there))
         return logits

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from classifiers import filled, images, labels, model, train
+from classifiers import CLASSES, SIZE, filled, images, labels, model, train
 from gradients import assert_gradient_everywhere
 from stores import seeded
 from torch import Tensor
 from torch.nn import functional as F
 
-from munkey import KeyMemoryTransformer, Retrieved
+from munkey import KeyMemoryTransformer, Projection, Retrieved
 from munkey.search import Neighbours, Searchable, exact
 
-AGGREGATIONS = ["ensemble", "softmax", "rank"]
+AGGREGATIONS = ["attend", "ensemble", "softmax", "rank"]
 
 
 def by_hand(built: KeyMemoryTransformer, x: Tensor, values: Tensor) -> Tensor:
@@ -245,9 +245,9 @@ def test_how_often_a_pathway_is_dropped() -> None:
     seen: list[tuple[Tensor, Tensor]] = []
     forward = built.readout.network.forward
 
-    def spy(inputs: Tensor, values: Tensor) -> Tensor:
+    def spy(inputs: Tensor, values: Tensor, there: Tensor | None) -> Tensor:
         seen.append((inputs, values))
-        return forward(inputs, values)
+        return forward(inputs, values, there)
 
     built.readout.network.forward = spy  # type: ignore[method-assign]
     built.loss(images(400), labels(400), ids=range(400), generator=seeded())
@@ -316,3 +316,30 @@ def test_outputs_after_forgetting_are_those_of_the_same_weights_beside_a_memory_
     x = images(20, seed=5)
     assert torch.equal(built(x), other(x))
     assert built.memory.store.digest() == other.memory.store.digest()
+
+
+def test_what_a_paper_model_remembers_after_training_does_not_make_it_worse() -> None:
+    """Labels that a key tells: with a writer, new rows vote for their labels at once; without, they are noise."""
+    x = images(300)
+    y, seen, late, fresh = x.flatten(1)[:, :CLASSES].argmax(1), slice(0, 60), slice(60, 240), slice(240, 300)
+    found = []
+    for writer in (False, True):
+        encoder = Projection(torch.zeros(48), torch.eye(48)[:, :5], fitted_on="nothing")
+        built = KeyMemoryTransformer.for_images(
+            size=SIZE, classes=CLASSES, key_encoder=encoder, mode="paper", writer=writer, width=16, value_width=8
+        )
+        built.remember(range(60), x[seen], y[seen])
+        optimizer = torch.optim.AdamW(built.parameters(), lr=1e-2)
+        built.attach(optimizer)
+        for step in range(150):
+            optimizer.zero_grad()
+            built.loss(x[seen], y[seen], ids=range(60), generator=seeded(step)).backward()
+            optimizer.step()
+        for more in (False, True):
+            if more:
+                built.remember(range(60, 240), x[late], y[late])
+            with torch.no_grad():
+                right = built.eval()(x[fresh], use_input=False).argmax(1) == y[fresh]
+            found.append(float(right.double().mean()))
+    (before, worse), (start, better) = found[:2], found[2:]
+    assert worse < before - 0.1 and better > start - 0.02 and better > worse + 0.2

@@ -26,7 +26,7 @@ def found(there: list[int]) -> Retrieved:
     return Retrieved(tokens, scores.sort(1, descending=True).values, ids)
 
 
-def predict(values: Tensor) -> Tensor:
+def predict(values: Tensor, there: Tensor | None = None) -> Tensor:
     return (3 * values).sin() @ WEIGHT
 
 
@@ -77,11 +77,12 @@ def test_an_ensemble_trains_any_neighbour_there_is_and_all_equally_often() -> No
 def test_all_neighbours_are_read_at_once() -> None:
     near, seen = found([4, 3, 1, 0, 2]), []
 
-    def predict(values: Tensor) -> Tensor:
-        seen.append(values)
+    def predict(values: Tensor, there: Tensor) -> Tensor:
+        seen.extend((values, there))
         return values.sum((2, 3))[..., None].expand(-1, -1, N)
 
     got = Attend()(near, predict, average_of)
+    assert seen[1].sum(2)[:, 0].tolist() == [4, 3, 1, 1, 2], "without neighbours, the null token"
     assert torch.equal(seen[0], near.tokens[:, None]) and torch.equal(Attend().one(near, torch.zeros(B)), near.tokens)
     torch.testing.assert_close(got, near.tokens.sum((1, 2))[:, None].expand(-1, N))
 
