@@ -171,8 +171,12 @@ def main() -> None:
     parser.add_argument("--key-width", type=int, default=64, help="width of random keys")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--neighbours", type=int, default=4)
-    parser.add_argument("--aggregation", default="ensemble", choices=("ensemble", "softmax", "rank"))
+    parser.add_argument("--neighbours", type=int, help="that the transformer reads; by default 16, in paper mode 4")
+    parser.add_argument(
+        "--aggregation",
+        choices=("attend", "ensemble", "softmax", "rank"),
+        help="of neighbours; by default attend, in paper mode ensemble",
+    )
     parser.add_argument("--quick", action="store_true", help="one epoch, to see that it runs")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)

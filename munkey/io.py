@@ -113,11 +113,11 @@ def _config_of(model: MemoryModel) -> dict[str, Any] | None:
     """Return the configuration of a model, with its current settings."""
     if model.config is None:
         return None
+    factory = next(name for name in model.config if name != "own")
     today = {"mode": model.mode, "metric": model.memory.metric}
     for part in model.readout.modules():
-        if isinstance(part, ExemplarReadout):
+        if isinstance(part, ExemplarReadout) and factory != "for_features":
             today |= {name: getattr(part, name) for name in _SETTINGS}
-    factory = next(name for name in model.config if name != "own")
     arguments = {name: today.get(name, value) for name, value in model.config[factory].items()}
     return {**model.config, factory: arguments}
 
