@@ -81,7 +81,8 @@ def classifier(
     task, readouts = Classification(classes), {}
     if epochs:
         found = network(x[trained], y[trained], classes, epochs=epochs, seed=seed)
-        readouts["network"] = ModuleReadout(task, found, fitted_on="permanent split")
+        known = y[trained].unique()  # of other classes the network has no opinion
+        readouts["network"] = ModuleReadout(task, found, fitted_on="permanent split", known=known)
 
     def whitened(own: Tensor, shrinkage: float, others: dict[str, ModuleReadout]) -> KeyMemoryTransformer:
         encoder = Projection.whitening(x[own], y[own], shrinkage=shrinkage, fitted_on="permanent split")

@@ -43,6 +43,7 @@ class FeatureCache(Follower):
 
     Examples:
         >>> import tempfile
+        >>> import torch
         >>> from munkey import Projection
         >>> encoder, x = Projection.random((4,), 3), torch.rand(2, 4)
         >>> with FeatureCache(tempfile.mkdtemp(), encoder) as cache:

@@ -17,6 +17,7 @@ from munkey import (
     KeyMemoryTransformer,
     KeyStore,
     KeyValueMemory,
+    Regression,
     pathway_accuracies,
 )
 from munkey.readout import ExemplarReadout, Mixture, ModuleReadout, Query
@@ -106,6 +107,21 @@ def test_a_network_of_ones_own_joins_the_mixture_and_its_weight_is_what_it_is_wo
             assert torch.equal(again(x), built(x)) and not torch.equal(before, built(x[60:]))
             with pytest.raises(ValueError, match="readouts"):
                 KeyMemoryTransformer.load(tmp_path / "model")
+
+
+def test_of_a_class_that_it_does_not_know_a_network_has_no_opinion() -> None:
+    part = ModuleReadout(Classification(3), nn.Linear(4, 3), fitted_on="other data", known=[0, 2])
+    with torch.no_grad():
+        part.module.weight.copy_(torch.tensor([[3.0, 0, 0, 0], [9.0, 0, 0, 0], [1.0, 0, 0, 0]]))
+        part.module.bias.zero_()
+    built = KeyMemoryTransformer(
+        key_encoder=Identity(4), memory=KeyValueMemory(KeyStore(4, 1)), readout=part, mode="paper"
+    )
+    assert built(torch.eye(4)[:1]).tolist() == [[3, 3, 1]] and built(-torch.eye(4)[:1]).tolist() == [[-3, -1, -1]]
+    with pytest.raises(ValueError, match=re.escape("known classes must be from 0 to 2, found [0, 3]")):
+        ModuleReadout(Classification(3), nn.Linear(4, 3), fitted_on="other data", known=[0, 3])
+    with pytest.raises(TypeError, match=re.escape("known= names classes, found Regression(3); leave it out")):
+        ModuleReadout(Regression(3), nn.Linear(4, 3), fitted_on="other data", known=[0])
 
 
 def test_a_network_stays_in_eval_mode_and_frozen() -> None:
