@@ -106,6 +106,7 @@ def fit_router(
 
     Examples:
         >>> router = nn.Sequential(nn.Linear(1, 1), nn.Flatten(0))
+        >>> weight = nn.init.zeros_(router[0].weight)
         >>> fit_router(router, torch.tensor([[-9.0], [9.0]]), torch.tensor([False, True]))
         >>> (router(torch.tensor([[-9.0], [9.0]])) > 0).tolist()
         [False, True]
