@@ -22,7 +22,7 @@ from treediff.core.distributed import World
 SMALL = {
     "train_treevae": "--network mlp --width 16 --leaves 3 --effort 0.01 --batch-size 512 --views 0",
     "train_diffusion": "--width 16 --blocks 1 --dropout 0.1 --epochs 2 --batch-size 128 --holdout 900 --tree tree",
-    "train_munkey": "--width 16 --depth 1 --epochs 2 --batch-size 256",
+    "train_munkey": "--mode paper --width 16 --depth 1 --epochs 2 --batch-size 256",
 }
 # Steps in which a run is interrupted: of a later stage, in the midst of an epoch, and of the first one.
 CASES = [

@@ -104,7 +104,7 @@ class Checkpoint:
             TypeError: naming what is neither a tensor nor a plain value.
         """
         tensors: dict[str, Tensor] = {}
-        states = {name: _encoded(state, name, tensors) for name, state in self.states.items()}
+        states = {name: _encoded(state, _key(name), tensors) for name, state in self.states.items()}
         return model_bytes(_CLASS, tensors, {"states": states, "classes": self.classes})
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401
@@ -193,11 +193,14 @@ def _state_of(part: Any) -> Any:  # noqa: ANN401
     return part if _class_of(part) is None else part.state_dict()
 
 
+def _key(key: object) -> str:
+    """Return a key as a part of a place, in which a slash separates keys, as in a JSON pointer (RFC 6901)."""
+    return str(key).replace("~", "~0").replace("/", "~1")
+
+
 def _encoded(value: object, name: str, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401
     """Return JSON for a state, and put tensors into `tensors` by place; each JSON object has one key, its kind."""
     if isinstance(value, Tensor) and value.layout == torch.strided:
-        while name in tensors:  # a key with a slash in it looks like two keys
-            name += "+"
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, float):
@@ -210,7 +213,7 @@ def _encoded(value: object, name: str, tensors: dict[str, Tensor]) -> Any:  # no
     if isinstance(value, Mapping):
         kinds = {type(key) for key in value}
         if kinds <= {str} or kinds == {int}:
-            parts_of = {str(key): _encoded(part, f"{name}/{key}", tensors) for key, part in value.items()}
+            parts_of = {str(key): _encoded(part, f"{name}/{_key(key)}", tensors) for key, part in value.items()}
             return {"numbered" if kinds == {int} else "dict": parts_of}
         raise TypeError(
             f"the keys of a dict in a checkpoint must be all text or all whole numbers; at {name!r} are others"
@@ -265,5 +268,5 @@ def _leaves(value: object, name: str) -> dict[str, object]:
         return {name: value if isinstance(value, Tensor) else repr(value)}
     found: dict[str, object] = {name: kind}
     for key, part in parts:
-        found |= _leaves(part, f"{name}/{key}")
+        found |= _leaves(part, f"{name}/{_key(key)}")
     return found

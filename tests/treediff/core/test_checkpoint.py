@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from strategies import quick
@@ -61,7 +61,9 @@ def same(first: object, second: object) -> bool:
 
 
 @each_file
-@given(st.dictionaries(st.text("xy/", min_size=1, max_size=3), NESTED, max_size=4))
+@example({"x": {"0/0": torch.tensor(4.0), "0": [torch.tensor(5.0)]}})
+@example({"x": {"0~10": [], "0/0": [None]}, "x/0": torch.tensor(1.0)})
+@given(st.dictionaries(st.text("xy/~", min_size=1, max_size=3), NESTED, max_size=4))
 def test_any_value_comes_back(tmp_path: Path, values: dict[str, Any]) -> None:
     save_checkpoint(tmp_path / "a", values)
     found = read_checkpoint(tmp_path / "a")
