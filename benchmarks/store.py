@@ -45,11 +45,13 @@ import torch
 from store_peers import PEERS
 from torch import Tensor
 from torch.nn import functional as F
-from train_munkey import efficientnet_lite0
 
 from munkey import DurableStore, KeyMemoryTransformer, KeyStore, Projection
 from munkey.search.exact import nearest
 from munkey.search.screen import Screen
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
+from train_munkey import efficientnet_lite0
 
 WIDTH = 128
 COUNTS = (1, 100, 10_000)  # of ids that are forgotten at once
