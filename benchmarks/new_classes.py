@@ -1,6 +1,6 @@
 """Learn on: accuracy on a class after its first examples, and on all others, without any training.
 
-    python benchmarks/new_classes.py --data flowers.npz banking.npz cifar.npz --out docs/results/new_classes.json
+    python benchmarks/new_classes.py --data flowers.npz banking.npz --out docs/results/new_classes.json
 
 Files are those of `examples/embed.py`. A classifier of `examples/classify_features.py` is made without some classes:
 neither its whitening, nor its network, nor its memory has an instance of these. Then, class by class, the memory is
@@ -26,15 +26,14 @@ from munkey import KeyMemoryTransformer
 from treediff.data import load_dataset
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
-from classify_features import classifier
+from classify_features import answers, classifier
 
 COUNTS = (1, 5, 20)
 
 
-@torch.no_grad()
 def accuracy(model: KeyMemoryTransformer, x: Tensor, y: Tensor) -> float:
     """Share of correct answers, in percent."""
-    return 100 * float((torch.cat([model(part) for part in x.split(256)]).argmax(1) == y).double().mean())
+    return 100 * float((answers(model, x).argmax(1) == y).double().mean())
 
 
 def learn_on(path: Path, new_classes: int, epochs: int, balance: float, seed: int) -> dict[str, dict[str, list[float]]]:

@@ -29,7 +29,7 @@ from munkey.readout import DiscriminantReadout, NeighbourVote, Query, RidgeReado
 from treediff.data import load_dataset
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
-from classify_features import classifier, named_permanent, network, scores
+from classify_features import answers, classifier, named_permanent, network, scores
 from rivals import Fit, Predict, boosting, logistic
 
 
@@ -119,9 +119,7 @@ def compare(path: Path, seed: int, *, table: bool) -> dict[str, Any]:
     ):
         start = time.perf_counter()
         model = classifier(x, y, ids, fixed, classes, epochs=epochs, balance=balance, seed=seed)
-        with torch.no_grad():
-            answers = torch.cat([model(part) for part in test.split(256)])
-        found[name] = scores(answers, labels) | {"seconds": time.perf_counter() - start}
+        found[name] = scores(answers(model, test), labels) | {"seconds": time.perf_counter() - start}
         print(path.stem, seed, name, f"{100 * found[name]['accuracy']:.2f}", flush=True)
     for name, fits in RIVALS.items():
         tried = [

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tables import markdown, put, rewrite
+from tables import RESULTS, markdown, put, rewrite
 
 
 def table(result: dict[str, Any], what: str, factor: float, digits: int) -> str:
@@ -60,7 +60,7 @@ def of_new_classes(result: dict[str, Any]) -> str:
 
 def filled(page: str, result: dict[str, Any] | None) -> str:
     """The page with its tables."""
-    learnt = Path(__file__).parents[1] / "docs" / "results" / "new_classes.json"
+    learnt = RESULTS / "new_classes.json"
     if learnt.exists():
         page = put(page, "new classes", of_new_classes(json.loads(learnt.read_text())))
     for name, settings in TABLES.items():
@@ -105,8 +105,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Rewrite the page, and draw the picture."""
     rewrite(__doc__, "readouts.json", "readouts.md", filled)
-    results = Path(__file__).parents[1] / "docs" / "results"
-    picture(json.loads((results / "readouts.json").read_text()), results / "readouts.png")
+    picture(json.loads((RESULTS / "readouts.json").read_text()), RESULTS / "readouts.png")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def fitted(images: Tensor, labels: Tensor, args: argparse.Namespace) -> ConvEnco
 def of_images(source: str, args: argparse.Namespace) -> Arrays:
     """Features of images, a batch at a time."""
     found: Arrays = {}
-    data, encoder = load_dataset(source, size=args.resize), None
+    data = load_dataset(source, size=args.resize)
     if args.encoder == "fit":
         if data.train_labels is None:
             raise SystemExit(f"{source}: an encoder is fitted to images and labels, found no labels")

@@ -22,7 +22,7 @@ from munkey import io
 from munkey.encoders.base import KeyEncoder, check_encoder
 from munkey.encoders.identity import Identity
 from munkey.memory import KeyValueMemory
-from munkey.presets import OF_NETWORK, Settings, completed, feature_parts, model_parts, patch_for
+from munkey.presets import OF_NETWORK, Settings, check_mode, completed, feature_parts, model_parts, patch_for
 from munkey.readout.base import Query, Readout
 from munkey.readout.exemplar import ExemplarReadout
 from munkey.readout.mixture import Mixture, fitted_weights
@@ -594,14 +594,10 @@ def _transformers(readout: Readout) -> list[ExemplarReadout]:
     return [part for part in readout.modules() if isinstance(part, ExemplarReadout)]
 
 
-_MODES = ("exact", "paper")
-
-
 def _check_readout(mode: str, key_encoder: KeyEncoder, memory: KeyValueMemory, readout: Readout) -> None:
     """Raise ValueError if there is no such mode, the parts do not fit, or exact mode would not be exact."""
     transformers = _transformers(readout)
-    if mode not in _MODES:
-        raise ValueError(f"mode must be 'exact' or 'paper', found {mode!r}")
+    check_mode(mode)
     if len(transformers) > 1:
         raise ValueError(f"values belong to one transformer, found {len(transformers)} readouts with a transformer")
     for transformer in transformers:

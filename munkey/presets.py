@@ -24,7 +24,17 @@ from munkey.store.store import KeyStore
 from munkey.task import Classification, Task
 from treediff.core.checks import check_positive
 
-__all__ = ["DEFAULTS", "OF_MODE", "OF_NETWORK", "Settings", "completed", "feature_parts", "model_parts", "patch_for"]
+__all__ = [
+    "DEFAULTS",
+    "OF_MODE",
+    "OF_NETWORK",
+    "Settings",
+    "check_mode",
+    "completed",
+    "feature_parts",
+    "model_parts",
+    "patch_for",
+]
 
 
 class Settings(TypedDict, total=False):
@@ -99,6 +109,13 @@ OF_MODE: dict[str, Settings] = {
 OF_NETWORK = ("channels", "patch", "tokens", "width", "depth", "heads", "dropout")
 
 
+def check_mode(mode: str) -> str:
+    """Return the mode; raise ValueError if there is no such mode."""
+    if mode not in OF_MODE:
+        raise ValueError(f"mode must be 'exact' or 'paper', found {mode!r}")
+    return mode
+
+
 def completed(given: Settings) -> dict[str, Any]:
     """Return all settings, with defaults for those that are not given, or None.
 
@@ -110,9 +127,7 @@ def completed(given: Settings) -> dict[str, Any]:
         names = ", ".join(name for name in Settings.__annotations__ if name not in ("network", "writer"))
         raise TypeError(f"there are no settings {', '.join(unknown)}; there are {names}")
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    mode = settings.get("mode", DEFAULTS["mode"])
-    if mode not in OF_MODE:
-        raise ValueError(f"mode must be 'exact' or 'paper', found {mode!r}")
+    mode = check_mode(settings.get("mode", DEFAULTS["mode"]))
     return {**DEFAULTS, **OF_MODE[mode], **settings}
 
 
@@ -215,14 +230,21 @@ def model_parts(
         stop_gradient=stop_gradient,
         sparse=sparse,
     )
-    closed, weights = closed_form(task, key_encoder.width)
-    mixture = Mixture({**closed, "transformer": transformer}, {**weights, "transformer": 0.0}).to(device=device)
+    others: dict[str, Readout] = {"transformer": transformer}
     return {
         "key_encoder": key_encoder,
         "memory": KeyValueMemory(store, metric=metric, writer=of_row),
-        "readout": mixture if readout == "mixture" else transformer,
+        "readout": mixed_with(others, task, key_encoder.width, device) if readout == "mixture" else transformer,
         "mode": mode,
     }
+
+
+def mixed_with(
+    others: dict[str, Readout], task: Task, width: int, device: torch.device | str | None, **settings: float
+) -> Mixture:
+    """Return a mixture of `closed_form` and other readouts, whose weight is 0 until the mixture is fitted."""
+    closed, weights = closed_form(task, width, **settings)  # type: ignore[arg-type]
+    return Mixture({**closed, **others}, {**weights, **dict.fromkeys(others, 0.0)}).to(device=device)
 
 
 def closed_form(
@@ -268,16 +290,9 @@ def feature_parts(
     labels: dict[str, Any] = {"label_shape": task.label_shape, "label_dtype": task.label_dtype}
     store = KeyStore(key_encoder.width, 1, scale=0.0, **labels, device=device, dtype=dtype)
     store.values.requires_grad_(False)
-    closed, weights = closed_form(
-        task,
-        key_encoder.width,
-        neighbours=neighbours,
-        temperature=temperature,
-        shrinkage=shrinkage,
-        balance=balance,
-    )
+    settings = {"neighbours": neighbours, "temperature": temperature, "shrinkage": shrinkage, "balance": balance}
     return {
         "key_encoder": key_encoder,
         "memory": KeyValueMemory(store, metric=metric),
-        "readout": Mixture({**closed, **others}, {**weights, **dict.fromkeys(others, 0.0)}).to(device=device),
+        "readout": mixed_with(others, task, key_encoder.width, device, **settings),
     }

@@ -24,7 +24,7 @@ from munkey.store.digest import add_tensors
 from treediff.core.checks import check_positive
 from treediff.core.io import load_into, read_header, save_model
 
-__all__ = ["FITTED_ON", "KeyEncoder", "check_encoder"]
+__all__ = ["FITTED_ON", "KeyEncoder", "check_encoder", "check_fitted_on"]
 
 #: Data that an encoder may have been fitted to. With 'forgettable', this data has instances that may be forgotten, and
 #: no model with keys of the encoder can forget exactly.
@@ -58,9 +58,7 @@ class KeyEncoder(nn.Module, ABC):
     def __init__(self, width: int, fitted_on: str) -> None:
         super().__init__()
         check_positive(key_width=width)
-        if fitted_on not in FITTED_ON:
-            raise ValueError(f"fitted_on must be one of {', '.join(FITTED_ON)}; found {fitted_on!r}")
-        self.width, self.fitted_on = width, fitted_on
+        self.width, self.fitted_on = width, check_fitted_on(fitted_on)
         self.config: dict[str, Any] = {"width": width, "fitted_on": fitted_on}
         self._unwritten, self._full = Unwritten(), FullBatches(width)
 
@@ -164,6 +162,13 @@ class KeyEncoder(nn.Module, ABC):
         encoder = cls.from_config(read_header(path, cls.__name__)["config"])
         load_into(encoder, path)
         return encoder
+
+
+def check_fitted_on(fitted_on: str) -> str:
+    """Return the kind of data; raise ValueError unless it is one of `FITTED_ON`."""
+    if fitted_on not in FITTED_ON:
+        raise ValueError(f"fitted_on must be one of {', '.join(FITTED_ON)}; found {fitted_on!r}")
+    return fitted_on
 
 
 def check_encoder(encoder: object) -> None:

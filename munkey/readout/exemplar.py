@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from munkey.readout.aggregate import Aggregation, Attend, Ensemble, Retrieved
 from munkey.readout.base import Memory, Query, Readout
@@ -136,16 +137,10 @@ class ExemplarReadout(Readout):
             pick = self.aggregation.pick(near >= 0, uniform[3])
             near, scores = near.gather(1, pick[:, None]), scores.gather(1, pick[:, None])
         near = torch.where((own | alone)[:, None], -1, near)
-        tokens = self._read_others(memory, near)
+        tokens = memory.read(near, sparse=self.sparse, frozen=self.stop_gradient)
         found = Retrieved(tokens, scores.masked_fill(near < 0, -torch.inf), near)
         theirs = tokens if isinstance(self.aggregation, Ensemble) else self.aggregation.one(found, uniform[3])
-        mine = torch.full(theirs.shape[:2], -1, device=rows.device).index_copy(1, rows.new_zeros(1), rows[:, None])
+        mine = F.pad(rows[:, None], (0, theirs.shape[1] - 1), value=-1)
         read = memory.read(torch.where(own[:, None], mine, -1), sparse=self.sparse)
         there = torch.where(own[:, None], mine >= 0, near[:, : theirs.shape[1]] >= 0)
         return torch.where(own[:, None, None], read, theirs), there
-
-    def _read_others(self, memory: Memory, rows: Tensor) -> Tensor:
-        """Return values `(B, k, V)` of neighbours; the null token, and what a writer computes, keep their gradients."""
-        if not self.stop_gradient:
-            return memory.read(rows, sparse=self.sparse)
-        return memory.read(rows, frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from munkey.encoders.base import FITTED_ON
+from munkey.encoders.base import check_fitted_on
 from munkey.readout.base import Query, Readout
 from munkey.task import Classification, Task
 
@@ -45,9 +45,7 @@ class ModuleReadout(Readout):
         self, task: Task, module: nn.Module, *, fitted_on: str, known: Iterable[int] | Tensor | None = None
     ) -> None:
         super().__init__()
-        if fitted_on not in FITTED_ON:
-            raise ValueError(f"fitted_on must be one of {', '.join(FITTED_ON)}; found {fitted_on!r}")
-        self.task, self.fitted_on = task, fitted_on
+        self.task, self.fitted_on = task, check_fitted_on(fitted_on)
         self.module = module.eval().requires_grad_(False)
         classes = torch.arange(task.outputs) if known is None else torch.as_tensor(list(map(int, known)))
         if known is not None and not isinstance(task, Classification):
