@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from munkey import KeyMemoryTransformer
 from treediff.data import load_dataset
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
-from classify_features import answers, classifier
+from classify_features import answers, classifier, network
 
 COUNTS = (1, 5, 20)
 
@@ -45,7 +46,7 @@ def learn_on(path: Path, new_classes: int, epochs: int, balance: float, seed: in
     new = torch.randperm(classes, generator=generator)[:new_classes]
     ids = torch.randperm(len(x), generator=generator)
     old = ids[~torch.isin(y[ids], new)]
-    options: dict[str, Any] = {"epochs": epochs, "balance": balance, "seed": seed}
+    options: dict[str, Any] = {"learn": partial(network, epochs=epochs, seed=seed), "balance": balance}
     model = classifier(x, y, old, old[: len(old) // 2], classes, **options)
     known = ~torch.isin(labels, new)
     found: dict[str, dict[str, list[float]]] = {}
@@ -71,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="files of examples/embed.py")
     parser.add_argument("--classes", type=int, default=3, help="number of new classes, one after another")
-    parser.add_argument("--epochs", type=int, default=30, help="of the network; 0 for none")
+    parser.add_argument("--epochs", type=int, default=30, help="of the network")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("new_classes.json"))
     args = parser.parse_args()

@@ -5,8 +5,9 @@
 Files are those of `examples/embed.py`; `fashion-{seed}.npz` names one for each seed. Settings of the rivals
 (neighbours, temperature, shrinkage, penalty) are those that are best on a fifth of the training rows, which are then
 used as well. munkey is `examples/classify_features.py`: half of the rows are permanent; a network is trained on most of
-these, and the others choose the shrinkage of the whitening and three weights. Numbers are means over seeds; a seed
-decides which rows are permanent, which are held out, and initial weights.
+these, the others choose the shrinkage of the whitening and three weights, and the network learns these, too. For a
+table there is another with boosted trees in place of the network. Numbers are means over seeds; a seed decides which
+rows are permanent, which are held out, and initial weights.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from munkey.readout import DiscriminantReadout, NeighbourVote, Query, RidgeReado
 from treediff.data import load_dataset
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
-from classify_features import answers, classifier, named_permanent, network, scores
+from classify_features import Learn, Trees, answers, classifier, named_permanent, network, scores
 from rivals import Fit, Predict, boosting, logistic
 
 
@@ -110,15 +112,18 @@ def compare(path: Path, seed: int, *, table: bool) -> dict[str, Any]:
     if (named := named_permanent(str(path))) is not None:  # these features were fitted to some rows
         half, ids = named, torch.cat([named, ids[~torch.isin(ids, named)]])
         held, fitted = ids[-(len(ids) // 5) :], ids[: -(len(ids) // 5)]
-    found = {}
-    for name, fixed, epochs, balance in (
-        ("munkey", half, 30, 0.0),
-        ("munkey, balance 0.5", half, 30, 0.5),
-        ("munkey, no network", half, 0, 0.0),
-        ("munkey, nothing permanent", ids[:0], 0, 0.0),
-    ):
+    found, learn = {}, partial(network, epochs=30, seed=seed)
+    ours: dict[str, tuple[Tensor, Learn | None, float]] = {
+        "munkey": (half, learn, 0.0),
+        "munkey, balance 0.5": (half, learn, 0.5),
+        "munkey, no network": (half, None, 0.0),
+        "munkey, nothing permanent": (ids[:0], None, 0.0),
+    }
+    if table:
+        ours["munkey, trees"] = half, partial(Trees, seed=seed), 0.0
+    for name, (fixed, how, balance) in ours.items():
         start = time.perf_counter()
-        model = classifier(x, y, ids, fixed, classes, epochs=epochs, balance=balance, seed=seed)
+        model = classifier(x, y, ids, fixed, classes, learn=how, balance=balance)
         found[name] = scores(answers(model, test), labels) | {"seconds": time.perf_counter() - start}
         print(path.stem, seed, name, f"{100 * found[name]['accuracy']:.2f}", flush=True)
     for name, fits in RIVALS.items():

@@ -14,9 +14,11 @@ every row with its tag. Files are in the cache of the system. *adding*: rows wit
 process (`store_adding.py`). *searching*: the 4 nearest of the same queries and keys, with our exact search and faiss'
 flat index. Keys are normal, or of 1,000 clusters in which two keys have a cosine of 0.8 (wide) or 0.99 (tight). A
 neighbour found by faiss is *different* if its float64 score is more than 1e-6 from the score of our neighbour in its
-place. `--keys` adds keys of real images, an `.npz` with `keys` and `queries`. *keys*: keys of an encoder, beside one
-image at a time and plain batches of 64, whose bits may differ. *model*: a training step and inference with 4 neighbours
-beside the same transformer without neighbours.
+place. `--keys` adds keys of real images, an `.npz` with `keys` and `queries`. *heads*: a classifier of features with
+votes and a linear head, 1,280 features and 100 classes: one row is forgotten, right after an answer and after another
+row, and the first and the next input are answered. *keys*: keys of an encoder, beside one image at a time and plain
+batches of 64, whose bits may differ. *model*: a training step and inference with 4 neighbours beside the same
+transformer without neighbours.
 
 PyTorch and faiss have separate threads, which wait busily for more work after a call and would slow down the next call.
 So there is a pause between the two, and an uncounted call where a call changes nothing. Pending writes are on the disk
@@ -313,6 +315,32 @@ def encoding(rounds: int, count: int) -> dict[str, Any] | None:
     return {**about, "keys": ours, **each, "times faster": faster(ours, each)}
 
 
+def heads(rounds: int, rows: int, width: int = 1280, classes: int = 100) -> dict[str, float]:
+    """Medians for one row that is forgotten from a classifier of features, and for one input."""
+    keys, generator = unit_keys(rows, width), torch.Generator().manual_seed(0)
+    model = KeyMemoryTransformer.for_features(features=width, classes=classes)
+    model.remember(torch.arange(rows), keys, torch.randint(classes, (rows,), generator=generator))
+    order, question = iter(torch.randperm(rows, generator=generator).split(1)), keys[:1]
+    answer, forget = torch.no_grad()(lambda: model(question)), lambda: model.forget(next(order))
+    taken: dict[str, list[float]] = {}
+    for turn in range(-1, rounds):  # the first builds what the others use
+        time.sleep(_pause)
+        acts = [
+            ("forget after an answer", forget),
+            *[("forget", forget)] * 20,
+            ("first answer", answer),
+            ("answer", answer),
+        ]
+        for name, act in acts:
+            found = seconds(act)
+            if turn >= 0:
+                taken.setdefault(name, []).append(found)
+    medians = {name: statistics.median(values) for name, values in taken.items()}
+    for name, found in medians.items():
+        print(f"{name}, of {rows:,} x {width}: {1000 * found:.2f} ms", flush=True)
+    return {"rows": float(rows), "width": float(width), "classes": float(classes), **medians}
+
+
 def modelling(rounds: int, rows: int) -> Times:
     """A training step of 64 images and inference of 256: in paper mode with 4 neighbours, in exact mode with 16, and
     without memory."""
@@ -372,6 +400,7 @@ def main() -> None:
         "opening": lambda: list(opening(args.rounds, args.rows, args.folder)),
         "adding": lambda: list(adding(min(3, args.rounds), args.rows, args.folder)),
         "searching": lambda: list(searching(args.rounds, sets, args.keys)),
+        "heads": lambda: heads(3 * args.rounds, min(100_000, most), *((32, 5) if args.quick else ())),
         "keys": lambda: encoding(min(3, args.rounds), args.images),
         "model": lambda: modelling(args.rounds, 1000 if args.quick else 60_000),
     }
@@ -383,7 +412,7 @@ def main() -> None:
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("forgetting", "opening", "adding", "searching", "keys", "model")
+    names = ("forgetting", "opening", "adding", "searching", "heads", "keys", "model")
     parser.add_argument("--parts", nargs="+", default=names, choices=names)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])

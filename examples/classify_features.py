@@ -2,12 +2,14 @@
 
     python examples/embed.py --data photographs/ --out features.npz
     python examples/classify_features.py --data features.npz
+    python examples/classify_features.py --data table.npz --learn trees         # boosted trees, for a table
 
 A share of the instances is permanent. The whitening of keys is fitted to them, a small network is trained on most of
 them, and the others choose the shrinkage of the whitening, and how much votes of neighbours, a linear head on exact
-sums, and the network count. All other instances can be forgotten, and the last lines check it: a classifier that never
-had them gives the same bits. `--epochs 0` trains no network. Everything is here: copy it and change what you like. The
-last line printed is one JSON object with the results.
+sums, and the network count; then the network is trained on all of them. All other instances can be forgotten, and the
+last lines check it: a classifier that never had them gives the same bits. `--learn trees` takes boosted trees in place
+of the network, `--learn nothing` neither. Everything is here: copy it and change what you like. The last line printed
+is one JSON object with the results.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,6 +33,7 @@ from munkey.readout import ModuleReadout
 from treediff.data import load_dataset
 
 SHRINKAGES = (0.3, 0.6)  # of the whitening, to choose from
+Learn = Callable[[Tensor, Tensor, int], nn.Module]  # from inputs, labels and the number of classes
 
 
 class Standardised(nn.Module):
@@ -61,6 +67,19 @@ def network(x: Tensor, y: Tensor, classes: int, *, epochs: int, seed: int) -> nn
     return found.eval()
 
 
+class Trees(nn.Module):
+    """Log-probabilities by gradient-boosted trees of scikit-learn, for tables."""
+
+    def __init__(self, x: Tensor, y: Tensor, classes: int, *, seed: int) -> None:
+        super().__init__()
+        self.trees, self.classes = HistGradientBoostingClassifier(random_state=seed).fit(x.numpy(), y.numpy()), classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x.new_full((len(x), self.classes), 1e-9)
+        found[:, torch.from_numpy(self.trees.classes_)] = torch.from_numpy(self.trees.predict_proba(x.numpy())).to(x)
+        return found.clamp_min(1e-9).log()
+
+
 def classifier(
     x: Tensor,
     y: Tensor,
@@ -68,21 +87,23 @@ def classifier(
     fixed: Tensor,
     classes: int,
     *,
-    epochs: int = 0,
+    learn: Learn | None = None,
     balance: float = 0.0,
-    seed: int = 0,
 ) -> KeyMemoryTransformer:
-    """A classifier that remembers instances; those of `fixed` are permanent."""
+    """A classifier that remembers instances; those of `fixed` are permanent, and some of them `learn` is given."""
     if not len(fixed):
         model = KeyMemoryTransformer.for_features(features=x.shape[1], classes=classes, balance=balance)
         model.remember(ids, x[ids], y[ids])
         return model
     held, trained = fixed.tensor_split([len(fixed) // 5])
-    task, readouts = Classification(classes), {}
-    if epochs:
-        found = network(x[trained], y[trained], classes, epochs=epochs, seed=seed)
-        known = y[trained].unique()  # of other classes the network has no opinion
-        readouts["network"] = ModuleReadout(task, found, fitted_on="permanent split", known=known)
+    task = Classification(classes)
+
+    def learnt(own: Tensor) -> dict[str, ModuleReadout]:
+        if learn is None:
+            return {}
+        known = y[own].unique()  # of other classes the network has no opinion
+        module = learn(x[own], y[own], classes)
+        return {"network": ModuleReadout(task, module, fitted_on="permanent split", known=known)}
 
     def whitened(own: Tensor, shrinkage: float, others: dict[str, ModuleReadout]) -> KeyMemoryTransformer:
         encoder = Projection.whitening(x[own], y[own], shrinkage=shrinkage, fitted_on="permanent split")
@@ -98,9 +119,14 @@ def classifier(
         model.fit_readout(x[held], y[held])
         return float(task.losses(answers(model, x[held]), y[held]).mean())
 
-    model = whitened(fixed, min(SHRINKAGES, key=loss), readouts)
-    own = held if epochs else fixed  # weights of a network's own instances would tell too much of it
+    shrinkage = min(SHRINKAGES, key=loss)
+    model = whitened(fixed, shrinkage, learnt(trained))
+    own = fixed if learn is None else held  # weights of a network's own instances would tell too much of it
     model.fit_readout(x[own], y[own], ids=own)
+    if learn is not None:  # the weights are chosen, and the network learns the other instances, too
+        weights = model.readout.weights
+        model = whitened(fixed, shrinkage, learnt(fixed))
+        model.readout.weights = weights
     rest = ids[~torch.isin(ids, fixed)]
     model.remember(rest, x[rest], y[rest])
     return model
@@ -141,7 +167,8 @@ def main() -> None:
     parser.add_argument("--data", default="digits", help="a file of embed.py, or images, whose pixels are the features")
     parser.add_argument("--permanent", type=float, default=0.5, help="share of the instances that cannot be forgotten")
     parser.add_argument("--forget", type=float, default=0.1, help="share of the others that are forgotten")
-    parser.add_argument("--epochs", type=int, default=30, help="of the network; 0 for none")
+    parser.add_argument("--learn", default="network", choices=("network", "trees", "nothing"))
+    parser.add_argument("--epochs", type=int, default=30, help="of the network")
     parser.add_argument(
         "--balance", type=float, default=0.0, help="from 0, as frequent as seen, to 1, all classes alike"
     )
@@ -158,8 +185,10 @@ def main() -> None:
     fixed = ids[: int(args.permanent * len(ids))] if fixed is None else fixed
     rest = ids[~torch.isin(ids, fixed)]
     start = time.perf_counter()
-    options = {"epochs": args.epochs, "balance": args.balance, "seed": args.seed}
-    model = classifier(x, y, ids, fixed, classes, **options)
+    learn: dict[str, Learn | None] = {"trees": partial(Trees, seed=args.seed), "nothing": None}
+    learn["network"] = partial(network, epochs=args.epochs, seed=args.seed)
+    build = partial(classifier, x, y, fixed=fixed, classes=classes, learn=learn[args.learn], balance=args.balance)
+    model = build(ids)
     before = answers(model, test)
     seconds = time.perf_counter() - start
     gone = rest[: max(1, int(args.forget * len(rest)))]
@@ -169,7 +198,7 @@ def main() -> None:
     start = time.perf_counter()
     after = answers(model, test)
     to_answer = time.perf_counter() - start
-    never = classifier(x, y, ids[~torch.isin(ids, gone)], fixed, classes, **options)
+    never = build(ids[~torch.isin(ids, gone)])
     result = {
         "data": data.name,
         "seed": args.seed,

@@ -12,9 +12,10 @@ import argparse
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from sklearn.ensemble import HistGradientBoostingClassifier
+from classify_features import Trees
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -211,13 +212,8 @@ def logistic(penalty: float) -> Fit:
 
 
 def boosting(seed: int) -> Fit:
-    """Gradient-boosted trees of scikit-learn, for tables."""
-
-    def fit(x: Tensor, y: Tensor, classes: int) -> Predict:
-        trees = HistGradientBoostingClassifier(random_state=seed).fit(x.numpy(), y.numpy())
-        return lambda q: torch.from_numpy(trees.predict_proba(q.numpy())).clamp_min(1e-9).log()
-
-    return fit
+    """Gradient-boosted trees, for tables."""
+    return partial(Trees, seed=seed)
 
 
 class Refitted(Rival):

@@ -10,7 +10,8 @@ what they stored. All are compared with a model of the same kind that was traine
 and with a plain network trained without it. A second oracle, of another seed, shows the gap between two oracles.
 
 "munkey" is exact mode, in which half of the rows are permanent. `--methods "munkey mode=paper width=32"` sets how the
-model is built, and `noise=1` adds noise to the gradients of its shared weights. Every row is saved when it is complete,
+model is built, and `noise=1` adds noise to the gradients of its shared weights. On features, "munkey learn=trees" takes
+boosted trees in place of the network of `classify_features.py`. Every row is saved when it is complete,
 and the next run does not compute it again. `DIR` gets results.json, table.md and picture.png.
 """
 

@@ -193,7 +193,8 @@ def _made(
             with lasting():
                 config, own = _with_task(config, parts)
                 model = build(cls, config, path, own, **arguments)
-    _fill(model, {_moved(name): x for name, x in tensors.items()}, path, encoder, rows, secret)
+    later = {name: x for name, x in model.state_dict().items() if name.endswith(".known")}  # than some files
+    _fill(model, {**later, **{_moved(name): x for name, x in tensors.items()}}, path, encoder, rows, secret)
     if rows is None:
         store = model.memory.store
         store.seed, store.scale, store.secret = about["seed"], about["scale"], secret

@@ -422,6 +422,8 @@ class KeyMemoryTransformer(nn.Module):
         targets, store = self.task.check(labels, len(x)).to(x.device), self.memory.store
         ranks = store.ranks if isinstance(store, ShardedKeyStore) else None
         check_positive(folds=folds)
+        if self.mode == "exact" and self.has_transformer and isinstance(self.task, Classification):
+            self.exemplar_readout.known.copy_(self._permanent_classes())
         if ids is None:
             outputs = self.readout.outputs(self._query(x, keys))
         else:
@@ -433,6 +435,16 @@ class KeyMemoryTransformer(nn.Module):
         weights = fitted_weights(self.task, outputs, targets)
         self.readout.set_weights(dict(zip(self.readout.readouts, weights.tolist(), strict=True)))
         return self.readout
+
+    def _permanent_classes(self) -> Tensor:
+        """Return which classes have a permanent row, `(n,)`; all if none has."""
+        store, every = self.memory.store, torch.arange(self.task.outputs, device=self.memory.store.labels.device)
+        local = store.local if isinstance(store, ShardedKeyStore) else store
+        rows = slice(0, local.used)
+        found = torch.isin(every, local.labels[rows][local.permanent[rows]])
+        if isinstance(store, ShardedKeyStore):
+            found = torch.stack(store.ranks.gather(found)).any(0)
+        return found | ~found.any()
 
     def _left_out(self, x: Tensor, ids: list[int], folds: int, keys: Tensor | None) -> Tensor:
         """Return the outputs `(m, B, n)` of all parts, for instances without their own rows."""

@@ -137,6 +137,9 @@ def test_features_are_embedded_and_classified(folder: Path) -> None:
     assert run(folder, "embed.py", *table)["train_images"] == [40, 4]
     found = run(folder, "classify_features.py", "--data", "table.npz", "--out", "features")
     assert found["equal to never"] and found["after"]["accuracy"] == 1  # type: ignore[index]
+    for learn in ("trees", "nothing"):
+        found = run(folder, "classify_features.py", "--data", "table.npz", "--learn", learn, "--out", "features")
+        assert found["equal to never"] and ("network" in found["weights"]) == (learn == "trees")  # type: ignore[operator]
     found = run(folder, "classify_features.py", "--data", "few.npz", "--permanent", "0", "--out", "features")
     assert found["equal to never"] and found["before"]["accuracy"] > 0.8  # type: ignore[index]
     assert found["before"].keys() == {"accuracy", "balanced accuracy", "log loss", "calibration error"}  # type: ignore[attr-defined]

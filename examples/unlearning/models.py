@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from classify_features import classifier
+from classify_features import Learn, Trees, classifier, network
 from rivals import (
     Features,
     NearestNeighbours,
@@ -32,6 +32,7 @@ from sisa import SISA
 from torch import Tensor, nn
 from tqdm import tqdm
 from train_munkey import train
+from unlearning.report import NAMES
 from unlearning.task import Task
 
 from munkey import DurableStore, KeyMemoryTransformer, pathway_accuracies, posthoc
@@ -159,10 +160,14 @@ class Bench:
         task, noise, paper = self.task, settings.pop("noise", None), settings.get("mode") == "paper"
         draw = self.all[torch.randperm(len(self.all), generator=torch.Generator().manual_seed(7))]
         for_good = draw[~torch.isin(draw, self.gone)][: len(draw) // 2]
-        if len(task.shape) == 1 and not settings:
+        if task.permanent is not None:
+            for_good = task.permanent[torch.isin(task.permanent, self.all)]
+        if len(task.shape) == 1 and not settings.keys() - {"learn"}:
             order = torch.cat([for_good, ids[~torch.isin(ids, for_good)]])
-            options = {"epochs": self.args.epochs, "seed": seed}
-            return classifier(task.images, task.labels, order, for_good, task.classes, **options)
+            learn: Learn = functools.partial(network, epochs=self.args.epochs, seed=seed)
+            if settings.get("learn") == "trees":
+                learn = functools.partial(Trees, seed=seed)
+            return classifier(task.images, task.labels, order, for_good, task.classes, learn=learn)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = self._untrained(settings)
@@ -272,6 +277,8 @@ class Bench:
         found["relearned"] = task.relearned(model, self.gone, self.others, steps=self.args.relearn)
         if isinstance(model, KeyMemoryTransformer) and model.has_transformer:
             found["inside"] = task.inside(model, *sets)
+            alone = task.measured(model, *sets, use_memory=False)
+            found["input alone"] = {name: alone[name] for name in NAMES}
             rows = self.gone[:1000]
             accuracies = pathway_accuracies(model, task.images[rows], task.labels[rows], keys=task.keys[rows])
             found["pathways"] = asdict(accuracies)

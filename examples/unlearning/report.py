@@ -33,9 +33,10 @@ def pairs(rows: Rows, method: str, oracle: str) -> list[tuple[dict[str, Any], di
     ]
 
 
-def gaps(rows: Rows, method: str, oracle: str) -> list[float]:
-    """The average gap for each seed, in percent."""
-    return [average_gap(*({n: row[n] for n in NAMES} for row in pair)) for pair in pairs(rows, method, oracle)]
+def gaps(rows: Rows, method: str, oracle: str, part: str | None = None) -> list[float]:
+    """The average gap for each seed, in percent; of a part of the model, where it was measured."""
+    found = [pair if part is None else [row.get(part, {}) for row in pair] for pair in pairs(rows, method, oracle)]
+    return [average_gap(*({n: row[n] for n in NAMES} for row in pair)) for pair in found if all(pair)]
 
 
 def attack_gaps(rows: Rows, method: str, where: str) -> list[float]:
@@ -70,9 +71,10 @@ def table(rows: Rows) -> str:
     """Markdown: the smallest gap to the own oracle first, models that did not forget at the end.
 
     The *worst* attack is the attack farthest from the same attack on the own oracle, in either direction, in percent.
-    *Inside* attacks are attacks on the weights. *Relearned*: see `Task.relearned`.
+    *Inside* attacks are attacks on the weights. *Input alone*: the gap to the own oracle where both hide the memory, to
+    show what weights kept. *Relearned*: see `Task.relearned`.
     """
-    head = [*NAMES, "own gap", "plain gap", "worst attack", "worst inside", "relearned", "seconds"]
+    head = [*NAMES, "own gap", "plain gap", "input alone", "worst attack", "worst inside", "relearned", "seconds"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
 
     def order(method: str) -> tuple[bool, float]:
@@ -84,6 +86,7 @@ def table(rows: Rows) -> str:
         own = [row for row in rows if row["method"] == method]
         cells = [summary([row[name] for row in own]) for name in NAMES]
         cells += [summary(gaps(rows, method, oracle)) for oracle in (oracle_of(method), "plain: retrained")]
+        cells.append(summary(gaps(rows, method, oracle_of(method), "input alone")))
         cells += [summary(attack_gaps(rows, method, where)) for where in ("attacks", "inside")]
         cells.append(summary([row["relearned"] for row in own], 3))
         cells.append(f"{statistics.median(row['seconds'] for row in own):.3g}")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from classify_features import scores
+from classify_features import named_permanent, scores
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -45,6 +45,7 @@ class Task:
         keys, queries = self._keys(args, images, data.test_images)
         end = len(images) - holdout
         self.images, self.labels, self.keys = images[:end], data.train_labels[:end], keys[:end]
+        self.permanent = named_permanent(args.data)  # an encoder was fitted to these rows, which cannot be forgotten
         self.test: tuple[Tensor, ...] = (data.test_images, data.test_labels, queries)
         if holdout:
             self.test = (images[end:], data.train_labels[end:], keys[end:])
@@ -61,7 +62,11 @@ class Task:
         return found
 
     def forget_set(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Training rows to forget, and test rows of the same kind."""
+        """Training rows to forget, without permanent ones, and test rows of the same kind."""
+        gone, others = self._of_kind(seed)
+        return gone if self.permanent is None else gone[~torch.isin(gone, self.permanent)], others
+
+    def _of_kind(self, seed: int) -> tuple[Tensor, Tensor]:
         kind, _, amount = self.kind.partition(":")
         generator = torch.Generator().manual_seed(1000 + seed)
         row = int(torch.randint(len(self.labels), (1,), generator=generator))
@@ -79,14 +84,16 @@ class Task:
         return forget_sets.at_random(len(self.labels), count, generator=generator), everything
 
     @torch.no_grad()
-    def measured(self, model: nn.Module, gone: Tensor, stay: Tensor, others: Tensor) -> dict[str, Any]:
+    def measured(self, model: nn.Module, gone: Tensor, stay: Tensor, others: Tensor, **options: bool) -> dict[str, Any]:
         """Accuracies in percent, and attacks that separate forgotten rows from test rows of the same kind."""
         splits: dict[str, tuple[Tensor, ...]] = {"test": self.test}
         for name, ids in (("retain", stay[: len(self.test[1])]), ("forget", gone)):
             splits[name] = (self.images[ids], self.labels[ids], self.keys[ids])
         model.eval()
         logits = {
-            name: torch.cat([self.answers(model, a, b) for a, b in zip(x.split(256), keys.split(256), strict=True)])
+            name: torch.cat(
+                [self.answers(model, a, k, **options) for a, k in zip(x.split(256), keys.split(256), strict=True)]
+            )
             for name, (x, _, keys) in splits.items()
         }
         labels = {name: split[1] for name, split in splits.items()}
@@ -104,10 +111,10 @@ class Task:
         found |= {**quality, "milliseconds": self.milliseconds(model)}
         return {**found, "attack": 100 * attacks["loss"].auc, "attacks": summary(attacks)}
 
-    def answers(self, model: nn.Module, x: Tensor, keys: Tensor) -> Tensor:
-        """Logits; a model with an encoder of its own computes its keys."""
+    def answers(self, model: nn.Module, x: Tensor, keys: Tensor, **options: bool) -> Tensor:
+        """Logits; a model with an encoder of its own computes its keys. Options are those of a call."""
         own = isinstance(model, KeyMemoryTransformer) and model.key_encoder is not self.encoder
-        found: Tensor = model(x, keys=None if own else keys)
+        found: Tensor = model(x, keys=None if own else keys, **options)
         return found.float()
 
     def milliseconds(self, model: nn.Module) -> float:

@@ -17,7 +17,7 @@ from munkey.search import Neighbours
 from munkey.store.store import KeyStore
 from munkey.task import Task
 
-__all__ = ["Memory", "Query", "Readout"]
+__all__ = ["Memory", "Query", "Readout", "with_no_opinion"]
 
 
 class Memory(Protocol):
@@ -122,3 +122,17 @@ class Readout(nn.Module, ABC):
     @abstractmethod
     def forward(self, query: Query) -> Tensor:
         """Return outputs `(B, n)`: log-probabilities of classes, logits of properties, or numbers."""
+
+
+def with_no_opinion(outputs: Tensor, known: Tensor) -> Tensor:
+    """Return outputs `(B, n)` in which classes that are not known `(n,)` have the greatest output of those that are.
+
+    Whether it is such a class is then left to other readouts of a mixture.
+
+    Examples:
+        >>> import torch
+        >>> with_no_opinion(torch.tensor([[1.0, 2.0, -9.0]]), torch.tensor([True, True, False]))
+        tensor([[1., 2., 2.]])
+    """
+    greatest = outputs.masked_fill(~known, -float("inf")).amax(1, keepdim=True)
+    return outputs.where(known, greatest)

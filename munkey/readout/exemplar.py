@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from munkey.readout.aggregate import Aggregation, Attend, Ensemble, Retrieved
-from munkey.readout.base import Memory, Query, Readout
+from munkey.readout.base import Memory, Query, Readout, with_no_opinion
 from munkey.readout.transformer import ExemplarTransformer
 from munkey.task import Classification, Task
 from treediff.core.checks import check_positive
@@ -49,10 +49,15 @@ class ExemplarReadout(Readout):
         TypeError: if a number is not whole.
         ValueError: if a share is out of range, or network and task do not fit.
 
+    Attributes:
+        known: `(n,)` classes that were trained on; all, unless `KeyMemoryTransformer.fit_readout` found some that were
+            not. Of others the transformer has no opinion in a mixture, so that new classes can be learned by others.
+
     Source: MUNKEY (arXiv 2603.15033); reading neighbours in training, without gradient, is ours.
     """
 
     deletion = "weights"
+    known: Tensor
 
     def __init__(
         self,
@@ -87,6 +92,7 @@ class ExemplarReadout(Readout):
         self.drop_input, self.drop_exemplar = float(drop_input), float(drop_exemplar)
         self.neighbours, self.stop_gradient, self.sparse = int(neighbours), bool(stop_gradient), bool(sparse)
         self.network, self.aggregation = network, aggregation or Ensemble()
+        self.register_buffer("known", torch.ones(network.outputs, dtype=torch.bool, device=network.start.device))
 
     def check(self, x: Tensor) -> None:
         """Raise TypeError or ValueError unless `x` is a batch of inputs of the network."""
@@ -97,12 +103,11 @@ class ExemplarReadout(Readout):
         network, x, memory = self.network, query.inputs, query.memory
         inputs = network.tokens(x) if query.use_input else network.null_input.expand(len(x), -1, -1)
         if not query.use_memory:
-            nothing: Tensor = network(inputs, memory.null.expand(len(x), 1, -1))
-            return nothing.squeeze(1)
-        outputs: Tensor = self.aggregation(
-            query.retrieved(self.neighbours), lambda *values: network(inputs, *values), self.task.average
-        )
-        return outputs
+            outputs: Tensor = network(inputs, memory.null.expand(len(x), 1, -1)).squeeze(1)
+        else:
+            found = query.retrieved(self.neighbours)
+            outputs = self.aggregation(found, lambda *values: network(inputs, *values), self.task.average)
+        return with_no_opinion(outputs, self.known)
 
     def loss(
         self, memory: Memory, x: Tensor, targets: Tensor, ids: list[int], *, generator: torch.Generator | None

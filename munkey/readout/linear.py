@@ -58,12 +58,13 @@ class LabelledFeatures:
             ValueError: if a real label is out of range.
         """
         y, there = self.task.vectors(labels), ~self.task.missing(labels)
-        if self.unit < 1 and y.numel() and float(y.abs().max()) > _GREATEST_LABEL:
+        unit = self.unit
+        if unit < 1 and y.numel() and float(y.abs().max()) > _GREATEST_LABEL:
             raise ValueError(
                 f"a head on sums takes labels between -{_GREATEST_LABEL:g} and {_GREATEST_LABEL:g}, found "
                 f"{float(y.abs().max()):g}; scale labels to about unit size"
             )
-        z = torch.cat([(y / self.unit).round_(), self.features(keys), y.new_ones(len(y), 1)], 1)
+        z = torch.cat([(y / unit).round_() if unit < 1 else y, self.features(keys), y.new_ones(len(y), 1)], 1)
         return z.mul_(there[:, None])
 
 
@@ -113,7 +114,10 @@ class LinearReadout(Readout):
 
     @abstractmethod
     def solve(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weights `(F, n)` and biases `(n,)` from sums `(n + F + 1, n + F + 1)`; see `LabelledFeatures`."""
+        """Return weights `(F, n)` and biases `(n,)` from sums `(n + F + 1, n + F + 1)`, which are overwritten.
+
+        See `LabelledFeatures`.
+        """
 
     @abstractmethod
     def outputs(self, scores: Tensor) -> Tensor:
@@ -124,12 +128,15 @@ class LinearReadout(Readout):
         return f"shrinkage={self.shrinkage}"
 
     def _parts(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        """Return `sum phi phi'`, `sum phi y'`, `sum phi`, `sum y` and the number of rows, for features in [-1, 1]."""
+        """Return `sum phi phi'`, `sum phi y'`, `sum phi`, `sum y` and the number of rows, for features in [-1, 1].
+
+        The first is scaled in place.
+        """
         n, unit = self.task.outputs, 2.0**-self.features.bits
         rows = float(sums[-1, -1])
         label = self._summand.unit
         return (
-            sums[n:-1, n:-1] * unit**2,
+            sums[n:-1, n:-1].mul_(unit**2),
             sums[n:-1, :n] * (unit * label),
             sums[n:-1, -1] * unit,
             sums[:n, -1] * label,
@@ -168,7 +175,7 @@ class RidgeReadout(LinearReadout):
         gram, cross, phi, y, rows = self._parts(sums)
         if not rows:
             return torch.zeros_like(cross), torch.zeros_like(y)
-        covariance = gram.sub_(torch.outer(phi, phi / rows)).div_(rows)
+        covariance = gram.addr_(phi, phi / rows, alpha=-1).div_(rows)
         factor = torch.linalg.cholesky(shrink(covariance, self.shrinkage))
         weight = torch.cholesky_solve((cross - torch.outer(phi, y / rows)) / rows, factor)
         return weight, (y - phi @ weight) / rows
@@ -230,7 +237,7 @@ class DiscriminantReadout(LinearReadout):
         mean = phi / rows
         means = cross / count.clamp_min(1) - mean[:, None]  # around the mean of all rows
         means = torch.where(count > 0, means, 0.0)
-        within = gram.sub_(torch.outer(phi, mean)).sub_((means * count) @ means.T)
+        within = gram.addr_(phi, mean, alpha=-1).addmm_(means * count, means.T, alpha=-1)
         factor = torch.linalg.cholesky(shrink(within.div_(rows), self.shrinkage))
         weight = torch.cholesky_solve(means, factor)
         prior = (1 - self.balance) * (count.clamp_min(1e-6) / rows).log()

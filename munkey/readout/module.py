@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from munkey.encoders.base import check_fitted_on
-from munkey.readout.base import Query, Readout
+from munkey.readout.base import Query, Readout, with_no_opinion
 from munkey.task import Classification, Task
 
 __all__ = ["ModuleReadout"]
@@ -70,5 +70,4 @@ class ModuleReadout(Readout):
                 f"expected outputs of shape {(len(query.inputs), self.task.outputs)} from the module, found "
                 f"{tuple(outputs.shape)}"
             )
-        greatest = outputs.masked_fill(~self.known, -torch.inf).amax(1, keepdim=True)
-        return torch.where(self.known, outputs, greatest)
+        return with_no_opinion(outputs, self.known)

@@ -33,7 +33,7 @@ class SharedSums:
 
     def get(self) -> Tensor:
         """Return a copy of the sums `(Z, Z)` float64 of the rows of all ranks."""
-        sums = self.local.get().clone()
+        sums = self.local.get()
         if self.ranks.size > 1:
             dist.all_reduce(sums, group=self.ranks.group)
         return sums
@@ -46,4 +46,4 @@ class SharedSums:
         """Return the sums `(Z, Z)` of some rows `(n,)`, which may be others on each rank."""
         _, keys, labels = self._described(rows)
         with Scratch() as scratch:
-            return products(self.local.summand, scratch(keys), labels)
+            return products(self.local.summand, scratch(keys), labels).dense()

@@ -58,6 +58,8 @@ def wipe(tensor: Tensor) -> None:
         >>> copy
         tensor([0., 0.], dtype=torch.bfloat16)
     """
+    if tensor.ndim == 2 and not tensor.is_contiguous():
+        tensor = tensor.T  # by columns, as LAPACK writes a matrix
     if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.ndim:
         tensor.view(torch.uint8).numpy().fill(0)
     else:

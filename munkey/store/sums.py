@@ -1,22 +1,22 @@
 """Sums over rows in whole numbers, which follow changes to the bit: a sum without a row is that of a table without it.
 
-`S = sum_i z_i z_i'`, where `z_i` is a vector of whole numbers for row `i`. All products and partial sums are whole
-numbers below 2^53, which float64 adds without rounding. So adding a row and subtracting it leaves the same bits, in any
-order of rows, in any blocks, on any device. Least squares and linear discriminants are functions of such sums: a linear
-head on frozen features forgets a row by one subtraction.
+`S = sum_i z_i z_i'`, whose upper half is kept, where `z_i` is a vector of whole numbers for row `i`. All products and
+partial sums are whole numbers below 2^53, which float64 adds without rounding. So adding a row and subtracting it
+leaves the same bits, in any order of rows, in any blocks, on any device. Least squares and linear discriminants are
+functions of such sums: a linear head on frozen features forgets a row by one subtraction.
 
 Letters: `M` rows, `D` width of a key, `Z` dimensions of a summand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from munkey.store.change import Added, Change, Moved, Removed, Replaced, Step, long_lived
+from munkey.store.change import Added, Change, Moved, Replaced, Step, long_lived
 from munkey.store.erase import Scratch, wipe
 from munkey.store.follower import Follower
 from munkey.store.table import Table
@@ -26,6 +26,8 @@ __all__ = ["RowSums", "Summand", "products"]
 _LIMIT = 2**53  # whole numbers up to here are exact in float64
 _ROWS = 4096  # in one product
 _FEW = 8  # rows that are added in place; more are multiplied first, which takes another matrix
+_BANDS = 4  # of the upper half; more would be smaller, but need more calls
+_HEIGHT = 256  # of a band at least
 T = TypeVar("T", bound=tuple[Tensor, ...])
 
 
@@ -51,6 +53,60 @@ class Summand(Protocol):
         """
 
 
+class Bands:
+    """The upper half of `sum_i z_i z_i'` in horizontal bands, `Z` numbers wide at the top and a few at the bottom.
+
+    A band begins with a row and a column of `sum_i z_i`. So its first number counts the rows that were added, and
+    changes in the same call as all others.
+
+    Args:
+        width: `Z`.
+        device: of the sums.
+    """
+
+    def __init__(self, width: int, device: torch.device | str | None = None) -> None:
+        self.width, self.height = width, max(_HEIGHT, -(-width // _BANDS))
+        places: list[int] = []  # of summands with the last number, 1, before each band
+        for start in range(0, width, self.height):
+            places += [width - 1, *range(start, min(start + self.height, width))]
+        self._places = torch.tensor(places, device=device)
+        self._starts = range(0, len(places), 1 + self.height)
+        shapes = [(min(1 + self.height, len(places) - start), len(places) - start) for start in self._starts]
+        self.parts = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
+
+    def spread(self, z: Tensor) -> Tensor:
+        """Return a copy of summands `(m, Z)` with a 1 before each band, or 0 in a row that does not count."""
+        return z.index_select(1, self._places)
+
+    def factors(self, spread: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield each band with its left and right factor for summands of `spread`."""
+        for start, part in zip(self._starts, self.parts, strict=True):
+            yield part, spread[:, start : start + len(part)], spread[:, start:]
+
+    def add(self, z: Tensor) -> None:
+        """Add summands `(m, Z)`."""
+        with Scratch() as scratch:
+            for part, left, right in self.factors(scratch(self.spread(z))):
+                part.addmm_(left.T, right)
+
+    def dense(self) -> Tensor:
+        """Return a new matrix, `(Z, Z)`."""
+        whole, height = self.parts[0].new_empty(self.width, self.width), self.height
+        for band, part in enumerate(self.parts):
+            rows = slice(band * height, band * height + len(part) - 1)
+            for place in range(len(self.parts) - band):
+                first = 1 + place * (1 + height)
+                block = part[1:, first : first + height]
+                columns = slice((band + place) * height, (band + place) * height + block.shape[1])
+                whole[rows, columns], whole[columns, rows] = block, block.T
+        return whole
+
+    def wipe(self) -> None:
+        """Overwrite the sums."""
+        for part in self.parts:
+            wipe(part)
+
+
 class RowSums(Follower):
     """Sums of a table, computed when they are first needed, and updated with every later change.
 
@@ -64,23 +120,24 @@ class RowSums(Follower):
 
     def __init__(self, table: Table, summand: Summand) -> None:
         self._table, self.summand = table, summand
-        self._sums: Tensor | None = None
+        self._sums: Bands | None = None
         self._derived: dict[Hashable, tuple[Tensor, ...]] = {}
 
     def clear(self) -> None:
         """Wipe and drop the sums, and everything derived from them."""
         self.forget_derived()
         if self._sums is not None:
-            wipe(self._sums)
+            self._sums.wipe()
             self._sums = None
 
     def get(self) -> Tensor:
-        """Return the sums `(Z, Z)` float64 of all rows; not a copy."""
+        """Return the sums `(Z, Z)` float64 of all rows, a copy."""
         if self._sums is None:
             with long_lived():
                 self._check_count(self._table.used)
-                self._sums = self.of(slice(0, self._table.used))
-        return self._sums
+                keys, labels = (self._table[name][: self._table.used] for name in ("keys", "labels"))
+                self._sums = products(self.summand, keys, labels)
+        return self._sums.dense()
 
     def derived(self, name: Hashable, make: Callable[[Tensor], T]) -> T:
         """Return what `make` computes from the sums; kept under a name until rows change, and then overwritten."""
@@ -89,11 +146,11 @@ class RowSums(Follower):
                 self._derived[name] = make(self.get())
         return self._derived[name]  # type: ignore[return-value]
 
-    def of(self, rows: Tensor | slice) -> Tensor:
+    def of(self, rows: Tensor) -> Tensor:
         """Return the sums `(Z, Z)` of some rows, a part that can be subtracted from the sums of all rows."""
         with Scratch() as scratch:
             keys, labels = self._table["keys"][rows], self._table["labels"][rows]
-            return products(self.summand, keys if isinstance(rows, slice) else scratch(keys), labels)
+            return products(self.summand, scratch(keys), labels).dense()
 
     def forget_derived(self) -> None:
         """Overwrite and drop everything derived from the sums."""
@@ -123,44 +180,45 @@ class RowSums(Follower):
             return [self.clear]
         if self._sums is None or isinstance(change, Moved):
             return []
-        rows = change.rows if isinstance(change, Added) else change.gone
-        keys, labels = self._table["keys"][rows], self._table["labels"][rows]
-        if isinstance(change, Removed):
-            scratch(keys)
+        keys, labels = self._table["keys"], self._table["labels"]
+        if isinstance(change, Added):
+            keys, labels = keys[change.rows], labels[change.rows]
+        else:
+            keys, labels = scratch(keys.index_select(0, change.gone)), labels.index_select(0, change.gone)
         z = scratch(self.summand(keys, labels))
-        return [self.forget_derived, *self._step(z, 1 if isinstance(change, Added) else -1, scratch)]
+        return [self.forget_derived, *self._steps(z, 1 if isinstance(change, Added) else -1, scratch)]
 
-    def _step(self, z: Tensor, sign: int, scratch: Scratch) -> list[Step]:
-        """Return the step that adds `sign` times `z'z` in place, once, however often the step is run.
-
-        The last diagonal number counts the rows, and changes in the same call as all others: it tells whether the step
-        was run.
-        """
-        sums: Tensor = self._sums  # type: ignore[assignment]
-        before, count = float(sums[-1, -1]), float(z[:, -1].sum())
-        if not count:
+    def _steps(self, z: Tensor, sign: int, scratch: Scratch) -> list[Step]:
+        """Return the steps that add `sign` times `z'z` to each band in place, once, however often a step is run."""
+        bands: Bands = self._sums  # type: ignore[assignment]
+        spread = scratch(bands.spread(z))
+        if not bool(spread[:, 0].any()):
             return []
-        part = scratch(z.T @ z) if len(z) > _FEW else None
-
-        def add() -> None:
-            if float(sums[-1, -1]) != before:
-                return
-            if part is not None:
-                sums.add_(part, alpha=sign)
-            elif len(z) == 1:  # twice as fast as a product
-                sums.addr_(z[0], z[0], alpha=sign)
-            else:
-                sums.addmm_(z.T, z, alpha=sign)
-
-        return [add]
+        return [_adding(*factors, sign, scratch) for factors in bands.factors(spread)]
 
 
-def products(summand: Summand, keys: Tensor, labels: Tensor) -> Tensor:
-    """Return `sum z z'` of rows, `(Z, Z)`, in blocks, whose copies are wiped."""
-    total = torch.zeros(summand.width, summand.width, dtype=torch.float64, device=keys.device)
+def _adding(part: Tensor, left: Tensor, right: Tensor, sign: int, scratch: Scratch) -> Step:
+    """Return the step for one band, whose count of rows tells whether the step was run."""
+    count = part[0, 0]  # a view
+    before = float(count)
+    product = scratch(left.T @ right) if len(left) > _FEW else None
+
+    def add() -> None:
+        if float(count) != before:
+            return
+        if product is None:
+            part.addmm_(left.T, right, alpha=sign)
+        else:
+            part.add_(product, alpha=sign)
+
+    return add
+
+
+def products(summand: Summand, keys: Tensor, labels: Tensor) -> Bands:
+    """Return `sum z z'` of rows, in blocks, whose copies are wiped."""
+    total = Bands(summand.width, keys.device)
     for start in range(0, len(keys), _ROWS):
         part = slice(start, start + _ROWS)
         with Scratch() as scratch:
-            z = scratch(summand(keys[part], labels[part]))
-            total.addmm_(z.T, z)
+            total.add(scratch(summand(keys[part], labels[part])))
     return total

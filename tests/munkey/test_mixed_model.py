@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from classifiers import images, labels, model, train
+from classifiers import CLASSES, images, labels, model, train
 from stores import seeded
 from torch import Tensor, nn
 
@@ -148,3 +148,21 @@ def test_what_is_refused() -> None:
     two = Mixture({name: ExemplarReadout(one.exemplar_readout.network) for name in ("a", "b")})
     with pytest.raises(ValueError, match="values belong to one transformer, found 2 readouts with a transformer"):
         KeyMemoryTransformer(key_encoder=one.key_encoder, memory=one.memory, readout=two, mode="paper")
+
+
+def test_a_transformer_has_no_opinion_on_classes_without_a_permanent_instance(tmp_path: Path) -> None:
+    built, fresh, new = model(mode="exact", readout="mixture"), images(6, seed=3), CLASSES - 1
+    y = labels(16) % new
+    built.remember(range(16), images(16), y, permanent=True)
+    built.remember(range(50, 56), fresh, torch.full((6,), new))
+    reader = built.exemplar_readout
+    assert reader.known.all()
+    built.fit_readout(images(16), y, ids=range(16))
+    assert reader.known.tolist() == [True] * new + [False], "what can be forgotten decides nothing"
+    with torch.no_grad():
+        outputs = reader(Query(built.memory, fresh, built.key_encoder(fresh), 16))
+        assert torch.equal(outputs[:, new], outputs[:, :new].amax(1))
+        built.readout.set_weights({"votes": 1.0, "discriminant": 0.0, "transformer": 1.0})  # type: ignore[operator]
+        assert (built(fresh).argmax(1) == new).all()
+    built.save(tmp_path / "model")
+    assert torch.equal(KeyMemoryTransformer.load(tmp_path / "model").exemplar_readout.known, reader.known)

@@ -20,6 +20,11 @@ from munkey.store.follower import Undone
 from treediff import EMA
 
 
+@pytest.fixture(autouse=True)
+def several_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("munkey.store.sums._HEIGHT", 6)
+
+
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize(("kind", "every"), [("memory", 29), ("file", 223), ("file and log", 229)])
 def test_an_interruption_between_two_lines_leaves_before_or_after(kind: str, name: str, every: int) -> None:

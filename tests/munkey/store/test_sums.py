@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from stores import keys_of, store
 from torch import Tensor
 
+import munkey.store.sums as sums_module
 from munkey import Classification, KeyStore
 from munkey.readout import UnitFeatures
 from munkey.readout.linear import LabelledFeatures
@@ -43,9 +45,17 @@ def slow(found: KeyStore) -> Tensor:
 
 @settings(max_examples=60)
 @given(
-    st.lists(st.tuples(st.sampled_from("add forget replace compact look load".split()), st.integers(0, 9)), max_size=12)
+    st.sampled_from([1, 3, 128]),
+    st.lists(
+        st.tuples(st.sampled_from("add forget replace compact look load".split()), st.integers(0, 9)), max_size=12
+    ),
 )
-def test_any_history_leaves_the_sums_of_a_loop(history: list[tuple[str, int]]) -> None:
+def test_any_history_leaves_the_sums_of_a_loop(height: int, history: list[tuple[str, int]]) -> None:
+    with mock.patch.object(sums_module, "_HEIGHT", height):
+        check(history)
+
+
+def check(history: list[tuple[str, int]]) -> None:
     found = store()
     for step, (what, number) in enumerate(history):
         new = [i for i in range(3 * number, 3 * number + 9) if i not in found]
@@ -66,7 +76,8 @@ def test_any_history_leaves_the_sums_of_a_loop(history: list[tuple[str, int]]) -
 
 
 @pytest.mark.parametrize("count", [1, 3, 30])
-def test_a_step_that_is_run_again_adds_nothing(count: int) -> None:
+def test_a_step_that_is_run_again_adds_nothing(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sums_module, "_HEIGHT", 3)
     found = store()
     ids = list(range(40))
     found.add(ids, keys_of(ids), torch.arange(40) % 4)
@@ -79,6 +90,18 @@ def test_a_step_that_is_run_again_adds_nothing(count: int) -> None:
             step()
     rows = torch.arange(count)
     assert torch.equal(before - sums.get(), sums.of(rows)) and not torch.equal(before, sums.get())
+
+
+def test_bands_hold_half_of_the_sums_and_overwrite_them() -> None:
+    z = torch.randint(-99, 99, (10, 2001), generator=torch.Generator().manual_seed(0)).double()
+    z[:, -1] = 1
+    bands = sums_module.Bands(2001)
+    bands.add(z[:4])
+    bands.add(z[4:])
+    assert torch.equal(bands.dense(), z.T @ z) and sum(part.numel() for part in bands.parts) < 0.65 * 2001**2
+    held = bands.parts
+    bands.wipe()
+    assert len(held) == 4 and not any(part.any() for part in held)
 
 
 def test_what_was_derived_is_kept_until_rows_change_and_then_overwritten() -> None:
@@ -101,14 +124,20 @@ def test_what_was_derived_is_kept_until_rows_change_and_then_overwritten() -> No
         assert not held.any() and sums.derived("total", make)[0] is not held
 
 
+def bands_of(found: KeyStore) -> list[Tensor]:
+    sums: RowSums = found.sums(SUMMAND)
+    assert sums.get().any() and sums._sums is not None
+    return sums._sums.parts
+
+
 def test_sums_are_overwritten_with_the_rows_they_are_of() -> None:
     found = store()
     found.add([1, 2], keys_of([1, 2])[:, 0], torch.tensor([0, 1]))
-    held = found.sums(SUMMAND).get()
+    (held,) = bands_of(found)
     found.load_state_dict(store().state_dict())
     assert not held.any() and not found.sums(SUMMAND).get().any()
     found.add([1, 2], keys_of([1, 2])[:, 0], torch.tensor([0, 1]))
-    held = found.sums(SUMMAND).get()
+    (held,) = bands_of(found)
     found.double()
     assert not held.any() and torch.equal(found.sums(SUMMAND).get(), slow(found))
 
