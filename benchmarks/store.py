@@ -53,7 +53,7 @@ from munkey.search.exact import nearest
 from munkey.search.screen import Screen
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
-from train_munkey import efficientnet_lite0
+from train_munkey import efficientnet_lite
 
 WIDTH = 128
 COUNTS = (1, 100, 10_000)  # of ids that are forgotten at once
@@ -294,7 +294,7 @@ def searched(name: str, keys: Tensor, queries: Tensor, rounds: int, k: int = 4) 
 def encoding(rounds: int, count: int) -> dict[str, Any] | None:
     """Seconds for a key; None where the encoder is not installed."""
     try:
-        encoder, single = efficientnet_lite0(), efficientnet_lite0()
+        encoder, single = efficientnet_lite(), efficientnet_lite()
     except ImportError as error:
         print(f"no keys are timed: {error}", flush=True)
         return None

@@ -26,12 +26,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
-from train_munkey import efficientnet_lite0
+from train_munkey import efficientnet_lite
 
 from munkey import ConvEncoder, fit_encoder
 from treediff.augment import Augment
 from treediff.data import load_dataset
 
+NETWORKS = {"efficientnet": 0, "efficientnet-lite1": 1, "efficientnet-lite2": 2}
 Arrays = dict[str, NDArray[np.generic]]
 
 
@@ -59,7 +60,9 @@ def of_images(source: str, args: argparse.Namespace) -> Arrays:
         stay = order[: int(args.permanent * len(order))]
         encoder, found["permanent"] = fitted(data.train_images[stay], data.train_labels[stay], args), stay.numpy()
     else:
-        encoder = efficientnet_lite0(args.size)
+        encoder = efficientnet_lite(
+            int(args.encoder.removeprefix("efficientnet").removeprefix("-lite") or 0), args.size
+        )
     for split in ("train", "test"):
         images = getattr(data, f"{split}_images")
         parts = [encoder(part) for part in tqdm(images.split(64), desc=split)]
@@ -120,7 +123,7 @@ def main() -> None:
     source.add_argument("--data", help="images: a name, a file or a folder")
     source.add_argument("--texts", type=Path, help="texts: a file with one JSON object a line")
     source.add_argument("--table", type=Path, help="a table: a CSV file with a header")
-    parser.add_argument("--encoder", default="efficientnet", choices=("efficientnet", "fit"), help="for images")
+    parser.add_argument("--encoder", default="efficientnet", choices=(*NETWORKS, "fit"), help="for images")
     parser.add_argument("--permanent", type=float, default=0.5, help="with fit: share of images that stay for good")
     parser.add_argument("--seed", type=int, default=0, help="with fit: decides which images stay, and initial weights")
     parser.add_argument("--epochs", type=int, default=10, help="with fit: passes over the permanent images")

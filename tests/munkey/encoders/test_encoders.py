@@ -10,7 +10,7 @@ import pytest
 import torch
 from stores import seeded
 from torch import Tensor, nn
-from train_munkey import efficientnet_lite0
+from train_munkey import efficientnet_lite
 
 from munkey import ConvEncoder, KeyEncoder, KeyMemoryTransformer, ModuleEncoder, Projection
 
@@ -377,7 +377,7 @@ def test_bad_input(call: object, error: type[Exception], message: str) -> None:
 def test_efficientnet() -> None:
     """The recipe of examples/train_munkey.py."""
     pytest.importorskip("efficientnet_lite_pytorch")
-    encoder = efficientnet_lite0(size=32)
+    encoder = efficientnet_lite(size=32)
     x = torch.rand(3, 3, 20, 16, generator=seeded())
     assert encoder(x).shape == (3, 1280)
     torch.testing.assert_close(encoder.keys(x), encoder(x), rtol=1e-3, atol=1e-4)
@@ -385,7 +385,7 @@ def test_efficientnet() -> None:
     assert all(torch.equal(encoder.keys(x[n % 3][None]), whole[n : n + 1]) for n in (0, 1, 2, 32))
     grey = torch.rand(1, 1, 20, 16, generator=seeded())
     assert torch.equal(encoder(grey), encoder(grey.expand(-1, 3, -1, -1)))
-    assert efficientnet_lite0(size=32).fingerprint() == encoder.fingerprint()
+    assert efficientnet_lite(size=32).fingerprint() == encoder.fingerprint()
 
 
 def test_an_encoder_can_take_the_place_of_the_class_that_had_its_weights() -> None:
