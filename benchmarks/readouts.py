@@ -5,8 +5,8 @@
 Files are those of `examples/embed.py`; `fashion-{seed}.npz` names one for each seed. Settings of the rivals
 (neighbours, temperature, shrinkage, penalty) are those that are best on a fifth of the training rows, which are then
 used as well. munkey is `examples/classify_features.py`: half of the rows are permanent; a network is trained on most of
-these, the others choose the shrinkage of the whitening and three weights, and the network learns these, too. For a
-table there is another with boosted trees in place of the network. Numbers are means over seeds; a seed decides which
+these, and the others choose the keys and three weights. For a table there is another with boosted trees in place of the
+network. Numbers are means over seeds; a seed decides which
 rows are permanent, which are held out, and initial weights.
 """
 

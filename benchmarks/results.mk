@@ -3,7 +3,8 @@
 #
 #   TREEDIFF_DATA   a folder that holds mnist/ (and fashion-mnist/, if the Debian package is not installed)
 #   CIFAR           an .npz file with a part of CIFAR-10
-#   FEATURES        files of examples/embed.py: pneumonia.npz, banking.npz, ham.npz and flowers.npz
+#   FEATURES        files of examples/embed.py: pneumonia.npz, banking.npz, ham.npz, flowers.npz, cifar.npz, adult.npz
+#                   and fashion-{seed}.npz
 #   HAM, PNEUMONIA  .npz files with images of HAM10000 and PneumoniaMNIST
 #
 # Rows that need what is not given are left out. Times mean something only if nothing else runs.
@@ -34,7 +35,8 @@ NUMBERS += forgetting_cifar forgetting_cifar_own_1 forgetting_cifar_kinds forget
 UNLEARNT += cifar $(OTHER_SETS) cifar-leakage
 endif
 ifdef FEATURES
-NUMBERS += readouts new_classes
+NUMBERS += readouts $(if $(filter %flowers.npz %banking.npz,$(FEATURES)),new_classes)
+UNLEARNT += $(patsubst %.npz,features-%,$(subst -{seed},,$(notdir $(FEATURES))))
 endif
 ifdef HAM
 NUMBERS += forgetting_ham forgetting_ham_own_1 forgetting_ham_gradient
@@ -207,12 +209,25 @@ $(OUT)/unlearning/cifar-leakage/table.md: TASK = $(CIFAR_TASK) --forget random:0
 	"munkey mode=paper own_token_probability=1 width=32 depth=1" "munkey mode=paper own_token_probability=1 noise=1" \
 	"munkey mode=paper own_token_probability=0.5 stop_gradient=false" \
 	"munkey mode=paper own_token_probability=1 drop_exemplar=0"
+
+# On features; settings of paper mode where a training takes seconds.
+AFTER := fine_tune neg_grad neg_grad_plus l1_sparse random_labels bad_teacher scrub sal_un ssd amun
+PAPER := "munkey mode=paper own_token_probability=1" "munkey mode=paper own_token_probability=0.5 stop_gradient=false" \
+	"munkey mode=paper" "munkey mode=paper writer=true"
+OWN_pneumonia := $(PAPER)
+OWN_ham := $(PAPER)
+OWN_flowers := $(PAPER)
+OWN_adult := "munkey learn=trees" boosted_trees
+SET = $(*:features-%=%)
+$(OUT)/unlearning/features-%/table.md: TASK = --epochs 20 --holdout 500 --seeds 3 \
+	--data $(subst {seed},0,$(filter %/$(SET).npz %/$(SET)-{seed}.npz,$(FEATURES))) \
+	--methods $(AFTER) munkey nearest_neighbours logistic_regression rac_delete $(OWN_$(SET))
 $(OUT)/unlearning/%/table.md:
 	$(UNLEARNING) $(TASK) --out $(@D)
 
 # --- readouts -------------------------------------------------------------------------------------------------
 
 $(OUT)/readouts.json:
-	$(PYTHON) benchmarks/readouts.py --data $(FEATURES) --seeds 3 --out $@
+	$(PYTHON) benchmarks/readouts.py --data $(FEATURES) --tables adult --seeds 3 --out $@
 $(OUT)/new_classes.json:
 	$(PYTHON) benchmarks/new_classes.py --data $(filter %flowers.npz %banking.npz,$(FEATURES)) --out $@

@@ -4,12 +4,12 @@
     python examples/classify_features.py --data features.npz
     python examples/classify_features.py --data table.npz --learn trees         # boosted trees, for a table
 
-A share of the instances is permanent. The whitening of keys is fitted to them, a small network is trained on most of
-them, and the others choose the shrinkage of the whitening, and how much votes of neighbours, a linear head on exact
-sums, and the network count; then the network is trained on all of them. All other instances can be forgotten, and the
-last lines check it: a classifier that never had them gives the same bits. `--learn trees` takes boosted trees in place
-of the network, `--learn nothing` neither. Everything is here: copy it and change what you like. The last line printed
-is one JSON object with the results.
+A share of the instances is permanent. A small network is trained on most of them. Keys are the features, alone or
+beside the hidden layer of the network, and are whitened. The other permanent instances choose what keys are, and how
+much votes of neighbours, a linear head on exact sums, and the network count. All other instances can be forgotten, and
+the last lines check it: a classifier that never had them gives the same bits. `--learn trees` takes boosted trees in
+place of the network, `--learn nothing` neither. Everything is here: copy it and change what you like. The last line
+printed is one JSON object with the results.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from munkey import Classification, KeyMemoryTransformer, Projection
+from munkey import Classification, KeyMemoryTransformer, ModuleEncoder, Projection
 from munkey.readout import ModuleReadout
 from treediff.data import load_dataset
 
@@ -67,6 +68,17 @@ def network(x: Tensor, y: Tensor, classes: int, *, epochs: int, seed: int) -> nn
     return found.eval()
 
 
+class WithHidden(nn.Module):
+    """Features beside the hidden layer of a network, both of mean length 1."""
+
+    def __init__(self, hidden: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        self.hidden, self.lengths = hidden, [float(part.norm(dim=1).mean()) for part in (x, hidden(x).detach())]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part / length for part, length in zip((x, self.hidden(x)), self.lengths, strict=True)], 1)
+
+
 class Trees(nn.Module):
     """Log-probabilities by gradient-boosted trees of scikit-learn, for tables."""
 
@@ -96,37 +108,33 @@ def classifier(
         model.remember(ids, x[ids], y[ids])
         return model
     held, trained = fixed.tensor_split([len(fixed) // 5])
-    task = Classification(classes)
+    task, learnt, readouts = Classification(classes), None, {}
+    if learn is not None:
+        learnt, known = learn(x[trained], y[trained], classes), y[trained].unique()
+        readouts["network"] = ModuleReadout(task, learnt, fitted_on="permanent split", known=known)
+    inputs: list[nn.Module] = [nn.Identity()]
+    if isinstance(learnt, nn.Sequential):
+        inputs.append(WithHidden(learnt[:3], x[trained]))
 
-    def learnt(own: Tensor) -> dict[str, ModuleReadout]:
-        if learn is None:
-            return {}
-        known = y[own].unique()  # of other classes the network has no opinion
-        module = learn(x[own], y[own], classes)
-        return {"network": ModuleReadout(task, module, fitted_on="permanent split", known=known)}
-
-    def whitened(own: Tensor, shrinkage: float, others: dict[str, ModuleReadout]) -> KeyMemoryTransformer:
-        encoder = Projection.whitening(x[own], y[own], shrinkage=shrinkage, fitted_on="permanent split")
+    def whitened(own: Tensor, seen: nn.Module, shrinkage: float) -> KeyMemoryTransformer:
+        white = Projection.whitening(seen(x[own]), y[own], shrinkage=shrinkage, fitted_on="permanent split")
+        network = nn.Sequential(seen, white)
+        encoder = ModuleEncoder(network, white.width, fitted_on="permanent split", row_wise=True)
         model = KeyMemoryTransformer.for_features(
-            features=x.shape[1], task=task, key_encoder=encoder, balance=balance, readouts=others
+            features=x.shape[1], task=task, key_encoder=encoder, balance=balance, readouts=readouts
         )
         model.remember(own, x[own], y[own], permanent=True)
         return model
 
-    def loss(shrinkage: float) -> float:
+    def loss(settings: tuple[nn.Module, float]) -> float:
         """Of instances that neither whitening nor memory has seen."""
-        model = whitened(trained, shrinkage, {})
+        model = whitened(trained, *settings)
         model.fit_readout(x[held], y[held])
         return float(task.losses(answers(model, x[held]), y[held]).mean())
 
-    shrinkage = min(SHRINKAGES, key=loss)
-    model = whitened(fixed, shrinkage, learnt(trained))
+    model = whitened(fixed, *min(product(inputs, SHRINKAGES), key=loss))
     own = fixed if learn is None else held  # weights of a network's own instances would tell too much of it
     model.fit_readout(x[own], y[own], ids=own)
-    if learn is not None:  # the weights are chosen, and the network learns the other instances, too
-        weights = model.readout.weights
-        model = whitened(fixed, shrinkage, learnt(fixed))
-        model.readout.weights = weights
     rest = ids[~torch.isin(ids, fixed)]
     model.remember(rest, x[rest], y[rest])
     return model

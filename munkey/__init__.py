@@ -22,6 +22,7 @@ from munkey.search.faiss import FaissSearch
 from munkey.sharded import ShardedKeyStore
 from munkey.store import DurableStore, KeyStore, Receipt, Rows
 from munkey.task import Classification, MultiLabel, Regression, Task
+from munkey.values import fit_values
 
 __all__ = [
     "Attend",
@@ -52,5 +53,6 @@ __all__ = [
     "Task",
     "ValueWriter",
     "fit_encoder",
+    "fit_values",
     "pathway_accuracies",
 ]

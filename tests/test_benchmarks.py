@@ -13,6 +13,7 @@ import store
 import store_peers
 import store_table
 import torch
+import unlearning_table
 from record import machine
 from record import store as store_rows
 from reliability_table import ATTACKS, filled
@@ -218,11 +219,22 @@ def test_readouts_are_compared_on_a_file_and_in_a_table(tmp_path: Path) -> None:
     assert rows["every"]["old"] > 50 and len(readouts_table.of_new_classes(learnt).split("\n")) == 2 + len(learnt)
 
 
+def test_the_tables_of_unlearning_on_features_are_those_that_were_recorded() -> None:
+    page = (unlearning_table.RESULTS / "unlearning_features.md").read_text(encoding="utf-8")
+    found = unlearning_table.results(unlearning_table.RESULTS / "unlearning")
+    assert unlearning_table.filled(page, found) == page
+    row = next(row for rows in found.values() for row in rows if row["method"] == "munkey")
+    row["test"] += 30
+    assert unlearning_table.filled(page, found) != page
+
+
 def test_every_recorded_result_can_be_made_again() -> None:
     """But for one that says in the text that it is of older code."""
     root = BENCHMARKS.parent
     command = ["make", "-n", "-f", "benchmarks/results.mk", "OUT=made", "CIFAR=cifar.npz", "TREEDIFF_DATA=data"]
-    command += ["FEATURES=features.npz", "HAM=ham.npz", "PNEUMONIA=pneumonia.npz"]
+    features = "pneumonia banking ham flowers cifar adult fashion-{seed}".split()
+    command += [f"FEATURES={' '.join(f'data/{name}.npz' for name in features)}"]
+    command += ["HAM=ham.npz", "PNEUMONIA=pneumonia.npz"]
     rules = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True, timeout=60).stdout
     recorded = {path.name for path in (root / "docs" / "results").glob("*.json")}
     left = {"fashion-mnist-two-threads.json", "speed.json"}

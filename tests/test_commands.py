@@ -81,6 +81,11 @@ def test_options_in_a_sentence_are_those_of_some_script(page: Path) -> None:
 
 def test_commands_of_the_recorded_results_are_taken() -> None:
     command = ["make", "-n", "-f", "benchmarks/results.mk", "OUT=made", "CIFAR=cifar.npz", "TREEDIFF_DATA=data"]
+    command += [
+        "FEATURES=data/ham.npz data/adult.npz data/fashion-{seed}.npz",
+        "HAM=ham.npz",
+        "PNEUMONIA=pneumonia.npz",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=60)
     assert len(commands(done.stdout)) > 30 and wrong(done.stdout) == []
 
