@@ -11,6 +11,7 @@ an input, `W` their width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, Self, Unpack
 
@@ -398,7 +399,8 @@ class KeyMemoryTransformer(nn.Module):
 
         Weights are not changed by a deletion. So in exact mode instances in the memory have to be permanent. If weights
         of a readout are trained, they should not have been trained on these instances, which they know too well. With a
-        memory on several ranks, each rank gives other instances, and all ranks get the same weights.
+        memory on several ranks, each rank gives other instances, and all ranks get the same weights. A warning says if
+        the transformer predicts better with the input alone than the mixture does.
 
         Args:
             x: `(B, ...)` inputs.
@@ -429,12 +431,31 @@ class KeyMemoryTransformer(nn.Module):
         else:
             counts = [len(x)] if ranks is None else ranks.gather(len(x))
             outputs = self._left_out(x, ordered_ids(ids), min(folds, *counts), keys)
+        if self.has_transformer:  # with the input alone, to compare
+            plain = self.exemplar_readout(self._query(x, keys, use_memory=False))
+            outputs = torch.cat([outputs, plain[None].to(outputs.dtype)])
         if ranks is not None:  # all ranks fit the same weights
             every = ranks.gather((outputs, targets))
             outputs, targets = torch.cat([one for one, _ in every], 1), torch.cat([other for _, other in every])
-        weights = fitted_weights(self.task, outputs, targets)
+        mixed, alone = outputs[: len(self.readout.parts)], outputs[len(self.readout.parts) :]
+        weights = fitted_weights(self.task, mixed, targets)
         self.readout.set_weights(dict(zip(self.readout.readouts, weights.tolist(), strict=True)))
+        if len(alone):
+            self._warn_if_worse(weights, mixed, alone, targets)
         return self.readout
+
+    def _warn_if_worse(self, weights: Tensor, mixed: Tensor, alone: Tensor, targets: Tensor) -> None:
+        """Warn if the input alone predicts better than the mixture, by two standard errors."""
+        pairs = (weights, mixed), (fitted_weights(self.task, alone, targets), alone)
+        found, plain = (self.task.losses(torch.tensordot(w, outputs.double(), 1), targets) for w, outputs in pairs)
+        worse = found - plain
+        if float(worse.mean()) > 2 * float(worse.std(correction=0)) / len(worse) ** 0.5:
+            warnings.warn(
+                f"on these instances the input alone predicts better, with a mean loss of {float(plain.mean()):.3g}, "
+                f"than with the memory, {float(found.mean()):.3g}; use another key encoder, or train a network without "
+                "memory on permanent instances, and give it to for_features as a ModuleReadout",
+                stacklevel=3,
+            )
 
     def _permanent_classes(self) -> Tensor:
         """Return which classes have a permanent row, `(n,)`; all if none has."""
@@ -548,6 +569,8 @@ class KeyMemoryTransformer(nn.Module):
         keys: Tensor | None = None,
     ) -> None:
         """Store one row for each instance; errors as for `KeyStore.add` and `loss`.
+
+        In paper mode the value of an instance that comes after the training is noise until `munkey.fit_values` fits it.
 
         Args:
             ids: `(B,)` int64, none of them in the memory yet.

@@ -62,7 +62,7 @@ class Settings(TypedDict, total=False):
         network: an `ExemplarTransformer` in place of the default network.
         writer: a `ValueWriter`, or True for the default one, which exact mode always has. In paper mode a writer gives
             an instance that is remembered after training a value at once; without a writer, such a value is noise until
-            it is trained. False.
+            `munkey.fit_values` fits it. False.
     """
 
     mode: str

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from classifiers import CLASSES, images, labels, model, train
+from classifiers import CLASSES, SIZE, images, labels, model, train
 from stores import seeded
 from torch import Tensor, nn
 
@@ -17,7 +19,9 @@ from munkey import (
     KeyMemoryTransformer,
     KeyStore,
     KeyValueMemory,
+    Projection,
     Regression,
+    Retrieved,
     pathway_accuracies,
 )
 from munkey.readout import ExemplarReadout, Mixture, ModuleReadout, Query
@@ -166,3 +170,30 @@ def test_a_transformer_has_no_opinion_on_classes_without_a_permanent_instance(tm
         assert (built(fresh).argmax(1) == new).all()
     built.save(tmp_path / "model")
     assert torch.equal(KeyMemoryTransformer.load(tmp_path / "model").exemplar_readout.known, reader.known)
+
+
+class Reversed(nn.Module):
+    """An aggregation that makes the worst of a neighbour."""
+
+    def forward(self, found: Retrieved, outputs: Callable[..., Tensor], average: object) -> Tensor:
+        return -outputs(found.tokens[:, :1]).squeeze(1)
+
+
+def test_a_fit_says_if_the_memory_makes_predictions_worse() -> None:
+    """The upper half tells the label, keys are of the last pixels, which tell nothing."""
+    x, y = images(60), torch.arange(60) % 2
+    x[:, :, :4] = y[:, None, None, None]
+    noise = Projection(torch.zeros(48), torch.eye(48)[:, -5:], fitted_on="nothing")
+    built = KeyMemoryTransformer.for_images(size=SIZE, classes=2, key_encoder=noise, width=16, value_width=8)
+    built.remember(range(40), x[:40], y[:40], permanent=True)
+    optimizer = torch.optim.AdamW(built.parameters(), lr=1e-2)
+    for step in range(50):
+        optimizer.zero_grad()
+        built.loss(x[:40], y[:40], ids=range(40), generator=seeded(step)).backward()
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        built.fit_readout(x[40:], y[40:])
+    built.exemplar_readout.aggregation = Reversed()  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match="the input alone predicts better, with a mean loss of"):
+        built.fit_readout(x[40:], y[40:])
