@@ -4,12 +4,12 @@
     python examples/classify_features.py --data features.npz
     python examples/classify_features.py --data table.npz --learn trees         # boosted trees, for a table
 
-A share of the instances is permanent. A small network is trained on most of them. Keys are the features, alone or
-beside the hidden layer of the network, and are whitened. The other permanent instances choose what keys are, and how
-much votes of neighbours, a linear head on exact sums, and the network count. All other instances can be forgotten, and
-the last lines check it: a classifier that never had them gives the same bits. `--learn trees` takes boosted trees in
-place of the network, `--learn nothing` neither. Everything is here: copy it and change what you like. The last line
-printed is one JSON object with the results.
+A share of the instances is permanent. The whitening of keys is fitted to them. Five small networks are trained, each
+on four fifths of them, and averaged. What each network says of the fifth that it did not learn chooses how much votes
+of neighbours, a linear head on exact sums, and the networks count. All other instances can be forgotten, and the last
+lines check it: a classifier that never had them gives the same bits. `--learn trees` takes boosted trees in place of
+networks, `--learn nothing` neither. Everything is here: copy it and change what you like. The last line printed is one
+JSON object with the results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from munkey import Classification, KeyMemoryTransformer, ModuleEncoder, Projection
+from munkey import Classification, KeyMemoryTransformer, Projection
 from munkey.readout import ModuleReadout
 from treediff.data import load_dataset
 
@@ -68,15 +67,16 @@ def network(x: Tensor, y: Tensor, classes: int, *, epochs: int, seed: int) -> nn
     return found.eval()
 
 
-class WithHidden(nn.Module):
-    """Features beside the hidden layer of a network, both of mean length 1."""
+class Average(nn.Module):
+    """The mean of the log-probabilities of networks."""
 
-    def __init__(self, hidden: nn.Module, x: Tensor) -> None:
+    def __init__(self, networks: list[nn.Module]) -> None:
         super().__init__()
-        self.hidden, self.lengths = hidden, [float(part.norm(dim=1).mean()) for part in (x, hidden(x).detach())]
+        self.networks = nn.ModuleList(networks)
 
+    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([part / length for part, length in zip((x, self.hidden(x)), self.lengths, strict=True)], 1)
+        return torch.stack([network(x).log_softmax(1) for network in self.networks]).mean(0)
 
 
 class Trees(nn.Module):
@@ -102,39 +102,37 @@ def classifier(
     learn: Learn | None = None,
     balance: float = 0.0,
 ) -> KeyMemoryTransformer:
-    """A classifier that remembers instances; those of `fixed` are permanent, and some of them `learn` is given."""
+    """A classifier that remembers instances; `learn` is given those of `fixed`, which are permanent."""
     if not len(fixed):
         model = KeyMemoryTransformer.for_features(features=x.shape[1], classes=classes, balance=balance)
         model.remember(ids, x[ids], y[ids])
         return model
-    held, trained = fixed.tensor_split([len(fixed) // 5])
-    task, learnt, readouts = Classification(classes), None, {}
-    if learn is not None:
-        learnt, known = learn(x[trained], y[trained], classes), y[trained].unique()
-        readouts["network"] = ModuleReadout(task, learnt, fitted_on="permanent split", known=known)
-    inputs: list[nn.Module] = [nn.Identity()]
-    if isinstance(learnt, nn.Sequential):
-        inputs.append(WithHidden(learnt[:3], x[trained]))
+    task, folds = Classification(classes), fixed.tensor_split(5)
+    held, trained = folds[0], torch.cat(folds[1:])
 
-    def whitened(own: Tensor, seen: nn.Module, shrinkage: float) -> KeyMemoryTransformer:
-        white = Projection.whitening(seen(x[own]), y[own], shrinkage=shrinkage, fitted_on="permanent split")
-        network = nn.Sequential(seen, white)
-        encoder = ModuleEncoder(network, white.width, fitted_on="permanent split", row_wise=True)
+    def whitened(own: Tensor, shrinkage: float, others: dict[str, ModuleReadout]) -> KeyMemoryTransformer:
+        encoder = Projection.whitening(x[own], y[own], shrinkage=shrinkage, fitted_on="permanent split")
         model = KeyMemoryTransformer.for_features(
-            features=x.shape[1], task=task, key_encoder=encoder, balance=balance, readouts=readouts
+            features=x.shape[1], task=task, key_encoder=encoder, balance=balance, readouts=others
         )
         model.remember(own, x[own], y[own], permanent=True)
         return model
 
-    def loss(settings: tuple[nn.Module, float]) -> float:
+    def loss(shrinkage: float) -> float:
         """Of instances that neither whitening nor memory has seen."""
-        model = whitened(trained, *settings)
+        model = whitened(trained, shrinkage, {})
         model.fit_readout(x[held], y[held])
         return float(task.losses(answers(model, x[held]), y[held]).mean())
 
-    model = whitened(fixed, *min(product(inputs, SHRINKAGES), key=loss))
-    own = fixed if learn is None else held  # weights of a network's own instances would tell too much of it
-    model.fit_readout(x[own], y[own], ids=own)
+    readouts, unseen = {}, {}
+    if learn is not None:
+        parts = [torch.cat([other for other in folds if other is not fold]) for fold in folds]
+        networks = [learn(x[part], y[part], classes) for part in parts]
+        known = y[fixed].unique()  # of other classes the networks have no opinion
+        readouts["network"] = ModuleReadout(task, Average(networks), fitted_on="permanent split", known=known)
+        unseen["network"] = torch.cat([Average([n])(x[fold]) for n, fold in zip(networks, folds, strict=True)])
+    model = whitened(fixed, min(SHRINKAGES, key=loss), readouts)
+    model.fit_readout(x[fixed], y[fixed], ids=fixed, outputs=unseen)
     rest = ids[~torch.isin(ids, fixed)]
     model.remember(rest, x[rest], y[rest])
     return model

@@ -390,6 +390,7 @@ class KeyMemoryTransformer(nn.Module):
         ids: Iterable[int] | Tensor | None = None,
         folds: int = 5,
         keys: Tensor | None = None,
+        outputs: Mapping[str, Tensor] | None = None,
     ) -> Mixture:
         """Choose the weights of a mixture of readouts: those with the least mean loss on some instances.
 
@@ -408,6 +409,8 @@ class KeyMemoryTransformer(nn.Module):
             ids: `(B,)` id of each instance in the memory.
             folds: number of parts of the instances for cross-validation, at most one for each instance.
             keys: `(B, D)` precomputed keys of the inputs.
+            outputs: `(B, n)` by the name of a part, in place of its own outputs; such as of networks that are averaged,
+                each of which learned other folds of the instances (cross-fitting).
 
         Returns:
             the mixture.
@@ -415,8 +418,8 @@ class KeyMemoryTransformer(nn.Module):
         Raises:
             KeyError: if an id is not in the memory.
             TypeError: if the readout is no mixture, or a number is not whole.
-            ValueError: if there is no instance, or one only with an id, an id can be forgotten in exact mode, or there
-                are fewer than two folds.
+            ValueError: if there is no instance, or one only with an id, an id can be forgotten in exact mode, there
+                are fewer than two folds, or outputs are of no part, or of another shape.
         """
         if not isinstance(self.readout, Mixture):
             raise TypeError(f"only a Mixture has weights to fit, found {type(self.readout).__name__}")
@@ -427,22 +430,34 @@ class KeyMemoryTransformer(nn.Module):
         if self.mode == "exact" and self.has_transformer and isinstance(self.task, Classification):
             self.exemplar_readout.known.copy_(self._permanent_classes())
         if ids is None:
-            outputs = self.readout.outputs(self._query(x, keys))
+            found = self.readout.outputs(self._query(x, keys))
         else:
             counts = [len(x)] if ranks is None else ranks.gather(len(x))
-            outputs = self._left_out(x, ordered_ids(ids), min(folds, *counts), keys)
+            found = self._left_out(x, ordered_ids(ids), min(folds, *counts), keys)
+        self._put(outputs or {}, found)
         if self.has_transformer:  # with the input alone, to compare
             plain = self.exemplar_readout(self._query(x, keys, use_memory=False))
-            outputs = torch.cat([outputs, plain[None].to(outputs.dtype)])
+            found = torch.cat([found, plain[None].to(found.dtype)])
         if ranks is not None:  # all ranks fit the same weights
-            every = ranks.gather((outputs, targets))
-            outputs, targets = torch.cat([one for one, _ in every], 1), torch.cat([other for _, other in every])
-        mixed, alone = outputs[: len(self.readout.parts)], outputs[len(self.readout.parts) :]
+            every = ranks.gather((found, targets))
+            found, targets = torch.cat([one for one, _ in every], 1), torch.cat([other for _, other in every])
+        mixed, alone = found[: len(self.readout.parts)], found[len(self.readout.parts) :]
         weights = fitted_weights(self.task, mixed, targets)
         self.readout.set_weights(dict(zip(self.readout.readouts, weights.tolist(), strict=True)))
         if len(alone):
             self._warn_if_worse(weights, mixed, alone, targets)
         return self.readout
+
+    def _put(self, outputs: Mapping[str, Tensor], found: Tensor) -> None:
+        """Put outputs of some parts into the outputs `(m, B, n)` of all parts."""
+        names = list(self.readout.readouts)  # type: ignore[arg-type]
+        for name, tensor in outputs.items():
+            if name not in names or tensor.shape != found.shape[1:]:
+                raise ValueError(
+                    f"outputs= takes outputs of shape {tuple(found.shape[1:])} of {', '.join(names)}; found "
+                    f"{tuple(tensor.shape)} of {name!r}"
+                )
+            found[names.index(name)] = tensor
 
     def _warn_if_worse(self, weights: Tensor, mixed: Tensor, alone: Tensor, targets: Tensor) -> None:
         """Warn if the input alone predicts better than the mixture, by two standard errors."""

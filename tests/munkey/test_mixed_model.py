@@ -25,6 +25,7 @@ from munkey import (
     pathway_accuracies,
 )
 from munkey.readout import ExemplarReadout, Mixture, ModuleReadout, Query
+from munkey.readout.mixture import fitted_weights
 
 
 def trained(secret: bytes = b"for tests") -> KeyMemoryTransformer:
@@ -197,3 +198,21 @@ def test_a_fit_says_if_the_memory_makes_predictions_worse() -> None:
     built.exemplar_readout.aggregation = Reversed()  # type: ignore[assignment]
     with pytest.warns(UserWarning, match="the input alone predicts better, with a mean loss of"):
         built.fit_readout(x[40:], y[40:])
+
+
+def test_outputs_of_a_part_may_come_from_elsewhere() -> None:
+    """As those of networks, each of which learned other folds."""
+    built, x, y = trained(), images(30, seed=9), labels(30, seed=9)
+    assert isinstance(built.readout, Mixture)
+    unsure = 2.0 * torch.nn.functional.one_hot(torch.where(torch.arange(30) % 4 > 0, y, (y + 1) % CLASSES), CLASSES)
+    with torch.no_grad():
+        outputs = built.readout.outputs(Query(built.memory, x, built.key_encoder(x), 32))
+    own = built.fit_readout(x, y).weights.clone()
+    found = built.fit_readout(x, y, outputs={"transformer": unsure}).weights
+    outputs[2] = unsure
+    torch.testing.assert_close(found, fitted_weights(built.task, outputs, y))
+    assert float(found[2]) > 0.1 and not torch.equal(own, found)
+    message = re.escape("outputs= takes outputs of shape (8, 3) of votes, discriminant, transformer; found (8, ")
+    for wrong in ({"network": unsure[:8]}, {"votes": unsure[:8, :1]}):
+        with pytest.raises(ValueError, match=message):
+            built.fit_readout(images(16)[8:], labels(16)[8:], ids=range(8, 16), outputs=wrong)
