@@ -76,6 +76,8 @@ SHOWN = {
     "ridge": ("s", True),
     "logistic regression": ("o", False),
     "perceptron": ("s", False),
+    "munkey, trees": ("P", True),
+    "boosted trees": ("P", False),
 }
 
 
@@ -86,18 +88,22 @@ def picture(result: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.5 * len(result)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 1.0 + 0.6 * len(result)), layout="constrained")
+    named: set[str] = set()
     for place, rows in enumerate(result.values()):
         for step, (method, (marker, exact)) in enumerate(SHOWN.items()):
-            mean, spread = (100 * value for value in rows[method]["accuracy"])
-            color, size = ("C0" if exact else "C1"), 9 if method == "munkey" else 6
-            look: dict[str, Any] = {"color": color, "markersize": size, "markerfacecolor": color if exact else "white"}
-            label = (method + ("" if exact else ", trained again to forget")) if place == 0 else None
-            axes.errorbar(mean, -place + 0.12 * (2 - step), xerr=spread, fmt=marker, label=label, **look)
+            if method in rows:
+                mean, spread = (100 * value for value in rows[method]["accuracy"])
+                color, size = ("C0" if exact else "C1"), 9 if method == "munkey" else 6
+                look: dict[str, Any] = {"color": color, "markersize": size}
+                look["markerfacecolor"] = color if exact else "white"
+                label = None if method in named else method + ("" if exact else ", trained again")
+                axes.errorbar(mean, -place + 0.1 * (3 - step), xerr=spread, fmt=marker, label=label, **look)
+                named.add(method)
     axes.set_yticks([-place for place in range(len(result))], list(result))
     axes.set_xlabel("test accuracy, %; more is better")
     axes.grid(axis="x", color="0.9")
-    figure.legend(loc="outside upper center", ncols=len(SHOWN), fontsize=8)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

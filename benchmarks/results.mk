@@ -29,7 +29,7 @@ TREES += mnist-0 mnist-1
 NUMBERS += mnist_diffusion mnist_generation forgetting_fashion_encoder
 endif
 ifdef CIFAR
-NUMBERS += forgetting_cifar forgetting_cifar_own_1 forgetting_cifar_kinds forgetting_cifar_exact forgetting_cifar_own_half \
+NUMBERS += forgetting_cifar_own_1 forgetting_cifar_kinds forgetting_cifar_exact forgetting_cifar_own_half \
 	forgetting_cifar_own_0 forgetting_cifar_softmax forgetting_cifar_rank forgetting_cifar_no_dropout \
 	forgetting_cifar_no_memory cifar10-part
 UNLEARNT += cifar $(OTHER_SETS) cifar-leakage
@@ -140,8 +140,6 @@ $(OUT)/forgetting_fashion_encoder.json: $(RUNS)/encoder-mnist/encoder.safetensor
 	$(FORGETTING) --data fashion-mnist --encoder $< --kinds random-10% --floor random-10% \
 		--set own_token_probability=1 --out $@
 CIFAR_VIEWS = --kinds random-10% --floor random-10% --also neighbours=1 neighbours=16 aggregation=softmax aggregation=rank
-$(OUT)/forgetting_cifar.json:
-	$(FORGETTING) $(CIFAR_KEYS) $(CIFAR_VIEWS) --out $@
 $(OUT)/forgetting_cifar_own_1.json:
 	$(FORGETTING) $(CIFAR_KEYS) $(CIFAR_VIEWS) --set own_token_probability=1 --out $@
 $(OUT)/forgetting_cifar_kinds.json:
@@ -160,13 +158,13 @@ $(OUT)/forgetting_cifar_%.json:
 MEDICAL = $(FORGETTING) --data $($(1)) --encoder efficientnet --epochs 20 --kinds random-10% --floor random-10% \
 	--also neighbours=16 --keys $(RUNS)/$(1)-keys.npz
 $(OUT)/forgetting_ham.json:
-	$(call MEDICAL,HAM) --out $@
+	$(call MEDICAL,HAM) --set own_token_probability=0.7 --out $@
 $(OUT)/forgetting_ham_own_1.json:
 	$(call MEDICAL,HAM) --set own_token_probability=1 --out $@
 $(OUT)/forgetting_ham_gradient.json:
 	$(call MEDICAL,HAM) --set own_token_probability=0.5 stop_gradient=false --out $@
 $(OUT)/forgetting_pneumonia.json:
-	$(call MEDICAL,PNEUMONIA) --out $@
+	$(call MEDICAL,PNEUMONIA) --set own_token_probability=0.7 --out $@
 $(OUT)/forgetting_pneumonia_own_1.json:
 	$(call MEDICAL,PNEUMONIA) --set own_token_probability=1 --out $@
 $(OUT)/forgetting_pneumonia_gradient.json:
@@ -212,8 +210,8 @@ $(OUT)/unlearning/cifar-leakage/table.md: TASK = $(CIFAR_TASK) --forget random:0
 
 # On features; settings of paper mode where a training takes seconds.
 AFTER := fine_tune neg_grad neg_grad_plus l1_sparse random_labels bad_teacher scrub sal_un ssd amun
-PAPER := "munkey mode=paper own_token_probability=1" "munkey mode=paper own_token_probability=0.5 stop_gradient=false" \
-	"munkey mode=paper" "munkey mode=paper writer=true"
+PAPER := "munkey mode=paper" "munkey mode=paper own_token_probability=0.5 stop_gradient=false" \
+	"munkey mode=paper own_token_probability=0.7" "munkey mode=paper own_token_probability=0.7 writer=true"
 OWN_pneumonia := $(PAPER)
 OWN_ham := $(PAPER)
 OWN_flowers := $(PAPER)

@@ -33,10 +33,10 @@ NAMES = {
     "rac_delete": "rac_delete",
 }
 PAPER = {
-    "munkey mode=paper own_token_probability=1": "own value alone",
+    "munkey mode=paper": "own value alone",
     "munkey mode=paper own_token_probability=0.5 stop_gradient=false": "half a neighbour's, with its gradient",
-    "munkey mode=paper": "0.3 a neighbour's, without its gradient",
-    "munkey mode=paper writer=true": "the same with a writer",
+    "munkey mode=paper own_token_probability=0.7": "0.3 a neighbour's, without its gradient",
+    "munkey mode=paper own_token_probability=0.7 writer=true": "the same with a writer",
 }
 
 

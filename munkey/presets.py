@@ -53,7 +53,7 @@ class Settings(TypedDict, total=False):
             neighbours in one pass, 'ensemble' in paper mode.
         neighbours: number of rows that the transformer reads; 16 in exact mode, 4 in paper mode, as in the paper.
         metric: 'cosine' or 'dot'; 'cosine'.
-        own_token_probability: see `ExemplarReadout`; 0.7 in paper mode, 0 in exact mode.
+        own_token_probability: see `ExemplarReadout`; 1 in paper mode, 0 in exact mode.
         stop_gradient: see `ExemplarReadout`; True.
         drop_input: share of the instances whose input is hidden in training; 0.2.
         drop_exemplar: share of the instances whose exemplar is hidden in training; 0.2.
@@ -103,7 +103,7 @@ DEFAULTS: Settings = {
 #: Defaults that depend on the mode.
 OF_MODE: dict[str, Settings] = {
     "exact": {"readout": "mixture", "aggregation": "attend", "neighbours": 16, "own_token_probability": 0.0},
-    "paper": {"readout": "transformer", "aggregation": "ensemble", "neighbours": 4, "own_token_probability": 0.7},
+    "paper": {"readout": "transformer", "aggregation": "ensemble", "neighbours": 4, "own_token_probability": 1.0},
 }
 #: Arguments of the factories that shape the default network alone; a custom network replaces them.
 OF_NETWORK = ("channels", "patch", "tokens", "width", "depth", "heads", "dropout")

@@ -66,7 +66,7 @@ class ExemplarReadout(Readout):
         task: Task | None = None,
         aggregation: Aggregation | None = None,
         neighbours: int = 4,
-        own_token_probability: float = 0.7,
+        own_token_probability: float = 1.0,
         drop_input: float = 0.2,
         drop_exemplar: float = 0.2,
         stop_gradient: bool = True,
