@@ -210,7 +210,7 @@ def test_readouts_are_compared_on_a_file_and_in_a_table(tmp_path: Path) -> None:
     assert readouts_table.filled(page, recorded) == page
     readouts_table.picture(found, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    options = ("--data", str(tmp_path / "few.npz"), "--classes", "1", "--epochs", "0", "--seeds", "1")
+    options = ("--data", str(tmp_path / "few.npz"), "--classes", "1", "--seeds", "1")
     done = run("new_classes.py", *options, "--out", str(tmp_path / "new.json"))
     assert done.returncode == 0, done.stderr[-2000:]
     learnt = json.loads((tmp_path / "new.json").read_text())
