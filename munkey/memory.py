@@ -190,8 +190,7 @@ class KeyValueMemory(nn.Module):
         """Return the labels `(..., *)` of rows `(...)`; -1 or NaN for row -1."""
         flat = rows.flatten()
         there = (flat >= 0).nonzero().squeeze(1)
-        _, keys, found = self.store.described(flat[there])
-        keys.zero_()  # a copy of rows that may be forgotten later
+        found = self.store.labels_of(flat[there])
         missing = missing_label(label_column(found.shape[1:], found.dtype))
         every = found.new_full((len(flat), *found.shape[1:]), missing)
         labels: Tensor = every.index_copy(0, there, found).unflatten(0, rows.shape)

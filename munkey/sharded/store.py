@@ -285,6 +285,10 @@ class ShardedKeyStore(nn.Module):
         ids, keys, labels = self._fetched(rows, (local.ids, local.keys, local.labels))
         return ids, keys, labels
 
+    def labels_of(self, rows: Tensor) -> Tensor:
+        """Return copies of the labels `(B, ...)` of rows; see `KeyStore.labels_of`."""
+        return self._fetched(rows, (self.local.labels,))[0]
+
     def sums(self, summand: Summand) -> SharedSums:
         """Return the sums of a function of rows; see `KeyStore.sums`."""
         return SharedSums(self.local.sums(summand), self.ranks, self.described)

@@ -258,6 +258,11 @@ class KeyStore(nn.Module):
         """Return copies of ids `(B,)`, keys `(B, D)` and labels `(B, ...)` of rows."""
         return self._table["ids"][rows], self._table["keys"][rows], self._table["labels"][rows]
 
+    @_in_turn
+    def labels_of(self, rows: Tensor) -> Tensor:
+        """Return copies of the labels `(B, ...)` of rows."""
+        return self._table["labels"][rows]
+
     def read(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
         """Return the values `(..., V)` of rows, through which a gradient flows.
 
