@@ -42,7 +42,8 @@ class Standardised(nn.Module):
     def __init__(self, x: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", x.mean(0))
-        self.register_buffer("spread", x.std(0) + 1e-6)
+        spread = x.std(0)
+        self.register_buffer("spread", torch.where(spread > 0, spread, 1.0))  # a rare word may be in no row of these
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = (x - self.mean) / self.spread  # type: ignore[operator]

@@ -474,9 +474,9 @@ class KeyMemoryTransformer(nn.Module):
 
     def _permanent_classes(self) -> Tensor:
         """Return which classes have a permanent row, `(n,)`; all if none has."""
-        store, every = self.memory.store, torch.arange(self.task.outputs, device=self.memory.store.labels.device)
+        store = self.memory.store
         local = store.local if isinstance(store, ShardedKeyStore) else store
-        rows = slice(0, local.used)
+        every, rows = torch.arange(self.task.outputs, device=local.labels.device), slice(0, local.used)
         found = torch.isin(every, local.labels[rows][local.permanent[rows]])
         if isinstance(store, ShardedKeyStore):
             found = torch.stack(store.ranks.gather(found)).any(0)

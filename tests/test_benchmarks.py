@@ -202,7 +202,7 @@ def test_readouts_are_compared_on_a_file_and_in_a_table(tmp_path: Path) -> None:
     done = run("readouts.py", *options, "--out", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "out.json").read_text())
-    assert len(found["few"]) == 11 and all(0.3 < row["accuracy"][0] <= 1 for row in found["few"].values())
+    assert len(found["few"]) == 12 and all(0.3 < row["accuracy"][0] <= 1 for row in found["few"].values())
     page = (BENCHMARKS.parent / "docs" / "results" / "readouts.md").read_text(encoding="utf-8")
     ridge = found["few"]["ridge"]["accuracy"]
     assert f"| ridge | {100 * ridge[0]:.1f} ± {100 * ridge[1]:.1f} |" in readouts_table.filled(page, found)

@@ -307,6 +307,23 @@ def read_out_on_ranks() -> list[Tensor]:
     return read_out(shard=True)
 
 
+def known_classes(shard: bool) -> list[bool]:
+    """Classes that the transformer of a mixture has an opinion on, if rank `r` of two has instances of class `r`."""
+    built = classifier(mode="exact", readout="mixture").double()
+    if shard:
+        built.shard()
+    rank, size = ranks_of(built.memory.store)
+    own, y = torch.arange(12)[rank::size], torch.arange(12) % 2
+    built.remember(own, images(12)[own], y[own], permanent=True)
+    built.fit_readout(images(12)[own], y[own], ids=own)
+    known: list[bool] = built.exemplar_readout.known.tolist()
+    return known
+
+
+def known_classes_on_ranks() -> list[bool]:
+    return known_classes(shard=True)
+
+
 def saved_model(folder: str) -> Tensor:
     built = classifier().double()
     built.remember(range(24), images(24), labels(24))

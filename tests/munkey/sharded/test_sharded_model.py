@@ -10,6 +10,8 @@ import torch
 from classifiers import model as classifier
 from rank_cases import (
     images,
+    known_classes,
+    known_classes_on_ranks,
     labels,
     loaded_model,
     read_out,
@@ -121,6 +123,12 @@ def test_a_state_that_is_loaded_is_counted() -> None:
     store.add([7, 8], torch.eye(3)[:2])
     other.load_state_dict(store.state_dict())
     assert len(other) == other.used == 2 and list(other) == [7, 8]
+
+
+def test_classes_that_a_transformer_knows_are_those_of_all_ranks(pool: RankPool) -> None:
+    expected = known_classes(shard=False)
+    assert expected[:2] == [True, True] and not any(expected[2:])
+    assert pool.run(known_classes_on_ranks) == [expected] * pool.size
 
 
 def test_answers_of_votes_and_sums_are_those_of_one(pool: RankPool) -> None:
