@@ -20,7 +20,7 @@ FASHION_PAIR := $(RUNS)/fashion-diffusion/model.safetensors
 
 TREES := fashion-mnist-0 fashion-mnist-1 fashion-mnist-20-leaves
 NUMBERS := treevae_step treevae_step_one_thread treevae_vectors digits_starts fashion_diffusion fashion_generation \
-	fashion_conditions sampler_steps unet_step forgetting_fashion forgetting_fashion_exact deletion_requests shadow_models distributed store \
+	fashion_conditions sampler_steps unet_step forgetting_fashion forgetting_fashion_exact deletion_requests shadow_models distributed store store_model \
 	reliability
 UNLEARNT := fashion
 OTHER_SETS := cifar-class cifar-cluster cifar-one-percent
@@ -171,6 +171,8 @@ $(OUT)/forgetting_pneumonia_gradient.json:
 	$(call MEDICAL,PNEUMONIA) --set own_token_probability=0.5 stop_gradient=false --out $@
 $(OUT)/store.json:
 	$(PYTHON) benchmarks/store.py --rounds 5 --out $@
+$(OUT)/store_model.json:
+	$(PYTHON) benchmarks/store.py --parts heads model --rounds 5 --out $@
 $(OUT)/reliability.json:
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/reliability.py --out $@
 $(OUT)/distributed.json:
