@@ -6,8 +6,8 @@ Files are those of `examples/embed.py`; `fashion-{seed}.npz` names one for each 
 (neighbours, temperature, shrinkage, penalty) are those that are best on a fifth of the training rows, which are then
 used as well. munkey is `examples/classify_features.py`: half of the rows are permanent; five networks are trained on
 four fifths of these each, and three weights are chosen by cross-validation. For a table there is another with boosted
-trees in place of the networks. Numbers are means over seeds; a seed decides which
-rows are permanent, which are held out, and initial weights.
+trees in place of the networks. Numbers are means over seeds; a seed decides which rows are permanent, which are held
+out, and initial weights.
 """
 
 from __future__ import annotations

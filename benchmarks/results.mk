@@ -20,8 +20,8 @@ FASHION_PAIR := $(RUNS)/fashion-diffusion/model.safetensors
 
 TREES := fashion-mnist-0 fashion-mnist-1 fashion-mnist-20-leaves
 NUMBERS := treevae_step treevae_step_one_thread treevae_vectors digits_starts fashion_diffusion fashion_generation \
-	fashion_conditions sampler_steps unet_step forgetting_fashion forgetting_fashion_exact deletion_requests shadow_models distributed store store_model \
-	reliability
+	fashion_conditions sampler_steps unet_step forgetting_fashion forgetting_fashion_exact deletion_requests \
+	shadow_models distributed store store_model reliability
 UNLEARNT := fashion
 OTHER_SETS := cifar-class cifar-cluster cifar-one-percent
 ifdef TREEDIFF_DATA
@@ -139,9 +139,9 @@ $(RUNS)/encoder-mnist/encoder.safetensors:
 $(OUT)/forgetting_fashion_encoder.json: $(RUNS)/encoder-mnist/encoder.safetensors
 	$(FORGETTING) --data fashion-mnist --encoder $< --kinds random-10% --floor random-10% \
 		--set own_token_probability=1 --out $@
-CIFAR_VIEWS = --kinds random-10% --floor random-10% --also neighbours=1 neighbours=16 aggregation=softmax aggregation=rank
 $(OUT)/forgetting_cifar_own_1.json:
-	$(FORGETTING) $(CIFAR_KEYS) $(CIFAR_VIEWS) --set own_token_probability=1 --out $@
+	$(FORGETTING) $(CIFAR_KEYS) --kinds random-10% --floor random-10% --set own_token_probability=1 \
+		--also neighbours=1 neighbours=16 aggregation=softmax aggregation=rank --out $@
 $(OUT)/forgetting_cifar_kinds.json:
 	$(FORGETTING) $(CIFAR_KEYS) --kinds random-1% class cluster --set own_token_probability=1 --out $@
 $(OUT)/forgetting_cifar_exact.json:

@@ -11,8 +11,8 @@ and with a plain network trained without it. A second oracle, of another seed, s
 
 "munkey" is exact mode, in which half of the rows are permanent. `--methods "munkey mode=paper width=32"` sets how the
 model is built, and `noise=1` adds noise to the gradients of its shared weights. On features, "munkey learn=trees" takes
-boosted trees in place of the network of `classify_features.py`. Every row is saved when it is complete,
-and the next run does not compute it again. `DIR` gets results.json, table.md and picture.png.
+boosted trees in place of the networks of `classify_features.py`. Every row is saved when it is complete, and the next
+run does not compute it again. `DIR` gets results.json, table.md and picture.png.
 """
 
 from __future__ import annotations

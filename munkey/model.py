@@ -32,7 +32,7 @@ from munkey.readout.tokens import ImageTokens, VectorTokens
 from munkey.search.exact import Search
 from munkey.sharded import ShardedKeyStore
 from munkey.sharded.ranks import Ranks
-from munkey.store.checks import ordered_ids
+from munkey.store.checks import ids_of_inputs
 from munkey.store.receipts import Receipt
 from munkey.store.store import KeyStore
 from munkey.task import Classification, Task
@@ -433,10 +433,10 @@ class KeyMemoryTransformer(nn.Module):
             found = self.readout.outputs(self._query(x, keys))
         else:
             counts = [len(x)] if ranks is None else ranks.gather(len(x))
-            found = self._left_out(x, ordered_ids(ids), min(folds, *counts), keys)
+            found = self._left_out(x, ids_of_inputs(ids, x), min(folds, *counts), keys)
         self._put(outputs or {}, found)
         if self.has_transformer:  # with the input alone, to compare
-            plain = self.exemplar_readout(self._query(x, keys, use_memory=False))
+            plain = self(x, keys=keys, use_memory=False)
             found = torch.cat([found, plain[None].to(found.dtype)])
         if ranks is not None:  # all ranks fit the same weights
             every = ranks.gather((found, targets))
@@ -484,8 +484,6 @@ class KeyMemoryTransformer(nn.Module):
 
     def _left_out(self, x: Tensor, ids: list[int], folds: int, keys: Tensor | None) -> Tensor:
         """Return the outputs `(m, B, n)` of all parts, for instances without their own rows."""
-        if len(ids) != len(x):
-            raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(ids)}")
         store = self.memory.store
         if self.mode == "exact" and not bool(store.get(ids).permanent.all()):
             raise ValueError(
@@ -530,9 +528,7 @@ class KeyMemoryTransformer(nn.Module):
         """
         readout = self.exemplar_readout
         self._check_inputs(x)
-        wanted = ordered_ids(ids)
-        if len(wanted) != len(x):
-            raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
+        wanted = ids_of_inputs(ids, x)
         if not wanted:
             raise ValueError("a loss is the mean over instances; found none")
         targets = self.task.check(labels, len(x)).to(x.device)
@@ -613,9 +609,7 @@ class KeyMemoryTransformer(nn.Module):
         targets = None if labels is None else self.task.check(labels, len(x))
         if labels is None and self.mode == "exact":
             raise ValueError("in exact mode a value is written from key and label; pass labels")
-        wanted = ordered_ids(ids)
-        if len(wanted) != len(x):
-            raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
+        wanted = ids_of_inputs(ids, x)
         return wanted, self.key_encoder.keys(x) if keys is None else keys, targets
 
     def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:

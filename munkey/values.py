@@ -12,7 +12,7 @@ from torch import Tensor
 
 from munkey.model import KeyMemoryTransformer
 from munkey.sharded import ShardedKeyStore
-from munkey.store.checks import ordered_ids
+from munkey.store.checks import ids_of_inputs
 from munkey.store.erase import wipe
 from treediff.core.checks import check_positive
 
@@ -70,9 +70,7 @@ def fit_values(
         raise ValueError("values of a memory on several ranks are fitted by a training; see examples/train_munkey.py")
     if model.mode != "paper" or not store.values.requires_grad:
         raise ValueError("only values of paper mode are fitted; in exact mode a writer computes them")
-    wanted = ordered_ids(ids)
-    if len(wanted) != len(x):
-        raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
+    wanted = ids_of_inputs(ids, x)
     model.exemplar_readout.check(x)
     targets = model.task.check(labels, len(x)).to(x.device)
     with store.lock:

@@ -32,7 +32,6 @@ from sisa import SISA
 from torch import Tensor, nn
 from tqdm import tqdm
 from train_munkey import train
-from unlearning.report import NAMES
 from unlearning.task import Task
 
 from munkey import DurableStore, KeyMemoryTransformer, pathway_accuracies, posthoc
@@ -219,10 +218,8 @@ class Bench:
         model = copy.deepcopy(self.fitted(name, 0))
         if isinstance(model, KeyMemoryTransformer):
             x, _, keys = (part[:1] for part in self.task.test)
-            with torch.no_grad():
-                self.task.answers(
-                    model.eval(), x, keys
-                )  # so that what is derived from rows is there, and has to follow
+            with torch.no_grad():  # what is derived from rows has to be there, and to follow
+                self.task.answers(model.eval(), x, keys)
             model.memory.store.digest()  # after training it takes a pass over the store; see docs/results/munkey.md
         start = time.perf_counter()
         model.forget(self.gone)  # type: ignore[operator]
@@ -282,8 +279,7 @@ class Bench:
         found["relearned"] = task.relearned(model, self.gone, self.others, steps=self.args.relearn)
         if isinstance(model, KeyMemoryTransformer) and model.has_transformer:
             found["inside"] = task.inside(model, *sets)
-            alone = task.measured(model, *sets, use_memory=False)
-            found["input alone"] = {name: alone[name] for name in NAMES}
+            found["input alone"] = task.outcome(task.logits(model, *sets[:2], use_memory=False), sets[2])
             rows = self.gone[:1000]
             accuracies = pathway_accuracies(model, task.images[rows], task.labels[rows], keys=task.keys[rows])
             found["pathways"] = asdict(accuracies)

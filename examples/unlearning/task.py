@@ -19,6 +19,7 @@ from train_munkey import augment_of, encoder_of
 from munkey import Identity, KeyMemoryTransformer
 from munkey.audit import (
     Attack,
+    area_under_curve,
     attack,
     classifier_scores,
     confidence_features,
@@ -30,6 +31,8 @@ from munkey.audit import (
 )
 from treediff.core.checkpoint import read_checkpoint, save_checkpoint
 from treediff.data import load_dataset
+
+Split = dict[str, tuple[Tensor, Tensor]]  # logits and labels, by split
 
 
 class Task:
@@ -84,32 +87,43 @@ class Task:
         return forget_sets.at_random(len(self.labels), count, generator=generator), everything
 
     @torch.no_grad()
-    def measured(self, model: nn.Module, gone: Tensor, stay: Tensor, others: Tensor, **options: bool) -> dict[str, Any]:
-        """Accuracies in percent, and attacks that separate forgotten rows from test rows of the same kind."""
+    def logits(self, model: nn.Module, gone: Tensor, stay: Tensor, **options: bool) -> Split:
+        """Logits and labels of test rows, of as many rows that stay, and of forgotten rows."""
         splits: dict[str, tuple[Tensor, ...]] = {"test": self.test}
         for name, ids in (("retain", stay[: len(self.test[1])]), ("forget", gone)):
             splits[name] = (self.images[ids], self.labels[ids], self.keys[ids])
         model.eval()
-        logits = {
-            name: torch.cat(
-                [self.answers(model, a, k, **options) for a, k in zip(x.split(256), keys.split(256), strict=True)]
+        return {
+            name: (
+                torch.cat(
+                    [self.answers(model, a, k, **options) for a, k in zip(x.split(256), keys.split(256), strict=True)]
+                ),
+                labels,
             )
-            for name, (x, _, keys) in splits.items()
+            for name, (x, labels, keys) in splits.items()
         }
-        labels = {name: split[1] for name, split in splits.items()}
-        found = {name: 100 * float((logits[name].argmax(1) == y).double().mean()) for name, y in labels.items()}
-        ours = membership_scores(logits["forget"], labels["forget"])
-        theirs = membership_scores(logits["test"], labels["test"])
+
+    def outcome(self, said: Split, others: Tensor) -> dict[str, float]:
+        """Accuracies, and the attack by loss on forgotten rows among test rows of the same kind, in percent."""
+        found = {name: 100 * float((logits.argmax(1) == y).double().mean()) for name, (logits, y) in said.items()}
+        ours, theirs = (membership_scores(*said[name])["loss"] for name in ("forget", "test"))
+        return {**found, "attack": 100 * area_under_curve(ours, theirs[others])}
+
+    @torch.no_grad()
+    def measured(self, model: nn.Module, gone: Tensor, stay: Tensor, others: Tensor) -> dict[str, Any]:
+        """The outcome, what the predictions are worth, and all attacks from outside."""
+        said = self.logits(model, gone, stay)
+        ours, theirs = (membership_scores(*said[name]) for name in ("forget", "test"))
         pairs: dict[str, tuple[Tensor, ...]] = {name: (ours[name], theirs[name][others]) for name in ours}
-        about = {name: confidence_features(logits[name], y) for name, y in labels.items()}
+        about = {name: confidence_features(*each) for name, each in said.items()}
         odd, even = others[1::2], others[::2]
         pairs["classifier"] = classifier_scores(
             about["retain"], about["test"][odd], about["forget"], about["test"][even]
         )
         attacks = {name: attack(a, b, resamples=200) for name, (a, b) in pairs.items()}
-        quality = {name: value for name, value in scores(logits["test"], labels["test"]).items() if name != "accuracy"}
-        found |= {**quality, "milliseconds": self.milliseconds(model)}
-        return {**found, "attack": 100 * attacks["loss"].auc, "attacks": summary(attacks)}
+        quality = {name: value for name, value in scores(*said["test"]).items() if name != "accuracy"}
+        worth = {**quality, "milliseconds": self.milliseconds(model)}
+        return {**self.outcome(said, others), **worth, "attacks": summary(attacks)}
 
     def answers(self, model: nn.Module, x: Tensor, keys: Tensor, **options: bool) -> Tensor:
         """Logits; a model with an encoder of its own computes its keys. Options are those of a call."""

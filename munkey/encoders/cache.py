@@ -14,7 +14,7 @@ from torch import Tensor
 
 from munkey.encoders.base import KeyEncoder
 from munkey.store.change import Change, Removed
-from munkey.store.checks import ordered_ids
+from munkey.store.checks import ids_of_inputs, ordered_ids
 from munkey.store.durable import DurableStore
 from munkey.store.follower import Follower
 from munkey.store.store import KeyStore
@@ -99,9 +99,7 @@ class FeatureCache(Follower):
             KeyError: if an id is not in the cache, and there are no inputs.
             ValueError: if there is not one id for each input, or an id is repeated.
         """
-        wanted = ordered_ids(ids)
-        if x is not None and len(x) != len(wanted):
-            raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
+        wanted = ordered_ids(ids) if x is None else ids_of_inputs(ids, x)
         missing = [place for place, instance in enumerate(wanted) if instance not in self._store]
         if missing and x is None:
             raise KeyError(f"{len(missing)} of the ids are not in the cache; pass their inputs")

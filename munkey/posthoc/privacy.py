@@ -41,7 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from munkey.model import KeyMemoryTransformer
 from munkey.sharded import ShardedKeyStore
-from munkey.store.checks import ordered_ids, some
+from munkey.store.checks import ids_of_inputs, some
 from treediff.core.checks import check_positive
 
 __all__ = ["epsilon", "poisson_batches", "private_backward"]
@@ -251,9 +251,7 @@ def _check_batch(
     model: KeyMemoryTransformer, x: Tensor, labels: Tensor, ids: Iterable[int] | Tensor
 ) -> tuple[list[int], Tensor]:
     """Return the checked ids and labels."""
-    wanted = ordered_ids(ids)
-    if len(wanted) != len(x):
-        raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
+    wanted = ids_of_inputs(ids, x)
     twice = [instance for instance, count in Counter(wanted).items() if count > 1]
     if twice:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MappingView, Sequence, Set
+from collections.abc import Iterable, Mapping, MappingView, Sequence, Set, Sized
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ __all__ = [
     "check_no_label_is_missing",
     "check_rows",
     "distinct",
+    "ids_of_inputs",
     "ordered_ids",
     "some",
     "to_forget",
@@ -56,6 +57,19 @@ def ordered_ids(ids: Iterable[int] | Tensor) -> list[int]:
             "an int64 tensor with the id of each input at its place"
         )
     return as_ids(ids)
+
+
+def ids_of_inputs(ids: Iterable[int] | Tensor, x: Sized) -> list[int]:
+    """Return one id for each input, in the order of the inputs.
+
+    Raises:
+        TypeError: as for `ordered_ids`.
+        ValueError: if there is not one id for each input, or as for `as_ids`.
+    """
+    wanted = ordered_ids(ids)
+    if len(wanted) != len(x):
+        raise ValueError(f"expected one id for each of {len(x)} inputs, found {len(wanted)}")
+    return wanted
 
 
 def _check_kind(dtype: str) -> None:
