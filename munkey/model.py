@@ -11,7 +11,6 @@ an input, `W` their width.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, Self, Unpack
 
@@ -22,11 +21,12 @@ from torch import Tensor, nn
 from munkey import io
 from munkey.encoders.base import KeyEncoder, check_encoder
 from munkey.encoders.identity import Identity
+from munkey.fitting import fit_mixture
 from munkey.memory import KeyValueMemory
 from munkey.presets import OF_NETWORK, Settings, check_mode, completed, feature_parts, model_parts, patch_for
 from munkey.readout.base import Query, Readout
 from munkey.readout.exemplar import ExemplarReadout
-from munkey.readout.mixture import Mixture, fitted_weights
+from munkey.readout.mixture import Mixture
 from munkey.readout.module import ModuleReadout
 from munkey.readout.tokens import ImageTokens, VectorTokens
 from munkey.search.exact import Search
@@ -36,7 +36,7 @@ from munkey.store.checks import ids_of_inputs
 from munkey.store.receipts import Receipt
 from munkey.store.store import KeyStore
 from munkey.task import Classification, Task
-from treediff.core.checks import check_positive, check_size
+from treediff.core.checks import check_size
 from treediff.core.ema import EMA
 from treediff.core.io import Path, record
 from treediff.core.noise import drawing_from
@@ -349,11 +349,11 @@ class KeyMemoryTransformer(nn.Module):
             TypeError: if the inputs are no floating-point tensor, or `exclude_ids` has no order, such as a set.
             ValueError: if the inputs have another shape than the model was built for, or are not finite.
         """
-        self._check_inputs(x)
+        self.check(x)
         readout = self.readout if use_input and use_memory else self.exemplar_readout
         if self.mode == "exact" and self.training and torch.is_grad_enabled() and self.has_transformer:
             _check_exact(self.memory.store)
-        query = self._query(x, keys, exclude_ids=exclude_ids, use_input=use_input, use_memory=use_memory)
+        query = self.query(x, keys, exclude_ids=exclude_ids, use_input=use_input, use_memory=use_memory)
         outputs: Tensor = readout(query)
         return outputs
 
@@ -372,12 +372,19 @@ class KeyMemoryTransformer(nn.Module):
             "for_vectors to train a transformer"
         )
 
-    def _check_inputs(self, x: Tensor) -> None:
+    def check(self, x: Tensor) -> None:
         """Raise TypeError or ValueError unless `x` is a batch of inputs."""
         self.key_encoder.check(x)
         self.readout.check(x)
 
-    def _query(self, x: Tensor, keys: Tensor | None, **about: Any) -> Query:  # noqa: ANN401
+    def query(self, x: Tensor, keys: Tensor | None = None, **about: Any) -> Query:  # noqa: ANN401
+        """Return what a readout reads: inputs, their keys, and the search for neighbours; see `Query`.
+
+        Args:
+            x: `(B, ...)` inputs.
+            keys: `(B, D)` precomputed keys of the inputs.
+            **about: other fields of the query.
+        """
         found = (lambda: self.key_encoder(x)) if keys is None else keys
         return Query(self.memory, x, found, max(1, self.readout.neighbours), **about)
 
@@ -423,83 +430,12 @@ class KeyMemoryTransformer(nn.Module):
         """
         if not isinstance(self.readout, Mixture):
             raise TypeError(f"only a Mixture has weights to fit, found {type(self.readout).__name__}")
-        self._check_inputs(x)
-        targets, store = self.task.check(labels, len(x)).to(x.device), self.memory.store
-        ranks = store.ranks if isinstance(store, ShardedKeyStore) else None
-        check_positive(folds=folds)
-        if self.mode == "exact" and self.has_transformer and isinstance(self.task, Classification):
-            self.exemplar_readout.known.copy_(self._permanent_classes())
-        if ids is None:
-            found = self.readout.outputs(self._query(x, keys))
-        else:
-            counts = [len(x)] if ranks is None else ranks.gather(len(x))
-            found = self._left_out(x, ids_of_inputs(ids, x), min(folds, *counts), keys)
-        self._put(outputs or {}, found)
-        if self.has_transformer:  # with the input alone, to compare
-            plain = self(x, keys=keys, use_memory=False)
-            found = torch.cat([found, plain[None].to(found.dtype)])
-        if ranks is not None:  # all ranks fit the same weights
-            every = ranks.gather((found, targets))
-            found, targets = torch.cat([one for one, _ in every], 1), torch.cat([other for _, other in every])
-        mixed, alone = found[: len(self.readout.parts)], found[len(self.readout.parts) :]
-        weights = fitted_weights(self.task, mixed, targets)
-        self.readout.set_weights(dict(zip(self.readout.readouts, weights.tolist(), strict=True)))
-        if len(alone):
-            self._warn_if_worse(weights, mixed, alone, targets)
+        self.check(x)
+        targets = self.task.check(labels, len(x)).to(x.device)
+        wanted = None if ids is None else ids_of_inputs(ids, x)
+        about: dict[str, Any] = {"exact": self.mode == "exact", "ids": wanted, "folds": folds, "keys": keys}
+        fit_mixture(self.readout, self.query, self.memory.store, x, targets, **about, outputs=outputs)
         return self.readout
-
-    def _put(self, outputs: Mapping[str, Tensor], found: Tensor) -> None:
-        """Put outputs of some parts into the outputs `(m, B, n)` of all parts."""
-        names = list(self.readout.readouts)  # type: ignore[arg-type]
-        for name, tensor in outputs.items():
-            if name not in names or tensor.shape != found.shape[1:]:
-                raise ValueError(
-                    f"outputs= takes outputs of shape {tuple(found.shape[1:])} of {', '.join(names)}; found "
-                    f"{tuple(tensor.shape)} of {name!r}"
-                )
-            found[names.index(name)] = tensor
-
-    def _warn_if_worse(self, weights: Tensor, mixed: Tensor, alone: Tensor, targets: Tensor) -> None:
-        """Warn if the input alone predicts better than the mixture, by two standard errors."""
-        pairs = (weights, mixed), (fitted_weights(self.task, alone, targets), alone)
-        found, plain = (self.task.losses(torch.tensordot(w, outputs.double(), 1), targets) for w, outputs in pairs)
-        worse = found - plain
-        if float(worse.mean()) > 2 * float(worse.std(correction=0)) / len(worse) ** 0.5:
-            warnings.warn(
-                f"on these instances the input alone predicts better, with a mean loss of {float(plain.mean()):.3g}, "
-                f"than with the memory, {float(found.mean()):.3g}; use another key encoder, or train a network without "
-                "memory on permanent instances, and give it to for_features as a ModuleReadout",
-                stacklevel=3,
-            )
-
-    def _permanent_classes(self) -> Tensor:
-        """Return which classes have a permanent row, `(n,)`; all if none has."""
-        store = self.memory.store
-        local = store.local if isinstance(store, ShardedKeyStore) else store
-        every, rows = torch.arange(self.task.outputs, device=local.labels.device), slice(0, local.used)
-        found = torch.isin(every, local.labels[rows][local.permanent[rows]])
-        if isinstance(store, ShardedKeyStore):
-            found = torch.stack(store.ranks.gather(found)).any(0)
-        return found | ~found.any()
-
-    def _left_out(self, x: Tensor, ids: list[int], folds: int, keys: Tensor | None) -> Tensor:
-        """Return the outputs `(m, B, n)` of all parts, for instances without their own rows."""
-        store = self.memory.store
-        if self.mode == "exact" and not bool(store.get(ids).permanent.all()):
-            raise ValueError(
-                "weights that were fitted to instances do not forget them; in exact mode pass ids of permanent "
-                "instances, or held-out instances without ids"
-            )
-        if folds < 2:
-            raise ValueError(f"expected at least two folds and two instances, found {folds} folds of {len(ids)}")
-        parts = []
-        for fold in torch.arange(len(ids)).tensor_split(folds):
-            own = [ids[i] for i in fold.tolist()]
-            query = self._query(
-                x[fold], None if keys is None else keys[fold], exclude_ids=own, without=store.rows_of(own)
-            )
-            parts.append(self.readout.outputs(query))  # type: ignore[operator]
-        return torch.cat(parts, 1)
 
     # --- training -----------------------------------------------------------------------------------------
 
@@ -527,7 +463,7 @@ class KeyMemoryTransformer(nn.Module):
                 something that can be forgotten.
         """
         readout = self.exemplar_readout
-        self._check_inputs(x)
+        self.check(x)
         wanted = ids_of_inputs(ids, x)
         if not wanted:
             raise ValueError("a loss is the mean over instances; found none")
@@ -605,7 +541,7 @@ class KeyMemoryTransformer(nn.Module):
         self, ids: Iterable[int] | Tensor, x: Tensor, labels: Tensor | None, keys: Tensor | None
     ) -> tuple[list[int], Tensor, Tensor | None]:
         """Return the checked ids, keys and labels."""
-        self._check_inputs(x)
+        self.check(x)
         targets = None if labels is None else self.task.check(labels, len(x))
         if labels is None and self.mode == "exact":
             raise ValueError("in exact mode a value is written from key and label; pass labels")

@@ -291,7 +291,7 @@ def read_out(shard: bool) -> list[Tensor]:
     look()
     built.fit_readout(x[own], y[own], ids=own, folds=len(own) if shard and size > 1 else 24)
     found.append(built.readout.weights.expand(12, -1)[rank::size])  # type: ignore[union-attr,operator]
-    found.append(built.readout.outputs(built._query(queries[rank::size], None)).transpose(0, 1))  # type: ignore[union-attr,operator]
+    found.append(built.readout.outputs(built.query(queries[rank::size])).transpose(0, 1))  # type: ignore[union-attr,operator]
     built.readout.set_weights({"votes": 0.5, "discriminant": 0.5})  # type: ignore[union-attr,operator]
     built.remember([30] if rank == 0 else [], x[30:31][: 1 - rank], y[30:31][: 1 - rank])
     look()

@@ -217,7 +217,7 @@ def test_whoever_keeps_an_old_head_or_old_sums_has_what_was_deleted() -> None:
     built.remember([500], x, torch.tensor([1]))
     summand = built.readout.parts[1]._summand  # type: ignore[union-attr,operator]
     sums = built.memory.store.sums(summand)
-    query = built._query(inputs(1), None)
+    query = built.query(inputs(1))
     head = built.readout.parts[1].solved(query)  # type: ignore[union-attr,operator]
     old_sums, old_head = sums.get().clone(), head[0].clone()
     built.forget([500])

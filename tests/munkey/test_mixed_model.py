@@ -196,8 +196,9 @@ def test_a_fit_says_if_the_memory_makes_predictions_worse() -> None:
         warnings.simplefilter("error")
         built.fit_readout(x[40:], y[40:])
     built.exemplar_readout.aggregation = Reversed()  # type: ignore[assignment]
-    with pytest.warns(UserWarning, match="the input alone predicts better, with a mean loss of"):
+    with pytest.warns(UserWarning, match="the input alone predicts better, with a mean loss of") as found:
         built.fit_readout(x[40:], y[40:])
+    assert found[0].filename == __file__
 
 
 def test_outputs_of_a_part_may_come_from_elsewhere() -> None:
