@@ -28,12 +28,13 @@ from munkey.search.exact import Search, exact
 from munkey.search.faiss import FaissSearch
 from munkey.sharded import ShardedKeyStore
 from munkey.sharded import folder as folders
-from munkey.store.digest import add_tensors, check_secret
+from munkey.store.digest import check_secret
 from munkey.store.durable import DurableStore
 from munkey.store.file.disk import Disk, read_whole, wipe, wipe_leftovers, write_whole
 from munkey.store.store import KeyStore
 from munkey.task import Classification, task_from
 from treediff.core.io import (
+    add_tensors,
     build,
     described_by,
     dtype_name,

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from munkey.encoders._full_batches import FullBatches
 from munkey.encoders._unwritten import Unwritten
-from munkey.store.digest import add_tensors
 from treediff.core.checks import check_positive
-from treediff.core.io import load_into, read_header, save_model
+from treediff.core.io import add_tensors, load_into, read_header, save_model
 
 __all__ = ["FITTED_ON", "KeyEncoder", "check_encoder", "check_fitted_on"]
 

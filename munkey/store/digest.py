@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from munkey.store.erase import Scratch
 from munkey.store.follower import Follower, Undone
 from munkey.store.table import Table
 
-__all__ = ["HASH", "MODULUS", "Digest", "add_tensors", "check_secret", "checksum", "hash_rows", "keyed_hash", "sum_of"]
+__all__ = ["HASH", "MODULUS", "Digest", "check_secret", "checksum", "hash_rows", "keyed_hash", "sum_of"]
 
 #: Modulus of the sums of hashes.
 MODULUS = 1 << 256
@@ -39,13 +39,6 @@ def keyed_hash(secret: bytes, *parts: bytes | memoryview) -> bytes:
     for part in parts:
         found.update(part)
     return found.digest()
-
-
-def add_tensors(update: Callable[[bytes | memoryview], object], tensors: Mapping[str, Tensor]) -> None:
-    """Feed tensors to the `update` of a hash, sorted by name, with dtype and shape."""
-    for name, tensor in sorted(tensors.items()):
-        update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def checksum(data: bytes) -> bytes:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from inspect import getattr_static
 from numbers import Integral, Real
@@ -26,6 +26,7 @@ from treediff.core.modes import lasting
 
 __all__ = [
     "FORMAT_VERSION",
+    "add_tensors",
     "build",
     "described_by",
     "dtype_name",
@@ -347,6 +348,13 @@ def require_config(header: Mapping[str, Any], path: Path) -> Any:  # noqa: ANN40
             f"{type(header['config']).__name__}"
         )
     return header["config"]
+
+
+def add_tensors(update: Callable[[bytes | memoryview], object], tensors: Mapping[str, Tensor]) -> None:
+    """Feed tensors to the `update` of a hash, sorted by name, with dtype and shape."""
+    for name, tensor in sorted(tensors.items()):
+        update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -26,6 +26,7 @@ from treediff.core.noise import combine_seeds
 from treediff.growth.annealing import KLAnnealing
 from treediff.growth.cut import Augmentation, cut_router
 from treediff.growth.policy import POLICIES, Policy, Survey, best_leaf
+from treediff.growth.reach import LeafProbabilities
 from treediff.growth.stage import Stage
 from treediff.treevae.model import TreeVAE
 
@@ -115,6 +116,7 @@ class TreeGrowth:
     _frozen: frozenset[str] = field(default=frozenset(), init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._probs = LeafProbabilities(self.model, self.batch_size, self.world)
         check_positive(
             max_leaves=self.max_leaves,
             intermediate_every=self.intermediate_every,
@@ -190,7 +192,7 @@ class TreeGrowth:
         everything = torch.arange(len(data))
         if not self.history:
             for node in self.model.topology.routed:
-                self._cut(node, data, (self._survey.reach(data, node) > 0.5).nonzero().squeeze(1))
+                self._cut(node, data, (self._probs.reach(data, node) > 0.5).nonzero().squeeze(1))
             return self._stage("initial", everything)
         last = self.history[-1]
         if last["kind"] == "final":
@@ -200,7 +202,7 @@ class TreeGrowth:
         splits = [entry["kind"] for entry in self.history].count("subtree")
         if last["kind"] == "subtree" and splits % self.intermediate_every == 0:
             return self._stage("intermediate", everything)
-        probs = self._survey.leaf_probs(data)
+        probs = self._probs(data)
         leaf = self._leaf_to_split(data, probs) if self._effective(probs) < self.max_leaves else None
         if leaf is None:
             self._prune(data, probs)
@@ -214,7 +216,7 @@ class TreeGrowth:
 
     def _subtree_stage(self, kind: str, data: Tensor, split: int, above: float) -> Stage:
         """Build a stage on the rows that reach a node with a probability of at least `above`."""
-        rows = (self._survey.reach(data, split) >= above).nonzero().squeeze(1)
+        rows = (self._probs.reach(data, split) >= above).nonzero().squeeze(1)
         return self._stage(kind, rows, split=split, above=above)
 
     def _stage(self, kind: str, rows: Tensor, split: int | None = None, above: float = 0.0) -> Stage:
@@ -228,10 +230,6 @@ class TreeGrowth:
         return Stage(self.model, kind, done, epochs, rows, annealing, *settings)
 
     # --- decisions ----------------------------------------------------------------------------------------
-
-    @property
-    def _survey(self) -> Survey:
-        return Survey(self.model, self.batch_size, (self.seed, len(self.history), -2), self.world)
 
     def members(self, probs: Tensor) -> Tensor:
         """Mark the rows of each leaf: `P(leaf | x) >= min(1 / effective leaves, 1/2)`; `(n, K)` of booleans."""
@@ -254,7 +252,8 @@ class TreeGrowth:
         policy = POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
         room = torch.tensor([tree.depth(leaf) < deepest for leaf in tree.leaves])
         losses = self.policy not in ("largest", "highest_entropy")
-        statistics = self._survey.statistics(data, probs, self.members(probs), losses=losses)
+        survey = Survey(self.model, self.batch_size, (self.seed, len(self.history), -2), self.world)
+        statistics = survey.statistics(data, probs, self.members(probs), losses=losses)
         return best_leaf(policy, statistics, tree.leaves, room & (statistics.rows >= self.min_rows))
 
     def _cut(self, node: int, data: Tensor, rows: Tensor) -> None:
@@ -283,7 +282,7 @@ class TreeGrowth:
             if counts[smallest] >= self.min_share * len(data):
                 return
             self.model.prune(self.model.topology.leaves[smallest])
-            probs = self._survey.leaf_probs(data)
+            probs = self._probs(data)
 
     # --- saving -------------------------------------------------------------------------------------------
 

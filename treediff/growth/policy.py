@@ -85,28 +85,14 @@ class Survey:
 
     Examples:
         >>> model = TreeVAE.for_vectors(features=4, generator=torch.Generator().manual_seed(0))
-        >>> survey, data = Survey(model, batch_size=8), torch.rand(20, 4)
-        >>> torch.equal(survey.reach(data, model.topology.leaves[0]), survey.leaf_probs(data)[:, 0])
-        True
+        >>> Survey(model, batch_size=8).negative_elbo(torch.rand(20, 4)).shape
+        torch.Size([20])
     """
 
     model: TreeVAE
     batch_size: int = 1024
     seeds: tuple[int, ...] = (0,)
     world: World = ALONE
-
-    @torch.no_grad()
-    def leaf_probs(self, data: Tensor) -> Tensor:
-        """Return `P(leaf | x)` of every row, `(n, K)`, on the CPU."""
-        with evaluating(self.model):
-            parts = self.world.map(lambda x: self.model.leaf_log_probs(x).exp().cpu(), data.split(self.batch_size))
-        return torch.cat(parts)
-
-    def reach(self, data: Tensor, node: int) -> Tensor:
-        """Return `P(node | x)` of every row, `(n,)`; raises KeyError if there is no such node."""
-        tree = self.model.topology
-        below = [tree.leaves.index(leaf) for leaf in tree.leaves_under(node)]
-        return self.leaf_probs(data)[:, below].sum(1)
 
     @torch.no_grad()
     def negative_elbo(self, data: Tensor) -> Tensor:
@@ -125,7 +111,7 @@ class Survey:
 
         Args:
             data: all rows.
-            probs: `(n, K)`, their `leaf_probs`.
+            probs: `(n, K)`, `P(leaf | x)` of each row.
             members: `(n, K)`, whether each row belongs to each leaf.
             losses: whether the policy reads the losses, which take most of the time; False makes all losses 0.
         """

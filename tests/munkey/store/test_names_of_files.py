@@ -17,8 +17,9 @@ from stores import SECRET, WIDTHS, keys_of, store
 
 from munkey import DurableStore, KeyMemoryTransformer, ShardedKeyStore
 from munkey import io as files
-from munkey.store.digest import add_tensors, checksum
+from munkey.store.digest import checksum
 from munkey.store.file.disk import Disk, read_whole, wipe_leftovers, write_whole
+from treediff.core.io import add_tensors
 
 NUMBER = "0123456789abcdef"
 ENDS = [f".munkey-{kind}" for kind in ("old", "partial")] + [f".{NUMBER}.munkey-{kind}" for kind in ("old", "partial")]

@@ -14,6 +14,7 @@ from worlds import seeded
 from treediff import LeafDensity, TreeContrast, TreeTopology, TreeVAE
 from treediff.growth.cut import cut_router
 from treediff.growth.policy import Survey
+from treediff.growth.reach import LeafProbabilities
 from treediff.layers import NodeBank
 from treediff.pipeline.conditions import condition_of
 
@@ -41,7 +42,7 @@ def cut(model: TreeVAE) -> dict[str, Tensor]:
 
 LOOKS: dict[str, Callable[[TreeVAE], Any]] = {
     "cluster": lambda model: model.cluster(rows()),
-    "leaf probabilities": lambda model: Survey(model).leaf_probs(rows()),
+    "leaf probabilities": lambda model: LeafProbabilities(model)(rows()),
     "negative bounds": lambda model: Survey(model).negative_elbo(rows()),
     "condition": lambda model: vars(condition_of(model, rows(), generator=seeded(3))),
     "cut": cut,

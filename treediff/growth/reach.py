@@ -1,0 +1,108 @@
+"""Probabilities of leaves for all rows, kept from one split to the next."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from treediff.core.distributed import ALONE, World
+from treediff.core.io import add_tensors
+from treediff.core.modes import evaluating
+from treediff.tree.topology import TreeTopology
+from treediff.treevae.model import TreeVAE
+from treediff.treevae.posterior import leaf_log_probs_of
+
+__all__ = ["LeafProbabilities"]
+
+# Rows that reach a leaf with less probability are not read when the leaf is split; they go to both sides alike.
+_FAINT = 1e-4
+
+
+class LeafProbabilities:
+    """`P(leaf | x)` of all rows of a data set, which is computed again only where the model has changed.
+
+    A split changes the column of one leaf, and only rows that reach this leaf are read again. Growth to many leaves
+    then reads each row about as often as its leaf is deep. Once weights of the encoder, the ladder or an older router
+    have changed, all rows are read.
+
+    Args:
+        model: the model, which may grow.
+        batch_size: rows in a batch.
+        world: the processes that share the rows.
+
+    Examples:
+        >>> model = TreeVAE.for_vectors(features=4, generator=torch.Generator().manual_seed(0))
+        >>> probs, data = LeafProbabilities(model), torch.rand(20, 4)
+        >>> probs(data).shape, model.split(0), probs(data).shape
+        (torch.Size([20, 1]), (1, 2), torch.Size([20, 2]))
+    """
+
+    def __init__(self, model: TreeVAE, batch_size: int = 1024, world: World = ALONE) -> None:
+        self.model, self.batch_size, self.world = model, batch_size, world
+        self._tree, self._columns = model.topology, dict[int, Tensor]()
+        self._data: object = None
+        self._shared, self._routers = b"", dict[int, bytes]()
+
+    def __call__(self, data: Tensor) -> Tensor:
+        """Return the probabilities `(n, K)`, on the CPU, in the order of the topology's leaves."""
+        tree, shared, routers = self.model.topology, *self._digests()
+        if not self._follows(data, tree, shared, routers):
+            table = self._of(data, torch.arange(len(data)))
+            self._columns = dict(zip(tree.leaves, table.unbind(1), strict=True))
+        else:
+            for leaf in set(self._tree.leaves) - set(tree.leaves):
+                self._split(data, leaf)
+        self._data, self._tree, self._shared, self._routers = data, tree, shared, routers
+        return torch.stack([self._columns[leaf] for leaf in tree.leaves], 1)
+
+    def reach(self, data: Tensor, node: int) -> Tensor:
+        """Return `P(node | x)` of every row, `(n,)`; raise KeyError if there is no such node."""
+        tree = self.model.topology
+        below = [tree.leaves.index(leaf) for leaf in tree.leaves_under(node)]
+        return self(data)[:, below].sum(1)
+
+    def _digests(self) -> tuple[bytes, dict[int, bytes]]:
+        """Return digests of the weights that all rows pass, and of those of each router."""
+        model, bank = self.model, self.model.banks.posterior_routers
+        shared = model.encoder.state_dict(prefix="encoder.") | model.bottom_up.state_dict(prefix="ladder.")
+        return _digest(shared), {node: _digest({"": bank.weights_of(node)}) for node in model.topology.routed}
+
+    def _follows(self, data: object, tree: TreeTopology, shared: bytes, routers: dict[int, bytes]) -> bool:
+        """Whether nothing has changed since the last call but that leaves were split."""
+        if data is not self._data or shared != self._shared or not self._columns:
+            return False
+        if any(routers.get(node) != digest for node, digest in self._routers.items()):
+            return False
+        return all(leaf in tree and len(tree.children(leaf)) != 1 for leaf in self._tree.leaves)
+
+    def _split(self, data: Tensor, leaf: int) -> None:
+        """Replace the column of a leaf that was split by the columns of the leaves below."""
+        tree, whole = self.model.topology, self._columns.pop(leaf)
+        below, some = tree.leaves_under(leaf), (whole >= _FAINT).nonzero().squeeze(1)
+        table = (whole / len(below))[:, None].repeat(1, len(below))
+        if len(some):
+            path = set(tree.path(leaf))
+            table[some] = self._of(data, some, tuple(n for n in tree.ids if n in path or leaf in tree.path(n)))
+        self._columns |= dict(zip(below, table.unbind(1), strict=True))
+
+    @torch.no_grad()
+    def _of(self, data: Tensor, rows: Tensor, nodes: tuple[int, ...] | None = None) -> Tensor:
+        """Return the probabilities `(B, K)` of the leaves among some nodes, for some rows."""
+
+        def probs(picked: Tensor) -> Tensor:
+            x = data[picked]
+            self.model.check(x)
+            return leaf_log_probs_of(self.model.route(self.model.features(x), nodes=nodes)).exp().cpu()
+
+        with evaluating(self.model):
+            return torch.cat(self.world.map(probs, rows.split(self.batch_size)))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> bytes:
+    # An optimiser may write weights without a trace in their version counter, so the bytes themselves are compared.
+    found = hashlib.blake2b(digest_size=16)
+    add_tensors(found.update, tensors)
+    return found.digest()
