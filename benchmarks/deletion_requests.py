@@ -45,8 +45,8 @@ class Data:
     def __init__(self, name: str, key_width: int) -> None:
         data = load_dataset(name)
         assert data.train_labels is not None and data.test_labels is not None
-        self.name, self.images, self.labels = data.name, data.train_images, data.train_labels
-        self.test_images, self.test_labels = data.test_images, data.test_labels
+        self.name, self.images, self.labels = data.name, data.train_images[:], data.train_labels
+        self.test_images, self.test_labels = data.test_images[:], data.test_labels
         self.shape, self.classes = tuple(self.images.shape[1:]), 1 + int(data.train_labels.max())
         self.encoder = Projection.random(self.shape, key_width)
         self.keys = torch.cat([F.normalize(self.encoder.keys(x), dim=1) for x in self.images.split(1000)])

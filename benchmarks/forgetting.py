@@ -51,7 +51,7 @@ class Task:
         assert data.train_labels is not None and data.test_labels is not None
         rows = slice(0, len(data.train_images) - args.holdout)
         self.name, self.images, self.labels = data.name, data.train_images[rows], data.train_labels[rows]
-        self.test_images, self.test_labels = data.test_images, data.test_labels
+        self.test_images, self.test_labels = data.test_images[:], data.test_labels
         if args.holdout:
             self.test_images, self.test_labels = data.train_images[rows.stop :], data.train_labels[rows.stop :]
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(7))

@@ -39,7 +39,7 @@ def learn_on(path: Path, new_classes: int, balance: float, seed: int) -> dict[st
     """Accuracies by number of examples, one for each new class."""
     data = load_dataset(path)
     assert data.train_labels is not None and data.test_labels is not None
-    x, y, test, labels = data.train_images, data.train_labels, data.test_images, data.test_labels
+    x, y, test, labels = data.train_images[:], data.train_labels, data.test_images[:], data.test_labels
     classes, generator = 1 + int(torch.cat([y, labels]).max()), torch.Generator().manual_seed(seed)
     new = torch.randperm(classes, generator=generator)[:new_classes]
     ids = torch.randperm(len(x), generator=generator)

@@ -104,8 +104,8 @@ def compare(path: Path, seed: int, *, table: bool) -> dict[str, Any]:
     path = Path(str(path).format(seed=seed))
     data = load_dataset(path)
     assert data.train_labels is not None and data.test_labels is not None
-    x, y = data.train_images.flatten(1), data.train_labels
-    test, labels = data.test_images.flatten(1), data.test_labels
+    x, y = data.train_images[:].flatten(1), data.train_labels
+    test, labels = data.test_images[:].flatten(1), data.test_labels
     classes = 1 + int(torch.cat([y, labels]).max())
     ids = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     half, held, fitted = ids[: len(ids) // 2], ids[: len(ids) // 5], ids[len(ids) // 5 :]

@@ -96,7 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     data = load_dataset(args.data)
-    images = data.train_images[-args.holdout :] if args.holdout else data.test_images
+    images = data.train_images[-args.holdout :] if args.holdout else data.test_images[:]
     model, classifier = DiffuseTreeVAE.load(args.model).eval(), FeatureClassifier.load(args.classifier).eval()
     model.ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     with torch.no_grad():

@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    images = load_dataset(args.data).train_images
+    images = load_dataset(args.data).train_images[:]
     if args.row:
         print(json.dumps(row(args.row[0], int(args.row[1]), args.trees, images, args.rounds)))
         return

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from treediff import TreeGrowth, TreeVAE
-from treediff.data import ImageDataset, load_dataset
+from treediff.data import ImageDataset, Rows, load_dataset
 from treediff.metrics import cluster_accuracy, dendrogram_purity, leaf_purity
 
 Splits = tuple[Tensor, Tensor]
@@ -63,7 +63,7 @@ def bbc_news(words: int) -> tuple[ImageDataset, Splits]:
     ]
     held = [(split > 0).float() for split in tfidf]
     y = [torch.from_numpy(split) for split in labels]
-    return ImageDataset("bbc-news", held[0], y[0], held[1], y[1], tuple(names)), (tfidf[0], tfidf[1])
+    return ImageDataset("bbc-news", Rows(held[0]), y[0], Rows(held[1]), y[1], tuple(names)), (tfidf[0], tfidf[1])
 
 
 def drop(x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -177,7 +177,7 @@ def main() -> None:
         data, plain["ward, tf-idf"] = bbc_news(args.words)
     else:
         data = load_dataset(args.data)
-    x, labels = (data.train_images.flatten(1), data.test_images.flatten(1)), data.test_labels
+    x, labels = (data.train_images[:].flatten(1), data.test_images[:].flatten(1)), data.test_labels
     if labels is None:
         raise ValueError(f"{args.data}: expected test_labels to score against, found none")
     if args.likelihood != "bernoulli":

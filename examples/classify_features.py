@@ -185,7 +185,7 @@ def main() -> None:
     data = load_dataset(args.data)
     if data.train_labels is None or data.test_labels is None:
         raise SystemExit(f"{args.data}: a classifier needs labels for training and test, found none")
-    x, test = data.train_images.flatten(1), data.test_images.flatten(1)
+    x, test = data.train_images[:].flatten(1), data.test_images[:].flatten(1)
     y, classes = data.train_labels, 1 + int(torch.cat([data.train_labels, data.test_labels]).max())
     ids = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed))
     fixed = named_permanent(args.data)

@@ -130,7 +130,7 @@ def main() -> None:
     data, model = load_dataset(args.data, size=args.size), DiffuseTreeVAE.load(args.model).eval()
     model.ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     classifier = FeatureClassifier.load(args.classifier).eval()
-    real = data.train_images[-args.holdout :] if args.holdout else data.test_images
+    real = data.train_images[-args.holdout :] if args.holdout else data.test_images[:]
     other = data.train_images[: len(real)]
     start = time.perf_counter()
     with torch.no_grad():

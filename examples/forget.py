@@ -48,7 +48,7 @@ def twins(model: KeyMemoryTransformer, ids: list[int], threshold: float) -> dict
 def measure(model: KeyMemoryTransformer, data: ImageDataset, groups: dict[str, torch.Tensor]) -> dict[str, object]:
     """Accuracies on the test set and on some training images."""
     assert data.train_labels is not None and data.test_labels is not None
-    found: dict[str, object] = {"test": asdict(pathway_accuracies(model, data.test_images, data.test_labels))}
+    found: dict[str, object] = {"test": asdict(pathway_accuracies(model, data.test_images[:], data.test_labels))}
     for name, ids in groups.items():
         found[name] = asdict(pathway_accuracies(model, data.train_images[ids], data.train_labels[ids]))
     return found

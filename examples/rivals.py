@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--patch", type=int, default=2)
     args = parser.parse_args()
     data = load_dataset(args.data, size=args.size)
-    images, labels = data.train_images, data.train_labels
+    images, labels = data.train_images[:], data.train_labels
     if labels is None or data.test_labels is None:
         raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")
     shape, classes = tuple(images.shape[1:]), 1 + int(labels.max())
@@ -297,7 +297,7 @@ def main() -> None:
         with torch.no_grad():
             right = [
                 (model(x).argmax(1) == y).float().mean().item()
-                for x, y in ((data.test_images, data.test_labels), (images[gone], labels[gone]))
+                for x, y in ((data.test_images[:], data.test_labels), (images[gone], labels[gone]))
             ]
         found[type(model).__name__] = {"test": right[0], "forgotten": right[1]}
     print(json.dumps({"data": data.name, "accuracy": found}))

@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=3)
     args = parser.parse_args()
     data = load_dataset(args.data, size=args.size)
-    images, labels = data.train_images, data.train_labels
+    images, labels = data.train_images[:], data.train_labels
     if labels is None or data.test_labels is None:
         raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")
 
@@ -110,7 +110,7 @@ def main() -> None:
 
     def accuracy() -> float:
         with torch.no_grad():
-            return (model(data.test_images).argmax(1) == data.test_labels).float().mean().item()
+            return (model(data.test_images[:]).argmax(1) == data.test_labels).float().mean().item()
 
     model = SISA(make, train, torch.arange(len(images)), shards=args.shards)
     found: list[dict] = [{"test": accuracy()}]

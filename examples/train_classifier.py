@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from treediff.augment import Augment
 from treediff.core.cpu import has_fast
-from treediff.data import load_dataset
+from treediff.data import Rows, load_dataset
 from treediff.metrics import FeatureClassifier
 
 
-def train(model: FeatureClassifier, images: Tensor, labels: Tensor, args: argparse.Namespace) -> None:
+def train(model: FeatureClassifier, images: Rows, labels: Tensor, args: argparse.Namespace) -> None:
     """A plain PyTorch loop."""
     steps = args.epochs * -(-len(images) // args.batch_size)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=True)
@@ -71,12 +71,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     data = load_dataset(args.data, size=args.size)
-    images, labels, test_images, test_labels = data.train_images, data.train_labels, data.test_images, data.test_labels
+    images, labels = data.train_images, data.train_labels
+    test_images, test_labels = data.test_images, data.test_labels
     if labels is None or test_labels is None:
         raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")
     if args.holdout:
-        test_images, test_labels = images[-args.holdout :], labels[-args.holdout :]
-        images, labels = images[: -args.holdout], labels[: -args.holdout]
+        test_images, test_labels = images.select(slice(-args.holdout, None)), labels[-args.holdout :]
+        images, labels = images.select(slice(-args.holdout)), labels[: -args.holdout]
     args.epochs = args.epochs or (2 if args.quick else 10 * max(1, min(10, 15_000 // len(images))))
 
     channels, height, width = images.shape[1:]

@@ -28,13 +28,13 @@ from treediff.core.checkpoint import read_checkpoint, save_checkpoint
 from treediff.core.cpu import has_fast
 from treediff.core.distributed import World, data_parallel, start
 from treediff.core.noise import combine_seeds
-from treediff.data import ImageDataset, load_dataset
+from treediff.data import ImageDataset, Rows, load_dataset
 from treediff.pictures import draw_tree, summarize_tree, write_html
 from treediff.pipeline.conditions import condition_of, condition_of_sample
 from treediff.treevae.prior import TreeSample
 
 
-def train(model: DiffuseTreeVAE, images: Tensor, args: argparse.Namespace, world: World) -> EMA:
+def train(model: DiffuseTreeVAE, images: Rows, args: argparse.Namespace, world: World) -> EMA:
     """A plain PyTorch loop over the second stage, with a checkpoint between two epochs; the first stage is frozen."""
     ddpm, steps, path = model.ddpm, -(-len(images) // args.batch_size), args.out / "checkpoint.safetensors"
     optimizer = torch.optim.Adam(ddpm.parameters(), lr=args.learning_rate, fused=True)
@@ -161,7 +161,7 @@ def main() -> None:
         raise SystemExit(f"there is no tree at {args.tree}; grow one with examples/train_treevae.py, or pass --tree")
 
     data = load_dataset(args.data, size=args.size)
-    images = data.train_images[: len(data.train_images) - args.holdout]
+    images = data.train_images.select(slice(len(data.train_images) - args.holdout))
     args.epochs = args.epochs or (1 if args.quick else max(1, 120_000 // len(images)))
     model = build(TreeVAE.load(args.tree).eval(), args)
     start_time = time.perf_counter()

@@ -196,7 +196,7 @@ def main() -> None:
         raise SystemExit("--resume needs a run on one process, whose memory is in one place; leave out torchrun")
 
     data = load_dataset(args.data, size=args.size)
-    images, labels = data.train_images, data.train_labels
+    images, labels = data.train_images[:], data.train_labels
     if labels is None or data.test_labels is None:
         raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")
     args.epochs = args.epochs or (1 if args.quick else max(1, 90_000 // len(images)))
@@ -258,7 +258,7 @@ def main() -> None:
     seconds = time.perf_counter() - start_time
     model.save(args.out / ("model.safetensors" if world.size == 1 else "model"))
     WipedCheckpoints().remove(str(checkpoint))
-    found = {"test": asdict(pathway_accuracies(model, data.test_images, data.test_labels))}
+    found = {"test": asdict(pathway_accuracies(model, data.test_images[:], data.test_labels))}
     for name, own in (("remembered", ids), ("left out", left_out)):
         found[name] = asdict(pathway_accuracies(model, images[own], labels[own])) if len(own) else {}
     if not world.first:

@@ -29,7 +29,7 @@ from treediff.augment import Augment, cifar_augment
 from treediff.core.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from treediff.core.distributed import World, data_parallel, start
 from treediff.core.noise import combine_seeds
-from treediff.data import ImageDataset, load_dataset
+from treediff.data import ImageDataset, Rows, load_dataset
 from treediff.metrics import (
     cluster_accuracy,
     dendrogram_purity,
@@ -42,7 +42,7 @@ from treediff.pictures import draw_tree, summarize_tree, write_html
 
 def train(
     stage: Stage,
-    images: Tensor,
+    images: Rows,
     args: argparse.Namespace,
     augment: Augment,
     contrast: TreeContrast | None,
@@ -88,7 +88,7 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: TreeVAE, images: Tensor, labels: Tensor | None, seed: int) -> dict[str, float]:
+def evaluate(model: TreeVAE, images: Rows, labels: Tensor | None, seed: int) -> dict[str, float]:
     """Bounds, and clustering against labels if there are any, on images that the model was not trained on."""
     generator = torch.Generator().manual_seed(seed)
     probs = torch.cat([model.leaf_log_probs(x).exp() for x in images.split(1000)])
@@ -130,9 +130,9 @@ def hold_out(data: ImageDataset, rows: int) -> ImageDataset:
     labels = data.train_labels
     return dataclasses.replace(
         data,
-        train_images=data.train_images[:-rows],
+        train_images=data.train_images.select(slice(-rows)),
         train_labels=None if labels is None else labels[:-rows],
-        test_images=data.train_images[-rows:],
+        test_images=data.train_images.select(slice(-rows, None)),
         test_labels=None if labels is None else labels[-rows:],
     )
 

@@ -43,13 +43,13 @@ class Task:
         if data.train_labels is None or data.test_labels is None:
             raise SystemExit(f"{args.data}: a classifier needs labels for the training and the test images, found none")
         self.name, self.kind = data.name, args.forget
-        images, self.shape = data.train_images, tuple(data.train_images.shape[1:])
+        images, test_images, self.shape = data.train_images[:], data.test_images[:], tuple(data.train_images.shape[1:])
         self.encoder = encoder_of(args, self.shape) if len(self.shape) > 1 else Identity(self.shape[0])
-        keys, queries = self._keys(args, images, data.test_images)
+        keys, queries = self._keys(args, images, test_images)
         end = len(images) - holdout
         self.images, self.labels, self.keys = images[:end], data.train_labels[:end], keys[:end]
         self.permanent = named_permanent(args.data)  # an encoder was fitted to these rows, which cannot be forgotten
-        self.test: tuple[Tensor, ...] = (data.test_images, data.test_labels, queries)
+        self.test: tuple[Tensor, ...] = (test_images, data.test_labels, queries)
         if holdout:
             self.test = (images[end:], data.train_labels[end:], keys[end:])
         self.classes = 1 + int(torch.cat([self.labels, self.test[1]]).max())

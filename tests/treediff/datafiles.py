@@ -66,7 +66,7 @@ def from_torch(images: torch.Tensor) -> npt.NDArray[Any]:
 
 def assert_equal_data(found: ImageDataset, arrays: Arrays) -> None:
     for part in ("train", "test"):
-        images, labels = getattr(found, f"{part}_images"), getattr(found, f"{part}_labels")
+        images, labels = getattr(found, f"{part}_images")[:], getattr(found, f"{part}_labels")
         pixels = arrays[f"{part}_images"]
         assert images.dtype == torch.float32 and labels.dtype == torch.int64
         assert images.is_contiguous()

@@ -5,6 +5,7 @@ Letters: `n` rows, `B` rows of a batch, `C H W` image, `D` width of a vector.
 
 from __future__ import annotations
 
+import copy
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self, cast
@@ -71,6 +72,7 @@ class Rows(Dataset[Tensor]):
         if not len(data):
             raise ValueError("expected at least one row, found none")
         self.data, self.column, self.dtype = data, column, dtype
+        self._picked: Tensor | None = None
         self._read = 0
         self.shape = torch.Size((len(data), *self[0].shape))
 
@@ -79,8 +81,19 @@ class Rows(Dataset[Tensor]):
         """Return the data as rows; rows of this dtype stay."""
         return data if isinstance(data, cls) and data.dtype == dtype else cls(data, dtype=dtype)
 
+    def select(self, index: slice | Sequence[int] | Tensor) -> Rows:
+        """Return some of the rows, in this order, without reading any."""
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index)
+        chosen = copy.copy(self)
+        chosen._picked = (torch.arange(len(self)) if self._picked is None else self._picked)[index]
+        chosen.shape = torch.Size((len(chosen._picked), *self.shape[1:]))
+        if not len(chosen._picked):
+            raise ValueError("expected at least one row, found none")
+        return chosen
+
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.data) if self._picked is None else len(self._picked)
 
     def __repr__(self) -> str:
         return f"Rows({type(self.data).__name__}, shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -107,20 +120,23 @@ class Rows(Dataset[Tensor]):
 
     def _batch(self, index: slice | Sequence[int] | Tensor) -> Tensor:
         """Return rows as they are stored, `(B, ...)`, channels first."""
+        if self._picked is not None:
+            index = self._picked[index]
         if isinstance(self.data, Tensor):
             return self.data[index]
         if isinstance(self.data, Rows):
             return self.data[index]
         if isinstance(self.data, np.ndarray):
             found = self.data[index.cpu().numpy() if isinstance(index, Tensor) else index]
-            rows = torch.from_numpy(np.array(found))  # a copy: the file may change, or its pages go
+            # A copy, as the file may change, in the byte order of this machine.
+            rows = torch.from_numpy(np.array(found, dtype=found.dtype.newbyteorder("=")))
             self._give_back(found.nbytes)
             return _channels_first(rows)
         return self._items(index)
 
     def _items(self, index: slice | Sequence[int] | Tensor) -> Tensor:
         if isinstance(index, slice):
-            numbers = list(range(*index.indices(len(self))))
+            numbers = list(range(*index.indices(len(self.data))))
         else:
             picked = torch.as_tensor(index)
             numbers = (picked.nonzero().squeeze(1) if picked.dtype == torch.bool else picked).tolist()
@@ -141,7 +157,7 @@ class Rows(Dataset[Tensor]):
                     f"{self.column!r}"
                 )
             item = item[self.column]
-        elif isinstance(item, tuple | list):
+        elif isinstance(item, tuple):
             item = item[0 if self.column is None else cast(int, self.column)]
         if isinstance(item, Tensor):
             return item
@@ -157,7 +173,7 @@ class Rows(Dataset[Tensor]):
                 f"expected floating-point rows, or images of 8 or 16 bits, found {batch.dtype} of shape "
                 f"{tuple(batch.shape[1:])}; convert them with {float_advice(batch.dtype)}"
             )
-        rows = batch.to(self.dtype)
+        rows = batch.to(self.dtype, memory_format=torch.contiguous_format)
         return rows if white == 1 else rows.div_(white)
 
     def _give_back(self, read: int) -> None:

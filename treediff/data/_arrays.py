@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from treediff.core.rows import Rows
 from treediff.data.dataset import ImageDataset
 
 Array: TypeAlias = npt.NDArray[Any]
-Split: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+Split: TypeAlias = tuple[Rows, torch.Tensor | None]
 
 
 #: The greatest pixel of each dtype whose value of white is known.
@@ -20,8 +21,8 @@ _GREATEST = {"bool": 1, "uint8": 255, "uint16": 65535}
 _RESCALE = "images / 255 for pixels from 0 to 255, (images + 1) / 2 for those from -1 to 1"
 
 
-def to_images(array: Array, where: object) -> torch.Tensor:
-    """Return pixels with channels last, or float features, as float32 with channels first.
+def to_images(array: Array, where: object) -> Rows:
+    """Return pixels with channels last, or float features, as rows; floating-point numbers are checked.
 
     The range of bool, uint8 and uint16 is known; the range of other integers is not, so such pixels are refused.
     """
@@ -42,18 +43,18 @@ def to_images(array: Array, where: object) -> torch.Tensor:
     most = _GREATEST.get(array.dtype.name) if is_image else None
     if array.dtype.kind != "f" and most is None:
         raise ValueError(f"{where}: {_refusal(array, is_image)}")
+    if most is not None:
+        return Rows(array)
     if is_image:
         array = np.moveaxis(array.reshape(*array.shape[:3], -1), 3, 1)
     # A float64 beyond float32 becomes infinite, and is reported below.
     with np.errstate(over="ignore"):
         values = array.astype(np.float32, order="C")
-    if most is not None:
-        values /= most
-    elif not np.isfinite(values).all() or (is_image and (values.min() < 0 or values.max() > 1)):
+    if not np.isfinite(values).all() or (is_image and (values.min() < 0 or values.max() > 1)):
         limits = "pixels in [0, 1] (or bool, uint8, uint16)" if is_image else "finite features"
         advice = f"rescale them: {_RESCALE}" if is_image else "leave out or fill in such rows"
         raise ValueError(f"{where}: expected {limits}, found {array.min():.4g} to {array.max():.4g}; {advice}")
-    return torch.from_numpy(values)
+    return Rows(torch.from_numpy(values))
 
 
 def _refusal(array: Array, is_image: bool) -> str:

@@ -45,8 +45,14 @@ def _read_digits() -> ImageDataset:
     steps = range(1, 2 * _DIGITS_TEST_ROWS, 2)
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     is_test[[order[step * len(labels) // (2 * _DIGITS_TEST_ROWS)] for step in steps]] = True
-    train, test = (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test])
+    train, test = (
+        (images.select(rows), labels[rows]) for rows in ((~is_test).nonzero()[:, 0], is_test.nonzero()[:, 0])
+    )
     return to_dataset("digits", "digits", train, test, _DIGIT_NAMES)
+
+
+def _true(mask: torch.Tensor) -> torch.Tensor:
+    return mask.nonzero().squeeze(1)
 
 
 def _read_mnist(name: str) -> ImageDataset:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from treediff.core.rows import Rows
+
 __all__ = ["ImageDataset"]
 
 
@@ -13,14 +15,15 @@ __all__ = ["ImageDataset"]
 class ImageDataset:
     """Data set with a training and a test split.
 
-    Images are float32 in [0, 1], `(n, C, H, W)`; a table of features is float32 `(n, F)`, as stored. Labels
-    are int64 `(n,)` counting from 0, or None where the source has none; `class_names[label]` names a class.
+    Images are `Rows`: indexed, `train_images[:64]`, they are float32 in [0, 1], `(B, C, H, W)`, and `train_images[:]`
+    is all of them. Until then pixels stay as they were stored. Features of a table are float32 `(n, F)`, as stored.
+    Labels are int64 `(n,)` counting from 0, or None where the source has none; `class_names[label]` names a class.
     """
 
     name: str
-    train_images: torch.Tensor
+    train_images: Rows
     train_labels: torch.Tensor | None
-    test_images: torch.Tensor
+    test_images: Rows
     test_labels: torch.Tensor | None
     class_names: tuple[str, ...] | None
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from treediff.core.modes import evaluating
+from treediff.core.rows import Indexable, Rows
 from treediff.layers.router import fit_router
 from treediff.treevae.model import TreeVAE
 
@@ -17,6 +18,8 @@ __all__ = ["Augmentation", "cut_router", "nearest_neighbours", "normalized_cut"]
 
 # A tile of distances stays in a core's cache while it is computed, reduced over views and searched.
 _COLUMNS, _TILE = 4096, 128 * 9 * 4096
+# Principal components to compare, and rows that they are found from.
+_COMPONENTS, _SAMPLE = 48, 4096
 
 
 class Augmentation(Protocol):
@@ -31,7 +34,7 @@ class Augmentation(Protocol):
 def cut_router(
     model: TreeVAE,
     node: int,
-    x: Tensor,
+    x: Indexable,
     *,
     on: str = "inputs",
     augment: Augmentation | None = None,
@@ -47,7 +50,8 @@ def cut_router(
     Args:
         model: the model.
         node: a node with two children.
-        x: `(n, *model.inputs)`, rows that belong to the node.
+        x: rows that belong to the node, anything that `Rows` takes; in random order, as the principal components that
+            a cut compares are those of the first 4,096. Read a batch at a time, once, and once more for each view.
         on: where the rows are cut, on the 'inputs' themselves or on the 'features' that the router reads.
         augment: changes that a cluster should not depend on; None for none.
         views: number of changed copies of each row that the cut compares, if there is `augment`.
@@ -62,21 +66,52 @@ def cut_router(
     if on not in ("inputs", "features"):
         raise ValueError(f"on must be 'inputs' or 'features', found {on!r}")
     router = model.banks.posterior_routers.module(node)
-    depth = model.topology.depth(node)
+    depth, rows = model.topology.depth(node), Rows.of(x, dtype=model.dtype)
 
-    def features(rows: Tensor) -> Tensor:
-        with evaluating(model):
-            return torch.cat([model.features(part)[depth] for part in rows.split(batch_size)])
+    def read(change: Augmentation | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield what is cut, and what the router reads, of changed rows."""
+        for part in rows.split(batch_size):
+            whole = part.to(model.device)
+            changed = whole if change is None else change(whole, generator=generator)
+            if change is not None and on == "inputs":
+                yield changed, None
+            else:
+                with evaluating(model):
+                    seen = model.features(changed)[depth]
+                yield (changed if on == "inputs" else seen), seen
 
-    def looks() -> Iterator[Tensor]:
-        for change in [augment] * views if augment is not None else []:
-            changed = torch.cat([change(part, generator=generator) for part in x.split(batch_size)])
-            yield changed if on == "inputs" else features(changed)
-
-    seen = features(x)
-    left = normalized_cut(x if on == "inputs" else seen, views=looks(), min_share=min_share)
-    fit_router(router, seen, left, generator=generator)
+    sample, size = [], 0
+    for points, _ in read():
+        sample.append(points)
+        size += len(points)
+        if size >= _SAMPLE:
+            break
+    project = _Projection.of(_flat(torch.cat(sample)[:_SAMPLE]), _COMPONENTS)
+    pairs = [(project(_flat(points)), seen) for points, seen in read()]
+    known = torch.cat([points for points, _ in pairs])
+    changes = [augment] * views if augment is not None else []
+    looks = (torch.cat([project(_flat(points)) for points, _ in read(change)]) for change in changes)
+    left = normalized_cut(known, views=looks, min_share=min_share)
+    fit_router(router, torch.cat([seen for _, seen in pairs if seen is not None]), left, generator=generator)
     model.banks.posterior_routers.assign(node, router)
+
+
+class _Projection(NamedTuple):
+    """Principal components of points: mean `(D,)`, and basis `(D, components)` or None if there are no more."""
+
+    mean: Tensor
+    basis: Tensor | None
+
+    @classmethod
+    def of(cls, flat: Tensor, components: int) -> _Projection:
+        """Find the components with the greatest variance of points `(n, D)`."""
+        mean = flat.mean(0)
+        return cls(mean, _principal(flat - mean, components))
+
+    def __call__(self, flat: Tensor) -> Tensor:
+        # Squared distances of points far from the origin would lose their digits.
+        centred = flat - self.mean
+        return centred if self.basis is None else centred @ self.basis
 
 
 class _Graph(NamedTuple):
@@ -98,7 +133,7 @@ def normalized_cut(
     views: Iterable[Tensor] = (),
     neighbours: int = 10,
     min_share: float = 0.05,
-    components: int = 48,
+    components: int = _COMPONENTS,
 ) -> Tensor:
     """Split points into two clusters by a normalised cut of the graph that joins each to its nearest neighbours.
 
@@ -143,19 +178,12 @@ def normalized_cut(
     if len(points) < 2:
         raise ValueError(f"two clusters need at least 2 points, found {len(points)}")
     flat = _flat(points)
-    # Squared distances of points far from the origin would lose their digits.
-    mean = flat.mean(0)
-    flat = flat - mean
-    basis = _principal(flat, components)
-
-    def project(centred: Tensor) -> Tensor:
-        return centred if basis is None else centred @ basis
-
+    project = _Projection.of(flat, components)
     known, looks = project(flat), []
     for view in views:
         if view.shape != points.shape:
             raise ValueError(f"views have the shape of the points, {tuple(points.shape)}; found {tuple(view.shape)}")
-        looks.append(project(_flat(view) - mean))
+        looks.append(project(_flat(view)))
     index = nearest_neighbours(known, min(neighbours, len(known) - 1), views=looks)
     return _bisect(_graph(index.cpu(), known.cpu().double()), min_share).to(points.device)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from treediff.core.checks import check_positive
 from treediff.core.distributed import ALONE, World
 from treediff.core.noise import combine_seeds
+from treediff.core.rows import Indexable, Rows
 from treediff.growth.annealing import KLAnnealing
 from treediff.growth.cut import Augmentation, cut_router
 from treediff.growth.policy import POLICIES, Policy, Survey, best_leaf
@@ -143,11 +144,12 @@ class TreeGrowth:
         if not isinstance(self.policy, str) and not callable(self.policy):
             raise TypeError(f"policy must be a name or a function, found {self.policy!r}")
 
-    def stages(self, data: Tensor, *, again: Tensor | None = None) -> Iterator[Stage]:
+    def stages(self, data: Indexable, *, again: Tensor | None = None) -> Iterator[Stage]:
         """Yield stages until the tree is complete; train each stage before requesting the next stage.
 
         Args:
-            data: all observations, `(n, *model.inputs)`.
+            data: all observations, `(n, *model.inputs)`: a tensor, or anything else that `Rows` takes, such as a memory
+                map of 8-bit images; read a batch at a time.
             again: the rows of the last stage that was handed out, to yield this stage once more before any other
                 stage. The stage was interrupted, and the model is in the state of the interruption.
 
@@ -156,15 +158,13 @@ class TreeGrowth:
             ValueError: if there are no rows, the data are not what the model takes, or a custom policy does not give a
                 score to each leaf. With `again`, if no stage was handed out or `again` cannot be the rows of a stage.
         """
-        self.model.check(data)
-        if not len(data):
-            raise ValueError("a tree grows on data: expected at least one row, found none")
+        rows = self.model.rows(data)
         # Parameters that are frozen here stay frozen: the caller wants them so.
         self._frozen = frozenset(name for name, weight in self.model.named_parameters() if not weight.requires_grad)
         try:
             if again is not None:
-                yield self._again(again, len(data))
-            while (stage := self._next(data)) is not None:
+                yield self._again(again, len(rows))
+            while (stage := self._next(rows)) is not None:
                 # Listed before it trains, so that a state saved at the end of the loop's body counts the stage as done.
                 record = {"kind": stage.kind, "split": stage.split, "epochs": stage.epochs, "above": stage.above}
                 self.history.append(record)
@@ -188,7 +188,7 @@ class TreeGrowth:
         self.history.append(last)
         return stage
 
-    def _next(self, data: Tensor) -> Stage | None:
+    def _next(self, data: Rows) -> Stage | None:
         everything = torch.arange(len(data))
         if not self.history:
             for node in self.model.topology.routed:
@@ -214,7 +214,7 @@ class TreeGrowth:
         self._cut(leaf, data, certain)
         return self._subtree_stage("settle", data, leaf, self._membership(probs))
 
-    def _subtree_stage(self, kind: str, data: Tensor, split: int, above: float) -> Stage:
+    def _subtree_stage(self, kind: str, data: Rows, split: int, above: float) -> Stage:
         """Build a stage on the rows that reach a node with a probability of at least `above`."""
         rows = (self._probs.reach(data, split) >= above).nonzero().squeeze(1)
         return self._stage(kind, rows, split=split, above=above)
@@ -246,7 +246,7 @@ class TreeGrowth:
         """Count the rows that prefer each leaf to all others."""
         return probs.argmax(1).bincount(minlength=probs.shape[1])
 
-    def _leaf_to_split(self, data: Tensor, probs: Tensor) -> int | None:
+    def _leaf_to_split(self, data: Rows, probs: Tensor) -> int | None:
         """Return the leaf with the best score among leaves with enough rows and room below, or None."""
         tree, deepest = self.model.topology, len(self.model.bottom_up)
         policy = POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
@@ -256,7 +256,7 @@ class TreeGrowth:
         statistics = survey.statistics(data, probs, self.members(probs), losses=losses)
         return best_leaf(policy, statistics, tree.leaves, room & (statistics.rows >= self.min_rows))
 
-    def _cut(self, node: int, data: Tensor, rows: Tensor) -> None:
+    def _cut(self, node: int, data: Rows, rows: Tensor) -> None:
         """Start a new posterior router as a cut where its rows are sparse, so that both children get rows."""
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, len(self.history), -3))
         picked = rows[torch.randperm(len(rows), generator=generator)[: self.cut_rows]]
@@ -264,7 +264,7 @@ class TreeGrowth:
             cut_router(
                 self.model,
                 node,
-                data[picked],
+                data.select(picked),
                 on=self.cut_on,
                 augment=self.augment,
                 views=self.views,
@@ -274,7 +274,7 @@ class TreeGrowth:
             )
         self.world.follow_first(self.model)
 
-    def _prune(self, data: Tensor, probs: Tensor) -> None:
+    def _prune(self, data: Rows, probs: Tensor) -> None:
         """Remove, one by one, the leaf that the fewest rows prefer, while their share is below `min_share`."""
         while len(self.model.topology.leaves) > 1:
             counts = self._preferring(probs)

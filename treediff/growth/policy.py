@@ -12,6 +12,7 @@ from torch import Tensor
 from treediff.core.distributed import ALONE, World
 from treediff.core.modes import evaluating
 from treediff.core.noise import combine_seeds
+from treediff.core.rows import Rows
 from treediff.treevae.model import TreeVAE
 
 __all__ = ["POLICIES", "LeafStatistics", "Policy", "Survey", "best_leaf"]
@@ -85,7 +86,7 @@ class Survey:
 
     Examples:
         >>> model = TreeVAE.for_vectors(features=4, generator=torch.Generator().manual_seed(0))
-        >>> Survey(model, batch_size=8).negative_elbo(torch.rand(20, 4)).shape
+        >>> Survey(model, batch_size=8).negative_elbo(Rows(torch.rand(20, 4))).shape
         torch.Size([20])
     """
 
@@ -95,18 +96,19 @@ class Survey:
     world: World = ALONE
 
     @torch.no_grad()
-    def negative_elbo(self, data: Tensor) -> Tensor:
+    def negative_elbo(self, data: Rows) -> Tensor:
         """Return one draw of every row's negative bound in nats, `(n,)`, on the CPU."""
 
         def negative(rows: Tensor) -> Tensor:
             seed = combine_seeds(*self.seeds, int(rows[0]))
-            elbo = self.model.elbo(data[rows], generator=torch.Generator(data.device).manual_seed(seed)).elbo
+            x = data[rows].to(self.model.device)
+            elbo = self.model.elbo(x, generator=torch.Generator(x.device).manual_seed(seed)).elbo
             return -elbo.cpu()
 
         with evaluating(self.model):
             return torch.cat(self.world.map(negative, torch.arange(len(data)).split(self.batch_size)))
 
-    def statistics(self, data: Tensor, probs: Tensor, members: Tensor, *, losses: bool = True) -> LeafStatistics:
+    def statistics(self, data: Rows, probs: Tensor, members: Tensor, *, losses: bool = True) -> LeafStatistics:
         """Return the statistics for a policy.
 
         Args:

@@ -11,6 +11,7 @@ from torch import Tensor
 from treediff.core.distributed import ALONE, World
 from treediff.core.io import add_tensors
 from treediff.core.modes import evaluating
+from treediff.core.rows import Rows
 from treediff.tree.topology import TreeTopology
 from treediff.treevae.model import TreeVAE
 from treediff.treevae.posterior import leaf_log_probs_of
@@ -35,7 +36,7 @@ class LeafProbabilities:
 
     Examples:
         >>> model = TreeVAE.for_vectors(features=4, generator=torch.Generator().manual_seed(0))
-        >>> probs, data = LeafProbabilities(model), torch.rand(20, 4)
+        >>> probs, data = LeafProbabilities(model), Rows(torch.rand(20, 4))
         >>> probs(data).shape, model.split(0), probs(data).shape
         (torch.Size([20, 1]), (1, 2), torch.Size([20, 2]))
     """
@@ -46,7 +47,7 @@ class LeafProbabilities:
         self._data: object = None
         self._shared, self._routers = b"", dict[int, bytes]()
 
-    def __call__(self, data: Tensor) -> Tensor:
+    def __call__(self, data: Rows) -> Tensor:
         """Return the probabilities `(n, K)`, on the CPU, in the order of the topology's leaves."""
         tree, shared, routers = self.model.topology, *self._digests()
         if not self._follows(data, tree, shared, routers):
@@ -58,7 +59,7 @@ class LeafProbabilities:
         self._data, self._tree, self._shared, self._routers = data, tree, shared, routers
         return torch.stack([self._columns[leaf] for leaf in tree.leaves], 1)
 
-    def reach(self, data: Tensor, node: int) -> Tensor:
+    def reach(self, data: Rows, node: int) -> Tensor:
         """Return `P(node | x)` of every row, `(n,)`; raise KeyError if there is no such node."""
         tree = self.model.topology
         below = [tree.leaves.index(leaf) for leaf in tree.leaves_under(node)]
@@ -71,14 +72,14 @@ class LeafProbabilities:
         return _digest(shared), {node: _digest({"": bank.weights_of(node)}) for node in model.topology.routed}
 
     def _follows(self, data: object, tree: TreeTopology, shared: bytes, routers: dict[int, bytes]) -> bool:
-        """Whether nothing has changed since the last call but that leaves were split."""
+        """Return whether nothing has changed since the last call but that leaves were split."""
         if data is not self._data or shared != self._shared or not self._columns:
             return False
         if any(routers.get(node) != digest for node, digest in self._routers.items()):
             return False
         return all(leaf in tree and len(tree.children(leaf)) != 1 for leaf in self._tree.leaves)
 
-    def _split(self, data: Tensor, leaf: int) -> None:
+    def _split(self, data: Rows, leaf: int) -> None:
         """Replace the column of a leaf that was split by the columns of the leaves below."""
         tree, whole = self.model.topology, self._columns.pop(leaf)
         below, some = tree.leaves_under(leaf), (whole >= _FAINT).nonzero().squeeze(1)
@@ -89,11 +90,11 @@ class LeafProbabilities:
         self._columns |= dict(zip(below, table.unbind(1), strict=True))
 
     @torch.no_grad()
-    def _of(self, data: Tensor, rows: Tensor, nodes: tuple[int, ...] | None = None) -> Tensor:
+    def _of(self, data: Rows, rows: Tensor, nodes: tuple[int, ...] | None = None) -> Tensor:
         """Return the probabilities `(B, K)` of the leaves among some nodes, for some rows."""
 
         def probs(picked: Tensor) -> Tensor:
-            x = data[picked]
+            x = data[picked].to(self.model.device)
             self.model.check(x)
             return leaf_log_probs_of(self.model.route(self.model.features(x), nodes=nodes)).exp().cpu()
 

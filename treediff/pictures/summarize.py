@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from treediff.core.checks import float_advice
 from treediff.core.modes import evaluating
+from treediff.core.rows import Indexable, Rows
 from treediff.pictures.layout import spans
 from treediff.pictures.samples import Refine, as_images, draw_samples
 from treediff.pictures.summary import Ints, NodeSummary, TreeSummary
@@ -28,7 +28,7 @@ Labels: TypeAlias = Tensor | npt.NDArray[np.integer[Any]] | Sequence[int]
 @torch.no_grad()
 def summarize_tree(
     model: TreeVAE,
-    images: Tensor,
+    images: Indexable,
     labels: Labels | None = None,
     *,
     class_names: Sequence[str] | None = None,
@@ -54,7 +54,8 @@ def summarize_tree(
 
     Args:
         model: a model of images; it is evaluated in eval mode, and its mode is restored.
-        images: `(n, C, H, W)` in [0, 1], `C` 1 or 3.
+        images: `(n, C, H, W)`, `C` 1 or 3: a tensor in [0, 1], or anything else that `Rows` takes, read a batch at a
+            time.
         labels: `(n,)` class of each image, counting from 0, for histograms; the model does not use labels.
         class_names: a name for each class; 'class 0' and so on by default.
         samples: images to draw through each node, `S`, at least 1.
@@ -71,7 +72,7 @@ def summarize_tree(
         the summary of every node; equal arguments give equal summaries.
 
     Raises:
-        TypeError: if the images, or the images of `refine`, are not a float tensor, or labels are not integers.
+        TypeError: if the images are no rows of numbers, those of `refine` no float tensor, or labels no integers.
         ValueError: if the model does not make images, shapes, values or labels do not fit, a number is too small, or
             the model's probabilities are not finite.
 
@@ -84,11 +85,12 @@ def summarize_tree(
         ((4, 1, 8, 8), array([10, 10]))
     """
     least_one = {"samples": samples, "max_rows": max_rows, "batch_size": batch_size}
-    _check(model, images, least_one, members)
-    targets, names = _classes(labels, class_names, len(images))
+    _check(model, least_one, members)
+    rows = model.rows(Rows.of(images, dtype=model.dtype))
+    targets, names = _classes(labels, class_names, len(rows))
     with evaluating(model):
-        shares, leaf_of = _route(model, images, batch_size, progress)
-        typical = _typical_members(model, images, leaf_of, members, max_rows, batch_size)
+        shares, leaf_of = _route(model, rows, batch_size, progress)
+        typical = _typical_members(model, rows, leaf_of, members, max_rows, batch_size)
         drawn = draw_samples(model, samples, refine, generator)
     tree, column = model.topology, spans(model.topology)
     counts = np.bincount(leaf_of, minlength=len(tree.leaves))
@@ -97,7 +99,7 @@ def summarize_tree(
         from_left = sorted(tree.leaves_under(node), key=lambda leaf: column[leaf])
         below = [tree.leaves.index(leaf) for leaf in from_left]
         quotas = _in_proportion([int(counts[k]) for k in below], members)
-        rows = np.concatenate([typical[k][:quota] for k, quota in zip(below, quotas, strict=True)])
+        shown = np.concatenate([typical[k][:quota] for k, quota in zip(below, quotas, strict=True)])
         record = NodeSummary(
             id=node,
             parent=tree.parent(node),
@@ -105,27 +107,27 @@ def summarize_tree(
             share=float(shares[below].sum()),
             count=int(counts[below].sum()),
             samples=drawn[node][0],
-            members=as_images(images[torch.from_numpy(rows).to(images.device)]),
-            member_rows=rows,
-            member_labels=None if targets is None else targets[rows],
+            members=as_images(rows[torch.from_numpy(shown)]),
+            member_rows=shown,
+            member_labels=None if targets is None else targets[shown],
             class_counts=None if targets is None else _count(targets[np.isin(leaf_of, below)], len(names)),
             refined=drawn[node][1],
         )
         nodes.append(record)
-    return TreeSummary(tree, tuple(nodes), len(images), None if targets is None else names)
+    return TreeSummary(tree, tuple(nodes), len(rows), None if targets is None else names)
 
 
 # --- passes over the data -----------------------------------------------------------------------------------
 
 
 def _route(
-    model: TreeVAE, images: Tensor, batch_size: int, progress: Callable[[int, int], None] | None
+    model: TreeVAE, images: Rows, batch_size: int, progress: Callable[[int, int], None] | None
 ) -> tuple[npt.NDArray[np.float64], Ints]:
     """Return the mean probability of each leaf `(K,)`, and the rank of each row's most probable leaf `(n,)`."""
     total = torch.zeros(len(model.topology.leaves), dtype=torch.float64)
     best = []
     for start in range(0, len(images), batch_size):
-        log_probs = model.leaf_log_probs(_observations(model, images[start : start + batch_size]))
+        log_probs = model.leaf_log_probs(images[start : start + batch_size].to(model.device))
         total += log_probs.cpu().double().exp().sum(0)
         best.append(log_probs.argmax(1).cpu())
         if progress is not None:
@@ -139,7 +141,7 @@ def _route(
 
 
 def _typical_members(
-    model: TreeVAE, images: Tensor, leaf_of: Ints, members: int, max_rows: int, batch_size: int
+    model: TreeVAE, images: Rows, leaf_of: Ints, members: int, max_rows: int, batch_size: int
 ) -> list[Ints]:
     """Return for each leaf the rows closest to its mean latent, at most `members`."""
     leaves = model.topology.leaves
@@ -158,13 +160,13 @@ def _typical_members(
     return closest
 
 
-def _leaf_means(model: TreeVAE, images: Tensor, rows: Ints, leaf: Ints, batch_size: int) -> npt.NDArray[np.float64]:
+def _leaf_means(model: TreeVAE, images: Rows, rows: Ints, leaf: Ints, batch_size: int) -> npt.NDArray[np.float64]:
     """Return the posterior mean of each row's latent at a leaf, `(rows, D)`; only the path to that leaf is computed."""
     zero = torch.zeros((), dtype=model.dtype, device=model.device)
     parts = []
     for start in range(0, len(rows), batch_size):
         here = torch.from_numpy(rows[start : start + batch_size])
-        x = _observations(model, images[here.to(images.device)])
+        x = images[here].to(model.device)
         wanted = torch.from_numpy(leaf[start : start + batch_size]).to(model.device)
         noise = zero.expand(len(x), len(model.topology), *model.latent)
         posterior = model.posterior(x, leaf=wanted, noise=noise)
@@ -172,10 +174,6 @@ def _leaf_means(model: TreeVAE, images: Tensor, rows: Ints, leaf: Ints, batch_si
         means = posterior.mean[visits].cpu().double().flatten(1)
         parts.append(torch.empty_like(means).index_copy(0, posterior.visits.image[visits].cpu(), means))
     return torch.cat(parts).numpy()
-
-
-def _observations(model: TreeVAE, images: Tensor) -> Tensor:
-    return images.to(device=model.device, dtype=model.dtype)
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------
@@ -215,7 +213,7 @@ def _in_proportion(counts: Sequence[int], places: int) -> list[int]:
 # --- checks -------------------------------------------------------------------------------------------------
 
 
-def _check(model: TreeVAE, images: Tensor, least_one: dict[str, int], members: int) -> None:
+def _check(model: TreeVAE, least_one: dict[str, int], members: int) -> None:
     """Refuse arguments that cannot be summarized; the model checks the values and shapes of images."""
     for name, value in least_one.items():
         if value < 1:
@@ -227,16 +225,6 @@ def _check(model: TreeVAE, images: Tensor, least_one: dict[str, int], members: i
             f"pictures need a model of images, (1, height, width) or (3, height, width); this model reads "
             f"observations of shape {model.inputs}; for such data use model.cluster(x) and model.sample(n)"
         )
-    if not isinstance(images, Tensor):
-        found = type(images).__name__
-        raise TypeError(f"expected images as a float tensor in [0, 1], found {found}; torch.as_tensor(x) makes one")
-    if not images.is_floating_point():
-        advice = float_advice(images.dtype)
-        raise TypeError(
-            f"expected images as a float tensor in [0, 1], found {images.dtype}; convert them with {advice}"
-        )
-    if not len(images):
-        raise ValueError("expected at least one image, found none")
 
 
 def _classes(

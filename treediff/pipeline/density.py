@@ -27,6 +27,7 @@ from treediff.core.groups import Groups
 from treediff.core.io import described_by, dtype_name, dtype_named, require_config
 from treediff.core.modes import evaluating, lasting
 from treediff.core.noise import combine_seeds, counter_normal, counter_uniform, seed_from, widest
+from treediff.core.rows import Indexable, Rows
 from treediff.diffusion.condition import NodeIndex
 from treediff.layers.grouped.call import grouped_linear
 from treediff.pipeline.conditions import condition_of
@@ -129,7 +130,7 @@ class LeafDensity(nn.Module):
     def fit(
         cls,
         tree_vae: TreeVAE,
-        images: Tensor,
+        images: Indexable,
         *,
         components: int = 64,
         batch_size: int = 256,
@@ -144,7 +145,8 @@ class LeafDensity(nn.Module):
 
         Args:
             tree_vae: the trained TreeVAE.
-            images: `(N, *inputs)`, the images that the TreeVAE was trained on.
+            images: `(N, *inputs)`, the images that the TreeVAE was trained on: a tensor, or anything else that `Rows`
+                takes; read a batch at a time.
             components: greatest number of Gaussians for a leaf.
             batch_size: images in a batch; changes the result by rounding only.
             generator: gives the seed.
@@ -156,21 +158,21 @@ class LeafDensity(nn.Module):
                 too few for a Gaussian. Such a leaf is best pruned.
         """
         check_positive(components=components, batch_size=batch_size)
-        tree_vae.check(images)
+        rows = tree_vae.rows(images)
         with lasting():
             density = cls(tree_vae.topology, tree_vae.latent, components, device=tree_vae.device, dtype=torch.float32)
         seed = seed_from(generator)
-        node, z, weights = _paths_of(tree_vae, images, batch_size, seed)
+        node, z, weights = _paths_of(tree_vae, rows, batch_size, seed)
         density.shares.copy_(weights.cpu().double().mean(0))
         for k, leaf in enumerate(tree_vae.topology.leaves):
             numbers = len(tree_vae.topology.path(leaf)) * math.prod(tree_vae.latent)
-            rows = z[node == leaf, :numbers].cpu().double().numpy()
-            if len(rows) < 2:
+            latents = z[node == leaf, :numbers].cpu().double().numpy()
+            if len(latents) < 2:
                 raise ValueError(
-                    f"a Gaussian needs at least 2 images, found {len(rows)} of {len(images)} at leaf {leaf}; give more "
-                    f"images, or prune the leaf with tree_vae.prune({leaf})"
+                    f"a Gaussian needs at least 2 images, found {len(latents)} of {len(rows)} at leaf {leaf}; give "
+                    f"more images, or prune the leaf with tree_vae.prune({leaf})"
                 )
-            shares, means, factors = map(torch.from_numpy, _mixture(rows, components, combine_seeds(seed, leaf)))
+            shares, means, factors = map(torch.from_numpy, _mixture(latents, components, combine_seeds(seed, leaf)))
             density.weights[k, : len(shares)] = shares
             density.means[k, : len(shares), :numbers] = means
             density.factors[k, : len(shares), :numbers, :numbers] = factors
@@ -259,12 +261,14 @@ class LeafDensity(nn.Module):
             return cls(topology, tuple(sizes["latent"]), sizes["components"], dtype=dtype)
 
 
-def _paths_of(tree_vae: TreeVAE, images: Tensor, batch_size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _paths_of(tree_vae: TreeVAE, images: Rows, batch_size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return leaf ids `(N,)`, latents `(N, F)` and probabilities of the leaves `(N, K)` of all images."""
     parts = []
     for i, x in enumerate(images.split(batch_size)):
         generator = torch.Generator().manual_seed(seed)
-        found = condition_of(tree_vae, x, decode=False, first_index=i * batch_size, generator=generator)
+        found = condition_of(
+            tree_vae, x.to(tree_vae.device), decode=False, first_index=i * batch_size, generator=generator
+        )
         parts.append((found.node, cast(Tensor, found.z).flatten(1), cast(Tensor, found.weights)))
     node, z, weights = (torch.cat(column) for column in zip(*parts, strict=True))
     return node, z, weights

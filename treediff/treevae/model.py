@@ -25,6 +25,7 @@ from treediff.core import io
 from treediff.core.checks import check_batch, check_size
 from treediff.core.groups import Groups
 from treediff.core.modes import evaluating, lasting
+from treediff.core.rows import Indexable, Rows
 from treediff.layers.likelihood import Likelihood
 from treediff.tree.files import from_header, header_of, require_topology
 from treediff.tree.probability import precision_weighted_merge, reparameterize, sample_leaf
@@ -620,3 +621,18 @@ class TreeVAE(nn.Module):
             ValueError: if `x` has another shape, is not finite, or leaves the range of the data.
         """
         check_batch(x, self.inputs, self.dtype, self.likelihood.data_range, "observations")
+
+    def rows(self, data: Indexable) -> Rows:
+        """Return a data set as rows for the model, which are read a batch at a time; see `Rows`.
+
+        A floating-point tensor is checked as a whole, of other data the first row; check what is read later.
+
+        Raises:
+            TypeError: if the data are no rows of numbers, or a tensor of another dtype than the weights.
+            ValueError: if there is no row, or rows do not fit the model; as `check`.
+        """
+        if isinstance(data, Tensor) and data.is_floating_point():
+            self.check(data)
+        rows = Rows.of(data, dtype=self.dtype)
+        self.check(rows[:1].to(self.device))
+        return rows

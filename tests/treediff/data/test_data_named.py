@@ -55,7 +55,7 @@ def test_absent_names_say_how_to_get_them(
 def test_digits_are_split_once_and_for_all() -> None:
     found, bunch = load_dataset("digits"), load_digits()
     assert found.train_labels is not None and found.test_labels is not None
-    images = torch.cat([found.train_images, found.test_images]).flatten(1) * 16
+    images = torch.cat([found.train_images[:], found.test_images[:]]).flatten(1) * 16
     labels = torch.cat([found.train_labels, found.test_labels])
     rows = {(row.tobytes(), int(label)) for row, label in zip(bunch.data, bunch.target, strict=True)}
     found_rows = zip(images.double().numpy(), labels.tolist(), strict=True)

@@ -51,11 +51,15 @@ def test_settings_are_checked(settings: dict[str, Any], error: type[Exception], 
     ("data", "error", "message"),
     [
         (torch.zeros(5, 2), ValueError, "expected observations of shape (batch, 3), found (5, 2)"),
-        (torch.zeros(5, 3, dtype=torch.int64), TypeError, "expected floating-point observations, found torch.int64"),
+        (
+            torch.zeros(5, 3, dtype=torch.int64),
+            TypeError,
+            "rows, or images of 8 or 16 bits, found torch.int64",
+        ),
         (torch.zeros(5, 3, dtype=torch.float64), TypeError, "expected observations of the dtype of the weights"),
         (torch.full((5, 3), math.nan), ValueError, "observations must be finite, found NaN"),
-        (torch.zeros(0, 3), ValueError, "a tree grows on data: expected at least one row, found none"),
-        ([[0.0] * 3], TypeError, "expected observations as a tensor, found list"),
+        (torch.zeros(0, 3), ValueError, "expected at least one row, found none"),
+        ([[0.0] * 4], ValueError, "expected observations of shape (batch, 3), found (1, 4)"),
     ],
 )
 def test_data_are_checked(data: Any, error: type[Exception], message: str) -> None:  # noqa: ANN401

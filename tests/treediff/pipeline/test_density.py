@@ -298,7 +298,7 @@ def test_a_density_belongs_to_one_tree_and_its_latents() -> None:
         (lambda d, m: d.fit(m, observations(m, 9), components=0), ValueError, "components must be at least 1, found 0"),
         (lambda d, m: d.fit(m, observations(m, 9), batch_size=0), ValueError, "batch_size must be at least 1, found 0"),
         (lambda d, m: d.fit(m, observations(m, 9)[:, :2]), ValueError, r"expected observations of shape \(batch, 3\)"),
-        (lambda d, m: d.fit(m, [[0.0]]), TypeError, "expected observations as a tensor"),
+        (lambda d, m: d.fit(m, [[0.0]]), ValueError, r"expected observations of shape \(batch, 3\)"),
         (lambda d, m: LeafDensity(GROWN, (2,), 0), ValueError, "components must be at least 1, found 0"),
         (lambda d, m: LeafDensity(GROWN, (2,), 1.5), TypeError, "components must be a whole number, found 1.5"),
         (

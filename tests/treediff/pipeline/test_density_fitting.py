@@ -174,5 +174,5 @@ def test_a_leaf_without_images_is_an_error() -> None:
     x[3, 0] = 1  # the only one that goes left, to leaf 1
     with pytest.raises(ValueError, match="found 1 of 40 at leaf 1"):
         LeafDensity.fit(model, x, generator=seeded(2))
-    with pytest.raises(ValueError, match="found 0 of 0 at leaf 1"):
+    with pytest.raises(ValueError, match="expected at least one row, found none"):
         LeafDensity.fit(model, x[:0])
