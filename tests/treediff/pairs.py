@@ -20,7 +20,7 @@ def filled(module: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
             drawn = torch.randn(parameter.shape, generator=seeded(1000 * seed + i), dtype=torch.float64)
-            scale = 0.5 if parameter.ndim == 1 else (0.5 * parameter[0].numel()) ** -0.5
+            scale = 0.5 if parameter.ndim < 2 else (0.5 * parameter[0].numel()) ** -0.5
             parameter.copy_(scale * drawn)
     return perturb(module, seed)
 

@@ -180,18 +180,40 @@ class LeafConditionedDDPM(nn.Module):
 
     @classmethod
     def for_tree(
-        cls, tree: ImageTree, *, generator: torch.Generator | None = None, **settings: Unpack[Settings]
+        cls,
+        tree: ImageTree,
+        *,
+        size: int | tuple[int, int] | None = None,
+        channels: int | None = None,
+        generator: torch.Generator | None = None,
+        **settings: Unpack[Settings],
     ) -> Self:
-        """Build a model for the images, latents and tree of a TreeVAE; arguments as for `for_images`.
+        """Build a model for the latents and tree of a TreeVAE; other arguments as for `for_images`.
+
+        Args:
+            tree: the TreeVAE.
+            size: height and width of the images, if the TreeVAE observes features of the images; then `condition` is
+                'tree_diffusion' by default. The images that the TreeVAE observes if not given.
+            channels: of the images, if `size` is given; 3 by default.
+            generator: gives the seed of the initial weights; the seed 0 if not given.
+            **settings: see `treediff.diffusion.presets.Settings`.
 
         Raises:
-            ValueError: if the inputs of the TreeVAE are not images, or as for `for_images`.
+            ValueError: if the TreeVAE observes no images and there is no size, there are channels without a size, or
+                as for `for_images`.
         """
-        if len(tree.inputs) != 3:
-            raise ValueError(f"expected a tree of images (C, H, W), found one of inputs of shape {tree.inputs}")
-        channels, height, width = tree.inputs
+        if size is not None:
+            size, channels = check_size("size", size), 3 if channels is None else channels
+            settings = {"condition": "tree_diffusion", **settings}
+        elif len(tree.inputs) != 3 or channels is not None:
+            raise ValueError(
+                f"expected a tree of images (C, H, W), found one of inputs of shape {tree.inputs}; give size= and "
+                "channels= of the images whose features a tree observes"
+            )
+        else:
+            channels, size = tree.inputs[0], tree.inputs[1:]
         return cls.for_images(
-            size=(height, width),
+            size=size,
             channels=channels,
             latent=tree.latent,
             topology=tree.topology,

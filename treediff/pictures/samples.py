@@ -23,15 +23,19 @@ Refine: TypeAlias = Callable[[TreeSample], Tensor]
 
 
 def draw_samples(
-    model: TreeVAE, samples: int, refine: Refine | None, generator: torch.Generator | None
+    model: TreeVAE, samples: int, refine: Refine | None, generator: torch.Generator | None, *, features: bool = False
 ) -> dict[int, tuple[Images, Images | None]]:
-    """Draw samples through every node, all from the same state of the generator, and refine the samples by `refine`."""
+    """Draw samples through every node, all from the same state of the generator, and refine the samples by `refine`.
+
+    If the model draws features, the images of `refine` are the samples.
+    """
     source = generator or torch.Generator().manual_seed(seed_from(None))
     state, drawn = source.get_state(), {}
     for node in model.topology.ids:
         source.set_state(state)
         sample = model.sample(samples, node=node, generator=source)
-        drawn[node] = as_images(sample.images), None if refine is None else _refined(refine, sample, node)
+        refined = None if refine is None else _refined(refine, sample, node, features=features)
+        drawn[node] = (refined, None) if features and refined is not None else (as_images(sample.images), refined)
     return drawn
 
 
@@ -41,10 +45,12 @@ def as_images(images: Tensor) -> Images:
     return array
 
 
-def _refined(refine: Refine, sample: TreeSample, node: int) -> Images:
+def _refined(refine: Refine, sample: TreeSample, node: int, *, features: bool) -> Images:
     """Return the checked result of `refine` for a node."""
     images, wanted = refine(sample), tuple(sample.images.shape)
     check_images(images, f"what refine returned for node {node}")
+    if features and len(images) == len(sample.images):
+        return as_images(images)
     if tuple(images.shape) != wanted:
         raise ValueError(
             f"what refine returned for node {node}: expected one image for each sample, shape {wanted}, found shape "

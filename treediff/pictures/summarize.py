@@ -22,6 +22,7 @@ from treediff.treevae.model import TreeVAE
 
 __all__ = ["summarize_tree"]
 
+Read: TypeAlias = Callable[[Tensor], Tensor]
 Labels: TypeAlias = Tensor | npt.NDArray[np.integer[Any]] | Sequence[int]
 
 
@@ -37,6 +38,7 @@ def summarize_tree(
     max_rows: int = 10_000,
     batch_size: int = 1000,
     generator: torch.Generator | None = None,
+    observe: Callable[[Tensor], Tensor] | None = None,
     refine: Refine | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TreeSummary:
@@ -50,10 +52,11 @@ def summarize_tree(
     The samples of a node are `model.sample(samples, node=node, generator=generator)`, from the same state of the
     generator for all nodes. So sample `i` starts from one root latent and is decoded through each node. A second
     stage may refine the samples, such as the second stage of a `DiffuseTreeVAE` called `pair`:
-    `refine=lambda sample: pair.ddpm.sample(condition_of_sample(sample, model.topology))`.
+    `refine=lambda sample: pair.ddpm.sample(pair.condition_of_sample(sample))`. If the tree observes features of images,
+    the images of the second stage are the samples.
 
     Args:
-        model: a model of images; it is evaluated in eval mode, and its mode is restored.
+        model: a model of images, or of their features; it is evaluated in eval mode, and its mode is restored.
         images: `(n, C, H, W)`, `C` 1 or 3: a tensor in [0, 1], or anything else that `Rows` takes, read a batch at a
             time.
         labels: `(n,)` class of each image, counting from 0, for histograms; the model does not use labels.
@@ -64,8 +67,10 @@ def summarize_tree(
             among the leaf's rows. Shares, counts and histograms always come from all rows.
         batch_size: images in a batch.
         generator: source of the noise of the samples.
+        observe: from images to what the tree observes, such as the `observe` of a `DiffuseTreeVAE`; the images
+            themselves if not given.
         refine: called once per node with the result of `model.sample`; returns images `(S, C, H, W)` in [0, 1], in
-            the order of the samples.
+            the order of the samples. Needed if the tree observes features.
         progress: called as `progress(done, n)` after each batch that was routed.
 
     Returns:
@@ -85,13 +90,20 @@ def summarize_tree(
         ((4, 1, 8, 8), array([10, 10]))
     """
     least_one = {"samples": samples, "max_rows": max_rows, "batch_size": batch_size}
-    _check(model, least_one, members)
-    rows = model.rows(Rows.of(images, dtype=model.dtype))
+    _check(model, least_one, members, draws=refine is not None and observe is not None)
+    rows = Rows.of(images, dtype=model.dtype)
+
+    def read(index: Tensor) -> Tensor:
+        """Return what the tree observes of some rows."""
+        images = rows[index].to(model.device)
+        return images if observe is None else observe(images)
+
+    model.check(read(torch.arange(1)))
     targets, names = _classes(labels, class_names, len(rows))
     with evaluating(model):
-        shares, leaf_of = _route(model, rows, batch_size, progress)
-        typical = _typical_members(model, rows, leaf_of, members, max_rows, batch_size)
-        drawn = draw_samples(model, samples, refine, generator)
+        shares, leaf_of = _route(model, read, len(rows), batch_size, progress)
+        typical = _typical_members(model, read, leaf_of, members, max_rows, batch_size)
+        drawn = draw_samples(model, samples, refine, generator, features=observe is not None)
     tree, column = model.topology, spans(model.topology)
     counts = np.bincount(leaf_of, minlength=len(tree.leaves))
     nodes = []
@@ -121,27 +133,27 @@ def summarize_tree(
 
 
 def _route(
-    model: TreeVAE, images: Rows, batch_size: int, progress: Callable[[int, int], None] | None
+    model: TreeVAE, read: Read, n: int, batch_size: int, progress: Callable[[int, int], None] | None
 ) -> tuple[npt.NDArray[np.float64], Ints]:
     """Return the mean probability of each leaf `(K,)`, and the rank of each row's most probable leaf `(n,)`."""
     total = torch.zeros(len(model.topology.leaves), dtype=torch.float64)
     best = []
-    for start in range(0, len(images), batch_size):
-        log_probs = model.leaf_log_probs(images[start : start + batch_size].to(model.device))
+    for index in torch.arange(n).split(batch_size):
+        log_probs = model.leaf_log_probs(read(index))
         total += log_probs.cpu().double().exp().sum(0)
         best.append(log_probs.argmax(1).cpu())
         if progress is not None:
-            progress(min(start + batch_size, len(images)), len(images))
+            progress(int(index[-1]) + 1, n)
     if not bool(total.isfinite().all()):
         raise ValueError(
             "the model's probabilities are not finite: its weights hold NaN or infinity, perhaps because "
             "training diverged; go back to an earlier file of the model"
         )
-    return (total / len(images)).numpy(), torch.cat(best).numpy()
+    return (total / n).numpy(), torch.cat(best).numpy()
 
 
 def _typical_members(
-    model: TreeVAE, images: Rows, leaf_of: Ints, members: int, max_rows: int, batch_size: int
+    model: TreeVAE, read: Read, leaf_of: Ints, members: int, max_rows: int, batch_size: int
 ) -> list[Ints]:
     """Return for each leaf the rows closest to its mean latent, at most `members`."""
     leaves = model.topology.leaves
@@ -150,7 +162,7 @@ def _typical_members(
     if members == 0:
         return [rows[:0] for rows in candidates]
     rows = np.concatenate(candidates)
-    latents = _leaf_means(model, images, rows, np.asarray(leaves)[leaf_of[rows]], batch_size)
+    latents = _leaf_means(model, read, rows, np.asarray(leaves)[leaf_of[rows]], batch_size)
     closest, start = [], 0
     for found in candidates:
         z = latents[start : start + len(found)]
@@ -160,13 +172,13 @@ def _typical_members(
     return closest
 
 
-def _leaf_means(model: TreeVAE, images: Rows, rows: Ints, leaf: Ints, batch_size: int) -> npt.NDArray[np.float64]:
+def _leaf_means(model: TreeVAE, read: Read, rows: Ints, leaf: Ints, batch_size: int) -> npt.NDArray[np.float64]:
     """Return the posterior mean of each row's latent at a leaf, `(rows, D)`; only the path to that leaf is computed."""
     zero = torch.zeros((), dtype=model.dtype, device=model.device)
     parts = []
     for start in range(0, len(rows), batch_size):
         here = torch.from_numpy(rows[start : start + batch_size])
-        x = images[here].to(model.device)
+        x = read(here)
         wanted = torch.from_numpy(leaf[start : start + batch_size]).to(model.device)
         noise = zero.expand(len(x), len(model.topology), *model.latent)
         posterior = model.posterior(x, leaf=wanted, noise=noise)
@@ -213,17 +225,18 @@ def _in_proportion(counts: Sequence[int], places: int) -> list[int]:
 # --- checks -------------------------------------------------------------------------------------------------
 
 
-def _check(model: TreeVAE, least_one: dict[str, int], members: int) -> None:
+def _check(model: TreeVAE, least_one: dict[str, int], members: int, *, draws: bool) -> None:
     """Refuse arguments that cannot be summarized; the model checks the values and shapes of images."""
     for name, value in least_one.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, found {value}")
     if members < 0:
         raise ValueError(f"members must be at least 0, found {members}")
-    if len(model.inputs) != 3 or model.inputs[0] not in (1, 3):
+    if not draws and (len(model.inputs) != 3 or model.inputs[0] not in (1, 3)):
         raise ValueError(
             f"pictures need a model of images, (1, height, width) or (3, height, width); this model reads "
-            f"observations of shape {model.inputs}; for such data use model.cluster(x) and model.sample(n)"
+            f"observations of shape {model.inputs}; for features of images pass observe= and refine=, for other data "
+            "use model.cluster(x) and model.sample(n)"
         )
 
 
