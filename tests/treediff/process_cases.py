@@ -43,7 +43,7 @@ def without_noise() -> Iterator[None]:
 def grown(world: World, *, resumed: bool, **settings: Any) -> tuple[dict[str, Tensor], str, str]:  # noqa: ANN401
     """A tree, trained on batches of twelve, with a contrastive term; perhaps saved and resumed half way."""
     data = blobs(30, 24, 18, dtype=torch.float64)
-    options = {**SETTINGS, "max_leaves": 3, "min_share": 0.05, "world": world, "batch_size": 16, **settings}
+    options = {**SETTINGS, "max_leaves": 3, "min_share": 0.0, "world": world, "batch_size": 16, **settings}
     model = small(dtype=torch.float64)
     growth = TreeGrowth(model, **options)
     stages = 0

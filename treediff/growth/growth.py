@@ -4,10 +4,11 @@ The library decides and your loop trains. `TreeGrowth.stages(data)` yields one `
 arXiv 2306.08984, section 2.4). The *initial* stage trains the first tree. Then leaves are split until there are enough
 leaves. In a *settle* and a *subtree* stage after each split, the two new children learn on the rows of the leaf that
 was split, while everything else is frozen. After every few splits an *intermediate* stage trains the whole tree. At
-last leaves with very few rows are pruned, and a *final* stage fine-tunes the remaining tree.
+last a *final* stage fine-tunes the tree. Leaves that have lost their rows are pruned after each stage.
 
 Not in the paper: a new router begins as a normalised cut of its rows, and keeps the cut while the children settle. A
-router that learns from the first step sends all rows to the child that happens to be ahead.
+router that learns from the first step sends all rows to the child that happens to be ahead. The same may happen later,
+where the rows of a leaf are of one kind: a split that has lost a child does not pay, and is not made again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ class TreeGrowth:
         policy: choice of the leaf to split: 'largest', 'highest_loss', 'highest_entropy', or a function from
             `LeafStatistics` to a score per leaf.
         warm_start: whether new children begin as copies of their parent, the leaf that was split.
-        min_share: leaves that a smaller share of the rows prefers to all others are pruned before the final stage.
+        min_share: leaves that a smaller share of the rows prefers to all others are pruned, and no split makes such a
+            leaf; by default 0.01, or a fifth of an even share if that is less.
         min_rows: leaves with fewer rows are not split.
         cut_on: where a leaf's rows are cut, on the 'inputs' themselves or on the model's 'features' of the inputs. A
             contrastive loss can make the features better than the inputs.
@@ -63,6 +65,9 @@ class TreeGrowth:
             `treediff.augment`. None for none.
         views: number of changed copies of each row that a cut compares, if there is `augment`.
         cut_share: the smaller side of a cut holds at least this share of the leaf's rows.
+        keep_cuts: whether clusters stay as they were cut. Encoder and posterior routers then learn in the initial stage
+            only, and later stages train the rest of the model for these clusters. Where routers learn on, the leaf that
+            reconstructs best attracts the rows of others.
         cut_rows: greatest number of rows in a cut; the time of a cut grows with the square of this number.
         threshold: nodes that an image reaches with less probability are visited at random in training, see `Stage`.
         annealing: KL weight over the epochs of each stage between the initial and the final stage. A small weight lets
@@ -99,13 +104,14 @@ class TreeGrowth:
     intermediate_every: int = 3
     policy: str | Policy = "largest"
     warm_start: bool = True
-    min_share: float = 0.01
+    min_share: float | None = None
     min_rows: int = 64
     cut_on: str = "inputs"
     augment: Augmentation | None = None
     views: int = 8
     cut_share: float = 0.05
     cut_rows: int = 50_000
+    keep_cuts: bool = False
     threshold: float = 0.01
     annealing: KLAnnealing = field(default_factory=lambda: KLAnnealing.constant(0.1))
     initial_annealing: KLAnnealing = field(default_factory=KLAnnealing.constant)
@@ -132,6 +138,8 @@ class TreeGrowth:
                 raise TypeError(f"{name} must be a whole number, found {epochs!r}")
             if epochs is not None and epochs < 0:
                 raise ValueError(f"{name} must be at least 0, found {epochs}; 0 skips the stage")
+        if self.min_share is None:
+            self.min_share = min(0.01, 0.2 / self.max_leaves)
         for name in ("min_share", "threshold"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
@@ -195,17 +203,16 @@ class TreeGrowth:
                 self._cut(node, data, (self._probs.reach(data, node) > 0.5).nonzero().squeeze(1))
             return self._stage("initial", everything)
         last = self.history[-1]
-        if last["kind"] == "final":
-            return None
         if last["kind"] == "settle":
             return self._subtree_stage("subtree", data, last["split"], last["above"])
+        probs = self._pruned(data)
+        if last["kind"] == "final":
+            return None
         splits = [entry["kind"] for entry in self.history].count("subtree")
         if last["kind"] == "subtree" and splits % self.intermediate_every == 0:
             return self._stage("intermediate", everything)
-        probs = self._probs(data)
         leaf = self._leaf_to_split(data, probs) if self._effective(probs) < self.max_leaves else None
         if leaf is None:
-            self._prune(data, probs)
             return self._stage("final", everything)
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, len(self.history), -1))
         # Rows that prefer another leaf would blur the cut.
@@ -226,8 +233,15 @@ class TreeGrowth:
         if kind == "final":
             annealing = self.final_annealing or KLAnnealing(step=max(0.01, 1 / max(1, epochs - 1)))
         done = len(self.history)
-        settings = (split, above, self.threshold, self.seed, self._frozen)
+        settings = (split, above, self.threshold, self.seed, self._frozen | self._kept(kind))
         return Stage(self.model, kind, done, epochs, rows, annealing, *settings)
+
+    def _kept(self, kind: str) -> frozenset[str]:
+        """Return the names of the parameters that decide about clusters, if these are kept in a kind of stage."""
+        if not self.keep_cuts or kind == "initial":
+            return frozenset()
+        parts = ("encoder.", "bottom_up.", "banks.posterior_routers.")
+        return frozenset(name for name, _ in self.model.named_parameters() if name.startswith(parts))
 
     # --- decisions ----------------------------------------------------------------------------------------
 
@@ -239,7 +253,11 @@ class TreeGrowth:
         return min(1 / max(1, self._effective(probs)), 0.5)
 
     def _effective(self, probs: Tensor) -> int:
-        return int((self._preferring(probs) >= self.min_share * len(probs)).sum())
+        return int((self._preferring(probs) >= self._least(len(probs))).sum())
+
+    def _least(self, rows: int) -> float:
+        """Return the least number of rows of a leaf."""
+        return cast(float, self.min_share) * rows
 
     @staticmethod
     def _preferring(probs: Tensor) -> Tensor:
@@ -247,14 +265,19 @@ class TreeGrowth:
         return probs.argmax(1).bincount(minlength=probs.shape[1])
 
     def _leaf_to_split(self, data: Rows, probs: Tensor) -> int | None:
-        """Return the leaf with the best score among leaves with enough rows and room below, or None."""
+        """Return the leaf with the best score among leaves that may be split, or None.
+
+        A leaf needs enough rows for two, room below, and no split right above that has lost its other child.
+        """
         tree, deepest = self.model.topology, len(self.model.bottom_up)
         policy = POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
-        room = torch.tensor([tree.depth(leaf) < deepest for leaf in tree.leaves])
+        lost = {entry["split"] for entry in self.history} - {None, *tree.routed}
+        room = torch.tensor([tree.depth(leaf) < deepest and tree.parent(leaf) not in lost for leaf in tree.leaves])
+        least = max(self.min_rows, 2 * self._least(len(data)))
         losses = self.policy not in ("largest", "highest_entropy")
         survey = Survey(self.model, self.batch_size, (self.seed, len(self.history), -2), self.world)
         statistics = survey.statistics(data, probs, self.members(probs), losses=losses)
-        return best_leaf(policy, statistics, tree.leaves, room & (statistics.rows >= self.min_rows))
+        return best_leaf(policy, statistics, tree.leaves, room & (statistics.rows >= least))
 
     def _cut(self, node: int, data: Rows, rows: Tensor) -> None:
         """Start a new posterior router as a cut where its rows are sparse, so that both children get rows."""
@@ -268,21 +291,24 @@ class TreeGrowth:
                 on=self.cut_on,
                 augment=self.augment,
                 views=self.views,
-                min_share=self.cut_share,
+                min_share=min(0.5, max(self.cut_share, self._least(len(data)) / len(rows))),
                 batch_size=self.batch_size,
                 generator=generator,
             )
         self.world.follow_first(self.model)
 
-    def _prune(self, data: Rows, probs: Tensor) -> None:
-        """Remove, one by one, the leaf that the fewest rows prefer, while their share is below `min_share`."""
+    def _pruned(self, data: Rows) -> Tensor:
+        """Remove, one by one, the leaf that the fewest rows prefer, while their share is below `min_share`.
+
+        Returns the probabilities of the leaves that are left.
+        """
         while len(self.model.topology.leaves) > 1:
-            counts = self._preferring(probs)
+            counts = self._preferring(self._probs(data))
             smallest = int(counts.argmin())
-            if counts[smallest] >= self.min_share * len(data):
-                return
+            if counts[smallest] >= self._least(len(data)):
+                break
             self.model.prune(self.model.topology.leaves[smallest])
-            probs = self._probs(data)
+        return self._probs(data)
 
     # --- saving -------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ Letters: `S` samples, `C H W` image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -23,15 +23,21 @@ Refine: TypeAlias = Callable[[TreeSample], Tensor]
 
 
 def draw_samples(
-    model: TreeVAE, samples: int, refine: Refine | None, generator: torch.Generator | None, *, features: bool = False
+    model: TreeVAE,
+    nodes: Sequence[int],
+    samples: int,
+    refine: Refine | None,
+    generator: torch.Generator | None,
+    *,
+    features: bool = False,
 ) -> dict[int, tuple[Images, Images | None]]:
-    """Draw samples through every node, all from the same state of the generator, and refine the samples by `refine`.
+    """Draw samples through nodes, all from the same state of the generator, and refine the samples by `refine`.
 
     If the model draws features, the images of `refine` are the samples.
     """
     source = generator or torch.Generator().manual_seed(seed_from(None))
     state, drawn = source.get_state(), {}
-    for node in model.topology.ids:
+    for node in nodes:
         source.set_state(state)
         sample = model.sample(samples, node=node, generator=source)
         refined = None if refine is None else _refined(refine, sample, node, features=features)

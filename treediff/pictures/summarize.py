@@ -47,7 +47,8 @@ def summarize_tree(
     All images are routed once, in batches, without a decoder. A row belongs to its most probable leaf. The
     *members* of a leaf are the rows whose posterior mean at the leaf is closest to the average over the leaf's rows,
     in Euclidean distance. Every latent above the leaf is a posterior mean, too. An inner node shows the most typical
-    members of the leaves below it, from left to right, in proportion to the rows of these leaves.
+    members of the leaves below it, from left to right, in proportion to the rows of these leaves. Nodes with one child
+    are left out, as nothing is decided there.
 
     The samples of a node are `model.sample(samples, node=node, generator=generator)`, from the same state of the
     generator for all nodes. So sample `i` starts from one root latent and is decoded through each node. A second
@@ -103,13 +104,14 @@ def summarize_tree(
     with evaluating(model):
         shares, leaf_of = _route(model, read, len(rows), batch_size, progress)
         typical = _typical_members(model, read, leaf_of, members, max_rows, batch_size)
-        drawn = draw_samples(model, samples, refine, generator, features=observe is not None)
-    tree, column = model.topology, spans(model.topology)
-    counts = np.bincount(leaf_of, minlength=len(tree.leaves))
-    nodes = []
+        nodes = model.topology.contracted().ids
+        drawn = draw_samples(model, nodes, samples, refine, generator, features=observe is not None)
+    tree, order = model.topology.contracted(), model.topology.leaves
+    column, counts = spans(tree), np.bincount(leaf_of, minlength=len(order))
+    records = []
     for node in tree.ids:
         from_left = sorted(tree.leaves_under(node), key=lambda leaf: column[leaf])
-        below = [tree.leaves.index(leaf) for leaf in from_left]
+        below = [order.index(leaf) for leaf in from_left]
         quotas = _in_proportion([int(counts[k]) for k in below], members)
         shown = np.concatenate([typical[k][:quota] for k, quota in zip(below, quotas, strict=True)])
         record = NodeSummary(
@@ -125,8 +127,8 @@ def summarize_tree(
             class_counts=None if targets is None else _count(targets[np.isin(leaf_of, below)], len(names)),
             refined=drawn[node][1],
         )
-        nodes.append(record)
-    return TreeSummary(tree, tuple(nodes), len(rows), None if targets is None else names)
+        records.append(record)
+    return TreeSummary(tree, tuple(records), len(rows), None if targets is None else names)
 
 
 # --- passes over the data -----------------------------------------------------------------------------------

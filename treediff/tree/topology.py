@@ -166,6 +166,26 @@ class TreeTopology:
             gone = parent if children[parent] == (None, None) else None
         return self.from_children(children, root=self.root, next_id=self.next_id)
 
+    def contracted(self) -> TreeTopology:
+        """Return the tree without pass-throughs: each is replaced by the next node below that decides, or the leaf.
+
+        Examples:
+            >>> TreeTopology.balanced(1).split(2).prune(4).contracted()
+            TreeTopology(0(1 3), next_id=5)
+        """
+
+        def end(node: int) -> int:
+            while len(below := self.children(node)) == 1:
+                node = below[0]
+            return node
+
+        def ends(node: int) -> tuple[int | None, int | None]:
+            left, right = self.children(node)
+            return end(left), end(right)
+
+        children = {node: ends(node) for node in self.routed}
+        return self.from_children(children, root=end(self.root), next_id=self.next_id)
+
     # --- reading trees ------------------------------------------------------------------------------------
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ from growing import blobs, growth_of, reach, send_left, small, train, weights
 from torch import Tensor
 from worlds import seeded
 
-from treediff import Stage, TreeTopology, TreeVAE
+from treediff import Stage, TreeGrowth, TreeTopology, TreeVAE
 from treediff.growth import KLAnnealing
 from treediff.metrics import effective_leaves
 
@@ -180,9 +180,49 @@ def test_growth_ends_although_every_split_starves_a_child() -> None:
         if stage.kind == "subtree":
             splits.append(stage.split)
             send_left(model, stage.split, 50.0)
-    # The child that has everything is split again until it lies too deep; a starved one never is.
-    assert splits == [0, 1, 3]
+    # The starved child is pruned, and the one that has everything is not split again.
+    assert splits == [0]
     assert len(model.topology.leaves) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_at_the_end_no_leaf_is_below_the_least_share(seed: int) -> None:
+    x, model = torch.randn(200, 3, generator=seeded(seed)), small(TreeTopology.balanced(0), seed=seed)
+    for stage in growth_of(model, max_leaves=9, min_share=0.1, min_rows=1).stages(x):
+        if stage.kind == "settle":  # a leaf with rows for two, and a cut that gives both their share
+            assert len(stage.rows) >= 40
+        train(stage, x)
+    preferred = model.cluster(x)
+    assert min(int((preferred == leaf).sum()) for leaf in model.topology.leaves) >= 20
+
+
+def test_leaves_that_the_final_stage_empties_are_pruned() -> None:
+    x, model = blobs(60, 60), small()
+    for stage in growth_of(model, max_leaves=2, min_share=0.05).stages(x):
+        if stage.kind == "final":
+            send_left(model, 0, 50.0)
+    assert model.topology == TreeTopology.balanced(1).prune(2)
+
+
+def test_the_least_share_follows_from_the_number_of_leaves() -> None:
+    assert [TreeGrowth(small(), max_leaves=leaves).min_share for leaves in (2, 20, 100)] == [0.01, 0.01, 0.002]
+
+
+def test_clusters_that_are_kept_stay_while_all_else_trains() -> None:
+    x, model = blobs(50, 50, 50, 50), small(TreeTopology.balanced(0))
+    clusters: dict[int, Tensor] = {}
+    for stage in growth_of(model, max_leaves=4, intermediate_every=1, keep_cuts=True).stages(x):
+        before = weights(model)
+        train(stage, x)
+        moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+        deciding = {name for name in moved if name.startswith(("encoder", "bottom_up", "banks.posterior_routers"))}
+        assert bool(deciding) == (stage.kind == "initial") and moved - deciding
+        found = {node: reach(model, x, node) for node in model.topology.ids}
+        if stage.kind != "initial":
+            for node, probs in clusters.items():
+                assert torch.equal(found[node], probs)
+            clusters = found
+    assert len(model.topology.leaves) == 4 and all(p.requires_grad for p in model.parameters())
 
 
 # --- pruning ------------------------------------------------------------------------------------------------

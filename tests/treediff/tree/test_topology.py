@@ -346,3 +346,15 @@ def test_errors_teach(make: Callable[[], object], message: str) -> None:
 def test_unknown_nodes_are_named(look: Callable[[object], object], node: object) -> None:
     with pytest.raises(KeyError, match=re.escape(f"node {node!r} is not in the tree; its nodes are [0, 1, 2]")):
         look(node)
+
+
+@given(topologies())
+def test_a_contracted_tree_has_the_leaves_and_decisions_of_the_tree(tree: TreeTopology) -> None:
+    found = tree.contracted()
+    assert sorted(found.leaves) == sorted(tree.leaves) and set(found.routed) == set(tree.routed)
+    assert all(len(found.children(node)) != 1 for node in found) and set(found) <= set(tree)
+    for node in found:
+        assert sorted(found.leaves_under(node)) == sorted(tree.leaves_under(node))
+    for node in found.routed:
+        for side, child in zip(tree.children(node), found.children(node), strict=True):
+            assert sorted(tree.leaves_under(side)) == sorted(found.leaves_under(child))
