@@ -1,6 +1,7 @@
 """Layers of a TreeVAE, each a small module of its own."""
 
 from treediff.core.groups import Groups
+from treediff.layers.components import PrincipalComponents
 from treediff.layers.contrastive import ProjectionHead, decision_nt_xent, nt_xent
 from treediff.layers.decoders import ConvDecoder, MLPDecoder, PatchDecoder, ResidualDecoder
 from treediff.layers.encoders import ConvEncoder, MLPEncoder, ResidualBlock, ResidualEncoder
@@ -9,6 +10,7 @@ from treediff.layers.grouped.call import grouped_call, grouped_linear
 from treediff.layers.heads import BottomUpBlock, GaussianHead, LatentTransition
 from treediff.layers.init import initialize
 from treediff.layers.likelihood import BernoulliLikelihood, GaussianLikelihood, Likelihood
+from treediff.layers.resnet import ResNetEncoder
 from treediff.layers.router import Router, fit_router
 
 __all__ = [
@@ -25,7 +27,9 @@ __all__ = [
     "MLPEncoder",
     "NodeBank",
     "PatchDecoder",
+    "PrincipalComponents",
     "ProjectionHead",
+    "ResNetEncoder",
     "ResidualBlock",
     "ResidualDecoder",
     "ResidualEncoder",

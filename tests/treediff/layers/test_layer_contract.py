@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -91,6 +92,10 @@ LAYERS = {
     "BernoulliLikelihood": Layer(lambda: layers.BernoulliLikelihood(), (2, 3), (), score, takes_factory=False),
     "GaussianLikelihood": Layer(lambda **f: layers.GaussianLikelihood(learned=True, **f), (2, 3), (), score),
     "NodeBank": Layer(bank, (6,), (2,), at_one_node),
+    "PrincipalComponents": Layer(lambda **f: layers.PrincipalComponents(5, 3, **f), (5,), (3,)),
+    "ResNetEncoder": Layer(
+        lambda **f: layers.ResNetEncoder(2, width=4, stages=2, norm=partial(nn.GroupNorm, 2), **f), (2, 8, 6), (8,)
+    ),
     "ProjectionHead": Layer(
         lambda **f: layers.ProjectionHead(in_features=6, hidden=5, out_features=4, **f), (2, 3), (4,)
     ),

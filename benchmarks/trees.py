@@ -1,0 +1,140 @@
+"""Trees of features beside every simpler way to cluster the same features.
+
+    python examples/embed.py --data photographs.npz --out features.npz
+    python benchmarks/trees.py --data features.npz --out trees.json
+
+Features are projected on their principal components, which are those of the training rows. All methods have as many
+clusters as there are classes, learn from the training rows, and are measured on the test rows; labels serve to measure
+alone. The tree of k-means and of the mixture is that of L2H, a test row belongs to the cluster nearest to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+from treevae_vectors import fit, scores, ward
+
+from treediff import TreeGrowth, TreeVAE
+from treediff.data import load_dataset
+from treediff.growth import logits_to_hierarchy
+from treediff.layers import PrincipalComponents
+
+Splits = tuple[Tensor, Tensor]
+
+
+def components(path: Path, count: int, rows: int | None, holdout: int) -> tuple[Splits, Tensor, int]:
+    """Components of both splits, labels of the second, and the number of classes."""
+    data = load_dataset(path) if path.exists() else load_dataset(str(path))
+    assert data.train_labels is not None and data.test_labels is not None
+    order = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(7))
+    train, test, labels = (
+        data.train_images.select(order[holdout:][:rows])[:].flatten(1),
+        data.test_images[:],
+        data.test_labels,
+    )
+    if holdout:
+        test, labels = data.train_images.select(order[:holdout])[:], data.train_labels[order[:holdout]]
+    layer = PrincipalComponents.fit(train, min(count, train.shape[1]))
+    return (layer(train), layer(test.flatten(1))), labels, 1 + int(labels.max())
+
+
+def k_means(x: Splits, clusters: int, seed: int) -> tuple[Tensor, dict[int, int | None]]:
+    """Clusters of the test rows, and the tree that L2H makes of the distances."""
+    model = KMeans(clusters, n_init=10, random_state=seed).fit(x[0].double().numpy())
+    distances = [torch.from_numpy(model.transform(split.double().numpy())).square() for split in x]
+    logits = -distances[0] / (2 * distances[0].amin(1).mean() / x[0].shape[1])  # of Gaussians of the mean variance
+    return distances[1].argmin(1), dict(logits_to_hierarchy(logits).parents)
+
+
+def mixture(x: Splits, clusters: int, seed: int) -> tuple[Tensor, dict[int, int | None]]:
+    """Clusters of the test rows by a mixture of Gaussians, and the tree of its posterior."""
+    model = GaussianMixture(clusters, n_init=2, reg_covar=1e-3, random_state=seed).fit(x[0].double().numpy())
+    logits = torch.from_numpy(np.log(model.predict_proba(x[0].double().numpy()).clip(1e-300)))
+    return torch.from_numpy(model.predict(x[1].double().numpy())), dict(logits_to_hierarchy(logits).parents)
+
+
+def tree(x: Splits, clusters: int, seed: int, args: argparse.Namespace) -> tuple[Tensor, dict[int, int | None]]:
+    """A TreeVAE, grown on the components."""
+    generator = torch.Generator().manual_seed(seed)
+    model = TreeVAE.for_vectors(features=x[0].shape[1], latent=args.latent, generator=generator)
+    effort = args.effort * max(1.0, min(10.0, 15_000 / len(x[0])))
+    epochs = {"initial": 12, "settle": 3, "intermediate": 3, "final": 10}
+    named: dict[str, Any] = {f"{kind}_epochs": max(1, round(effort * n)) for kind, n in epochs.items()}
+    growth = TreeGrowth(
+        model,
+        clusters,
+        subtree_epochs=0,
+        intermediate_every=2,
+        keep_cuts=args.keep_cuts,
+        cut_share=args.cut_share,
+        seed=seed,
+        **named,
+    )
+    fit(growth, x[0], args, f"seed {seed}")
+    return model.cluster(x[1]), dict(model.topology.parents)
+
+
+def compare(name: str, x: Splits, labels: Tensor, classes: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All methods from all seeds."""
+    found = []
+
+    def measure(method: str, seed: int | None, start: float, made: tuple[Tensor, dict[int, int | None]]) -> None:
+        row = {"data": name, "method": method, "seed": seed, "seconds": time.perf_counter() - start}
+        found.append(row | scores(labels, *made))
+        print(json.dumps(found[-1]), flush=True)
+
+    if "ward" in args.methods:
+        start = time.perf_counter()
+        measure("ward", None, start, ward(x[0][: args.ward_rows], x[1], classes))
+    for seed in args.seeds:
+        start = time.perf_counter()
+        if "k-means" in args.methods:
+            measure("k-means + l2h", seed, start, k_means(x, classes, seed))
+        start = time.perf_counter()
+        if "mixture" in args.methods:
+            measure("mixture + l2h", seed, start, mixture(x, classes, seed))
+        start = time.perf_counter()
+        if "tree" in args.methods:
+            measure("treevae", seed, start, tree(x, classes, seed, args))
+    return found
+
+
+def main() -> None:
+    """Read the features, compare on each data set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=["digits"], help="names, or files of features or images")
+    parser.add_argument("--components", type=int, default=64)
+    parser.add_argument("--rows", type=int, help="use so many training rows only")
+    parser.add_argument("--holdout", type=int, default=0, help="measure on so many training rows, which are left out")
+    parser.add_argument("--ward-rows", type=int, default=10_000, help="rows of Ward's tree, as its memory is quadratic")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=["ward", "k-means", "mixture", "tree"])
+    parser.add_argument("--latent", type=int, default=8)
+    parser.add_argument("--effort", type=float, default=1.0)
+    parser.add_argument("--cut-share", type=float, default=0.05)
+    parser.add_argument("--keep-cuts", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)
+    rows = []
+    for source in args.data:
+        x, labels, classes = components(Path(source), args.components, args.rows, args.holdout)
+        rows += compare(Path(source).stem, x, labels, classes, args)
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out")}
+    if args.out:
+        args.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
