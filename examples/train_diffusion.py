@@ -30,12 +30,17 @@ from treediff.core.distributed import World, data_parallel, start
 from treediff.core.noise import combine_seeds
 from treediff.data import ImageDataset, Rows, load_dataset
 from treediff.pictures import draw_tree, summarize_tree, write_html
-from treediff.pipeline.conditions import condition_of, condition_of_sample
+from treediff.pipeline.conditions import condition_of
 from treediff.treevae.prior import TreeSample
 
 
-def train(model: DiffuseTreeVAE, images: Rows, args: argparse.Namespace, world: World) -> EMA:
-    """A plain PyTorch loop over the second stage, with a checkpoint between two epochs; the first stage is frozen."""
+def train(
+    model: DiffuseTreeVAE, images: Rows, args: argparse.Namespace, world: World, observed: Tensor | None = None
+) -> EMA:
+    """A plain PyTorch loop over the second stage, with a checkpoint between two epochs; the first stage is frozen.
+
+    `observed` are the features of the images if the tree is one of features, so that these are computed only once.
+    """
     ddpm, steps, path = model.ddpm, -(-len(images) // args.batch_size), args.out / "checkpoint.safetensors"
     optimizer = torch.optim.Adam(ddpm.parameters(), lr=args.learning_rate, fused=True)
     total = args.epochs * steps + 1
@@ -59,7 +64,9 @@ def train(model: DiffuseTreeVAE, images: Rows, args: argparse.Namespace, world: 
         torch.manual_seed(combine_seeds(args.seed, epoch, world.rank))  # of dropout
         for rows in torch.randperm(len(images), generator=order).split(args.batch_size):
             x = images[world.share(rows)]
-            condition = condition_of(model.tree_vae, x, prior_share=args.prior_share, generator=generator)
+            seen, decode = (x, True) if observed is None else (observed[world.share(rows)], False)
+            share = args.prior_share
+            condition = condition_of(model.tree_vae, seen, prior_share=share, decode=decode, generator=generator)
             with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16) and not args.float32):
                 loss = loss_of(x, condition, generator=generator)
             optimizer.zero_grad()
@@ -105,7 +112,7 @@ def picture(model: DiffuseTreeVAE, data: ImageDataset, out: Path, seed: int) -> 
     """The tree with samples and refined samples at every node, as a PNG and as a page to click through."""
 
     def refine(sample: TreeSample) -> Tensor:
-        condition = condition_of_sample(sample, model.tree_vae.topology)
+        condition = model.condition_of_sample(sample)
         return model.ddpm.sample(condition, generator=torch.Generator().manual_seed(seed))
 
     summary = summarize_tree(
@@ -114,6 +121,7 @@ def picture(model: DiffuseTreeVAE, data: ImageDataset, out: Path, seed: int) -> 
         data.train_labels,
         class_names=data.class_names,
         generator=torch.Generator().manual_seed(seed),
+        observe=None if model.features is None else model.observe,
         refine=refine,
     )
     draw_tree(summary, out / "tree.png")
@@ -123,9 +131,10 @@ def picture(model: DiffuseTreeVAE, data: ImageDataset, out: Path, seed: int) -> 
 @torch.no_grad()
 def gflop(model: DiffuseTreeVAE) -> float:
     """Floating-point operations of the network for one image, in 1e9; a multiplication and an addition are two."""
-    x = torch.zeros(1, *model.tree_vae.inputs)
+    x = torch.zeros(1, model.ddpm.unet.out_channels, *model.ddpm.unet.size)
+    condition = model.condition_of(x)
     with FlopCounterMode(display=False) as counter:
-        model.ddpm(x, torch.ones(1), condition_of(model.tree_vae, x))
+        model.ddpm(x, torch.ones(1), condition)
     return counter.get_total_flops() / 1e9
 
 

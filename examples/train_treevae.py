@@ -44,7 +44,7 @@ def train(
     stage: Stage,
     images: Rows,
     args: argparse.Namespace,
-    augment: Augment,
+    augment: Augment | None,
     contrast: TreeContrast | None,
     world: World,
     parts: dict[str, Any],
@@ -72,7 +72,7 @@ def train(
         generator = world.own(torch.Generator().manual_seed(combine_seeds(args.seed, stage.index, epoch)))
         for step, rows in enumerate(stage.batches(epoch, batch_size)):
             x = images[world.share(rows)]
-            view = None if contrast is None else augment(x, generator=generator)
+            view = None if contrast is None or augment is None else augment(x, generator=generator)
             weight = stage.kl_weight(epoch + step / steps)
             loss = loss_of(x, weight, view=view, contrast=contrast, generator=generator)
             optimizer.zero_grad()
@@ -95,7 +95,7 @@ def evaluate(model: TreeVAE, images: Rows, labels: Tensor | None, seed: int) -> 
     elbo = torch.cat([model.elbo(x, generator=generator).elbo for x in images.split(1000)])
     result = {
         "elbo": elbo.mean().item(),
-        "leaves": effective_leaves(probs),
+        "effective_leaves": effective_leaves(probs),
         "leaves_per_image": leaf_perplexity(probs),
     }
     if labels is not None:

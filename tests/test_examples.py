@@ -42,9 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, train, test in (("few", 300, 100), ("fewer", 120, 60)):
         np.savez(
             here / f"{name}.npz",
-            train_images=digits.train_images[:train, 0].numpy(),
+            train_images=digits.train_images[:train][:, 0].numpy(),
             train_labels=digits.train_labels[:train].numpy(),
-            test_images=digits.test_images[:test, 0].numpy(),
+            test_images=digits.test_images[:test][:, 0].numpy(),
             test_labels=digits.test_labels[:test].numpy(),
         )
     run(here, "train_treevae.py", "--effort", "0.03", "--leaves", "4", "--network", "mlp", "--width", "32")
@@ -97,6 +97,23 @@ def test_pictures_of_ones_own(folder: Path) -> None:
     run(folder, "train_munkey.py", *own, "--epochs", "8", "--out", "own/munkey")
     found = run(folder, "forget.py", *own, "--model", "own/munkey/model.safetensors", "--label", "1")["found"]
     assert found["before"] and not found["after"]  # type: ignore[index]
+
+
+def test_photographs(folder: Path) -> None:
+    """Two kinds of stripes, in colours that say nothing."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 120)
+    stripes = np.broadcast_to((np.arange(8) % 2 * 200)[:, None], (8, 8))
+    images = np.stack([(stripes if label else stripes.T)[..., None] * rng.random(3) + 40 for label in labels])
+    arrays = {"train_images": images[:80].astype(np.uint8), "train_labels": labels[:80]}
+    arrays |= {"test_images": images[80:].astype(np.uint8), "test_labels": labels[80:]}
+    np.savez(folder / "stripes.npz", allow_pickle=True, **arrays)
+    options = "--data stripes.npz --features contrastive --quick --leaves 2 --batch-size 16 --components 4 --width 16"
+    result = run(
+        folder, "train_photographs.py", *options.split(), "--blocks", "1", "--encoder-width", "8", "--out", "p"
+    )
+    assert result["effective_leaves"] == 2 and (folder / "p/tree.png").exists()
+    assert set(result["seconds"]) == {"network", "features", "tree", "second stage"}  # type: ignore[call-overload]
 
 
 def test_evaluation(folder: Path) -> None:

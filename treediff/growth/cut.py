@@ -39,6 +39,7 @@ def cut_router(
     on: str = "inputs",
     augment: Augmentation | None = None,
     views: int = 8,
+    neighbours: int = 10,
     min_share: float = 0.05,
     batch_size: int = 1024,
     generator: torch.Generator | None = None,
@@ -55,6 +56,7 @@ def cut_router(
         on: where the rows are cut, on the 'inputs' themselves or on the 'features' that the router reads.
         augment: changes that a cluster should not depend on; None for none.
         views: number of changed copies of each row that the cut compares, if there is `augment`.
+        neighbours: number of edges from each row to its nearest neighbours.
         min_share: the smaller side holds at least this share of the rows.
         batch_size: rows in a batch.
         generator: source of the changes and of the fit's batches.
@@ -91,7 +93,7 @@ def cut_router(
     known = torch.cat([points for points, _ in pairs])
     changes = [augment] * views if augment is not None else []
     looks = (torch.cat([project(_flat(points)) for points, _ in read(change)]) for change in changes)
-    left = normalized_cut(known, views=looks, min_share=min_share)
+    left = normalized_cut(known, views=looks, neighbours=neighbours, min_share=min_share)
     fit_router(router, torch.cat([seen for _, seen in pairs if seen is not None]), left, generator=generator)
     model.banks.posterior_routers.assign(node, router)
 

@@ -8,7 +8,8 @@ last a *final* stage fine-tunes the tree. Leaves that have lost their rows are p
 
 Not in the paper: a new router begins as a normalised cut of its rows, and keeps the cut while the children settle. A
 router that learns from the first step sends all rows to the child that happens to be ahead. The same may happen later,
-where the rows of a leaf are of one kind: a split that has lost a child does not pay, and is not made again.
+where the rows of a leaf are of one kind: a split that has lost a child is undone by pruning. Growth ends after twice as
+many splits as leaves are wanted, with the leaves that there are.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class TreeGrowth:
         keep_cuts: whether clusters stay as they were cut. Encoder and posterior routers then learn in the initial stage
             only, and later stages train the rest of the model for these clusters. Where routers learn on, the leaf that
             reconstructs best attracts the rows of others.
+        cut_neighbours: neighbours that a row is joined to in a cut. More make it smoother, which helps with features of
+            photographs.
         cut_rows: greatest number of rows in a cut; the time of a cut grows with the square of this number.
         threshold: nodes that an image reaches with less probability are visited at random in training, see `Stage`.
         annealing: KL weight over the epochs of each stage between the initial and the final stage. A small weight lets
@@ -110,6 +113,7 @@ class TreeGrowth:
     augment: Augmentation | None = None
     views: int = 8
     cut_share: float = 0.05
+    cut_neighbours: int = 10
     cut_rows: int = 50_000
     keep_cuts: bool = False
     threshold: float = 0.01
@@ -129,6 +133,7 @@ class TreeGrowth:
             intermediate_every=self.intermediate_every,
             min_rows=self.min_rows,
             views=self.views,
+            cut_neighbours=self.cut_neighbours,
             cut_rows=self.cut_rows,
             batch_size=self.batch_size,
         )
@@ -211,7 +216,8 @@ class TreeGrowth:
         splits = [entry["kind"] for entry in self.history].count("subtree")
         if last["kind"] == "subtree" and splits % self.intermediate_every == 0:
             return self._stage("intermediate", everything)
-        leaf = self._leaf_to_split(data, probs) if self._effective(probs) < self.max_leaves else None
+        more = self._effective(probs) < self.max_leaves and splits < 2 * self.max_leaves
+        leaf = self._leaf_to_split(data, probs) if more else None
         if leaf is None:
             return self._stage("final", everything)
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, len(self.history), -1))
@@ -267,12 +273,11 @@ class TreeGrowth:
     def _leaf_to_split(self, data: Rows, probs: Tensor) -> int | None:
         """Return the leaf with the best score among leaves that may be split, or None.
 
-        A leaf needs enough rows for two, room below, and no split right above that has lost its other child.
+        A leaf needs enough rows for two, and room below.
         """
         tree, deepest = self.model.topology, len(self.model.bottom_up)
         policy = POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
-        lost = {entry["split"] for entry in self.history} - {None, *tree.routed}
-        room = torch.tensor([tree.depth(leaf) < deepest and tree.parent(leaf) not in lost for leaf in tree.leaves])
+        room = torch.tensor([tree.depth(leaf) < deepest for leaf in tree.leaves])
         least = max(self.min_rows, 2 * self._least(len(data)))
         losses = self.policy not in ("largest", "highest_entropy")
         survey = Survey(self.model, self.batch_size, (self.seed, len(self.history), -2), self.world)
@@ -291,6 +296,7 @@ class TreeGrowth:
                 on=self.cut_on,
                 augment=self.augment,
                 views=self.views,
+                neighbours=self.cut_neighbours,
                 min_share=min(0.5, max(self.cut_share, self._least(len(data)) / len(rows))),
                 batch_size=self.batch_size,
                 generator=generator,

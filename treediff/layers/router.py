@@ -94,7 +94,9 @@ def fit_router(
 ) -> None:
     """Train any router on a given cut, in eval mode; arguments and errors as for `Router.fit`.
 
-    A router without parameters that train is unchanged.
+    Where inputs do not tell the sides apart well, the likeliest side is the larger one everywhere. A router that sends
+    less than half of the smaller side's share there is trained on, with as much weight on either side, so that both
+    sides get inputs. A router without parameters that train is unchanged.
 
     Args:
         router: inputs to the logit of going left, `(n, *inputs)` to `(n,)`.
@@ -123,13 +125,33 @@ def fit_router(
         return
     x = x.detach()
     target = torch.where(left, confidence, 1 - confidence).to(x)
+    even = torch.where(left, 0.5 / left.float().mean(), 0.5 / (~left).float().mean()).to(x)
+    with torch.enable_grad(), evaluating(router):
+        _descend(router, trained, x, target, torch.ones_like(target), steps, generator)
+        with torch.no_grad():
+            found = router(x) > 0
+        fewer = bool(left.float().mean() < 0.5)
+        wanted = int((left == fewer).sum())
+        if int((found == fewer).sum()) < wanted / 2:
+            _descend(router, trained, x, target, even, steps, generator)
+
+
+def _descend(
+    router: nn.Module,
+    trained: list[nn.Parameter],
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    steps: int,
+    generator: torch.Generator | None,
+) -> None:
+    """Minimise the weighted cross-entropy to target probabilities."""
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps + 1)
-    with torch.enable_grad(), evaluating(router):
-        for _ in range(steps):
-            rows = torch.randint(len(x), (min(len(x), 1024),), generator=generator).to(x.device)
-            loss = nn.functional.binary_cross_entropy_with_logits(router(x[rows]), target[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    for _ in range(steps):
+        rows = torch.randint(len(x), (min(len(x), 1024),), generator=generator).to(x.device)
+        loss = nn.functional.binary_cross_entropy_with_logits(router(x[rows]), target[rows], weight[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()

@@ -180,8 +180,8 @@ def test_growth_ends_although_every_split_starves_a_child() -> None:
         if stage.kind == "subtree":
             splits.append(stage.split)
             send_left(model, stage.split, 50.0)
-    # The starved child is pruned, and the one that has everything is not split again.
-    assert splits == [0]
+    # The child that has everything is split again until it lies too deep; a starved one never is.
+    assert splits == [0, 1, 3]
     assert len(model.topology.leaves) == 1
 
 
@@ -194,6 +194,16 @@ def test_at_the_end_no_leaf_is_below_the_least_share(seed: int) -> None:
         train(stage, x)
     preferred = model.cluster(x)
     assert min(int((preferred == leaf).sum()) for leaf in model.topology.leaves) >= 20
+
+
+def test_growth_gives_up_after_twice_as_many_splits_as_leaves() -> None:
+    x, model = blobs(60, 60), small(TreeTopology.balanced(0), max_depth=9)
+    splits = 0
+    for stage in growth_of(model, max_leaves=2, min_share=0.05).stages(x):
+        if stage.kind == "subtree":
+            splits += 1
+            send_left(model, stage.split, 50.0)
+    assert splits == 4
 
 
 def test_leaves_that_the_final_stage_empties_are_pruned() -> None:
