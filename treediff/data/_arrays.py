@@ -21,10 +21,13 @@ _GREATEST = {"bool": 1, "uint8": 255, "uint16": 65535}
 _RESCALE = "images / 255 for pixels from 0 to 255, (images + 1) / 2 for those from -1 to 1"
 
 
-def to_images(array: Array, where: object) -> Rows:
-    """Return pixels with channels last, or float features, as rows; floating-point numbers are checked.
+def check_pixels(array: Array, where: object) -> int | None:
+    """Raise ValueError unless shape and dtype are those of pixels with channels last, or of float features.
 
     The range of bool, uint8 and uint16 is known; the range of other integers is not, so such pixels are refused.
+
+    Returns:
+        the greatest value of the dtype; None for floating-point numbers.
     """
     is_image = array.ndim in (3, 4)
     if array.ndim not in (2, 3, 4) or array.size == 0:
@@ -43,8 +46,14 @@ def to_images(array: Array, where: object) -> Rows:
     most = _GREATEST.get(array.dtype.name) if is_image else None
     if array.dtype.kind != "f" and most is None:
         raise ValueError(f"{where}: {_refusal(array, is_image)}")
-    if most is not None:
+    return most
+
+
+def to_images(array: Array, where: object) -> Rows:
+    """Return pixels with channels last, or float features, as rows; floating-point numbers are checked."""
+    if check_pixels(array, where) is not None:
         return Rows(array)
+    is_image = array.ndim in (3, 4)
     if is_image:
         array = np.moveaxis(array.reshape(*array.shape[:3], -1), 3, 1)
     # A float64 beyond float32 becomes infinite, and is reported below.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from treediff.data._idx import holds_idx, read_idx_folder
 from treediff.data._named import DATASET_NAMES, read_named
+from treediff.data._npy import holds_npy, read_npy_folder
 from treediff.data._npz import read_npz
 from treediff.data._pictures import read_pictures
 from treediff.data.dataset import ImageDataset
@@ -29,6 +30,8 @@ def load_dataset(
               float in [0, 1], `(n, H, W)` or `(n, H, W, C)`, or float features `(n, F)`. Optional are
               `train_labels`, `test_labels` (integers, `(n,)` or `(n, 1)`) and `class_names`. A warning names
               keys that are not read;
+            * a folder of the same arrays in files, `train_images.npy`, `test_images.npy` and perhaps labels. The images
+              stay in the files until they are indexed, so they may be larger than memory;
             * a folder of the four IDX files, plain or gzip (`train-images-idx3-ubyte`, ...);
             * a folder of images in one sub-folder per class, or two such folders, `train` and `test`. Without the
               two, a hash of class and file name assigns about one image in 7 to the test split.
@@ -58,13 +61,16 @@ def load_dataset(
         raise TypeError(f"source: expected a name or a path, found {type(source).__name__}")
     path = Path(source).expanduser()
     named = source in DATASET_NAMES
-    pictures = not named and path.is_dir() and not holds_idx(path)
+    arrays = not named and path.is_dir() and holds_npy(path)
+    pictures = not named and path.is_dir() and not arrays and not holds_idx(path)
     if size is not None and not pictures:
         raise ValueError(f"size: expected a folder of images to resize, found {source}; leave size out")
     if named:
         return read_named(str(source))
     if pictures:
         return read_pictures(path, size, split_seed)
+    if arrays:
+        return read_npy_folder(path)
     if path.is_dir():
         return read_idx_folder(path, path.resolve().name, None)
     if not path.exists():

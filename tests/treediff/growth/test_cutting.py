@@ -70,7 +70,15 @@ def test_a_growth_hands_its_settings_on(monkeypatch: pytest.MonkeyPatch) -> None
     growth = growth_of(small(), cut_on="features", augment=shuffled, views=3, cut_share=0.3, cut_rows=50, batch_size=7)
     next(growth.stages(blobs(40, 40)))
     assert [{name: call[name] for name in call if name != "generator"} for call in seen] == [
-        {"n": 50, "on": "features", "augment": shuffled, "views": 3, "min_share": 0.3, "batch_size": 7}
+        {
+            "n": 50,
+            "on": "features",
+            "augment": shuffled,
+            "views": 3,
+            "neighbours": 10,
+            "min_share": 0.3,
+            "batch_size": 7,
+        }
     ]
 
 
