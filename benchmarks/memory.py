@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py --out docs/results/memory.json       # 200,000 images of 64 x 64 x 3, a file of 2.4 GB
 
-The images are made first: disks of one of eight colours on noise. Each stage of growth reads all rows and trains for some
-steps. The memory is that of a separate process, as the system counts it: the greatest resident set.
+The images are made first: disks of one of eight colours on noise. Each stage of growth reads all rows and trains for
+some steps. The memory is that of a separate process, as the system counts it: the greatest resident set.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def make(path: Path, rows: int, size: int) -> None:
 
 def work(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Grow, fit, train; the seconds of each."""
-    rows, found = Rows(np.load(path, mmap_mode="r")), {}
+    rows = Rows(np.load(path, mmap_mode="r"))
+    found: dict[str, Any] = {}
     torch.set_flush_denormal(True)
     start = time.perf_counter()
     model = TreeVAE.for_images(size=rows.shape[2], channels=3, latent=8, width=64, likelihood="gaussian")
@@ -100,9 +101,10 @@ def main() -> None:
             "peak_mib": peak,
             "seconds": json.loads(child.stdout),
         } | settings
-    print(json.dumps(result, indent=1))
+    result |= settings
+    print(json.dumps(result))
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1))
+        args.out.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python examples/embed.py --data photographs.npz --out features.npz
     python benchmarks/trees.py --data features.npz --out trees.json
 
-Features are projected on their principal components, which are those of the training rows. All methods have as many
+Features are projected on their principal components, which are those of the training rows, and scaled to one length
+(`--no-unit-length` for measurements, where length means something). All methods have as many
 clusters as there are classes, learn from the training rows, and are measured on the test rows; labels serve to measure
 alone. The tree of k-means and of the mixture is that of L2H, a test row belongs to the cluster nearest to it.
 """
@@ -20,31 +21,29 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
-from torch import Tensor
+from torch import Tensor, nn
 from treevae_vectors import fit, scores, ward
 
 from treediff import TreeGrowth, TreeVAE
 from treediff.data import load_dataset
 from treediff.growth import logits_to_hierarchy
-from treediff.layers import PrincipalComponents
+from treediff.layers import PrincipalComponents, UnitLength
 
 Splits = tuple[Tensor, Tensor]
 
 
-def components(path: Path, count: int, rows: int | None, holdout: int) -> tuple[Splits, Tensor, int]:
+def components(path: Path, args: argparse.Namespace) -> tuple[Splits, Tensor, int]:
     """Components of both splits, labels of the second, and the number of classes."""
     data = load_dataset(path) if path.exists() else load_dataset(str(path))
-    assert data.train_labels is not None and data.test_labels is not None
-    order = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(7))
-    train, test, labels = (
-        data.train_images.select(order[holdout:][:rows])[:].flatten(1),
-        data.test_images[:],
-        data.test_labels,
-    )
-    if holdout:
-        test, labels = data.train_images.select(order[:holdout])[:], data.train_labels[order[:holdout]]
-    layer = PrincipalComponents.fit(train, min(count, train.shape[1]))
-    return (layer(train), layer(test.flatten(1))), labels, 1 + int(labels.max())
+    images, labels, test, targets = data.train_images, data.train_labels, data.test_images, data.test_labels
+    assert labels is not None and targets is not None
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(7))
+    if args.holdout:
+        test, targets = images.select(order[: args.holdout]), labels[order[: args.holdout]]
+    train = images[order[args.holdout :][: args.rows]].flatten(1)
+    layers: list[nn.Module] = [PrincipalComponents.fit(train, min(args.components, train.shape[1]))]
+    features = nn.Sequential(*layers, *([UnitLength()] if args.unit_length else []))
+    return (features(train), features(test[:].flatten(1))), targets, 1 + int(targets.max())
 
 
 def k_means(x: Splits, clusters: int, seed: int) -> tuple[Tensor, dict[int, int | None]]:
@@ -65,7 +64,9 @@ def mixture(x: Splits, clusters: int, seed: int) -> tuple[Tensor, dict[int, int 
 def tree(x: Splits, clusters: int, seed: int, args: argparse.Namespace) -> tuple[Tensor, dict[int, int | None]]:
     """A TreeVAE, grown on the components."""
     generator = torch.Generator().manual_seed(seed)
-    model = TreeVAE.for_vectors(features=x[0].shape[1], latent=args.latent, generator=generator)
+    model = TreeVAE.for_vectors(
+        features=x[0].shape[1], latent=args.latent, max_depth=args.max_depth, generator=generator
+    )
     effort = args.effort * max(1.0, min(10.0, 15_000 / len(x[0])))
     epochs = {"initial": 12, "settle": 3, "intermediate": 3, "final": 10}
     named: dict[str, Any] = {f"{kind}_epochs": max(1, round(effort * n)) for kind, n in epochs.items()}
@@ -76,6 +77,7 @@ def tree(x: Splits, clusters: int, seed: int, args: argparse.Namespace) -> tuple
         intermediate_every=2,
         keep_cuts=args.keep_cuts,
         cut_share=args.cut_share,
+        cut_neighbours=args.cut_neighbours,
         seed=seed,
         **named,
     )
@@ -113,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["digits"], help="names, or files of features or images")
     parser.add_argument("--components", type=int, default=64)
+    parser.add_argument("--unit-length", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--rows", type=int, help="use so many training rows only")
     parser.add_argument("--holdout", type=int, default=0, help="measure on so many training rows, which are left out")
     parser.add_argument("--ward-rows", type=int, default=10_000, help="rows of Ward's tree, as its memory is quadratic")
@@ -120,7 +123,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["ward", "k-means", "mixture", "tree"])
     parser.add_argument("--latent", type=int, default=8)
     parser.add_argument("--effort", type=float, default=1.0)
-    parser.add_argument("--cut-share", type=float, default=0.05)
+    parser.add_argument("--cut-share", type=float, default=0.2)
+    parser.add_argument("--cut-neighbours", type=int, default=30)
+    parser.add_argument("--max-depth", type=int, default=12)
     parser.add_argument("--keep-cuts", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -129,11 +134,13 @@ def main() -> None:
     torch.set_flush_denormal(True)
     rows = []
     for source in args.data:
-        x, labels, classes = components(Path(source), args.components, args.rows, args.holdout)
+        x, labels, classes = components(Path(source), args)
         rows += compare(Path(source).stem, x, labels, classes, args)
     settings = {name: value for name, value in vars(args).items() if name not in ("data", "out")}
+    result = json.dumps({"settings": settings, "rows": rows})
+    print(result)
     if args.out:
-        args.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
+        args.out.write_text(result)
 
 
 if __name__ == "__main__":

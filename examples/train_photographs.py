@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 from train_diffusion import picture, settings_of
 from train_diffusion import train as train_second_stage
@@ -34,14 +33,7 @@ from treediff.augment import cifar_augment
 from treediff.core.cpu import has_fast
 from treediff.core.distributed import ALONE
 from treediff.data import Rows, load_dataset
-from treediff.layers import PrincipalComponents, ProjectionHead, ResNetEncoder, nt_xent
-
-
-class UnitLength(nn.Module):
-    """Rows of one length, so that angles count: the contrast of a photograph is no cluster."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * x.shape[1] ** 0.5
+from treediff.layers import PrincipalComponents, ProjectionHead, ResNetEncoder, UnitLength, nt_xent
 
 
 def contrastive(images: Rows, args: argparse.Namespace) -> ResNetEncoder:

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_samplers_are_compared_from_the_same_noise(tmp_path: Path) -> None:
         DDIMSampler().calls(3),
     ]
     with torch.no_grad():
-        real = FeatureStatistics.of(classifier.features_of(load_dataset("digits").test_images))
+        real = FeatureStatistics.of(classifier.features_of(load_dataset("digits").test_images[:]))
         with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
             drawn = pair.generate(20, sampler=DDIMSampler(), steps=3, grid="uniform", generator=seeded())
         expected = frechet_distance(real, classifier.features_of(drawn.images.float()))
@@ -141,3 +142,30 @@ def test_a_unet_is_timed_beside_its_peer(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_memory_of_a_unet_is_that_of_its_own_process() -> None:
     weights = 4 * unet_step.size_of("ours beside diffusers")["parameters"] / 2**20
     assert 5 * weights < unet_step.memory("ours beside diffusers", 1, True), "weights, gradients, two moments, average"
+
+
+def test_trees_are_beside_simpler_ways(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).standard_normal((300, 6)).astype(np.float32)
+    labels = np.arange(300) % 3
+    features[:, 0] += 20 * labels
+    arrays = {"train_images": features[:240], "train_labels": labels[:240]}
+    np.savez(tmp_path / "f.npz", allow_pickle=True, **arrays, test_images=features[240:], test_labels=labels[240:])
+    size = ("--components", "3", "--seeds", "0", "--effort", "0.1", "--batch-size", "64")
+    rows: Any = run("trees.py", "--data", str(tmp_path / "f.npz"), *size, out=tmp_path / "out.json")["rows"]
+    assert [row["method"] for row in rows] == ["ward", "k-means + l2h", "mixture + l2h", "treevae"]
+    assert all(row["accuracy"] == 1 and row["dendrogram_purity"] == 1 for row in rows[:3])
+
+
+def test_peak_memory_is_that_of_the_work(tmp_path: Path) -> None:
+    small = ("--rows", "300", "--size", "8", "--leaves", "2", "--steps", "1", "--cut-rows", "100")
+    found: Any = run("memory.py", *small, out=tmp_path / "out.json")
+    assert 50 < found["peak_mib"] < 4000 and found["seconds"]["leaves"] >= 1
+    assert found["seconds"]["growth"] > found["seconds"]["training"] > 0
+
+
+def test_growth_to_many_leaves_is_timed(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).standard_normal((300, 6)).astype(np.float32)
+    np.savez(tmp_path / "f.npz", train_images=features, test_images=features[:2])
+    size = ("--components", "3", "--leaves", "3", "--cut-rows", "100")
+    found: Any = run("many_leaves.py", "--data", str(tmp_path / "f.npz"), *size, out=tmp_path / "out.json")
+    assert found["found"] <= 3 and 0 < found["training"] < found["seconds"] and found["stages"] >= 2

@@ -1,7 +1,7 @@
 """Layers of a TreeVAE, each a small module of its own."""
 
 from treediff.core.groups import Groups
-from treediff.layers.components import PrincipalComponents
+from treediff.layers.components import PrincipalComponents, UnitLength
 from treediff.layers.contrastive import ProjectionHead, decision_nt_xent, nt_xent
 from treediff.layers.decoders import ConvDecoder, MLPDecoder, PatchDecoder, ResidualDecoder
 from treediff.layers.encoders import ConvEncoder, MLPEncoder, ResidualBlock, ResidualEncoder
@@ -34,6 +34,7 @@ __all__ = [
     "ResidualDecoder",
     "ResidualEncoder",
     "Router",
+    "UnitLength",
     "decision_nt_xent",
     "fit_router",
     "grouped_call",

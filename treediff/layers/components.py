@@ -1,4 +1,4 @@
-"""Principal components of features, as a layer.
+"""Principal components of features, and rows of one length, as layers.
 
 Letters: `N` rows, `B` batch, `D` features, `P` components.
 """
@@ -14,7 +14,7 @@ from treediff.core.checks import check_positive
 from treediff.core.modes import lasting
 from treediff.core.rows import Indexable, Rows
 
-__all__ = ["PrincipalComponents"]
+__all__ = ["PrincipalComponents", "UnitLength"]
 
 
 class PrincipalComponents(nn.Module):
@@ -112,3 +112,23 @@ class PrincipalComponents(nn.Module):
         """Return the widths, for `print(layer)`."""
         features, components = self.basis.shape
         return f"features={features}, components={components}"
+
+
+class UnitLength(nn.Module):
+    """Scaling of rows to the length `sqrt(D)`, so that only their directions count; a row of zeros stays.
+
+    The contrast of a photograph changes the length of its features, and is no cluster.
+
+    Shapes:
+        `(B, D)` to `(B, D)`.
+
+    Examples:
+        >>> UnitLength()(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.8485, 1.1314],
+                [0.0000, 0.0000]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale rows `(B, D)`."""
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return x / length.masked_fill(length == 0, 1) * x.shape[1] ** 0.5
