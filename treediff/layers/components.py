@@ -131,4 +131,5 @@ class UnitLength(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Scale rows `(B, D)`."""
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        return x / length.masked_fill(length == 0, 1) * x.shape[1] ** 0.5
+        scaled: Tensor = x / length.masked_fill(length == 0, 1) * x.shape[1] ** 0.5
+        return scaled
