@@ -363,8 +363,8 @@ def check_history(state: Mapping[str, Any], routed: Collection[int]) -> list[dic
         split = entry["split"]
         if (split is None) == (entry["kind"] in ("settle", "subtree")):
             raise ValueError(f"a {entry['kind']} stage names the node that was split, others do not; found {split}")
-        # Pruning, before the final stage, may have removed the node.
-        if split is not None and history[-1]["kind"] != "final" and split not in routed:
+        # Pruning may have removed nodes that were split before.
+        if split is not None and entry is history[-1] and split not in routed:
             raise KeyError(
                 f"node {split} was split in this history, but not in the model's tree; load the model that was saved "
                 "along with the history"

@@ -190,8 +190,9 @@ def test_foreign_states_are_refused(state: Any, error: type[Exception], message:
     assert growth.history == []
 
 
-def test_a_state_after_pruning_is_taken() -> None:
+@pytest.mark.parametrize("kind", ["intermediate", "final"])
+def test_a_state_after_pruning_is_taken(kind: str) -> None:
     # The node that was split is gone with both its children.
     growth: TreeGrowth = growth_of(small(TreeTopology.balanced(1).prune(1)))
-    growth.load_state_dict({"history": [STAGE, {**STAGE, "kind": "final", "split": None}]})
+    growth.load_state_dict({"history": [STAGE, {**STAGE, "kind": kind, "split": None}]})
     assert len(growth.history) == 2
