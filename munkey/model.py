@@ -40,8 +40,11 @@ from treediff.core.checks import check_size
 from treediff.core.ema import EMA
 from treediff.core.io import Path, record
 from treediff.core.noise import drawing_from
+from treediff.core.rows import Indexable, Rows
 
 __all__ = ["KeyMemoryTransformer"]
+
+_BATCH = 1024  # rows of a data set that are read at a time
 
 
 class KeyMemoryTransformer(nn.Module):
@@ -509,7 +512,7 @@ class KeyMemoryTransformer(nn.Module):
     def remember(
         self,
         ids: Iterable[int] | Tensor,
-        x: Tensor,
+        x: Tensor | Indexable,
         labels: Tensor | None = None,
         *,
         permanent: bool = False,
@@ -521,7 +524,8 @@ class KeyMemoryTransformer(nn.Module):
 
         Args:
             ids: `(B,)` int64, none of them in the memory yet.
-            x: `(B, ...)` inputs.
+            x: `(B, ...)` inputs: a tensor, or anything else that `treediff.data.Rows` takes, such as a memory map of
+                images, which is read a batch at a time.
             labels: `(B, ...)`, as the task defines them, kept beside the keys; required in exact mode.
             permanent: whether `forget` refuses these instances; in exact mode, whether weights may be trained on them.
             keys: `(B, D)` precomputed keys of the inputs, as `key_encoder.keys` returns them.
@@ -538,15 +542,33 @@ class KeyMemoryTransformer(nn.Module):
                 found.zero_()  # a copy of rows that may be forgotten later
 
     def _to_remember(
-        self, ids: Iterable[int] | Tensor, x: Tensor, labels: Tensor | None, keys: Tensor | None
+        self, ids: Iterable[int] | Tensor, x: Tensor | Indexable, labels: Tensor | None, keys: Tensor | None
     ) -> tuple[list[int], Tensor, Tensor | None]:
         """Return the checked ids, keys and labels."""
-        self.check(x)
+        if isinstance(x, Tensor):
+            self.check(x)
+        else:
+            x = Rows.of(x, dtype=self.memory.store.values.dtype)
         targets = None if labels is None else self.task.check(labels, len(x))
         if labels is None and self.mode == "exact":
             raise ValueError("in exact mode a value is written from key and label; pass labels")
         wanted = ids_of_inputs(ids, x)
-        return wanted, self.key_encoder.keys(x) if keys is None else keys, targets
+        if keys is not None:
+            return wanted, keys, targets
+        return wanted, self.key_encoder.keys(x) if isinstance(x, Tensor) else self._keys_of(x), targets
+
+    def _keys_of(self, rows: Rows) -> Tensor:
+        """Return the keys of rows, which are read and checked a batch at a time."""
+        values = self.memory.store.values
+        keys, start = values.new_empty(len(rows), self.key_encoder.width, dtype=self.key_encoder.dtype), 0
+        for part in rows.split(_BATCH):
+            x = part.to(values.device)
+            self.check(x)
+            found = self.key_encoder.keys(x)
+            keys[start : start + len(x)] = found
+            found.zero_()  # a copy of rows that may be forgotten later
+            start += len(x)
+        return keys
 
     def forget(self, ids: Iterable[int] | Tensor, *, missing: str = "raise") -> Receipt:
         """Delete instances from the memory immediately, by their ids alone; see `KeyStore.forget`.

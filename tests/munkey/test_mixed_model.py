@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from classifiers import CLASSES, SIZE, images, labels, model, train
@@ -217,3 +218,18 @@ def test_outputs_of_a_part_may_come_from_elsewhere() -> None:
     for wrong in ({"network": unsure[:8]}, {"votes": unsure[:8, :1]}):
         with pytest.raises(ValueError, match=message):
             built.fit_readout(images(16)[8:], labels(16)[8:], ids=range(8, 16), outputs=wrong)
+
+
+def test_a_memory_map_is_remembered_as_the_tensor_of_its_images(tmp_path: Path) -> None:
+    pixels = torch.randint(256, (2100, *SIZE), dtype=torch.uint8, generator=seeded(8)).numpy()
+    np.save(tmp_path / "images.npy", pixels)
+    y = torch.arange(2100) % CLASSES
+    one, other = model(mode="exact", readout="mixture"), model(mode="exact", readout="mixture")
+    one.remember(range(2100), np.load(tmp_path / "images.npy", mmap_mode="r"), y)
+    other.remember(range(2100), torch.from_numpy(pixels)[:, None].float() / 255, y)
+    assert one.memory.store.digest() == other.memory.store.digest()
+    with pytest.raises(ValueError, match="expected one id for each of 2100 inputs, found 3"):
+        one.remember(range(3), pixels, y)
+    with pytest.raises(ValueError, match="expected"):
+        one.remember(range(3000, 3004), pixels[:4, :5], y[:4])
+    assert len(one.memory.store) == 2100
