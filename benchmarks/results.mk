@@ -21,7 +21,7 @@ FASHION_PAIR := $(RUNS)/fashion-diffusion/model.safetensors
 TREES := fashion-mnist-0 fashion-mnist-1 fashion-mnist-20-leaves
 NUMBERS := treevae_step treevae_step_one_thread treevae_vectors digits_starts fashion_diffusion fashion_generation \
 	fashion_conditions sampler_steps unet_step forgetting_fashion forgetting_fashion_exact deletion_requests \
-	shadow_models distributed store store_model reliability
+	shadow_models distributed store store_model reliability memory many_leaves
 UNLEARNT := fashion
 OTHER_SETS := cifar-class cifar-cluster cifar-one-percent
 ifdef TREEDIFF_DATA
@@ -31,11 +31,11 @@ endif
 ifdef CIFAR
 NUMBERS += forgetting_cifar_own_1 forgetting_cifar_kinds forgetting_cifar_exact forgetting_cifar_own_half \
 	forgetting_cifar_own_0 forgetting_cifar_softmax forgetting_cifar_rank forgetting_cifar_no_dropout \
-	forgetting_cifar_no_memory cifar10-part
+	forgetting_cifar_no_memory cifar10-part cifar10-part-contrastive
 UNLEARNT += cifar $(OTHER_SETS) cifar-leakage
 endif
 ifdef FEATURES
-NUMBERS += readouts $(if $(filter %flowers.npz %banking.npz,$(FEATURES)),new_classes)
+NUMBERS += readouts trees_features $(if $(filter %flowers.npz %banking.npz,$(FEATURES)),new_classes)
 UNLEARNT += $(patsubst %.npz,features-%,$(subst -{seed},,$(notdir $(FEATURES))))
 endif
 ifdef HAM
@@ -73,6 +73,18 @@ $(OUT)/treevae_step_one_thread.json:
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/treevae_step.py --leaves 2 10 32 --rounds 7 --out $@
 $(OUT)/treevae_vectors.json:
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/treevae_vectors.py --seeds 0 1 2 --out $@
+
+$(OUT)/memory.json:
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/memory.py --out $@
+$(OUT)/many_leaves.json:
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/many_leaves.py --data fashion-mnist --out $@
+$(OUT)/trees_features.json:
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/trees.py --data $(filter %cifar.npz,$(FEATURES)) --out $@
+$(RUNS)/contrastive/results.json:
+	OMP_NUM_THREADS=1 $(PYTHON) examples/train_photographs.py --data $(CIFAR) --features contrastive --encoder-epochs 70 \
+		--epochs 0 --out $(@D)
+$(OUT)/cifar10-part-contrastive.json: $(RUNS)/contrastive/results.json
+	cp $< $@
 
 STARTS := warm warm-1 random random-1 plain plain-1
 $(RUNS)/digits-%/results.json:
