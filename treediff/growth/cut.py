@@ -19,7 +19,7 @@ __all__ = ["Augmentation", "cut_router", "nearest_neighbours", "normalized_cut"]
 # A tile of distances stays in a core's cache while it is computed, reduced over views and searched.
 _COLUMNS, _TILE = 4096, 128 * 9 * 4096
 # Principal components to compare, and rows that they are found from.
-_COMPONENTS, _SAMPLE = 48, 4096
+_COMPONENTS, _SAMPLE, _NUMBERS = 48, 4096, 1 << 25
 
 
 class Augmentation(Protocol):
@@ -70,32 +70,43 @@ def cut_router(
     router = model.banks.posterior_routers.module(node)
     depth, rows = model.topology.depth(node), Rows.of(x, dtype=model.dtype)
 
-    def read(change: Augmentation | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield what is cut, and what the router reads, of changed rows."""
-        for part in rows.split(batch_size):
-            whole = part.to(model.device)
-            changed = whole if change is None else change(whole, generator=generator)
-            if change is not None and on == "inputs":
-                yield changed, None
-            else:
-                with evaluating(model):
-                    seen = model.features(changed)[depth]
-                yield (changed if on == "inputs" else seen), seen
+    def features(x: Tensor) -> Tensor:
+        with evaluating(model):
+            return model.features(x)[depth]
 
-    sample, size = [], 0
-    for points, _ in read():
-        sample.append(points)
-        size += len(points)
-        if size >= _SAMPLE:
-            break
-    project = _Projection.of(_flat(torch.cat(sample)[:_SAMPLE]), _COMPONENTS)
-    pairs = [(project(_flat(points)), seen) for points, seen in read()]
-    known = torch.cat([points for points, _ in pairs])
+    def look(change: Augmentation | None = None) -> Iterator[Tensor]:
+        """Yield what is cut, of all rows, a batch at a time."""
+        for part in rows.split(batch_size):
+            x = part.to(model.device)
+            x = x if change is None else change(x, generator=generator)
+            yield x if on == "inputs" else features(x)
+
+    project = _projection(look(), len(rows))
+    if on == "inputs":
+        known = torch.cat([project(_flat(points)) for points in look()])
+        seen = torch.cat([features(part.to(model.device)) for part in rows.split(batch_size)])
+    else:
+        seen = torch.cat(list(look()))
+        known = project(_flat(seen))
     changes = [augment] * views if augment is not None else []
-    looks = (torch.cat([project(_flat(points)) for points, _ in read(change)]) for change in changes)
+    looks = (torch.cat([project(_flat(points)) for points in look(change)]) for change in changes)
     left = normalized_cut(known, views=looks, neighbours=neighbours, min_share=min_share)
-    fit_router(router, torch.cat([seen for _, seen in pairs if seen is not None]), left, generator=generator)
+    fit_router(router, seen, left, generator=generator)
     model.banks.posterior_routers.assign(node, router)
+
+
+def _projection(parts: Iterator[Tensor], rows: int) -> _Projection:
+    """Return the components of the first of `rows` points: as many as are enough, and fit into memory."""
+    first = _flat(next(parts))
+    count = min(rows, _SAMPLE, max(len(first), _NUMBERS // first.shape[1]))
+    sample = first.new_empty(count, first.shape[1])
+    sample[: len(first)] = first[:count]
+    have = min(len(first), count)
+    while have < count:
+        part = _flat(next(parts))[: count - have]
+        sample[have : have + len(part)] = part
+        have += len(part)
+    return _Projection.of(sample, _COMPONENTS)
 
 
 class _Projection(NamedTuple):
