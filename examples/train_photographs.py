@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -151,6 +152,10 @@ def main() -> None:
     components = PrincipalComponents.fit(whole, args.components)
     features = nn.Sequential(network, components, UnitLength())
     observed, seen = features[1:](whole), features[1:](test)
+    arrays = {"train_images": observed, "test_images": seen, "train_labels": data.train_labels}
+    arrays |= {"test_labels": data.test_labels}
+    found = {name: array.numpy() for name, array in arrays.items() if array is not None}
+    np.savez(args.out / "features.npz", allow_pickle=True, **found)  # for benchmarks/trees.py
     seconds["features"] = time.perf_counter() - start - seconds["network"]
 
     start = time.perf_counter()

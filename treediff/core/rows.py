@@ -19,8 +19,8 @@ from treediff.core.checks import check_positive, float_advice
 
 __all__ = ["Indexable", "Rows"]
 
-# A memory map gives its pages back after so many bytes have been read. The system maps several pages around each one, so
-# rows in random order take up to ten times as much memory.
+# A memory map gives its pages back after so many bytes have been read. The system maps several pages around each one,
+# so rows in random order take up to ten times as much memory.
 _KEPT = 1 << 24
 _WHITE = {torch.uint8: 255, torch.uint16: 65535}
 
