@@ -91,17 +91,21 @@ def draw(model: DiffuseTreeVAE, test_images: Tensor, args: argparse.Namespace) -
 
     with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16) and not args.float32):
         samples = in_batches(sampled, args.samples, args.batch_size, "generate")
-        alone = in_batches(of_tree, args.samples, args.batch_size, "tree")
+        alone = [] if model.features is not None else in_batches(of_tree, args.samples, args.batch_size, "tree")
         again = in_batches(refined, min(args.samples, len(test_images)), args.batch_size, "refine")
-    return {
+    found = {
         "samples": torch.cat([r.images for r in samples]).float(),
-        "coarse samples": torch.cat([r.coarse for r in samples]).float(),
-        "tree samples": torch.cat([r.images for r in alone]).float(),
         "reconstructions": torch.cat([r.images for r in again]).float(),
-        "tree reconstructions": torch.cat([r.coarse for r in again]).float(),
         "leaf": torch.cat([r.leaf for r in samples]),
-        "tree leaf": torch.cat([r.leaf for r in alone]),
     }
+    if model.features is None:  # a tree of features draws no images
+        found |= {
+            "coarse samples": torch.cat([r.coarse for r in samples]).float(),
+            "tree samples": torch.cat([r.images for r in alone]).float(),
+            "tree reconstructions": torch.cat([r.coarse for r in again]).float(),
+            "tree leaf": torch.cat([r.leaf for r in alone]),
+        }
+    return found
 
 
 def main() -> None:
@@ -110,6 +114,8 @@ def main() -> None:
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, mnist, or a path")
     parser.add_argument("--size", type=int, help="height and width for images of a folder, if their sizes differ")
     parser.add_argument("--model", type=Path, default=Path("runs/diffusion/model.safetensors"), help="a saved pair")
+    parser.add_argument("--features", choices=["efficientnet", "contrastive"], help="of a pair of train_photographs.py")
+    parser.add_argument("--components", type=int, default=64, help="of these features")
     parser.add_argument("--classifier", type=Path, default=Path("runs/classifier/classifier.safetensors"))
     parser.add_argument("--efficientnet", action="store_true", help="also take features of this network")
     parser.add_argument("--out", type=Path, help="file for the results")
@@ -127,7 +133,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_flush_denormal(True)
 
-    data, model = load_dataset(args.data, size=args.size), DiffuseTreeVAE.load(args.model).eval()
+    data = load_dataset(args.data, size=args.size)
+    feature_map = None
+    if args.features is not None:
+        import train_photographs
+
+        feature_map = train_photographs.feature_map(args.features, args.components)
+    model = DiffuseTreeVAE.load(args.model, features=feature_map).eval()
     model.ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     classifier = FeatureClassifier.load(args.classifier).eval()
     real = data.train_images[-args.holdout :] if args.holdout else data.test_images[:]
@@ -136,7 +148,8 @@ def main() -> None:
     with torch.no_grad():
         drawn = draw(model, real, args)
         seconds = time.perf_counter() - start
-        places = {"samples": drawn.pop("leaf"), "tree samples": drawn.pop("tree leaf")}
+        places = {"samples": drawn.pop("leaf")}
+        places |= {"tree samples": drawn.pop("tree leaf")} if "tree leaf" in drawn else {}
         networks: dict[str, Features] = {"classifier": classifier.features_of}
         if args.efficientnet:
             networks["efficientnet"] = efficientnet()
@@ -157,7 +170,7 @@ def main() -> None:
         for kind, leaf in places.items():
             predicted = torch.cat([classifier.predict(part) for part in drawn[kind].split(500)])
             specific = cluster_specificity(leaf, predicted, leaves=leaves, classes=classifier.config["classes"])
-            encoded = torch.cat([model.tree_vae.cluster(part) for part in drawn[kind].split(500)])
+            encoded = torch.cat([model.cluster(part) for part in drawn[kind].split(500)])
             result[f"{kind}: entropy"] = specific.mean_entropy
             result[f"{kind}: purity"] = specific.mean_purity
             result[f"{kind}: mutual information"] = specific.mutual_information

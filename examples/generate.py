@@ -30,21 +30,22 @@ from treediff.pictures import draw_grid
 Draw = Callable[[dict[str, Any], slice], Any]
 
 
-def drawn(world: World, count: int, sampling: dict[str, Any], draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-    """Coarse images, images and leaves of `count` images or roots, of which each process draws some.
+def drawn(world: World, count: int, sampling: dict[str, Any], draw: Draw) -> tuple[dict[str, Tensor], Tensor]:
+    """Images of both stages, and leaves, of `count` images or roots, of which each process draws some.
 
-    An image depends on the seed and on its index, but not on the number of processes.
+    An image depends on the seed and on its index, but not on the number of processes. A tree of features draws none.
     """
 
-    def part(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def part(rows: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         first = int(rows[0])
         generator = torch.Generator().manual_seed(sampling["generator"].initial_seed())
         made = draw({**sampling, "first_index": first, "generator": generator}, slice(first, first + len(rows)))
         return made.coarse, made.images, made.leaf
 
     parts = [rows for rows in torch.arange(count).tensor_split(world.size) if len(rows)]
-    coarse, images, leaf = (torch.cat(each) for each in zip(*world.map(part, parts), strict=True))
-    return coarse.float(), images.float(), leaf
+    coarse, images, leaf = zip(*world.map(part, parts), strict=True)
+    trees = {} if coarse[0] is None else {"tree": torch.cat(coarse).float()}
+    return trees | {"refined": torch.cat(images).float()}, torch.cat(leaf)
 
 
 def save(world: World, images: Tensor, path: Path, **labels: Any) -> None:  # noqa: ANN401
@@ -55,24 +56,24 @@ def save(world: World, images: Tensor, path: Path, **labels: Any) -> None:  # no
 
 def every_leaf(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
     """Rows are roots, columns leaves; the blurry image of the tree above the refined one."""
-    coarse, images, leaf = drawn(
+    images, leaf = drawn(
         args.world, args.count, sampling, lambda own, rows: model.generate_tree(rows.stop - rows.start, **own)
     )
-    pairs = torch.stack([coarse, images], 1).flatten(0, 1)
-    labels = [name for i in range(args.count) for name in (f"root {i}: tree", "refined")]
-    save(args.world, pairs, path, row_labels=labels, column_labels=[f"leaf {each}" for each in leaf[0].tolist()])
+    both = torch.stack(list(images.values()), 1).flatten(0, 1)
+    labels = [name if k else f"root {i}: {name}" for i in range(args.count) for k, name in enumerate(images)]
+    save(args.world, both, path, row_labels=labels, column_labels=[f"leaf {each}" for each in leaf[0].tolist()])
 
 
 def through_node(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
     """Images through one node, the blurry ones above."""
-    coarse, images, leaf = drawn(
+    images, leaf = drawn(
         args.world,
         args.count,
         sampling,
         lambda own, rows: model.generate(rows.stop - rows.start, node=args.node, **own),
     )
     labels = [f"leaf {each}" for each in leaf.tolist()]
-    save(args.world, torch.stack([coarse, images]), path, row_labels=["tree", "refined"], column_labels=labels)
+    save(args.world, torch.stack(list(images.values())), path, row_labels=[*images], column_labels=labels)
 
 
 def strip(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
@@ -95,23 +96,18 @@ def strip(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, A
 def refined(model: DiffuseTreeVAE, args: argparse.Namespace, sampling: dict[str, Any], path: Path) -> None:
     """Given images, their reconstructions by the tree, and refined images of the same leaf."""
     x = load_dataset(args.refine, size=args.size).test_images[: args.count]
-    coarse, images, leaf = drawn(
-        args.world, len(x), sampling, lambda own, rows: model.refine(x[rows], leaf="argmax", **own)
-    )
+    images, leaf = drawn(args.world, len(x), sampling, lambda own, rows: model.refine(x[rows], leaf="argmax", **own))
     labels = [f"leaf {each}" for each in leaf.tolist()]
-    save(
-        args.world,
-        torch.stack([x, coarse, images]),
-        path,
-        row_labels=["given", "tree", "refined"],
-        column_labels=labels,
-    )
+    shown = {"given": x} | images
+    save(args.world, torch.stack(list(shown.values())), path, row_labels=[*shown], column_labels=labels)
 
 
 def main() -> None:
     """Load, draw, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/diffusion/model.safetensors"), help="a saved pair")
+    parser.add_argument("--features", choices=["efficientnet", "contrastive"], help="of a pair of train_photographs.py")
+    parser.add_argument("--components", type=int, default=64, help="of these features")
     parser.add_argument("--out", type=Path, default=Path("runs/pictures"), help="folder for the picture")
     parser.add_argument("--node", type=int, help="id of a node or a leaf")
     parser.add_argument("--strip", action="store_true", help="show the steps from noise to image")
@@ -129,7 +125,12 @@ def main() -> None:
     args.world = start()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    model = DiffuseTreeVAE.load(args.model).eval()
+    feature_map = None
+    if args.features is not None:
+        import train_photographs
+
+        feature_map = train_photographs.feature_map(args.features, args.components)
+    model = DiffuseTreeVAE.load(args.model, features=feature_map).eval()
     if args.strip:
         name, make = "strip", strip
     elif args.refine:

@@ -77,6 +77,13 @@ def network_of(name: str, channels: int = 3, width: int = 32) -> nn.Module:
     return efficientnet_lite().module if name == "efficientnet" else ResNetEncoder(channels, width=width)
 
 
+def feature_map(name: str, components: int = 64, channels: int = 3, width: int = 32) -> nn.Sequential:
+    """What a saved pair needs to be loaded: `DiffuseTreeVAE.load(path, features=feature_map("efficientnet"))`."""
+    network = network_of(name, channels, width)
+    inputs = network.features if isinstance(network, ResNetEncoder) else 1280
+    return nn.Sequential(network, PrincipalComponents(inputs, components), UnitLength())
+
+
 @torch.no_grad()
 def features_of(network: nn.Module, images: Rows, name: str) -> Tensor:
     """Features of all images, a batch at a time."""

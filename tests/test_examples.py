@@ -109,11 +109,13 @@ def test_photographs(folder: Path) -> None:
     arrays |= {"test_images": images[80:].astype(np.uint8), "test_labels": labels[80:]}
     np.savez(folder / "stripes.npz", allow_pickle=True, **arrays)
     options = "--data stripes.npz --features contrastive --quick --leaves 2 --batch-size 16 --components 4 --width 16"
-    result = run(
-        folder, "train_photographs.py", *options.split(), "--blocks", "1", "--encoder-width", "8", "--out", "p"
-    )
+    result = run(folder, "train_photographs.py", *options.split(), "--blocks", "1", "--out", "p")
     assert result["effective_leaves"] == 2 and (folder / "p/tree.png").exists()
     assert set(result["seconds"]) == {"network", "features", "tree", "second stage"}  # type: ignore[call-overload]
+    pair = ("--model", "p/model.safetensors", "--features", "contrastive", "--components", "4")
+    for more in ((), ("--node", "1"), ("--refine", "stripes.npz")):
+        made = run(folder, "generate.py", *pair, "--count", "2", "--steps", "2", *more)
+        assert (folder / str(made["picture"])).exists()
 
 
 def test_evaluation(folder: Path) -> None:
