@@ -103,7 +103,7 @@ def test_photographs(folder: Path) -> None:
     """Two kinds of stripes, in colours that say nothing."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 120)
-    stripes = np.broadcast_to((np.arange(8) % 2 * 200)[:, None], (8, 8))
+    stripes = np.broadcast_to((np.arange(32) // 4 % 2 * 200)[:, None], (32, 32))
     images = np.stack([(stripes if label else stripes.T)[..., None] * rng.random(3) + 40 for label in labels])
     arrays = {"train_images": images[:80].astype(np.uint8), "train_labels": labels[:80]}
     arrays |= {"test_images": images[80:].astype(np.uint8), "test_labels": labels[80:]}
