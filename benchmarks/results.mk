@@ -167,20 +167,16 @@ $(OUT)/forgetting_cifar_no_dropout.json: SET := own_token_probability=1 drop_inp
 $(OUT)/forgetting_cifar_no_memory.json: SET := own_token_probability=1 drop_input=0 drop_exemplar=1
 $(OUT)/forgetting_cifar_%.json:
 	$(FORGETTING) $(CIFAR_KEYS) --kinds random-10% --set $(SET) --out $@
-MEDICAL = $(FORGETTING) --data $($(1)) --encoder efficientnet --epochs 20 --kinds random-10% --floor random-10% \
-	--also neighbours=16 --keys $(RUNS)/$(1)-keys.npz
-$(OUT)/forgetting_ham.json:
-	$(call MEDICAL,HAM) --set own_token_probability=0.7 --out $@
-$(OUT)/forgetting_ham_own_1.json:
-	$(call MEDICAL,HAM) --set own_token_probability=1 --out $@
-$(OUT)/forgetting_ham_gradient.json:
-	$(call MEDICAL,HAM) --set own_token_probability=0.5 stop_gradient=false --out $@
-$(OUT)/forgetting_pneumonia.json:
-	$(call MEDICAL,PNEUMONIA) --set own_token_probability=0.7 --out $@
-$(OUT)/forgetting_pneumonia_own_1.json:
-	$(call MEDICAL,PNEUMONIA) --set own_token_probability=1 --out $@
-$(OUT)/forgetting_pneumonia_gradient.json:
-	$(call MEDICAL,PNEUMONIA) --set own_token_probability=0.5 stop_gradient=false --out $@
+define MEDICAL
+$(OUT)/forgetting_$(1).json: SET := own_token_probability=0.7
+$(OUT)/forgetting_$(1)_own_1.json: SET := own_token_probability=1
+$(OUT)/forgetting_$(1)_gradient.json: SET := own_token_probability=0.5 stop_gradient=false
+$(patsubst %,$(OUT)/forgetting_$(1)%.json,_own_1 _gradient) $(OUT)/forgetting_$(1).json:
+	$(FORGETTING) --data $($(2)) --encoder efficientnet --epochs 20 --kinds random-10% --floor random-10% \
+		--also neighbours=16 --keys $(RUNS)/$(1)-keys.npz --set $$(SET) --out $$@
+endef
+$(eval $(call MEDICAL,ham,HAM))
+$(eval $(call MEDICAL,pneumonia,PNEUMONIA))
 $(OUT)/store.json:
 	$(PYTHON) benchmarks/store.py --rounds 5 --out $@
 $(OUT)/store_model.json:
