@@ -26,7 +26,8 @@ class LeafProbabilities:
     """`P(leaf | x)` of all rows of a data set, which is computed again only where the model has changed.
 
     A split changes the column of one leaf, and only rows that reach this leaf are read again. Growth to many leaves
-    then reads each row about as often as its leaf is deep. Once weights of the encoder, the ladder or an older router
+    then reads each row about as often as its leaf is deep. Pruning gives the probability of a leaf to its sibling, and
+    reads only rows that hardly reach the sibling. Once weights of the encoder, the ladder or an older router
     have changed, all rows are read.
 
     Args:
@@ -54,7 +55,10 @@ class LeafProbabilities:
             table = self._of(data, torch.arange(len(data)))
             self._columns = dict(zip(tree.leaves, table.unbind(1), strict=True))
         else:
-            for leaf in set(self._tree.leaves) - set(tree.leaves):
+            gone = sorted(set(self._tree.leaves) - set(tree.ids), key=self._tree.depth, reverse=True)
+            for leaf in gone:
+                self._prune(data, leaf)
+            for leaf in set(self._columns) - set(tree.leaves):
                 self._split(data, leaf)
         self._data, self._tree, self._shared, self._routers = data, tree, shared, routers
         return torch.stack([self._columns[leaf] for leaf in tree.leaves], 1)
@@ -72,22 +76,41 @@ class LeafProbabilities:
         return _digest(shared), {node: _digest({"": bank.weights_of(node)}) for node in model.topology.routed}
 
     def _follows(self, data: object, tree: TreeTopology, shared: bytes, routers: dict[int, bytes]) -> bool:
-        """Return whether nothing has changed since the last call but that leaves were split."""
+        """Return whether nothing has changed since the last call but that leaves were split, or pruned."""
         if data is not self._data or shared != self._shared or not self._columns:
             return False
-        if any(routers.get(node) != digest for node, digest in self._routers.items()):
+        if any(routers.get(node, digest) != digest for node, digest in self._routers.items()):
             return False
-        return all(leaf in tree and len(tree.children(leaf)) != 1 for leaf in self._tree.leaves)
+        old = set(self._tree.leaves)
+        return old <= set(tree.ids) or set(tree.leaves) <= old
 
     def _split(self, data: Rows, leaf: int) -> None:
         """Replace the column of a leaf that was split by the columns of the leaves below."""
-        tree, whole = self.model.topology, self._columns.pop(leaf)
-        below, some = tree.leaves_under(leaf), (whole >= _FAINT).nonzero().squeeze(1)
-        table = (whole / len(below))[:, None].repeat(1, len(below))
-        if len(some):
-            path = set(tree.path(leaf))
-            table[some] = self._of(data, some, tuple(n for n in tree.ids if n in path or leaf in tree.path(n)))
-        self._columns |= dict(zip(below, table.unbind(1), strict=True))
+        whole, below = self._columns.pop(leaf), self.model.topology.leaves_under(leaf)
+        self._columns |= dict.fromkeys(below, whole / len(below))
+        self._read(data, leaf, whole >= _FAINT)
+
+    def _prune(self, data: Rows, leaf: int) -> None:
+        """Give the column of a leaf that was pruned to the leaves that are left beside it."""
+        lost = self._columns.pop(leaf)
+        node = next(node for node in reversed(self._tree.path(leaf)) if node in self.model.topology)
+        below = [other for other in self.model.topology.leaves_under(node) if other in self._columns]
+        kept = torch.stack([self._columns[other] for other in below]).sum(0)
+        whole, scale = kept + lost, 1 + lost / kept.clamp_min(torch.finfo(kept.dtype).tiny)
+        for other in below:
+            self._columns[other] = whole if len(below) == 1 else self._columns[other] * scale
+        if len(below) > 1:
+            self._read(data, node, (kept < _FAINT) & (whole >= _FAINT))
+
+    def _read(self, data: Rows, node: int, where: Tensor) -> None:
+        """Compute the columns of all leaves below a node again, for some rows."""
+        tree, rows = self.model.topology, where.nonzero().squeeze(1)
+        if not len(rows):
+            return
+        path, below = set(tree.path(node)), tree.leaves_under(node)
+        table = self._of(data, rows, tuple(n for n in tree.ids if n in path or node in tree.path(n)))
+        for leaf, column in zip(below, table.unbind(1), strict=True):
+            self._columns[leaf] = self._columns[leaf].index_copy(0, rows, column)
 
     @torch.no_grad()
     def _of(self, data: Rows, rows: Tensor, nodes: tuple[int, ...] | None = None) -> Tensor:

@@ -25,12 +25,12 @@ def by_hand(model: TreeVAE, x: Rows) -> Tensor:
     return torch.stack([reach(model, x[:], leaf) for leaf in model.topology.leaves], 1)
 
 
-def sharp(model: TreeVAE, node: int) -> None:
-    """Make a router decide for almost every row with certainty."""
+def sharp(model: TreeVAE, node: int, factor: float = 1e4) -> None:
+    """Make a router more certain."""
     router = model.banks.posterior_routers.module(node)
     last = [layer for layer in router.modules() if isinstance(layer, nn.Linear)][-1]
     with torch.no_grad():
-        last.weight *= 1e4
+        last.weight *= factor
     model.banks.posterior_routers.assign(node, router)
 
 
@@ -94,6 +94,47 @@ def stepped(model: TreeVAE) -> list[nn.Parameter]:
     weight = model.banks.posterior_routers.weights_of(1)
     weight.grad = torch.randn(weight.shape, generator=seeded(3), dtype=weight.dtype)
     return [weight]
+
+
+@pytest.mark.parametrize("leaf", [3, 4, 5])
+@pytest.mark.parametrize("sharpness", [1.0, 30.0])
+def test_after_pruning_hardly_a_row_is_read(leaf: int, sharpness: float) -> None:
+    built = small(TreeTopology.balanced(1).split(2).split(1), width=32, dtype=torch.float64)
+    for node in built.topology.routed:
+        sharp(built, node, sharpness)
+    probs = LeafProbabilities(built, batch_size=1000)
+    probs(ROWS)
+    calls = counted(built)
+    built.prune(leaf)
+    found = probs(ROWS)
+    assert not calls  # its sibling is a leaf
+    torch.testing.assert_close(found, by_hand(built, ROWS), rtol=1e-9, atol=1e-4)
+    other = next(node for node in built.topology.leaves if built.topology.parent(node) in (1, 2))
+    last = built.topology.leaves_under(1 if other in built.topology.leaves_under(2) else 2)
+    built.prune(last[0])
+    torch.testing.assert_close(probs(ROWS), by_hand(built, ROWS), rtol=1e-9, atol=1e-4)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 1e4])
+def test_rows_that_hardly_reach_what_is_left_are_read(sharpness: float) -> None:
+    built = small(TreeTopology.balanced(1).split(2), width=32, dtype=torch.float64)
+    sharp(built, 0, sharpness)
+    probs = LeafProbabilities(built, batch_size=1000)
+    there = int((probs(ROWS)[:, 1:].sum(1) < 1e-4).sum())
+    calls = counted(built)
+    built.prune(1)  # what is left has two leaves
+    found = probs(ROWS)
+    assert calls == ([there] if there else []) and bool(there) == (sharpness > 1)
+    torch.testing.assert_close(found, by_hand(built, ROWS), rtol=1e-9, atol=1e-4)
+
+
+def test_pruned_and_split_between_two_calls() -> None:
+    built = model(2)
+    probs = LeafProbabilities(built)
+    probs(ROWS)
+    built.prune(3)
+    built.split(5, generator=seeded(4))
+    torch.testing.assert_close(probs(ROWS), by_hand(built, ROWS), rtol=1e-9, atol=1e-9)
 
 
 def test_other_rows_are_read() -> None:
