@@ -46,7 +46,9 @@ def work(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     torch.set_flush_denormal(True)
     start = time.perf_counter()
     model = TreeVAE.for_images(size=rows.shape[2], channels=3, latent=8, width=64, likelihood="gaussian")
-    growth = TreeGrowth(model, max_leaves=args.leaves, epochs=1, cut_rows=args.cut_rows, subtree_epochs=0)
+    growth = TreeGrowth(
+        model, max_leaves=args.leaves, epochs=1, cut_rows=args.cut_rows, subtree_epochs=0, keep_cuts=True
+    )
     training = 0.0
     for stage in growth.stages(rows):
         optimizer = torch.optim.Adam(stage.parameters(), lr=2e-3, fused=True)

@@ -21,7 +21,7 @@ FASHION_PAIR := $(RUNS)/fashion-diffusion/model.safetensors
 TREES := fashion-mnist-0 fashion-mnist-1 fashion-mnist-20-leaves
 NUMBERS := treevae_step treevae_step_one_thread treevae_vectors digits_starts fashion_diffusion fashion_generation \
 	fashion_conditions sampler_steps unet_step forgetting_fashion forgetting_fashion_exact deletion_requests \
-	shadow_models distributed store store_model reliability memory many_leaves
+	shadow_models distributed store store_model reliability memory
 UNLEARNT := fashion
 OTHER_SETS := cifar-class cifar-cluster cifar-one-percent
 ifdef TREEDIFF_DATA
@@ -31,7 +31,7 @@ endif
 ifdef CIFAR
 NUMBERS += forgetting_cifar_own_1 forgetting_cifar_kinds forgetting_cifar_exact forgetting_cifar_own_half \
 	forgetting_cifar_own_0 forgetting_cifar_softmax forgetting_cifar_rank forgetting_cifar_no_dropout \
-	forgetting_cifar_no_memory cifar10-part cifar10-part-contrastive
+	forgetting_cifar_no_memory cifar10-part cifar10-part-contrastive trees_contrastive
 UNLEARNT += cifar $(OTHER_SETS) cifar-leakage
 endif
 ifdef FEATURES
@@ -76,8 +76,6 @@ $(OUT)/treevae_vectors.json:
 
 $(OUT)/memory.json:
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/memory.py --out $@
-$(OUT)/many_leaves.json:
-	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/many_leaves.py --data fashion-mnist --out $@
 $(OUT)/trees_features.json:
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/trees.py --data $(filter %cifar.npz,$(FEATURES)) --out $@
 $(RUNS)/contrastive/results.json:
@@ -85,6 +83,8 @@ $(RUNS)/contrastive/results.json:
 		--epochs 0 --out $(@D)
 $(OUT)/cifar10-part-contrastive.json: $(RUNS)/contrastive/results.json
 	cp $< $@
+$(OUT)/trees_contrastive.json: $(RUNS)/contrastive/results.json
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/trees.py --data $(<D)/features.npz --seeds 0 --methods ward k-means mixture --out $@
 
 STARTS := warm warm-1 random random-1 plain plain-1
 $(RUNS)/digits-%/results.json:
