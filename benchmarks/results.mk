@@ -35,7 +35,7 @@ NUMBERS += forgetting_cifar_own_1 forgetting_cifar_kinds forgetting_cifar_exact 
 UNLEARNT += cifar $(OTHER_SETS) cifar-leakage
 endif
 ifdef FEATURES
-NUMBERS += readouts trees_features $(if $(filter %flowers.npz %banking.npz,$(FEATURES)),new_classes)
+NUMBERS += readouts $(if $(filter %cifar.npz,$(FEATURES)),trees_features) $(if $(filter %flowers.npz %banking.npz,$(FEATURES)),new_classes)
 UNLEARNT += $(patsubst %.npz,features-%,$(subst -{seed},,$(notdir $(FEATURES))))
 endif
 ifdef HAM
