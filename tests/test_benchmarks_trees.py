@@ -150,7 +150,7 @@ def test_trees_are_beside_simpler_ways(tmp_path: Path) -> None:
     features[:, 0] += 20 * labels
     arrays = {"train_images": features[:240], "train_labels": labels[:240]}
     np.savez(tmp_path / "f.npz", allow_pickle=True, **arrays, test_images=features[240:], test_labels=labels[240:])
-    size = ("--components", "3", "--seeds", "0", "--effort", "0.1", "--batch-size", "64")
+    size = ("--components", "3", "--seeds", "0", "--effort", "0.1", "--batch-size", "64", "--no-unit-length")
     rows: Any = run("trees.py", "--data", str(tmp_path / "f.npz"), *size, out=tmp_path / "out.json")["rows"]
     assert [row["method"] for row in rows] == ["ward", "k-means + l2h", "mixture + l2h", "treevae"]
     assert all(row["accuracy"] == 1 and row["dendrogram_purity"] == 1 for row in rows[:3])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kornia.augmentation import RandomHorizontalFlip as RandomFlip
@@ -35,7 +36,6 @@ def doors() -> dict[str, Callable[[Tensor], Any]]:
         "start": lambda x: ddpm.sample(TreeCondition.at(0, 2), start=x, start_time=0.5, steps=2),
         "classifier": classifier,
         "augment": lambda x: Augment(RandomFlip())(x),
-        "summarize_tree": lambda x: summarize_tree(tree, x.expand(-1, 3, -1, -1)),
         "draw_grid": lambda x: draw_grid(x[None], folder / "grid.png"),
         "add_noise": lambda x: schedule.add_noise(x, torch.zeros(x.shape, dtype=x.dtype), 0.5),
     }
@@ -56,6 +56,18 @@ def test_the_advice_for_each_dtype_is_good(door: Callable[[Tensor], Any]) -> Non
     for dtype in OTHERS:
         with pytest.raises(TypeError, match=r"with x\.float\(\), and divide images by what white is, 255 for"):
             door((picture * 255).to(dtype))
+
+
+def test_a_whole_data_set_may_be_of_such_pixels() -> None:
+    """They are converted a batch at a time, as the advice would."""
+    tree, picture = build(TreeTopology.balanced(1), "colour", dtype=torch.float32), images(2).expand(-1, 3, -1, -1)
+    for dtype, most in MOST.items():
+        x = (picture * most).round().to(torch.int32).to(dtype)
+        members = [summarize_tree(tree, each)[0].members for each in (x, x.float() / most)]
+        assert np.array_equal(*members)
+    for dtype in OTHERS:
+        with pytest.raises(TypeError, match=r"with x\.float\(\), and divide images by what white is, 255 for"):
+            summarize_tree(tree, (picture * 255).to(dtype))
 
 
 def test_the_advice_for_a_range_is_good() -> None:
