@@ -110,11 +110,7 @@ def main() -> None:
             peak, printed = peak_of(child), child.stdout.read()  # type: ignore[union-attr]
         if child.returncode:
             raise SystemExit(f"the work ended with status {child.returncode}")
-        result = {
-            "file_mib": path.stat().st_size / 2**20,
-            "peak_mib": peak,
-            "seconds": json.loads(printed),
-        } | settings
+        result = {"file_mib": path.stat().st_size / 2**20, "peak_mib": peak, "seconds": json.loads(printed)}
     result |= settings
     print(json.dumps(result))
     if args.out:

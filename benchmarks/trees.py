@@ -4,15 +4,16 @@
     python benchmarks/trees.py --data features.npz --out trees.json
 
 Features are projected on their principal components, which are those of the training rows, and scaled to one length
-(`--no-unit-length` for measurements, where length means something). All methods have as many
-clusters as there are classes, learn from the training rows, and are measured on the test rows; labels serve to measure
-alone. The tree of k-means and of the mixture is that of L2H, a test row belongs to the cluster nearest to it.
+(`--no-unit-length` for measurements, where length means something). All methods have as many clusters as there are
+classes, learn from the training rows, and are measured on the test rows; labels serve to measure alone. The tree of
+k-means and of the mixture is that of L2H, a test row belongs to the cluster nearest to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,25 +25,28 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from treevae_vectors import fit, scores, ward
 
-from treediff import TreeGrowth, TreeVAE
+from treediff import TreeVAE
 from treediff.data import load_dataset
 from treediff.growth import logits_to_hierarchy
 from treediff.layers import PrincipalComponents, UnitLength
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
+from train_photographs import growth_of
+
 Splits = tuple[Tensor, Tensor]
 
 
-def components(path: Path, args: argparse.Namespace) -> tuple[Splits, Tensor, int]:
+def components(source: str, args: argparse.Namespace) -> tuple[Splits, Tensor, int]:
     """Components of both splits, labels of the second, and the number of classes."""
-    data = load_dataset(path) if path.exists() else load_dataset(str(path))
+    data = load_dataset(source)
     images, labels, test, targets = data.train_images, data.train_labels, data.test_images, data.test_labels
     assert labels is not None and targets is not None
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(7))
     if args.holdout:
         test, targets = images.select(order[: args.holdout]), labels[order[: args.holdout]]
     train = images[order[args.holdout :][: args.rows]].flatten(1)
-    layers: list[nn.Module] = [PrincipalComponents.fit(train, min(args.components, train.shape[1]))]
-    features = nn.Sequential(*layers, *([UnitLength()] if args.unit_length else []))
+    project = PrincipalComponents.fit(train, min(args.components, train.shape[1]))
+    features = nn.Sequential(project, UnitLength() if args.unit_length else nn.Identity())
     return (features(train), features(test[:].flatten(1))), targets, 1 + int(targets.max())
 
 
@@ -67,20 +71,8 @@ def tree(x: Splits, clusters: int, seed: int, args: argparse.Namespace) -> tuple
     model = TreeVAE.for_vectors(
         features=x[0].shape[1], latent=args.latent, max_depth=args.max_depth, generator=generator
     )
-    effort = args.effort * max(1.0, min(10.0, 15_000 / len(x[0])))
-    epochs = {"initial": 12, "settle": 3, "intermediate": 3, "final": 10}
-    named: dict[str, Any] = {f"{kind}_epochs": max(1, round(effort * n)) for kind, n in epochs.items()}
-    growth = TreeGrowth(
-        model,
-        clusters,
-        subtree_epochs=0,
-        intermediate_every=2,
-        keep_cuts=args.keep_cuts,
-        cut_share=args.cut_share,
-        cut_neighbours=args.cut_neighbours,
-        seed=seed,
-        **named,
-    )
+    settings = {name: getattr(args, name) for name in ("effort", "cut_share", "cut_neighbours", "keep_cuts")}
+    growth = growth_of(model, len(x[0]), leaves=clusters, seed=seed, **settings)
     fit(growth, x[0], args, f"seed {seed}")
     return model.cluster(x[1]), dict(model.topology.parents)
 
@@ -134,7 +126,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     rows = []
     for source in args.data:
-        x, labels, classes = components(Path(source), args)
+        x, labels, classes = components(source, args)
         rows += compare(Path(source).stem, x, labels, classes, args)
     settings = {name: value for name, value in vars(args).items() if name not in ("data", "out")}
     result = json.dumps({"settings": settings, "rows": rows})

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from generate import load_pair
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -134,12 +135,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
 
     data = load_dataset(args.data, size=args.size)
-    feature_map = None
-    if args.features is not None:
-        import train_photographs
-
-        feature_map = train_photographs.feature_map(args.features, args.components)
-    model = DiffuseTreeVAE.load(args.model, features=feature_map).eval()
+    model = load_pair(args.model, args.features, args.components)
     model.ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     classifier = FeatureClassifier.load(args.classifier).eval()
     real = data.train_images[-args.holdout :] if args.holdout else data.test_images[:]

@@ -48,6 +48,15 @@ def drawn(world: World, count: int, sampling: dict[str, Any], draw: Draw) -> tup
     return trees | {"refined": torch.cat(images).float()}, torch.cat(leaf)
 
 
+def load_pair(path: Path, features: str | None, components: int) -> DiffuseTreeVAE:
+    """A saved pair, of images, or of features of a network of this name."""
+    if features is None:
+        return DiffuseTreeVAE.load(path).eval()
+    from train_photographs import feature_map  # which needs the packages of its networks
+
+    return DiffuseTreeVAE.load(path, features=feature_map(features, components)).eval()
+
+
 def save(world: World, images: Tensor, path: Path, **labels: Any) -> None:  # noqa: ANN401
     """Draw the images on one process only."""
     if world.first:
@@ -125,12 +134,7 @@ def main() -> None:
     args.world = start()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    feature_map = None
-    if args.features is not None:
-        import train_photographs
-
-        feature_map = train_photographs.feature_map(args.features, args.components)
-    model = DiffuseTreeVAE.load(args.model, features=feature_map).eval()
+    model = load_pair(args.model, args.features, args.components)
     if args.strip:
         name, make = "strip", strip
     elif args.refine:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import kornia.augmentation as kornia
@@ -25,12 +26,12 @@ from munkey import ConvEncoder
 from munkey.encoders.base import FITTED_ON
 from treediff.augment import Augment
 from treediff.core.cpu import has_fast
-from treediff.data import load_dataset
+from treediff.data import Rows, load_dataset
 from treediff.layers import ProjectionHead, nt_xent
 
 
 def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> None:
-    """A plain PyTorch loop; the projection head of the loss is discarded afterwards."""
+    """The projection head of the loss is discarded afterwards."""
     head = ProjectionHead(in_features=args.key_width, hidden=args.key_width, out_features=64)
     parameters = [*encoder.parameters(), *head.parameters()]
     steps = args.epochs * (len(images) // args.batch_size)
@@ -41,21 +42,50 @@ def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> Non
     jitter = kornia.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
     colour = images.shape[1] == 3
     augment = Augment(crop, kornia.RandomHorizontalFlip(), jitter) if colour else Augment(crop, moved)
-    generator = torch.Generator().manual_seed(args.seed)
-    bar = tqdm(total=steps, desc="encoder", disable=args.quiet)
-    for _ in range(args.epochs):
-        for rows in torch.randperm(len(images), generator=generator).split(args.batch_size):
-            if len(rows) < args.batch_size:
+    contrast(
+        lambda views: head(encoder.encode(views)),
+        images,
+        augment,
+        optimizer,
+        schedule,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        temperature=args.temperature,
+        generator=torch.Generator().manual_seed(args.seed),
+        quiet=args.quiet,
+    )
+
+
+def contrast(
+    project: Callable[[Tensor], Tensor],
+    images: Tensor | Rows,
+    augment: Augment,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    *,
+    epochs: int,
+    batch_size: int,
+    temperature: float,
+    generator: torch.Generator,
+    quiet: bool,
+) -> None:
+    """Two changed copies of each image are projected, and are to be more alike than copies of other images."""
+    bar = tqdm(total=epochs * (len(images) // batch_size), desc="encoder", disable=quiet)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(images), generator=generator).split(batch_size):
+            if len(rows) < batch_size:
                 continue  # a smaller batch has other contrasts
-            views = [augment(images[rows], generator=generator) for _ in range(2)]
+            x = images[rows]
+            views = torch.cat([augment(x, generator=generator) for _ in range(2)])
             with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
-                first, second = head(encoder.encode(torch.cat(views))).float().chunk(2)
-            loss = nt_xent(first, second, temperature=args.temperature)
+                first, second = project(views).float().chunk(2)
+            loss = nt_xent(first, second, temperature=temperature)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     bar.close()
 
 

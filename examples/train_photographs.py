@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from train_diffusion import picture, settings_of
 from train_diffusion import train as train_second_stage
+from train_encoder import contrast
 from train_munkey import efficientnet_lite
 from train_treevae import evaluate, hold_out
 from train_treevae import train as train_tree
 
 from treediff import DiffuseTreeVAE, LeafConditionedDDPM, LeafDensity, TreeGrowth, TreeVAE
 from treediff.augment import cifar_augment
-from treediff.core.cpu import has_fast
 from treediff.core.distributed import ALONE
 from treediff.data import Rows, load_dataset
-from treediff.layers import PrincipalComponents, ProjectionHead, ResNetEncoder, UnitLength, nt_xent
+from treediff.layers import PrincipalComponents, ProjectionHead, ResNetEncoder, UnitLength
 
 
 def contrastive(images: Rows, args: argparse.Namespace) -> ResNetEncoder:
@@ -44,31 +44,21 @@ def contrastive(images: Rows, args: argparse.Namespace) -> ResNetEncoder:
         torch.manual_seed(args.seed)
         network = ResNetEncoder(images.shape[1], width=args.encoder_width).to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
         head = ProjectionHead(in_features=network.features, hidden=network.features, norm=nn.BatchNorm1d)
-    parameters, size = [*network.parameters(), *head.parameters()], args.batch_size
-    steps = args.encoder_epochs * (len(images) // size)
+    parameters = [*network.parameters(), *head.parameters()]
+    steps = args.encoder_epochs * (len(images) // args.batch_size)
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-4, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1, pct_start=0.1)
-    augment, bar = (
+    contrast(
+        lambda views: head(network(views.contiguous(memory_format=torch.channels_last))),
+        images,
         cifar_augment((images.shape[2], images.shape[3])),
-        tqdm(total=steps, desc="encoder", disable=args.quiet),
+        optimizer,
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1, pct_start=0.1),
+        epochs=args.encoder_epochs,
+        batch_size=args.batch_size,
+        temperature=0.2,
+        generator=generator,
+        quiet=args.quiet,
     )
-    for _ in range(args.encoder_epochs):
-        for rows in torch.randperm(len(images), generator=generator).split(size):
-            if len(rows) < size:
-                continue  # a smaller batch has other contrasts
-            x = images[rows]
-            views = torch.cat([augment(x, generator=generator) for _ in range(2)])
-            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
-                projected = head(network(views.contiguous(memory_format=torch.channels_last)))
-            first, second = projected.float().chunk(2)
-            loss = nt_xent(first, second, temperature=0.2)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    bar.close()
     return network.eval()
 
 
@@ -91,24 +81,42 @@ def features_of(network: nn.Module, images: Rows, name: str) -> Tensor:
     return torch.cat([network(x) for x in parts])
 
 
+def growth_of(
+    model: TreeVAE,
+    rows: int,
+    *,
+    leaves: int,
+    effort: float,
+    seed: int,
+    cut_share: float,
+    cut_neighbours: int = 30,
+    keep_cuts: bool = True,
+) -> TreeGrowth:
+    """Growth on features, with more epochs where an epoch has few steps; clusters stay as they were cut."""
+    effort *= max(1.0, min(10.0, 15_000 / rows))
+    epochs = {"initial": 12, "settle": 3, "intermediate": 3, "final": 10}
+    named: dict[str, Any] = {f"{kind}_epochs": max(1, round(effort * n)) for kind, n in epochs.items()}
+    return TreeGrowth(
+        model,
+        max_leaves=leaves,
+        subtree_epochs=0,
+        intermediate_every=2,
+        keep_cuts=keep_cuts,
+        cut_share=cut_share,
+        cut_neighbours=cut_neighbours,
+        seed=seed,
+        **named,
+    )
+
+
 def grow(observed: Tensor, args: argparse.Namespace) -> TreeVAE:
     """A tree of the features."""
     model = TreeVAE.for_vectors(
         features=observed.shape[1], latent=args.latent, generator=torch.Generator().manual_seed(args.seed)
     )
-    effort = (0.2 if args.quick else args.effort) * max(1.0, min(10.0, 15_000 / len(observed)))
-    epochs = {"initial": 12, "settle": 3, "intermediate": 3, "final": 10}
-    named: dict[str, Any] = {f"{kind}_epochs": max(1, round(effort * n)) for kind, n in epochs.items()}
-    growth = TreeGrowth(
-        model,
-        max_leaves=args.leaves,
-        subtree_epochs=0,
-        intermediate_every=2,
-        keep_cuts=True,
-        cut_share=args.cut_share,
-        cut_neighbours=30,
-        seed=args.seed,
-        **named,
+    effort = 0.2 if args.quick else args.effort
+    growth = growth_of(
+        model, len(observed), leaves=args.leaves, effort=effort, cut_share=args.cut_share, seed=args.seed
     )
     parts: dict[str, Any] = {"settings": settings_of(args), "images": len(observed), "model": model, "growth": growth}
     for stage in growth.stages(observed):

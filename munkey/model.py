@@ -436,8 +436,18 @@ class KeyMemoryTransformer(nn.Module):
         self.check(x)
         targets = self.task.check(labels, len(x)).to(x.device)
         wanted = None if ids is None else ids_of_inputs(ids, x)
-        about: dict[str, Any] = {"exact": self.mode == "exact", "ids": wanted, "folds": folds, "keys": keys}
-        fit_mixture(self.readout, self.query, self.memory.store, x, targets, **about, outputs=outputs)
+        fit_mixture(
+            self.readout,
+            self.query,
+            self.memory.store,
+            x,
+            targets,
+            exact=self.mode == "exact",
+            ids=wanted,
+            folds=folds,
+            keys=keys,
+            outputs=outputs,
+        )
         return self.readout
 
     # --- training -----------------------------------------------------------------------------------------

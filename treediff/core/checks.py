@@ -13,7 +13,10 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-__all__ = ["check_batch", "check_noise", "check_times", "float_advice"]
+__all__ = ["WHITE", "check_batch", "check_noise", "check_times", "float_advice"]
+
+#: Greatest pixel of each dtype of whole numbers whose value of white is known.
+WHITE = {torch.bool: 1, torch.uint8: 255, torch.uint16: 65535}
 
 _STEP = "step n of T steps, counted from 1, is t = n / T"
 Shape = tuple[int, ...]
@@ -111,8 +114,8 @@ def float_advice(dtype: torch.dtype) -> str:
     """Return advice on how to convert images of a dtype to floating point in [0, 1]."""
     if dtype == torch.bool:
         return "x.float()"
-    if dtype in (torch.uint8, torch.uint16):
-        return f"x.float() / {255 if dtype == torch.uint8 else 65535}"
+    if dtype in WHITE:
+        return f"x.float() / {WHITE[dtype]}"
     return "x.float(), and divide images by what white is, 255 for 8 bits and 65535 for 16"
 
 

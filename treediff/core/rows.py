@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from treediff.core.checks import check_positive, float_advice
+from treediff.core.checks import WHITE, check_positive, float_advice
 
 __all__ = ["Indexable", "Rows"]
 
 # A memory map gives its pages back after so many bytes have been read. The system maps several pages around each one,
 # so rows in random order take up to ten times as much memory.
 _KEPT = 1 << 24
-_WHITE = {torch.uint8: 255, torch.uint16: 65535}
 
 
 class Indexable(Protocol):
@@ -123,9 +122,7 @@ class Rows(Dataset[Tensor]):
         """Return rows as they are stored, `(B, ...)`, channels first."""
         if self._picked is not None:
             index = self._picked[index]
-        if isinstance(self.data, Tensor):
-            return self.data[index]
-        if isinstance(self.data, Rows):
+        if isinstance(self.data, Tensor | Rows):
             return self.data[index]
         if isinstance(self.data, np.ndarray):
             found = self.data[index.cpu().numpy() if isinstance(index, Tensor) else index]
@@ -141,12 +138,12 @@ class Rows(Dataset[Tensor]):
         else:
             picked = torch.as_tensor(index)
             numbers = (picked.nonzero().squeeze(1) if picked.dtype == torch.bool else picked).tolist()
+        if not numbers:
+            return torch.empty(0, *self.shape[1:], dtype=self.dtype)
         if hasattr(self.data, "__getitems__"):
             items = self.data.__getitems__(numbers)
         else:
             items = [self.data[number] for number in numbers]
-        if not numbers:
-            return torch.empty(0, *self.shape[1:], dtype=self.dtype)
         return torch.stack([self._row(item) for item in items])
 
     def _row(self, item: Any) -> Tensor:  # noqa: ANN401
@@ -168,7 +165,7 @@ class Rows(Dataset[Tensor]):
         """Convert what is stored to floating point; grey images get their channel."""
         if batch.ndim == 3:
             batch = batch[:, None]
-        white = 1 if batch.is_floating_point() or batch.dtype == torch.bool else _WHITE.get(batch.dtype)
+        white = 1 if batch.is_floating_point() else WHITE.get(batch.dtype)
         if white is None or (white > 1 and batch.ndim != 4):
             raise TypeError(
                 f"expected floating-point rows, or images of 8 or 16 bits, found {batch.dtype} of shape "

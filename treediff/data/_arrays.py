@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from treediff.core.checks import WHITE
 from treediff.core.rows import Rows
 from treediff.data.dataset import ImageDataset
 
@@ -16,18 +17,17 @@ Array: TypeAlias = npt.NDArray[Any]
 Split: TypeAlias = tuple[Rows, torch.Tensor | None]
 
 
-#: The greatest pixel of each dtype whose value of white is known.
-_GREATEST = {"bool": 1, "uint8": 255, "uint16": 65535}
+_PIXELS = {str(dtype).removeprefix("torch.") for dtype in WHITE}
 _RESCALE = "images / 255 for pixels from 0 to 255, (images + 1) / 2 for those from -1 to 1"
 
 
-def check_pixels(array: Array, where: object) -> int | None:
+def check_pixels(array: Array, where: object) -> bool:
     """Raise ValueError unless shape and dtype are those of pixels with channels last, or of float features.
 
     The range of bool, uint8 and uint16 is known; the range of other integers is not, so such pixels are refused.
 
     Returns:
-        the greatest value of the dtype; None for floating-point numbers.
+        whether these are pixels of whole numbers, whose values need no check.
     """
     is_image = array.ndim in (3, 4)
     if array.ndim not in (2, 3, 4) or array.size == 0:
@@ -43,15 +43,15 @@ def check_pixels(array: Array, where: object) -> int | None:
             f"{where}: expected channels last, (n, H, W, C) with C of 1 (grey) or 3 (colour), found shape "
             f"{array.shape}; {advice}"
         )
-    most = _GREATEST.get(array.dtype.name) if is_image else None
-    if array.dtype.kind != "f" and most is None:
+    whole = is_image and array.dtype.name in _PIXELS
+    if array.dtype.kind != "f" and not whole:
         raise ValueError(f"{where}: {_refusal(array, is_image)}")
-    return most
+    return whole
 
 
 def to_images(array: Array, where: object) -> Rows:
     """Return pixels with channels last, or float features, as rows; floating-point numbers are checked."""
-    if check_pixels(array, where) is not None:
+    if check_pixels(array, where):
         return Rows(array)
     is_image = array.ndim in (3, 4)
     if is_image:

@@ -51,10 +51,6 @@ def _read_digits() -> ImageDataset:
     return to_dataset("digits", "digits", train, test, _DIGIT_NAMES)
 
 
-def _true(mask: torch.Tensor) -> torch.Tensor:
-    return mask.nonzero().squeeze(1)
-
-
 def _read_mnist(name: str) -> ImageDataset:
     root = os.environ.get("TREEDIFF_DATA")
     folders = [Path(root) / name] if root else []

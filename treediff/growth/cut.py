@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
@@ -99,13 +100,13 @@ def _projection(parts: Iterator[Tensor], rows: int) -> _Projection:
     """Return the components of the first of `rows` points: as many as are enough, and fit into memory."""
     first = _flat(next(parts))
     count = min(rows, _SAMPLE, max(len(first), _NUMBERS // first.shape[1]))
-    sample = first.new_empty(count, first.shape[1])
-    sample[: len(first)] = first[:count]
-    have = min(len(first), count)
-    while have < count:
-        part = _flat(next(parts))[: count - have]
-        sample[have : have + len(part)] = part
-        have += len(part)
+    sample, have = first.new_empty(count, first.shape[1]), 0
+    for part in chain([first], map(_flat, parts)):
+        some = part[: count - have]
+        sample[have : have + len(some)] = some
+        have += len(some)
+        if have == count:
+            break
     return _Projection.of(sample, _COMPONENTS)
 
 

@@ -308,13 +308,15 @@ class TreeGrowth:
 
         Returns the probabilities of the leaves that are left.
         """
+        probs = self._probs(data)
         while len(self.model.topology.leaves) > 1:
-            counts = self._preferring(self._probs(data))
+            counts = self._preferring(probs)
             smallest = int(counts.argmin())
             if counts[smallest] >= self._least(len(data)):
                 break
             self.model.prune(self.model.topology.leaves[smallest])
-        return self._probs(data)
+            probs = self._probs(data)
+        return probs
 
     # --- saving -------------------------------------------------------------------------------------------
 

@@ -127,14 +127,14 @@ def fit_router(
         return
     x = x.detach()
     target = torch.where(left, confidence, 1 - confidence).to(x)
-    even = torch.where(left, 0.5 / left.float().mean(), 0.5 / (~left).float().mean()).to(x)
     with torch.enable_grad(), evaluating(router):
         _descend(router, trained, x, target, torch.ones_like(target), steps, generator)
         with torch.no_grad():
             found = router(x) > 0
-        fewer = bool(left.float().mean() < 0.5)
-        wanted = int((left == fewer).sum())
-        if int((found == fewer).sum()) < wanted / 2:
+        shares = left.float().mean(), (~left).float().mean()
+        fewer = bool(shares[0] < 0.5)
+        if int((found == fewer).sum()) < int((left == fewer).sum()) / 2:
+            even = torch.where(left, 0.5 / shares[0], 0.5 / shares[1]).to(x)
             _descend(router, trained, x, target, even, steps, generator)
 
 

@@ -101,12 +101,11 @@ def summarize_tree(
 
     model.check(read(torch.arange(1)))
     targets, names = _classes(labels, class_names, len(rows))
+    tree, order = model.topology.contracted(), model.topology.leaves
     with evaluating(model):
         shares, leaf_of = _route(model, read, len(rows), batch_size, progress)
         typical = _typical_members(model, read, leaf_of, members, max_rows, batch_size)
-        nodes = model.topology.contracted().ids
-        drawn = draw_samples(model, nodes, samples, refine, generator, features=observe is not None)
-    tree, order = model.topology.contracted(), model.topology.leaves
+        drawn = draw_samples(model, tree.ids, samples, refine, generator, features=observe is not None)
     column, counts = spans(tree), np.bincount(leaf_of, minlength=len(order))
     records = []
     for node in tree.ids:

@@ -633,6 +633,7 @@ class TreeVAE(nn.Module):
         """
         if isinstance(data, Tensor) and data.is_floating_point():
             self.check(data)
+            return Rows.of(data, dtype=self.dtype)
         rows = Rows.of(data, dtype=self.dtype)
         self.check(rows[:1].to(self.device))
         return rows
