@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--cut-share", type=float, default=0.2)
     parser.add_argument("--cut-rows", type=int, default=10_000)
     parser.add_argument("--intermediate-every", type=int, default=8)
+    parser.add_argument("--splits-at-once", type=int, default=1)
     parser.add_argument("--keep-cuts", action="store_true")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--out", type=Path)
@@ -47,6 +48,7 @@ def main() -> None:
         epochs=1,
         subtree_epochs=0,
         intermediate_every=args.intermediate_every,
+        splits_at_once=args.splits_at_once,
         cut_share=args.cut_share,
         cut_rows=args.cut_rows,
         keep_cuts=args.keep_cuts,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,26 @@ from treediff.core.cpu import has_fast
 from treediff.core.distributed import World, data_parallel, start
 from treediff.core.noise import combine_seeds
 from treediff.data import ImageDataset, Rows, load_dataset
+from treediff.diffusion import TreeCondition
 from treediff.pictures import draw_tree, summarize_tree, write_html
-from treediff.pipeline.conditions import condition_of
 from treediff.treevae.prior import TreeSample
+
+Conditions = Callable[[Tensor, Tensor, torch.Generator], TreeCondition]  # of row numbers, and of the images there
 
 
 def train(
-    model: DiffuseTreeVAE, images: Rows, args: argparse.Namespace, world: World, observed: Tensor | None = None
+    model: DiffuseTreeVAE | LeafConditionedDDPM,
+    images: Rows,
+    conditions: Conditions,
+    args: argparse.Namespace,
+    world: World,
 ) -> EMA:
     """A plain PyTorch loop over the second stage, with a checkpoint between two epochs; the first stage is frozen.
 
-    `observed` are the features of the images if the tree is one of features, so that these are computed only once.
+    `model` is the pair, or the second stage alone.
     """
-    ddpm, steps, path = model.ddpm, -(-len(images) // args.batch_size), args.out / "checkpoint.safetensors"
+    ddpm = model.ddpm if isinstance(model, DiffuseTreeVAE) else model
+    steps, path = -(-len(images) // args.batch_size), args.out / "checkpoint.safetensors"
     optimizer = torch.optim.Adam(ddpm.parameters(), lr=args.learning_rate, fused=True)
     total = args.epochs * steps + 1
     rise = max(0.05, 1.5 / total)  # OneCycleLR divides by zero if that is one step
@@ -63,10 +71,11 @@ def train(
         generator = world.own(order)
         torch.manual_seed(combine_seeds(args.seed, epoch, world.rank))  # of dropout
         for rows in torch.randperm(len(images), generator=order).split(args.batch_size):
-            x = images[world.share(rows)]
-            seen, decode = (x, True) if observed is None else (observed[world.share(rows)], False)
-            share = args.prior_share
-            condition = condition_of(model.tree_vae, seen, prior_share=share, decode=decode, generator=generator)
+            rows = world.share(rows)
+            x = images[rows]
+            condition = conditions(rows, x, generator)
+            if args.mirror:
+                x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(3), x)
             with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16) and not args.float32):
                 loss = loss_of(x, condition, generator=generator)
             optimizer.zero_grad()
@@ -102,6 +111,7 @@ def build(tree: TreeVAE, args: argparse.Namespace) -> DiffuseTreeVAE:
         "width": args.width,
         "blocks": args.blocks,
         "dropout": args.dropout,
+        "patch": args.patch,
     }
     ddpm = LeafConditionedDDPM.for_tree(tree, generator=torch.Generator().manual_seed(args.seed), **settings)
     # About a tenth faster on a CPU in bfloat16.
@@ -153,6 +163,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--patch", type=int, default=1, help="side of the patches of pixels that the network reads")
+    parser.add_argument("--mirror", action="store_true", help="train on mirror images too, for photographs")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
     parser.add_argument("--float32", action="store_true", help="do not multiply in bfloat16")
     parser.add_argument("--holdout", type=int, default=0, help="leave out the last so many training images")
@@ -173,9 +185,13 @@ def main() -> None:
     images = data.train_images.select(slice(len(data.train_images) - args.holdout))
     args.epochs = args.epochs or (1 if args.quick else max(1, 120_000 // len(images)))
     model = build(TreeVAE.load(args.tree).eval(), args)
+
+    def conditions(rows: Tensor, x: Tensor, generator: torch.Generator) -> TreeCondition:
+        return model.condition_of(x, prior_share=args.prior_share, generator=generator)
+
     start_time = time.perf_counter()
     model.density = LeafDensity.fit(model.tree_vae, images, generator=torch.Generator().manual_seed(args.seed))
-    ema = train(model, images, args, world)
+    ema = train(model, images, conditions, args, world)
     seconds = time.perf_counter() - start_time
     if not world.first:
         return

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,10 @@ from train_treevae import train as train_tree
 from treediff import DiffuseTreeVAE, LeafConditionedDDPM, LeafDensity, TreeGrowth, TreeVAE
 from treediff.augment import cifar_augment
 from treediff.core.distributed import ALONE
-from treediff.data import Rows, load_dataset
+from treediff.data import ImageDataset, Rows, load_dataset
+from treediff.diffusion import TreeCondition
 from treediff.layers import PrincipalComponents, ProjectionHead, ResNetEncoder, UnitLength
+from treediff.pipeline.conditions import condition_of
 
 
 def contrastive(images: Rows, args: argparse.Namespace) -> ResNetEncoder:
@@ -124,6 +127,31 @@ def grow(observed: Tensor, args: argparse.Namespace) -> TreeVAE:
     return model.eval()
 
 
+def draw_images(
+    tree: TreeVAE, features: nn.Module, observed: Tensor, data: ImageDataset, args: argparse.Namespace
+) -> None:
+    """Train the second stage under the posterior of the tree, save the pair, and draw the tree."""
+    images = data.train_images
+    channels, height, width = images.shape[1:]
+    args.batch_size, args.epochs = 64, max(1, 120_000 // len(images)) if args.epochs is None else args.epochs
+    args.patch = math.gcd(2, height, width) if args.patch is None else args.patch
+    generator = torch.Generator().manual_seed(args.seed)
+    settings: dict[str, Any] = {name: getattr(args, name) for name in ("condition", "width", "blocks", "patch")}
+    ddpm = LeafConditionedDDPM.for_tree(tree, size=(height, width), channels=channels, generator=generator, **settings)
+    model = DiffuseTreeVAE(tree, ddpm.to(memory_format=torch.channels_last), features=features)  # type: ignore[call-overload, unused-ignore]
+    model.density = LeafDensity.fit(tree, observed, generator=generator)
+    if not args.epochs:
+        model.save(args.out / "model.safetensors")
+        return
+
+    def conditions(rows: Tensor, x: Tensor, generator: torch.Generator) -> TreeCondition:
+        return condition_of(tree, observed[rows], decode=False, generator=generator)
+
+    with train_second_stage(model, images, conditions, args, ALONE).average():
+        model.eval().save(args.out / "model.safetensors")
+        picture(model, data, args.out, args.seed)
+
+
 def main() -> None:
     """Read the photographs, make features, grow the tree, train the second stage, measure, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,8 +170,10 @@ def main() -> None:
         "--epochs", type=int, help="of the second stage; 0 for the tree alone; 120,000 images by default"
     )
     parser.add_argument("--condition", default="tree_diffusion", help="what the second stage is conditioned on")
-    parser.add_argument("--width", type=int, default=32, help="of the second stage")
+    parser.add_argument("--width", type=int, default=48, help="of the second stage")
     parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--patch", type=int, help="side of the patches of pixels that it reads; 2 if sizes are even")
+    parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True, help="train on mirror images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--holdout", type=int, default=0, help="measure on the last so many training images instead")
     parser.add_argument("--batch-size", type=int, default=256)
@@ -153,13 +183,12 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)
-    args.prior_share, args.ema, args.float32, args.resume, args.save_every = 0.0, 0.999, False, False, 1e9
+    args.ema, args.float32, args.resume, args.save_every = 0.999, False, False, 1e9
 
     data = hold_out(load_dataset(args.data, size=args.size), args.holdout)
     images, seconds = data.train_images, {}
     if args.quick:
         args.encoder_epochs, args.epochs = 1, 1 if args.epochs is None else args.epochs
-    channels, height, width = images.shape[1:]
     start = time.perf_counter()
     network = contrastive(images, args) if args.features == "contrastive" else network_of(args.features).eval()
     seconds["network"] = time.perf_counter() - start
@@ -180,21 +209,9 @@ def main() -> None:
     for name, value in result.items():
         print(f"{name:20s} {value:10.3f}")
 
-    args.batch_size, args.epochs = 64, max(1, 120_000 // len(images)) if args.epochs is None else args.epochs
-    generator = torch.Generator().manual_seed(args.seed)
-    settings: dict[str, Any] = {"condition": args.condition, "width": args.width, "blocks": args.blocks}
-    ddpm = LeafConditionedDDPM.for_tree(tree, size=(height, width), channels=channels, generator=generator, **settings)
-    model = DiffuseTreeVAE(tree, ddpm.to(memory_format=torch.channels_last), features=features)  # type: ignore[call-overload, unused-ignore]
-    model.density = LeafDensity.fit(tree, observed, generator=generator)
     start = time.perf_counter()
-    if args.epochs:
-        ema = train_second_stage(model, images, args, ALONE, observed)
-        seconds["second stage"] = time.perf_counter() - start
-        with ema.average():
-            model.eval().save(args.out / "model.safetensors")
-            picture(model, data, args.out, args.seed)
-    else:
-        model.save(args.out / "model.safetensors")
+    draw_images(tree, features, observed, data, args)
+    seconds["second stage"] = time.perf_counter() - start
     about = settings_of(args) | {"data": data.name, "seconds": seconds, "tree": tree.topology.to_json()}
     (args.out / "results.json").write_text(json.dumps(about | result, indent=1))
     print(json.dumps(about | result))

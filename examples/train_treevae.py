@@ -64,7 +64,7 @@ def train(
     first = 0 if saved is None else saved["epoch"]
     if saved is not None:
         saved.fill(parts | {"epoch": first})
-    name = f"{stage.index} {stage.kind}{'' if stage.split is None else f' {stage.split}'}"
+    name = f"{stage.index} {stage.kind}{''.join(f' {node}' for node in stage.splits)}"
     bar = tqdm(total=stage.epochs * steps, initial=first * steps, desc=name, disable=args.quiet or not world.first)
     written = time.monotonic()
     for epoch in range(first, stage.epochs):
@@ -220,7 +220,7 @@ def main() -> None:
         growth.load_state_dict(saved["growth"])
     for stage in growth.stages(images, again=None if saved is None else saved["rows"]):
         # The last stage is for the bound alone; while children settle neither features nor posterior routers train.
-        idle = stage.kind in ("settle", "final") or (stage.split is not None and not args.decisions)
+        idle = stage.kind in ("settle", "final") or (stage.splits and not args.decisions)
         train(stage, images, args, augment, None if idle else contrast, world, parts, saved)
         saved = None
     seconds = time.perf_counter() - start_time

@@ -68,7 +68,7 @@ def grown(world: World, *, resumed: bool, **settings: Any) -> tuple[dict[str, Te
 def train(stage: Any, data: Tensor, world: World, contrast: TreeContrast) -> None:  # noqa: ANN401
     parameters = [*stage.parameters(), *contrast.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.003)
-    loss = data_parallel(stage.loss, stage.model, contrast, unused=stage.split is not None or stage.threshold > 0)
+    loss = data_parallel(stage.loss, stage.model, contrast, unused=bool(stage.splits) or stage.threshold > 0)
     for rows in stage.batches(0, 12):
         x = data[world.share(rows[: len(rows) // 6 * 6])]
         if not len(x):

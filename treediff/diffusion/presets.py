@@ -105,6 +105,7 @@ class Settings(TypedDict, total=False):
         attention: resolutions with attention, each the larger side of a level's maps; none.
         heads: number of heads of every attention; 4.
         dropout: share of activations dropped in training; 0.
+        patch: side of the patches that the network's first level reads, see `UNet`; 1.
         schedule: one of `SCHEDULES`, or a schedule; 'cosine'.
         prediction: 'epsilon', 'x0' or 'v'; 'v'.
         min_snr: gamma of the min-SNR weighting; None weighs all noise levels alike.
@@ -124,6 +125,7 @@ class Settings(TypedDict, total=False):
     attention: tuple[int, ...]
     heads: int
     dropout: float
+    patch: int
     schedule: str | NoiseSchedule
     prediction: str
     min_snr: float | None
@@ -145,6 +147,7 @@ DEFAULTS: Settings = {
     "attention": (),
     "heads": 4,
     "dropout": 0.0,
+    "patch": 1,
     "schedule": "cosine",
     "prediction": "v",
     "min_snr": None,
@@ -168,6 +171,7 @@ def image_parts(
     attention: tuple[int, ...],
     heads: int,
     dropout: float,
+    patch: int,
     schedule: str | NoiseSchedule,
     prediction: str,
     min_snr: float | None,
@@ -203,6 +207,7 @@ def image_parts(
         context=conditioner.context,
         heads=heads,
         dropout=dropout,
+        patch=patch,
         checkpoint=checkpoint,
         **factory,
     )

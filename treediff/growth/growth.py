@@ -14,7 +14,7 @@ many splits as leaves are wanted, with the leaves that there are.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, cast
@@ -28,7 +28,7 @@ from treediff.core.noise import combine_seeds
 from treediff.core.rows import Indexable, Rows
 from treediff.growth.annealing import KLAnnealing
 from treediff.growth.cut import Augmentation, cut_router
-from treediff.growth.policy import POLICIES, Policy, Survey, best_leaf
+from treediff.growth.policy import POLICIES, Policy, Survey, best_leaves
 from treediff.growth.reach import LeafProbabilities
 from treediff.growth.stage import Stage
 from treediff.treevae.model import TreeVAE
@@ -54,6 +54,8 @@ class TreeGrowth:
         intermediate_epochs: epochs of an intermediate stage; 0 skips them.
         final_epochs: epochs of the final stage; 0 skips it.
         intermediate_every: splits between two intermediate stages.
+        splits_at_once: greatest number of leaves that are split together, and whose children learn in one stage: the
+            leaf that the policy prefers, and the next best leaves of the same depth.
         policy: choice of the leaf to split: 'largest', 'highest_loss', 'highest_entropy', or a function from
             `LeafStatistics` to a score per leaf.
         warm_start: whether new children begin as copies of their parent, the leaf that was split.
@@ -105,6 +107,7 @@ class TreeGrowth:
     intermediate_epochs: int | None = None
     final_epochs: int | None = None
     intermediate_every: int = 3
+    splits_at_once: int = 1
     policy: str | Policy = "largest"
     warm_start: bool = True
     min_share: float | None = None
@@ -131,6 +134,7 @@ class TreeGrowth:
         check_positive(
             max_leaves=self.max_leaves,
             intermediate_every=self.intermediate_every,
+            splits_at_once=self.splits_at_once,
             min_rows=self.min_rows,
             views=self.views,
             cut_neighbours=self.cut_neighbours,
@@ -179,7 +183,12 @@ class TreeGrowth:
                 yield self._again(again, len(rows))
             while (stage := self._next(rows)) is not None:
                 # Listed before it trains, so that a state saved at the end of the loop's body counts the stage as done.
-                record = {"kind": stage.kind, "split": stage.split, "epochs": stage.epochs, "above": stage.above}
+                record = {
+                    "kind": stage.kind,
+                    "splits": list(stage.splits),
+                    "epochs": stage.epochs,
+                    "above": stage.above,
+                }
                 self.history.append(record)
                 if stage.epochs:
                     yield stage
@@ -197,7 +206,7 @@ class TreeGrowth:
                 f"{tuple(rows.shape)}"
             )
         last = self.history.pop()  # meanwhile, as a new stage counts the stages before it
-        stage = self._stage(last["kind"], rows, last["split"], last["above"])
+        stage = self._stage(last["kind"], rows, last["splits"], last["above"])
         self.history.append(last)
         return stage
 
@@ -209,37 +218,46 @@ class TreeGrowth:
             return self._stage("initial", everything)
         last = self.history[-1]
         if last["kind"] == "settle":
-            return self._subtree_stage("subtree", data, last["split"], last["above"])
+            return self._subtree_stage("subtree", data, last["splits"], last["above"])
         probs = self._pruned(data)
         if last["kind"] == "final":
             return None
-        splits = [entry["kind"] for entry in self.history].count("subtree")
-        if last["kind"] == "subtree" and splits % self.intermediate_every == 0:
+        since, splits = self._splits_so_far()
+        if last["kind"] == "subtree" and since >= self.intermediate_every:
             return self._stage("intermediate", everything)
-        more = self._effective(probs) < self.max_leaves and splits < 2 * self.max_leaves
-        leaf = self._leaf_to_split(data, probs) if more else None
-        if leaf is None:
+        missing = min(self.max_leaves - self._effective(probs), 2 * self.max_leaves - splits, self.splits_at_once)
+        leaves = self._leaves_to_split(data, probs, missing) if missing > 0 else ()
+        if not leaves:
             return self._stage("final", everything)
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, len(self.history), -1))
-        # Rows that prefer another leaf would blur the cut.
-        certain = (probs.argmax(1) == self.model.topology.leaves.index(leaf)).nonzero().squeeze(1)
-        self.model.split(leaf, warm_start=self.warm_start, generator=generator)
-        self._cut(leaf, data, certain)
-        return self._subtree_stage("settle", data, leaf, self._membership(probs))
+        preferred = torch.tensor(self.model.topology.leaves)[probs.argmax(1)]
+        for leaf in leaves:
+            self.model.split(leaf, warm_start=self.warm_start, generator=generator)
+            # Rows that prefer another leaf would blur the cut.
+            self._cut(leaf, data, (preferred == leaf).nonzero().squeeze(1))
+        return self._subtree_stage("settle", data, leaves, self._membership(probs))
 
-    def _subtree_stage(self, kind: str, data: Rows, split: int, above: float) -> Stage:
-        """Build a stage on the rows that reach a node with a probability of at least `above`."""
-        rows = (self._probs.reach(data, split) >= above).nonzero().squeeze(1)
-        return self._stage(kind, rows, split=split, above=above)
+    def _splits_so_far(self) -> tuple[int, int]:
+        """Return the number of splits since the last intermediate stage, and of all splits."""
+        since = splits = 0
+        for entry in self.history:
+            made = len(entry["splits"]) if entry["kind"] == "subtree" else 0
+            since, splits = 0 if entry["kind"] == "intermediate" else since + made, splits + made
+        return since, splits
 
-    def _stage(self, kind: str, rows: Tensor, split: int | None = None, above: float = 0.0) -> Stage:
+    def _subtree_stage(self, kind: str, data: Rows, splits: Sequence[int], above: float) -> Stage:
+        """Build a stage on the rows that reach one of some nodes with a probability of at least `above`."""
+        reached = torch.stack([self._probs.reach(data, node) >= above for node in splits]).any(0)
+        return self._stage(kind, reached.nonzero().squeeze(1), splits, above)
+
+    def _stage(self, kind: str, rows: Tensor, splits: Sequence[int] = (), above: float = 0.0) -> Stage:
         named: int | None = getattr(self, f"{kind}_epochs")
         epochs = self.epochs if named is None else named
         annealing = self.initial_annealing if kind == "initial" else self.annealing
         if kind == "final":
             annealing = self.final_annealing or KLAnnealing(step=max(0.01, 1 / max(1, epochs - 1)))
         done = len(self.history)
-        settings = (split, above, self.threshold, self.seed, self._frozen | self._kept(kind))
+        settings = (tuple(splits), above, self.threshold, self.seed, self._frozen | self._kept(kind))
         return Stage(self.model, kind, done, epochs, rows, annealing, *settings)
 
     def _kept(self, kind: str) -> frozenset[str]:
@@ -270,8 +288,8 @@ class TreeGrowth:
         """Count the rows that prefer each leaf to all others."""
         return probs.argmax(1).bincount(minlength=probs.shape[1])
 
-    def _leaf_to_split(self, data: Rows, probs: Tensor) -> int | None:
-        """Return the leaf with the best score among leaves that may be split, or None.
+    def _leaves_to_split(self, data: Rows, probs: Tensor, most: int) -> list[int]:
+        """Return the leaf with the best score among leaves that may be split, and the next best of the same depth.
 
         A leaf needs enough rows for two, and room below.
         """
@@ -282,7 +300,8 @@ class TreeGrowth:
         losses = self.policy not in ("largest", "highest_entropy")
         survey = Survey(self.model, self.batch_size, (self.seed, len(self.history), -2), self.world)
         statistics = survey.statistics(data, probs, self.members(probs), losses=losses)
-        return best_leaf(policy, statistics, tree.leaves, room & (statistics.rows >= least))
+        best = best_leaves(policy, statistics, tree.leaves, room & (statistics.rows >= least))
+        return [leaf for leaf in best if tree.depth(leaf) == tree.depth(best[0])][:most]
 
     def _cut(self, node: int, data: Rows, rows: Tensor) -> None:
         """Start a new posterior router as a cut where its rows are sparse, so that both children get rows."""
@@ -334,7 +353,7 @@ class TreeGrowth:
         Raises:
             KeyError: if the state, or a stage in it, lacks an entry; or if the model's tree was not split there.
             TypeError: if the stages are not a list of mappings.
-            ValueError: if a stage is of an unknown kind, or names a split where it should not.
+            ValueError: if a stage is of an unknown kind, or lists splits where it should not.
         """
         self.history = check_history(state, self.model.topology.routed)
 
@@ -349,7 +368,7 @@ def check_history(state: Mapping[str, Any], routed: Collection[int]) -> list[dic
     Raises:
         KeyError: if the state, or a stage in it, lacks an entry; or if the tree was not split there.
         TypeError: if the stages are not a list of mappings.
-        ValueError: if a stage is of an unknown kind, or names a split where it should not.
+        ValueError: if a stage is of an unknown kind, or lists splits where it should not.
     """
     if not isinstance(state, Mapping) or "history" not in state:
         raise KeyError(f"expected what state_dict returned, with the entry 'history', found {state!r}")
@@ -357,18 +376,19 @@ def check_history(state: Mapping[str, Any], routed: Collection[int]) -> list[dic
     if not isinstance(history, list) or not all(isinstance(entry, Mapping) for entry in history):
         raise TypeError(f"history must be a list of stages, each a mapping, found {history!r}")
     for entry in history:
-        missing = [name for name in ("kind", "split", "epochs", "above") if name not in entry]
+        missing = [name for name in ("kind", "splits", "epochs", "above") if name not in entry]
         if missing:
             raise KeyError(f"a stage in history lacks {missing}, found {dict(entry)}")
         if entry["kind"] not in KINDS:
             raise ValueError(f"a stage is one of {list(KINDS)}, found {entry['kind']!r}")
-        split = entry["split"]
-        if (split is None) == (entry["kind"] in ("settle", "subtree")):
-            raise ValueError(f"a {entry['kind']} stage names the node that was split, others do not; found {split}")
+        splits = entry["splits"]
+        if not isinstance(splits, list) or bool(splits) != (entry["kind"] in ("settle", "subtree")):
+            raise ValueError(f"a {entry['kind']} stage lists the nodes that were split, others []; found {splits!r}")
         # Pruning may have removed nodes that were split before.
-        if split is not None and entry is history[-1] and split not in routed:
+        lost = [node for node in splits if node not in routed] if entry is history[-1] else []
+        if lost:
             raise KeyError(
-                f"node {split} was split in this history, but not in the model's tree; load the model that was saved "
+                f"nodes {lost} were split in this history, but not in the model's tree; load the model that was saved "
                 "along with the history"
             )
     return [dict(entry) for entry in history]

@@ -15,7 +15,7 @@ from treediff.core.noise import combine_seeds
 from treediff.core.rows import Rows
 from treediff.treevae.model import TreeVAE
 
-__all__ = ["POLICIES", "LeafStatistics", "Policy", "Survey", "best_leaf"]
+__all__ = ["POLICIES", "LeafStatistics", "Policy", "Survey", "best_leaves"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,8 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def best_leaf(policy: Policy, statistics: LeafStatistics, leaves: Sequence[int], allowed: Tensor) -> int | None:
-    """Return the leaf with the best score among the allowed leaves; None if no leaf is allowed.
+def best_leaves(policy: Policy, statistics: LeafStatistics, leaves: Sequence[int], allowed: Tensor) -> list[int]:
+    """Return the allowed leaves whose score is not -inf, the best first; equal scores in the order of the leaves.
 
     Args:
         policy: gives a score to each leaf.
@@ -68,8 +68,8 @@ def best_leaf(policy: Policy, statistics: LeafStatistics, leaves: Sequence[int],
     if score.isnan().any():
         bad = leaves[int(score.isnan().long().argmax())]
         raise ValueError(f"a policy gave nan to leaf {bad}, which has rows; give -inf to leaves not to be split")
-    best = int(score.argmax())
-    return leaves[best] if score[best] > -math.inf else None
+    order = score.sort(descending=True, stable=True).indices
+    return [leaves[rank] for rank in order if score[rank] > -math.inf]
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ class Stage:
         epochs: number of epochs to train.
         rows: `(n,)` row indices of the data to train on.
         annealing: the weight of the KL terms over the stage's epochs.
-        split: id of the leaf that was split, in a settle or subtree stage.
-        above: rows reach the split node with at least this probability.
+        splits: ids of the leaves that were split, all of one depth, in a settle or subtree stage.
+        above: rows reach one of these nodes with at least this probability.
         threshold: nodes that an image reaches with less probability are visited at random. These visits are weighted
             up, so the expected loss is unchanged; 0 visits all. Contrastive terms always count all rows.
         seed: seed of the order of rows.
@@ -45,7 +45,7 @@ class Stage:
     epochs: int
     rows: Tensor
     annealing: KLAnnealing
-    split: int | None = None
+    splits: tuple[int, ...] = ()
     above: float = 0.0
     threshold: float = 0.0
     seed: int = 0
@@ -60,19 +60,19 @@ class Stage:
                 parameter.grad = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that train and are not frozen: all, or those in the routers and children of the split.
+        """Return the parameters that train and are not frozen: all, or those in the routers and children of the splits.
 
         A settle stage leaves out the posterior router, so that the first cut stays.
         """
-        model, split = self.model, self.split
+        model = self.model
         frozen = {id(weight) for name, weight in model.named_parameters() if name in self.frozen}
-        if split is None:
+        if not self.splits:
             return [weight for weight in model.parameters() if id(weight) not in frozen]
-        children = model.topology.children(split)
+        children = [child for split in self.splits for child in model.topology.children(split)]
         banks = (model.banks.heads, model.banks.transitions, model.banks.decoders)
-        routers = [model.banks.prior_routers.weights_of(split)]
+        routers = [model.banks.prior_routers.weights_of(split) for split in self.splits]
         if self.kind != "settle":
-            routers.append(model.banks.posterior_routers.weights_of(split))
+            routers += [model.banks.posterior_routers.weights_of(split) for split in self.splits]
         trained = [*routers, *(bank.weights_of(child) for bank in banks for child in children)]
         return [weight for weight in trained if id(weight) not in frozen]
 
@@ -98,24 +98,25 @@ class Stage:
     ) -> Tensor:
         """Return the scalar to minimise for a batch of observations.
 
-        In a settle or subtree stage only the path to the split node and its two children are computed. Only the terms
-        of the children and of the split's decision count, each weighted by the probability of reaching its node.
+        In a settle or subtree stage only the paths to the split nodes and their children are computed. Only the terms
+        of the children and of the splits' decisions count, each weighted by the probability of reaching its node.
 
         Args:
             x: `(B, *inputs)`, what is reconstructed.
             kl_weight: weight of the KL terms.
             view: `(B, *inputs)`, a changed copy of each observation, which only the encoder and the routers read.
                 TreeVAE reconstructs both views: its loss is the mean of two losses, one with `x` and `view` exchanged.
-            contrast: the terms that compare `x` and `view`; in a settle or subtree stage only the term of the split's
-                router.
+            contrast: the terms that compare `x` and `view`; in a settle or subtree stage only the terms of the
+                splits' routers.
             generator: source of the noise of the latents and of the random visits below the threshold.
 
         Raises:
             ValueError: if `x` or `view` is not what the model takes, their shapes differ, or only one of `view` and
                 `contrast` is given.
         """
-        model, split = self.model, self.split
-        nodes = None if split is None else (*model.topology.path(split), *model.topology.children(split))
+        model, tree = self.model, self.model.topology
+        computed = {node for split in self.splits for node in (*tree.path(split), *tree.children(split))}
+        nodes = tuple(node for node in tree.ids if node in computed) or None
         model.check(x)
         if (view is None) != (contrast is None) or (view is not None and view.shape != x.shape):
             found = "none" if view is None else tuple(view.shape)
@@ -130,11 +131,11 @@ class Stage:
         chance = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device) if self.threshold else None
         visits = model.route(ladder, nodes=nodes, threshold=self.threshold, chance=chance)
         posterior = model.latents(ladder, visits, generator=generator)
-        depth = None if split is None else model.topology.depth(split)
+        depth = tree.depth(self.splits[0]) if self.splits else None
         bound = posterior.bound(model.leaf_log_likelihood(posterior, x), from_depth=depth)
         loss = bound.loss(kl_weight)
         if contrast is None:
             return loss
         # Every row is compared with all others at every router, so every router runs on all rows, without a threshold.
-        extra: Tensor = contrast(both, model.route(both, nodes=nodes), split=split)
+        extra: Tensor = contrast(both, model.route(both, nodes=nodes), splits=self.splits)
         return loss + extra

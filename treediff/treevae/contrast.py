@@ -10,6 +10,7 @@ Letters: `B` pairs of views, so `2B` rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,14 +93,14 @@ class TreeContrast(nn.Module):
         """Return weights and temperature, for `print(contrast)`."""
         return f"weight={self.weight}, decision_weight={self.decision_weight}, temperature={self.temperature}"
 
-    def forward(self, ladder: Tensor, visits: Visits, *, split: int | None = None) -> Tensor:
+    def forward(self, ladder: Tensor, visits: Visits, *, splits: Collection[int] = ()) -> Tensor:
         """Return the weighted sum of both terms, a scalar in nats.
 
         Args:
             ladder: `model.features(x)` for `2B` rows, the first views before the second views.
             visits: `model.route(ladder)`, without a threshold.
-            split: id of a routed node whose decision alone counts, without the term on features: the loss of a stage
-                that trains only this decision.
+            splits: ids of routed nodes whose decisions alone count, without the term on features: the loss of a stage
+                that trains only these decisions.
 
         Raises:
             ValueError: if the number of rows is odd, `visits` belongs to other rows, or decisions count and a threshold
@@ -115,14 +116,14 @@ class TreeContrast(nn.Module):
             return ladder[0].sum()
         total = ladder[0].new_zeros(())
         if self.decision_weight:
-            total = self.decision_weight * self._decisions(visits, split)
-        if split is None:
+            total = self.decision_weight * self._decisions(visits, splits)
+        if not splits:
             pairs = [self._pairs(head(d)) for head, d in zip(self.heads, ladder, strict=True)]
             losses = [nt_xent(first, second, temperature=self.temperature) for first, second in pairs]
             total = total + self.weight * torch.stack(losses).mean()
         return total
 
-    def _decisions(self, visits: Visits, split: int | None) -> Tensor:
+    def _decisions(self, visits: Visits, splits: Collection[int]) -> Tensor:
         plan, routed = visits.plan, visits.routed
         if not visits.dense:
             raise ValueError(
@@ -134,9 +135,9 @@ class TreeContrast(nn.Module):
             visits.table(routed, values, plan.routed_rank, len(columns), 0.0)
             for values in (visits.logits, visits.log_reach[routed].exp())
         )
-        if split is not None:
-            chosen = columns.index(split)
-            logits, reach = logits[:, chosen : chosen + 1], reach[:, chosen : chosen + 1]
+        if splits:
+            chosen = [column for column, node in enumerate(columns) if node in splits]
+            logits, reach = logits[:, chosen], reach[:, chosen]
         return decision_nt_xent(*self._pairs(logits), weights=torch.stack(self._pairs(reach)))
 
     def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:

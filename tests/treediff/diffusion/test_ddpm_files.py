@@ -78,7 +78,7 @@ def test_a_round_trip_on_any_tree(tmp_path: Path, tree: TreeTopology, seed: int)
     [
         {"size": (6, 4), "channels": 3, "latent": (2, 2, 2), "attention": (6,), "heads": 2, "dropout": 0.1},
         {"schedule": "ddpm", "prediction": "epsilon", "min_snr": 5.0, "coarsen": 0.5, "checkpoint": True},
-        {"schedule": "sigmoid", "prediction": "x0", "condition_noise": 0.3, "shift": 1.0},
+        {"schedule": "sigmoid", "prediction": "x0", "condition_noise": 0.3, "shift": 1.0, "patch": 2},
     ],
     ids=lambda chosen: next(iter(chosen)),
 )

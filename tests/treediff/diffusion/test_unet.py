@@ -166,6 +166,20 @@ def test_the_same_weights_serve_another_size() -> None:
     assert larger(*inputs(larger)).shape == (2, 3, 8, 10)
 
 
+def test_patches_are_a_network_of_their_pixels_side_by_side() -> None:
+    """Written with reshapes: pixel (i, j) of a patch is a channel, of the input and of the output."""
+    network, plain = (
+        small(size=(6, 9), patch=3),
+        perturb(UNet(18, 27, size=(2, 3), width=16, multipliers=(1, 2), blocks=1)),
+    )
+    plain.load_state_dict(network.state_dict())
+    x, t, vector = inputs(network)
+    apart = x.reshape(2, 2, 2, 3, 3, 3).permute(0, 1, 3, 5, 2, 4).reshape(2, 18, 2, 3)
+    y = plain(apart, t, vector).reshape(2, 3, 3, 3, 2, 3).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 6, 9)
+    torch.testing.assert_close(network(x, t, vector), y)
+    assert network.sizes == [(2, 3), (1, 2)] and network.size == (6, 9)
+
+
 # --- training -----------------------------------------------------------------------------------------------
 
 
@@ -238,7 +252,7 @@ def test_a_few_steps_learn_a_picture() -> None:
 
 def test_repr_shows_the_architecture() -> None:
     text = repr(UNet(1, 1, size=(28, 20), width=16, context=6, checkpoint=True, device="meta"))
-    assert text.startswith("UNet(\n  size=(28, 20), embedding=64, context=6, checkpoint=True\n")
+    assert text.startswith("UNet(\n  size=(28, 20), patch=1, embedding=64, context=6, checkpoint=True\n")
     for part in ("(time): TimestepEmbedding(", "(down): ModuleList(", "(middle): ModuleList(", "(up): ModuleList("):
         assert part in text
     for part in ("UNetBlock(", "SelfAttention2d(", "CrossAttention2d(", "Downsample2d(", "Upsample2d("):
@@ -263,6 +277,8 @@ def test_repr_shows_the_architecture() -> None:
         ({"attention": 14}, TypeError, r"attention must be a tuple of numbers, found 14; write \(14,\) for one"),
         ({"heads": 3}, ValueError, r"heads must divide the width 32, found 3; choose one of \[1, 2, 4, 8, 16, 32\]"),
         ({"dropout": 1}, ValueError, "dropout must be at least 0 and below 1, found 1"),
+        ({"patch": 0}, ValueError, "patch must be at least 1, found 0"),
+        ({"patch": 8}, ValueError, r"patch must divide height and width, found patch=8 and size=\(28, 20\)"),
         (
             {"attention": (14, 16, 8)},
             ValueError,

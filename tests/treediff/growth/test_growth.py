@@ -49,9 +49,9 @@ def test_stages_come_in_the_documented_order(start: int, leaves: int, every: int
     assert [stage.epochs for stage in found] == [EPOCHS[stage.kind] for stage in found]
     assert len(model.topology.leaves) == max(leaves, 2**start)
     for stage, after in pairwise(found):
-        assert (stage.split is not None) == (stage.kind in ("settle", "subtree"))
+        assert (bool(stage.splits)) == (stage.kind in ("settle", "subtree"))
         if stage.kind == "settle":
-            assert after.split == stage.split
+            assert after.splits == stage.splits
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -66,7 +66,7 @@ def test_epochs_that_are_not_named_are_those_of_all_stages() -> None:
 def test_a_stage_without_epochs_is_skipped_and_the_tree_grows_all_the_same(kind: str) -> None:
     x, models = blobs(40, 40, 40, 40), (small(), small())
     with_it, without = (
-        [(s.kind, s.index, s.split, s.rows.tolist()) for s in growth_of(model, epochs=1, **epochs).stages(x)]
+        [(s.kind, s.index, s.splits, s.rows.tolist()) for s in growth_of(model, epochs=1, **epochs).stages(x)]
         for model, epochs in zip(models, ({}, named(**{kind: 0})), strict=True)
     )
     assert without == [stage for stage in with_it if stage[0] != kind]
@@ -103,14 +103,15 @@ def test_rows_follow_the_membership_rule(start: int, min_share: float) -> None:
     growth = growth_of(model, max_leaves=5, min_share=min_share)
     above, restricted = math.nan, 0
     for stage in growth.stages(x):
-        if stage.split is None:
+        if not stage.splits:
             assert stage.rows.tolist() == list(range(len(x)))
         else:
+            (split,) = stage.splits
             if stage.kind == "settle":  # the leaves are those before the split
-                old = {*model.topology.leaves, stage.split} - set(model.topology.children(stage.split))
+                old = {*model.topology.leaves, split} - set(model.topology.children(split))
                 effective = sum(share >= min_share for share in shares(model, x, tuple(old)))
                 above = min(1 / max(1, effective), 0.5)
-            belongs = [i for i, p in enumerate(reach(model, x, stage.split).tolist()) if p >= above]
+            belongs = [i for i, p in enumerate(reach(model, x, split).tolist()) if p >= above]
             assert stage.rows.tolist() == belongs
             restricted += len(belongs) < len(x)
         train(stage, x)
@@ -135,7 +136,7 @@ def test_leaves_at_the_greatest_depth_are_not_split_and_growth_goes_on_with_othe
     model = small(TreeTopology.balanced(1).split(1), max_depth=2)
     # The deep leaves, 3 and 4, come first for this policy.
     deep_first = growth_of(model, max_leaves=99, policy=lambda leaves: -leaves.share)
-    assert [s.split for s in deep_first.stages(blobs(60, 60, 20, 20)) if s.kind == "settle"] == [2]
+    assert [s.splits for s in deep_first.stages(blobs(60, 60, 20, 20)) if s.kind == "settle"] == [(2,)]
     assert model.topology.leaves == (3, 4, 5, 6)
 
 
@@ -163,10 +164,10 @@ def test_only_leaves_with_a_share_count_towards_the_greatest_number() -> None:
     growth = growth_of(model, max_leaves=2, min_share=0.05, min_rows=8)
     seen = []
     for stage in growth.stages(x):
-        seen.append((stage.kind, stage.split))
+        seen.append((stage.kind, stage.splits))
         if stage.kind == "initial":
             send_left(model, 0, 50.0)  # leaf 2 starves: one effective leaf is not enough
-    assert seen[:3] == [("initial", None), ("settle", 1), ("subtree", 1)]
+    assert seen[:3] == [("initial", ()), ("settle", (1,)), ("subtree", (1,))]
     probs = model.leaf_log_probs(x).exp()
     assert effective_leaves(probs, min_share=0.05) == 2
     assert 2 not in model.topology.ids  # pruned at the end
@@ -178,8 +179,8 @@ def test_growth_ends_although_every_split_starves_a_child() -> None:
     splits = []
     for stage in growth.stages(x):
         if stage.kind == "subtree":
-            splits.append(stage.split)
-            send_left(model, stage.split, 50.0)
+            splits += stage.splits
+            send_left(model, *stage.splits, 50.0)
     # The child that has everything is split again until it lies too deep; a starved one never is.
     assert splits == [0, 1, 3]
     assert len(model.topology.leaves) == 1
@@ -196,13 +197,30 @@ def test_at_the_end_no_leaf_is_below_the_least_share(seed: int) -> None:
     assert min(int((preferred == leaf).sum()) for leaf in model.topology.leaves) >= 20
 
 
+def test_the_best_leaves_of_one_depth_are_split_together() -> None:
+    x, model = blobs(60, 50, 40, 30, dtype=torch.float64), small(TreeTopology.balanced(1), dtype=torch.float64)
+    growth, together, kinds = growth_of(model, max_leaves=7, splits_at_once=3, intermediate_every=2), [], []
+    for stage in growth.stages(x):
+        kinds.append(stage.kind)
+        if stage.kind == "settle":
+            together.append(stage.splits)
+            tree = model.topology
+            assert len({tree.depth(node) for node in stage.splits}) == 1
+            reached = torch.stack([torch.tensor(reach(model, x, node).tolist()) for node in stage.splits])
+            assert torch.equal((reached >= stage.above).any(0).nonzero().squeeze(1), stage.rows)
+        train(stage, x)
+    assert [len(splits) for splits in together[:2]] == [2, 3], "all of the second level, then three of four"
+    assert kinds[:5] == ["initial", "settle", "subtree", "intermediate", "settle"]
+    assert len(model.topology.leaves) == 7
+
+
 def test_growth_gives_up_after_twice_as_many_splits_as_leaves() -> None:
     x, model = blobs(60, 60), small(TreeTopology.balanced(0), max_depth=9)
     splits = 0
     for stage in growth_of(model, max_leaves=2, min_share=0.05).stages(x):
         if stage.kind == "subtree":
             splits += 1
-            send_left(model, stage.split, 50.0)
+            send_left(model, *stage.splits, 50.0)
     assert splits == 4
 
 
@@ -287,7 +305,7 @@ def test_a_new_router_begins_as_a_cut_in_which_no_child_starves(shape: str, seed
     for stage in growth_of(model, seed=seed).stages(x):
         if stage.kind != "settle":
             continue
-        left, right = (reach(model, x[stage.rows], child) for child in model.topology.children(stage.split))
+        left, right = (reach(model, x[stage.rows], child) for child in model.topology.children(*stage.splits))
         share = (left > right).double().mean().item()
         assert 0.1 <= share <= 0.9
         assert ((left - right).abs() > 0.5 * (left + right)).double().mean() > 0.8  # a decision, not a coin
@@ -307,10 +325,11 @@ def test_children_begin_as_copies_only_of_the_leaf_and_only_if_asked(warm: bool)
         after = model.state_dict()
         if stage.kind == "settle":
             assert all(torch.equal(after[name], value) for name, value in before.items() if name in after)
-            left, right = model.topology.children(stage.split)
+            (split,) = stage.splits
+            left, right = model.topology.children(split)
             for role in ("heads", "decoders"):
                 for child in (left, right):
-                    assert torch.equal(after[f"banks.{role}.{child}"], before[f"banks.{role}.{stage.split}"]) == warm
+                    assert torch.equal(after[f"banks.{role}.{child}"], before[f"banks.{role}.{split}"]) == warm
             new = [after[f"banks.transitions.{child}"].clone() for child in (left, right)]
             assert not any(torch.equal(new[0], other) for other in (new[1], *drawn))
             drawn += new

@@ -77,7 +77,7 @@ def test_a_policy_splits_the_leaf_that_it_names(policy: str) -> None:
     splits = 0
     for stage in growth.stages(x):
         if stage.kind == "settle":
-            assert stage.split == choice
+            assert stage.splits == (choice,)
             splits += 1
         train(stage, x)
         tree, deepest = growth.model.topology, len(growth.model.bottom_up)
@@ -93,7 +93,7 @@ def first_split(policy: Any) -> int | None:  # noqa: ANN401
     growth = growth_of(four(), policy=policy, max_leaves=5, initial_epochs=6)
     for stage in growth.stages(data()):
         if stage.kind == "settle":
-            return stage.split
+            return stage.splits[0]
         train(stage, data())
     return None
 

@@ -23,7 +23,7 @@ X = blobs(50, 40, 40, 30)
 def described(stage: Stage) -> tuple[object, ...]:
     """Everything that a loop sees of a stage."""
     batches = [[rows.tolist() for rows in stage.batches(epoch, 16)] for epoch in range(stage.epochs)]
-    return stage.kind, stage.index, stage.split, stage.epochs, stage.above, stage.rows.tolist(), batches
+    return stage.kind, stage.index, stage.splits, stage.epochs, stage.above, stage.rows.tolist(), batches
 
 
 Saved = tuple[tuple[object, ...], dict[str, Tensor], Path, str]
@@ -163,7 +163,7 @@ def test_a_state_is_a_copy() -> None:
     assert state == kept
 
 
-STAGE = {"kind": "settle", "split": 1, "epochs": 2, "above": 0.5}
+STAGE = {"kind": "settle", "splits": [1], "epochs": 2, "above": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -173,14 +173,28 @@ STAGE = {"kind": "settle", "split": 1, "epochs": 2, "above": 0.5}
         ([], KeyError, "expected what state_dict returned, with the entry 'history', found []"),
         ({"history": "final"}, TypeError, "history must be a list of stages, each a mapping, found 'final'"),
         ({"history": ["final"]}, TypeError, "history must be a list of stages, each a mapping, found ['final']"),
-        ({"history": [{"kind": "final"}]}, KeyError, "a stage in history lacks ['split', 'epochs', 'above'], found"),
+        ({"history": [{"kind": "final"}]}, KeyError, "a stage in history lacks ['splits', 'epochs', 'above'], found"),
         ({"history": [{**STAGE, "kind": "warmup"}]}, ValueError, "found 'warmup'"),
         (
             {"history": [STAGE]},
             KeyError,
-            "node 1 was split in this history, but not in the model's tree; load the model that was saved along",
+            "nodes [1] were split in this history, but not in the model's tree; load the model that was saved along",
         ),
-        ({"history": [{**STAGE, "split": None}]}, ValueError, "a settle stage names the node that was split"),
+        (
+            {"history": [{**STAGE, "splits": []}]},
+            ValueError,
+            "a settle stage lists the nodes that were split, others []",
+        ),
+        (
+            {"history": [{**STAGE, "splits": 1}]},
+            ValueError,
+            "a settle stage lists the nodes that were split, others []",
+        ),
+        (
+            {"history": [{**STAGE, "kind": "final"}]},
+            ValueError,
+            "a final stage lists the nodes that were split, others",
+        ),
     ],
 )
 def test_foreign_states_are_refused(state: Any, error: type[Exception], message: str) -> None:  # noqa: ANN401
@@ -194,5 +208,5 @@ def test_foreign_states_are_refused(state: Any, error: type[Exception], message:
 def test_a_state_after_pruning_is_taken(kind: str) -> None:
     # The node that was split is gone with both its children.
     growth: TreeGrowth = growth_of(small(TreeTopology.balanced(1).prune(1)))
-    growth.load_state_dict({"history": [STAGE, {**STAGE, "kind": kind, "split": None}]})
+    growth.load_state_dict({"history": [STAGE, {**STAGE, "kind": kind, "splits": []}]})
     assert len(growth.history) == 2

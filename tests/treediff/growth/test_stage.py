@@ -26,7 +26,13 @@ BANKS = ("heads", "transitions", "posterior_routers", "prior_routers", "decoders
 
 
 def stage_of(model: TreeVAE, kind: str, split: int | None = None, **settings: Any) -> Stage:  # noqa: ANN401
-    given = {"index": 0, "epochs": 1, "rows": torch.arange(5), "annealing": KLAnnealing.constant(), "split": split}
+    given = {
+        "index": 0,
+        "epochs": 1,
+        "rows": torch.arange(5),
+        "annealing": KLAnnealing.constant(),
+        "splits": () if split is None else (split,),
+    }
     return Stage(model, kind, **{**given, **settings})  # type: ignore[arg-type]
 
 
@@ -111,9 +117,11 @@ def naive_loss(model: NaiveTreeVAE, x: Tensor, noise: dict[int, Tensor], split: 
     return (reconstruction + kl_weight * kl).mean()
 
 
-def noise_of(model: TreeVAE, split: int, n: int, seed: int) -> dict[int, Tensor]:
-    """What the stage draws: for the nodes of the path and the children, level by level, and for each row."""
-    nodes = (*model.topology.path(split), *model.topology.children(split))
+def noise_of(model: TreeVAE, splits: tuple[int, ...], n: int, seed: int) -> dict[int, Tensor]:
+    """What the stage draws: for the nodes of the paths and the children, level by level, and for each row."""
+    tree = model.topology
+    below = {node for split in splits for node in (*tree.path(split), *tree.children(split))}
+    nodes = [node for level in tree.levels for node in level if node in below]
     noise = torch.randn(len(nodes) * n, *model.latent, generator=seeded(seed), dtype=model.dtype)
     return dict(zip(nodes, noise.split(n), strict=True))
 
@@ -125,7 +133,7 @@ def test_the_loss_of_a_split_is_that_of_the_loop(data: str, kind: str, tree: Tre
     model = louder(build(tree, data), 2.0, only="routers")
     x, naive = observations(model, 5), NaiveTreeVAE(model)
     found = stage_of(model, kind, split).loss(x, 0.3, generator=seeded(7))
-    expected = naive_loss(naive, x, noise_of(model, split, 5, 7), split, 0.3)
+    expected = naive_loss(naive, x, noise_of(model, (split,), 5, 7), split, 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
     found.backward()
@@ -141,6 +149,18 @@ def test_the_loss_of_a_split_is_that_of_the_loop(data: str, kind: str, tree: Tre
                 for name, parameter in getattr(naive, role)[str(node)].named_parameters():
                     torch.testing.assert_close(views[name], parameter.grad, rtol=1e-7, atol=1e-9)
                 assert flat.any()
+
+
+def test_splits_of_one_depth_are_trained_together_as_each_alone() -> None:
+    tree, splits = TreeTopology.balanced(3), (3, 5, 6)
+    model = louder(build(tree), 2.0, only="routers")
+    x, naive = observations(model, 5), NaiveTreeVAE(model)
+    stage = stage_of(model, "subtree", splits=splits)
+    expected = sum(naive_loss(naive, x, noise_of(model, splits, 5, 7), split, 0.3) for split in splits)
+    torch.testing.assert_close(stage.loss(x, 0.3, generator=seeded(7)), expected, rtol=1e-9, atol=1e-9)
+    names = set.union(*(trained_names("subtree", split, tree) for split in splits))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == names
+    assert {id(p) for p in stage.parameters()} == {id(p) for p in model.parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("kind", ["initial", "intermediate", "final"])

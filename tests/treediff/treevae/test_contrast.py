@@ -60,15 +60,22 @@ def test_both_terms_are_those_of_the_loop(model: TreeVAE, decision_weight: float
 def test_one_split_alone(model: TreeVAE, split: int) -> None:
     ladder = model.features(views())
     nodes = (*TREE.path(split), *TREE.children(split))
-    found = TreeContrast(model, weight=1.0)(ladder, model.route(ladder, nodes=nodes), split=split)
+    found = TreeContrast(model, weight=1.0)(ladder, model.route(ladder, nodes=nodes), splits=(split,))
     torch.testing.assert_close(found, naive_decisions(model, ladder, only=split))
+
+
+def test_several_splits_count_as_the_sum_of_each(model: TreeVAE) -> None:
+    ladder, contrast = model.features(views()), TreeContrast(model, weight=1.0)
+    visits = model.route(ladder)
+    alone = [contrast(ladder, visits, splits=(split,)) for split in TREE.routed[-2:]]
+    torch.testing.assert_close(contrast(ladder, visits, splits=TREE.routed[-2:]), torch.stack(alone).sum())
 
 
 @pytest.mark.parametrize("split", [None, 4])
 def test_a_stage_adds_it_to_the_negative_elbo(model: TreeVAE, split: int | None) -> None:
     contrast = TreeContrast(model, weight=2.0)
     kind = "final" if split is None else "subtree"
-    stage = Stage(model, kind, 0, 1, torch.arange(5), KLAnnealing.constant(), split)
+    stage = Stage(model, kind, 0, 1, torch.arange(5), KLAnnealing.constant(), () if split is None else (split,))
     x = views()
     first, second = x.chunk(2)
     alone, both = (
@@ -77,7 +84,9 @@ def test_a_stage_adds_it_to_the_negative_elbo(model: TreeVAE, split: int | None)
     )
     ladder = model.features(x)
     nodes = None if split is None else (*TREE.path(split), *TREE.children(split))
-    torch.testing.assert_close(both - alone, contrast(ladder, model.route(ladder, nodes=nodes), split=split))
+    torch.testing.assert_close(
+        both - alone, contrast(ladder, model.route(ladder, nodes=nodes), splits=() if split is None else (split,))
+    )
     both.backward()
     assert all(p.grad is not None and p.grad.count_nonzero() for p in stage.parameters())
     assert all((p.grad is not None) == (split is None) for p in contrast.parameters())
@@ -124,7 +133,9 @@ def test_rows_without_a_partner_are_an_error(model: TreeVAE) -> None:
 def test_a_threshold_leaves_no_decision_out_of_it(model: TreeVAE, split: int | None) -> None:
     contrast, x = TreeContrast(model, weight=2.0), views()
     kind = "final" if split is None else "subtree"
-    stage = Stage(model, kind, 0, 1, torch.arange(5), KLAnnealing.constant(), split, threshold=0.3)
+    stage = Stage(
+        model, kind, 0, 1, torch.arange(5), KLAnnealing.constant(), () if split is None else (split,), threshold=0.3
+    )
     first, second = x.chunk(2)
     alone, both = (
         stage.loss(first, generator=torch.Generator().manual_seed(7), **extra)
