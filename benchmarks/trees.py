@@ -6,7 +6,7 @@
 Features are projected on their principal components, which are those of the training rows, and scaled to one length
 (`--no-unit-length` for measurements, where length means something). All methods have as many clusters as there are
 classes, learn from the training rows, and are measured on the test rows; labels serve to measure alone. The tree of
-k-means and of the mixture is that of L2H, a test row belongs to the cluster nearest to it.
+k-means, of the mixture and of the TEMI head is that of L2H, a test row belongs to the cluster nearest to it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
+from temi import temi
 from torch import Tensor, nn
 from treevae_vectors import fit, scores, ward
 
@@ -65,6 +66,14 @@ def mixture(x: Splits, clusters: int, seed: int) -> tuple[Tensor, dict[int, int 
     return torch.from_numpy(model.predict(x[1].double().numpy())), dict(logits_to_hierarchy(logits).parents)
 
 
+def head(x: Splits, clusters: int, seed: int, steps: int) -> tuple[Tensor, dict[int, int | None]]:
+    """Clusters of the test rows by a head that was trained to agree on neighbours, and the tree of what it says."""
+    model = temi(x[0], clusters, seed=seed, steps=steps)
+    with torch.no_grad():
+        logits = [model(split)[0] for split in x]
+    return logits[1].argmax(1), dict(logits_to_hierarchy(logits[0]).parents)
+
+
 def tree(x: Splits, clusters: int, seed: int, args: argparse.Namespace) -> tuple[Tensor, dict[int, int | None]]:
     """A TreeVAE, grown on the components."""
     generator = torch.Generator().manual_seed(seed)
@@ -97,6 +106,9 @@ def compare(name: str, x: Splits, labels: Tensor, classes: int, args: argparse.N
         if "mixture" in args.methods:
             measure("mixture + l2h", seed, start, mixture(x, classes, seed))
         start = time.perf_counter()
+        if "temi" in args.methods:
+            measure("temi + l2h", seed, start, head(x, classes, seed, args.temi_steps))
+        start = time.perf_counter()
         if "tree" in args.methods:
             measure("treevae", seed, start, tree(x, classes, seed, args))
     return found
@@ -112,7 +124,8 @@ def main() -> None:
     parser.add_argument("--holdout", type=int, default=0, help="measure on so many training rows, which are left out")
     parser.add_argument("--ward-rows", type=int, default=10_000, help="rows of Ward's tree, as its memory is quadratic")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=["ward", "k-means", "mixture", "tree"])
+    parser.add_argument("--methods", nargs="+", default=["ward", "k-means", "mixture", "temi", "tree"])
+    parser.add_argument("--temi-steps", type=int, default=3000)
     parser.add_argument("--latent", type=int, default=8)
     parser.add_argument("--effort", type=float, default=1.0)
     parser.add_argument("--cut-share", type=float, default=0.2)

@@ -166,7 +166,7 @@ def subtree(model: TreeVAE, batches: tuple[Tensor, ...], rounds: int) -> dict[st
     """The step of a sub-tree stage: split the shallowest leaf and train its children, all else frozen."""
     split = model.topology.leaves[0]
     model.split(split)
-    stage = Stage(model, "subtree", 0, 1, torch.arange(BATCH), KLAnnealing.constant(), split, threshold=THRESHOLD)
+    stage = Stage(model, "subtree", 0, 1, torch.arange(BATCH), KLAnnealing.constant(), (split,), threshold=THRESHOLD)
     return take_turns({"subtree_step_ms": step(stage.parameters(), stage.loss, batches)}, rounds)
 
 

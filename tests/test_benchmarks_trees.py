@@ -151,9 +151,24 @@ def test_trees_are_beside_simpler_ways(tmp_path: Path) -> None:
     arrays = {"train_images": features[:240], "train_labels": labels[:240]}
     np.savez(tmp_path / "f.npz", allow_pickle=True, **arrays, test_images=features[240:], test_labels=labels[240:])
     size = ("--components", "3", "--seeds", "0", "--effort", "0.1", "--batch-size", "64", "--no-unit-length")
+    size += ("--temi-steps", "300")
     rows: Any = run("trees.py", "--data", str(tmp_path / "f.npz"), *size, out=tmp_path / "out.json")["rows"]
-    assert [row["method"] for row in rows] == ["ward", "k-means + l2h", "mixture + l2h", "treevae"]
+    assert [row["method"] for row in rows] == ["ward", "k-means + l2h", "mixture + l2h", "temi + l2h", "treevae"]
     assert all(row["accuracy"] == 1 and row["dendrogram_purity"] == 1 for row in rows[:3])
+    assert rows[3]["accuracy"] > 0.6, "its teacher is not there yet after so few steps"
+
+
+def test_a_head_agrees_on_neighbours_by_the_formula_of_temi() -> None:
+    """Equation 8 with the exponent of equation 10, as it is printed; and a row is no neighbour of its own."""
+    temi = importlib.import_module("temi")
+    p, q = torch.rand(2, 5, 3, generator=seeded()).softmax(-1)
+    marginal = q.mean(0)
+    expected = ((p * q) ** 0.6 / marginal).sum(-1).log()
+    found = temi.pointwise_mutual_information(p.log(), q.log(), marginal.log(), 0.6)
+    torch.testing.assert_close(found, expected)
+    x = torch.randn(40, 4, generator=seeded())
+    distance = (x[:, None] - x[None]).square().sum(2).fill_diagonal_(torch.inf)
+    assert torch.equal(temi.nearest(x, 3), distance.argsort(1)[:, :3])
 
 
 def test_peak_memory_is_that_of_the_work(tmp_path: Path) -> None:
@@ -169,3 +184,25 @@ def test_growth_to_many_leaves_is_timed(tmp_path: Path) -> None:
     size = ("--components", "3", "--leaves", "3", "--cut-rows", "100")
     found: Any = run("many_leaves.py", "--data", str(tmp_path / "f.npz"), *size, out=tmp_path / "out.json")
     assert found["found"] <= 3 and 0 < found["training"] < found["seconds"] and found["stages"] >= 2
+
+
+@pytest.mark.parametrize("labels", ["classes", "none"])
+def test_images_under_class_labels_are_measured(tmp_path: Path, labels: str) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    rng = np.random.default_rng(0)
+    images, classes = rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), np.arange(40) % 3
+    arrays = {"train_images": images, "train_labels": classes, "test_images": images, "test_labels": classes}
+    np.savez(tmp_path / "p.npz", allow_pickle=True, **arrays)
+    small = ("--epochs", "1", "--width", "16", "--blocks", "1", "--samples", "20", "--steps", "2", "--batch-size", "16")
+    found: Any = run(
+        "labels.py", "--data", str(tmp_path / "p.npz"), "--labels", labels, *small, out=tmp_path / "o.json"
+    )
+    low, high = found["interval"]
+    assert low <= found["distance"] <= high and found["labels"] == labels
+
+
+def test_every_class_has_a_leaf_of_its_own() -> None:
+    labels = importlib.import_module("labels")
+    for classes in (1, 2, 3, 10, 89):
+        tree = labels.one_leaf_for_each(classes)
+        assert len(tree.leaves) == classes and tree.max_depth == int(np.ceil(np.log2(classes)))
