@@ -134,7 +134,7 @@ def draw_images(
     images = data.train_images
     channels, height, width = images.shape[1:]
     args.batch_size, args.epochs = 64, max(1, 120_000 // len(images)) if args.epochs is None else args.epochs
-    args.patch = math.gcd(2, height, width) if args.patch is None else args.patch
+    args.patch = args.patch or (math.gcd(2, height, width) if min(height, width) >= 64 else 1)
     generator = torch.Generator().manual_seed(args.seed)
     settings: dict[str, Any] = {name: getattr(args, name) for name in ("condition", "width", "blocks", "patch")}
     ddpm = LeafConditionedDDPM.for_tree(tree, size=(height, width), channels=channels, generator=generator, **settings)
@@ -170,9 +170,9 @@ def main() -> None:
         "--epochs", type=int, help="of the second stage; 0 for the tree alone; 120,000 images by default"
     )
     parser.add_argument("--condition", default="tree_diffusion", help="what the second stage is conditioned on")
-    parser.add_argument("--width", type=int, default=48, help="of the second stage")
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--patch", type=int, help="side of the patches of pixels that it reads; 2 if sizes are even")
+    parser.add_argument("--width", type=int, default=32, help="of the second stage")
+    parser.add_argument("--blocks", type=int, default=1)
+    parser.add_argument("--patch", type=int, help="side of the patches of pixels that it reads; 2 from 64 pixels on")
     parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True, help="train on mirror images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--holdout", type=int, default=0, help="measure on the last so many training images instead")
