@@ -37,11 +37,7 @@ def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> Non
     steps = args.epochs * (len(images) // args.batch_size)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps + 1)
-    moved = kornia.RandomAffine(15.0, (0.1, 0.1), scale=(0.8, 1.2), p=1.0)
-    crop = kornia.RandomResizedCrop((images.shape[2], images.shape[3]), scale=(0.4, 1.0))
-    jitter = kornia.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
-    colour = images.shape[1] == 3
-    augment = Augment(crop, kornia.RandomHorizontalFlip(), jitter) if colour else Augment(crop, moved)
+    augment = changes(images.shape[1], (images.shape[2], images.shape[3]))
     contrast(
         lambda views: head(encoder.encode(views)),
         images,
@@ -54,6 +50,14 @@ def train(encoder: ConvEncoder, images: Tensor, args: argparse.Namespace) -> Non
         generator=torch.Generator().manual_seed(args.seed),
         quiet=args.quiet,
     )
+
+
+def changes(channels: int, size: tuple[int, int]) -> Augment:
+    """What keys should not depend on: place and size, and for grey images turns, for colour sides and colours."""
+    crop = kornia.RandomResizedCrop(size, scale=(0.4, 1.0))
+    if channels == 1:
+        return Augment(crop, kornia.RandomAffine(15.0, (0.1, 0.1), scale=(0.8, 1.2), p=1.0))
+    return Augment(crop, kornia.RandomHorizontalFlip(), kornia.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8))
 
 
 def contrast(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from train_diffusion import picture, settings_of
 from train_diffusion import train as train_second_stage
-from train_encoder import contrast
+from train_encoder import changes, contrast
 from train_munkey import efficientnet_lite
 from train_treevae import evaluate, hold_out
 from train_treevae import train as train_tree
@@ -47,13 +47,13 @@ def contrastive(images: Rows, args: argparse.Namespace) -> ResNetEncoder:
         torch.manual_seed(args.seed)
         network = ResNetEncoder(images.shape[1], width=args.encoder_width).to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
         head = ProjectionHead(in_features=network.features, hidden=network.features, norm=nn.BatchNorm1d)
-    parameters = [*network.parameters(), *head.parameters()]
+    parameters, size = [*network.parameters(), *head.parameters()], (images.shape[2], images.shape[3])
     steps = args.encoder_epochs * (len(images) // args.batch_size)
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-4, fused=True)
     contrast(
         lambda views: head(network(views.contiguous(memory_format=torch.channels_last))),
         images,
-        cifar_augment((images.shape[2], images.shape[3])),
+        cifar_augment(size) if images.shape[1] == 3 else changes(images.shape[1], size),
         optimizer,
         torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1, pct_start=0.1),
         epochs=args.encoder_epochs,

@@ -206,3 +206,14 @@ def test_every_class_has_a_leaf_of_its_own() -> None:
     for classes in (1, 2, 3, 10, 89):
         tree = labels.one_leaf_for_each(classes)
         assert len(tree.leaves) == classes and tree.max_depth == int(np.ceil(np.log2(classes)))
+
+
+def test_both_ways_of_training_on_photographs_are_timed(tmp_path: Path) -> None:
+    small = ("--size", "16", "--batch-size", "4", "--depth", "1", "--rounds", "1")
+    found: Any = run("photographs_step.py", *small, out=tmp_path / "out.json")
+    assert found["leaves"] == 2 and all(value > 0 for value in found["milliseconds"].values())
+    before, now = (
+        sum(found["milliseconds"][f"{part}, {when}"] for part in ("tree", "second stage")) for when in ("before", "now")
+    )
+    assert found["times faster"] == pytest.approx(before / now, abs=0.01)
+    assert found["share of the roofline"]["convolution"] == 1
