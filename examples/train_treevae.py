@@ -21,7 +21,7 @@ from typing import Any
 import kornia.augmentation as kornia
 import torch
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from treediff import Stage, TreeContrast, TreeGrowth, TreeTopology, TreeVAE
@@ -30,6 +30,7 @@ from treediff.core.checkpoint import Checkpoint, read_checkpoint, save_checkpoin
 from treediff.core.distributed import World, data_parallel, start
 from treediff.core.noise import combine_seeds
 from treediff.data import ImageDataset, Rows, load_dataset
+from treediff.layers import Deskew, GradientHistograms
 from treediff.metrics import (
     cluster_accuracy,
     dendrogram_purity,
@@ -38,6 +39,9 @@ from treediff.metrics import (
     leaf_purity,
 )
 from treediff.pictures import draw_tree, summarize_tree, write_html
+
+#: What else cuts compare than the images or the model's features: shapes, for handwriting made upright before.
+CUT_ON = {"gradients": GradientHistograms(), "upright": nn.Sequential(Deskew(), GradientHistograms())}
 
 
 def train(
@@ -156,7 +160,10 @@ def main() -> None:
     parser.add_argument("--effort", type=float, default=1.0, help="factor on the epochs of every stage")
     parser.add_argument("--contrastive", type=float, default=0.0, metavar="WEIGHT", help="100 in TreeVAE, for colour")
     parser.add_argument("--decisions", type=float, default=0.0, metavar="WEIGHT", help="contrastive weight of routers")
-    parser.add_argument("--cut-on", default="inputs", choices=["inputs", "features"], help="where leaves are split")
+    parser.add_argument(
+        "--cut-on", default="inputs", choices=["inputs", "features", *CUT_ON], help="where leaves are split"
+    )
+    parser.add_argument("--keep-cuts", action="store_true", help="clusters stay as they were cut")
     parser.add_argument("--views", type=int, default=8, help="changed copies of each image that a split compares")
     parser.add_argument("--cut-share", type=float, default=0.05, help="least share of the smaller side of a split")
     parser.add_argument("--random-start", action="store_true", help="leaves start at random, not as copies")
@@ -194,10 +201,11 @@ def main() -> None:
     growth = TreeGrowth(
         model,
         max_leaves=args.leaves,
-        cut_on=args.cut_on,
+        cut_on=CUT_ON.get(args.cut_on, args.cut_on),
         augment=augment if args.views else None,
         views=args.views or 1,
         cut_share=args.cut_share,
+        keep_cuts=args.keep_cuts,
         warm_start=not args.random_start,
         seed=args.seed,
         world=world,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple, Protocol
 
@@ -15,7 +15,10 @@ from treediff.core.rows import Indexable, Rows
 from treediff.layers.router import fit_router
 from treediff.treevae.model import TreeVAE
 
-__all__ = ["Augmentation", "cut_router", "nearest_neighbours", "normalized_cut"]
+__all__ = ["Augmentation", "CutOn", "check_cut_on", "cut_router", "nearest_neighbours", "normalized_cut"]
+
+#: Where rows are cut: 'inputs', 'features', or a function of a batch of inputs.
+CutOn = str | Callable[[Tensor], Tensor]
 
 # A tile of distances stays in a core's cache while it is computed, reduced over views and searched.
 _COLUMNS, _TILE = 4096, 128 * 9 * 4096
@@ -37,7 +40,7 @@ def cut_router(
     node: int,
     x: Indexable,
     *,
-    on: str = "inputs",
+    on: CutOn = "inputs",
     augment: Augmentation | None = None,
     views: int = 8,
     neighbours: int = 10,
@@ -54,7 +57,9 @@ def cut_router(
         node: a node with two children.
         x: rows that belong to the node, anything that `Rows` takes; in random order, as the principal components that
             a cut compares are those of the first 4,096. Read a batch at a time, once, and once more for each view.
-        on: where the rows are cut, on the 'inputs' themselves or on the 'features' that the router reads.
+        on: where the rows are cut: on the 'inputs' themselves, on the 'features' that the router reads, or on what a
+            function makes of a batch of inputs, such as `treediff.layers.Deskew()` or a network that was trained
+            before.
         augment: changes that a cluster should not depend on; None for none.
         views: number of changed copies of each row that the cut compares, if there is `augment`.
         neighbours: number of edges from each row to its nearest neighbours.
@@ -64,10 +69,10 @@ def cut_router(
 
     Raises:
         KeyError: if the node has no router.
-        ValueError: if `on` is neither of the two, or there are fewer than two rows; see `normalized_cut`.
+        TypeError: if `on` is neither a word nor a function.
+        ValueError: if `on` is another word, or there are fewer than two rows; see `normalized_cut`.
     """
-    if on not in ("inputs", "features"):
-        raise ValueError(f"on must be 'inputs' or 'features', found {on!r}")
+    check_cut_on("on", on)
     router = model.banks.posterior_routers.module(node)
     depth, rows = model.topology.depth(node), Rows.of(x, dtype=model.dtype)
 
@@ -80,20 +85,28 @@ def cut_router(
         for part in rows.split(batch_size):
             x = part.to(model.device)
             x = x if change is None else change(x, generator=generator)
-            yield x if on == "inputs" else features(x)
+            yield on(x) if callable(on) else features(x) if on == "features" else x
 
     project = _projection(look(), len(rows))
-    if on == "inputs":
-        known = torch.cat([project(_flat(points)) for points in look()])
-        seen = torch.cat([features(part.to(model.device)) for part in rows.split(batch_size)])
-    else:
+    if on == "features":
         seen = torch.cat(list(look()))
         known = project(_flat(seen))
+    else:
+        known = torch.cat([project(_flat(points)) for points in look()])
+        seen = torch.cat([features(part.to(model.device)) for part in rows.split(batch_size)])
     changes = [augment] * views if augment is not None else []
     looks = (torch.cat([project(_flat(points)) for points in look(change)]) for change in changes)
     left = normalized_cut(known, views=looks, neighbours=neighbours, min_share=min_share)
     fit_router(router, seen, left, generator=generator)
     model.banks.posterior_routers.assign(node, router)
+
+
+def check_cut_on(name: str, on: CutOn) -> None:
+    """Raise unless `on` says where to cut."""
+    if isinstance(on, str) and on not in ("inputs", "features"):
+        raise ValueError(f"{name} must be 'inputs', 'features' or a function, found {on!r}")
+    if not isinstance(on, str) and not callable(on):
+        raise TypeError(f"{name} must be 'inputs', 'features' or a function, found {on!r}")
 
 
 def _projection(parts: Iterator[Tensor], rows: int) -> _Projection:

@@ -27,7 +27,7 @@ from treediff.core.distributed import ALONE, World
 from treediff.core.noise import combine_seeds
 from treediff.core.rows import Indexable, Rows
 from treediff.growth.annealing import KLAnnealing
-from treediff.growth.cut import Augmentation, cut_router
+from treediff.growth.cut import Augmentation, CutOn, check_cut_on, cut_router
 from treediff.growth.policy import POLICIES, Policy, Survey, best_leaves
 from treediff.growth.reach import LeafProbabilities
 from treediff.growth.stage import Stage
@@ -62,8 +62,9 @@ class TreeGrowth:
         min_share: leaves that a smaller share of the rows prefers to all others are pruned, and no split makes such a
             leaf; by default 0.01, or a fifth of an even share if that is less.
         min_rows: leaves with fewer rows are not split.
-        cut_on: where a leaf's rows are cut, on the 'inputs' themselves or on the model's 'features' of the inputs. A
-            contrastive loss can make the features better than the inputs.
+        cut_on: where a leaf's rows are cut: on the 'inputs' themselves, on the model's 'features' of the inputs, which
+            a contrastive loss can make better than the inputs, or on what a function makes of a batch of inputs, such
+            as `treediff.layers.GradientHistograms()`, or a network that was trained before.
         augment: changes that a cluster should not depend on, called as `augment(x, generator=generator)`; see
             `treediff.augment`. None for none.
         views: number of changed copies of each row that a cut compares, if there is `augment`.
@@ -88,7 +89,7 @@ class TreeGrowth:
         history: the stages so far; `load_state_dict` restores the stages of another growth.
 
     Raises:
-        TypeError: if a count is no whole number, or the policy neither a name nor a function.
+        TypeError: if a count is no whole number, or the policy or `cut_on` is neither a name nor a function.
         ValueError: if a setting is out of range, or no policy has that name.
 
     Examples:
@@ -112,7 +113,7 @@ class TreeGrowth:
     warm_start: bool = True
     min_share: float | None = None
     min_rows: int = 64
-    cut_on: str = "inputs"
+    cut_on: CutOn = "inputs"
     augment: Augmentation | None = None
     views: int = 8
     cut_share: float = 0.05
@@ -154,8 +155,7 @@ class TreeGrowth:
                 raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
         if not 0 <= self.cut_share <= 0.5:
             raise ValueError(f"cut_share must be between 0 and 0.5, found {self.cut_share}")
-        if self.cut_on not in ("inputs", "features"):
-            raise ValueError(f"cut_on must be 'inputs' or 'features', found {self.cut_on!r}")
+        check_cut_on("cut_on", self.cut_on)
         if isinstance(self.policy, str) and self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {list(POLICIES)} or a function, found {self.policy!r}")
         if not isinstance(self.policy, str) and not callable(self.policy):

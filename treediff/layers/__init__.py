@@ -4,6 +4,7 @@ from treediff.core.groups import Groups
 from treediff.layers.components import PrincipalComponents, UnitLength
 from treediff.layers.contrastive import ProjectionHead, decision_nt_xent, nt_xent
 from treediff.layers.decoders import ConvDecoder, MLPDecoder, PatchDecoder, ResidualDecoder
+from treediff.layers.descriptors import Deskew, GradientHistograms
 from treediff.layers.encoders import ConvEncoder, MLPEncoder, ResidualBlock, ResidualEncoder
 from treediff.layers.grouped.bank import NodeBank
 from treediff.layers.grouped.call import grouped_call, grouped_linear
@@ -18,8 +19,10 @@ __all__ = [
     "BottomUpBlock",
     "ConvDecoder",
     "ConvEncoder",
+    "Deskew",
     "GaussianHead",
     "GaussianLikelihood",
+    "GradientHistograms",
     "Groups",
     "LatentTransition",
     "Likelihood",

@@ -62,6 +62,23 @@ def test_views_reach_the_cut_batch_by_batch_from_the_generator() -> None:
     assert agreement(sides(model, x), x[:, 1] > 0) > 0.98
 
 
+def test_a_function_says_what_is_cut() -> None:
+    x, model = blobs(60, 60, 60, 60), small(width=32)
+    seen: list[tuple[int, ...]] = []
+
+    def second(part: Tensor) -> Tensor:
+        seen.append(tuple(part.shape))
+        return part[:, 1:2]
+
+    cut_router(model, 0, x, on=second, batch_size=100, generator=seeded(1))
+    assert agreement(sides(model, x), x[:, 1] > 0) > 0.98, "the router reads its own features"
+    assert set(seen) == {(100, 3), (40, 3)}
+    cut_router(model, 0, x, on=lambda part: part[:, 1:2], augment=shuffled, views=2, generator=seeded(1))
+    assert agreement(sides(model, x), x[:, 1] > 0) > 0.98
+    growth = growth_of(small(width=32), cut_on=second)
+    next(growth.stages(x))
+
+
 def test_a_growth_hands_its_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(
@@ -125,7 +142,7 @@ def test_a_router_without_weights_stays_as_it_is() -> None:
 
 
 def test_a_cut_of_something_else_is_an_error() -> None:
-    with pytest.raises(ValueError, match="on must be 'inputs' or 'features', found 'latents'"):
+    with pytest.raises(ValueError, match="on must be 'inputs', 'features' or a function, found 'latents'"):
         cut_router(small(), 0, blobs(20, 20), on="latents")
 
 
