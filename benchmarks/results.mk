@@ -6,6 +6,7 @@
 #   FEATURES        files of examples/embed.py: pneumonia.npz, banking.npz, ham.npz, flowers.npz, cifar.npz, adult.npz
 #                   and fashion-{seed}.npz
 #   HAM, PNEUMONIA  .npz files with images of HAM10000 and PneumoniaMNIST
+#   FLOWERS         an .npz file with images of Oxford Flowers
 #
 # Rows that need what is not given are left out. Times mean something only if nothing else runs.
 
@@ -43,6 +44,9 @@ NUMBERS += forgetting_ham forgetting_ham_own_1 forgetting_ham_gradient
 endif
 ifdef PNEUMONIA
 NUMBERS += forgetting_pneumonia forgetting_pneumonia_own_1 forgetting_pneumonia_gradient
+endif
+ifdef FLOWERS
+NUMBERS += flowers_sizes
 endif
 ROWS ?= $(TREES:%=%.json) $(NUMBERS:%=%.json) $(UNLEARNT:%=unlearning/%/table.md)
 
@@ -237,5 +241,13 @@ $(OUT)/unlearning/%/table.md:
 
 $(OUT)/readouts.json:
 	$(PYTHON) benchmarks/readouts.py --data $(FEATURES) --tables adult --seeds 3 --out $@
+$(RUNS)/flowers-%-160.npz:
+	OMP_NUM_THREADS=1 $(PYTHON) examples/embed.py --data $(FLOWERS) --encoder $* --size 160 --out $@
+SIZES := $(foreach network,efficientnet efficientnet-lite1,$(foreach seed,0 1 2,$(network)-160-$(seed)))
+$(RUNS)/sizes/%/results.json: $(RUNS)/flowers-efficientnet-160.npz $(RUNS)/flowers-efficientnet-lite1-160.npz
+	OMP_NUM_THREADS=1 $(PYTHON) examples/classify_features.py --seed $(lastword $(subst -, ,$*)) \
+		--data $(RUNS)/flowers-$(*:-$(lastword $(subst -, ,$*))=).npz --out $(@D)
+$(OUT)/flowers_sizes.json: $(SIZES:%=$(RUNS)/sizes/%/results.json)
+	$(AS_LIST) $^ > $@
 $(OUT)/new_classes.json:
 	$(PYTHON) benchmarks/new_classes.py --data $(filter %flowers.npz %banking.npz,$(FEATURES)) --out $@

@@ -85,6 +85,7 @@ def test_commands_of_the_recorded_results_are_taken() -> None:
         "FEATURES=data/ham.npz data/adult.npz data/fashion-{seed}.npz",
         "HAM=ham.npz",
         "PNEUMONIA=pneumonia.npz",
+        "FLOWERS=flowers.npz",
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=60)
     assert len(commands(done.stdout)) > 30 and wrong(done.stdout) == []
