@@ -140,15 +140,16 @@ def draw_images(
     ddpm = LeafConditionedDDPM.for_tree(tree, size=(height, width), channels=channels, generator=generator, **settings)
     model = DiffuseTreeVAE(tree, ddpm.to(memory_format=torch.channels_last), features=features)  # type: ignore[call-overload, unused-ignore]
     model.density = LeafDensity.fit(tree, observed, generator=generator)
+    left_out = ["0"] if args.features == "efficientnet" else []  # a package holds its weights
     if not args.epochs:
-        model.save(args.out / "model.safetensors")
+        model.save(args.out / "model.safetensors", leave_out=left_out)
         return
 
     def conditions(rows: Tensor, x: Tensor, generator: torch.Generator) -> TreeCondition:
         return condition_of(tree, observed[rows], decode=False, generator=generator)
 
     with train_second_stage(model, images, conditions, args, ALONE).average():
-        model.eval().save(args.out / "model.safetensors")
+        model.eval().save(args.out / "model.safetensors", leave_out=left_out)
         picture(model, data, args.out, args.seed)
 
 

@@ -6,6 +6,7 @@ model always saves to the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -29,6 +30,7 @@ __all__ = [
     "add_tensors",
     "build",
     "described_by",
+    "digest_of",
     "dtype_name",
     "dtype_named",
     "fill",
@@ -355,6 +357,13 @@ def add_tensors(update: Callable[[bytes | memoryview], object], tensors: Mapping
     for name, tensor in sorted(tensors.items()):
         update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of the bytes of tensors and of their names, for equality alone."""
+    digest = hashlib.blake2b(digest_size=16)
+    add_tensors(digest.update, tensors)
+    return digest.hexdigest()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from treediff.core.distributed import ALONE, World
-from treediff.core.io import add_tensors
+from treediff.core.io import digest_of
 from treediff.core.modes import evaluating
 from treediff.core.rows import Rows
 from treediff.tree.topology import TreeTopology
@@ -46,7 +43,7 @@ class LeafProbabilities:
         self.model, self.batch_size, self.world = model, batch_size, world
         self._tree, self._columns = model.topology, dict[int, Tensor]()
         self._data: object = None
-        self._shared, self._routers = b"", dict[int, bytes]()
+        self._shared, self._routers = "", dict[int, str]()
 
     def __call__(self, data: Rows) -> Tensor:
         """Return the probabilities `(n, K)`, on the CPU, in the order of the topology's leaves."""
@@ -69,13 +66,14 @@ class LeafProbabilities:
         below = [tree.leaves.index(leaf) for leaf in tree.leaves_under(node)]
         return self(data)[:, below].sum(1)
 
-    def _digests(self) -> tuple[bytes, dict[int, bytes]]:
+    def _digests(self) -> tuple[str, dict[int, str]]:
         """Return digests of the weights that all rows pass, and of those of each router."""
+        # An optimiser may write weights without a trace in their version counter, so the bytes themselves are compared.
         model, bank = self.model, self.model.banks.posterior_routers
         shared = model.encoder.state_dict(prefix="encoder.") | model.bottom_up.state_dict(prefix="ladder.")
-        return _digest(shared), {node: _digest({"": bank.weights_of(node)}) for node in model.topology.routed}
+        return digest_of(shared), {node: digest_of({"": bank.weights_of(node)}) for node in model.topology.routed}
 
-    def _follows(self, data: object, tree: TreeTopology, shared: bytes, routers: dict[int, bytes]) -> bool:
+    def _follows(self, data: object, tree: TreeTopology, shared: str, routers: dict[int, str]) -> bool:
         """Return whether nothing has changed since the last call but that leaves were split, or pruned."""
         if data is not self._data or shared != self._shared or not self._columns:
             return False
@@ -123,10 +121,3 @@ class LeafProbabilities:
 
         with evaluating(self.model):
             return torch.cat(self.world.map(probs, rows.split(self.batch_size)))
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> bytes:
-    # An optimiser may write weights without a trace in their version counter, so the bytes themselves are compared.
-    found = hashlib.blake2b(digest_size=16)
-    add_tensors(found.update, tensors)
-    return found.digest()

@@ -16,7 +16,7 @@ Letters: `B` images, `K` leaves, `C H W` image.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self, TypedDict, Unpack
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from treediff.core import io
+from treediff.core.io import digest_of
 from treediff.core.modes import evaluating, lasting
 from treediff.core.noise import seed_from
 from treediff.diffusion.condition import TreeCondition
@@ -315,17 +316,34 @@ class DiffuseTreeVAE(nn.Module):
 
     # --- files --------------------------------------------------------------------------------------------
 
-    def save(self, path: io.Path) -> None:
+    def save(self, path: io.Path, *, leave_out: Sequence[str] = ()) -> None:
         """Write both stages, density and feature map, if there are any, to one safetensors file.
 
         See `treediff.core.io`. Each stage can also be saved alone.
+
+        Args:
+            path: the file to write.
+            leave_out: names of modules inside the feature map whose weights are not written, such as '0' for the first
+                module of a sequence, a large network that a package holds. The file keeps a digest of these weights,
+                and `load` takes the same weights only.
+
+        Raises:
+            ValueError: if the feature map has no module of that name.
         """
         header: dict[str, Any] = {"tree_vae": header_of(self.tree_vae), "ddpm": self.ddpm.header()}
         if self.density is not None:
             header["density"] = self.density.header()
         if self.features is not None:
             header["features"] = type(self.features).__name__
-        io.save_model(self, path, header)
+        inside = {} if self.features is None else dict(self.features.named_modules())
+        missing = [name for name in leave_out if not name or name not in inside]
+        if missing:
+            raise ValueError(f"leave_out names modules of the feature map, {sorted(inside)[1:]}; found {missing}")
+        if leave_out:
+            header["left_out"] = {name: digest_of(inside[name].state_dict()) for name in sorted(leave_out)}
+        without = tuple(f"features.{name}." for name in leave_out)
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith(without)}
+        io.write_file(path, io.model_bytes(type(self).__name__, state, header))
 
     @classmethod
     @lasting()
@@ -339,12 +357,13 @@ class DiffuseTreeVAE(nn.Module):
             model: for a stage built from custom parts, a model on the same tree to fill. Its density is replaced by the
                 file's density, or removed. If the file does not fit, the model is unchanged.
             features: a module of the class of the feature map, whose weights are filled in; needed if there is one.
+                Weights that were left out of the file stay as they are here, and must be those of the digest.
             **parts: the modules that were given to the factories of the stages in place of the modules they build.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is damaged, foreign, of another version, or does not fit, or if a stage was built
-                from parts and no model is given.
+            ValueError: if the file is damaged, foreign, of another version, or does not fit, if the given features have
+                other weights than those that were left out, or if a stage was built from parts and no model is given.
         """
         header, tensors = io.read_model(path, cls.__name__)
         first, second, third = (header.get(part) for part in ("tree_vae", "ddpm", "density"))
@@ -360,6 +379,7 @@ class DiffuseTreeVAE(nn.Module):
             raise ValueError(
                 f"the model in {os.fspath(path)!r} has {has}feature map{named}; found {found} as features="
             )
+        without = _left_out(header, features, path)
         if model is None:
             drawing = {name: part for name, part in parts.items() if name in Settings.__annotations__}
             learning = {name: part for name, part in parts.items() if name not in drawing}
@@ -369,7 +389,7 @@ class DiffuseTreeVAE(nn.Module):
             )
             with io.described_by(path):
                 model = cls(*stages, density, features=features)
-            io.fill(model, tensors, path)
+            io.fill(model, tensors, path, without=without)
             return model
         model.ddpm.check_tree(second, path)
         if density is not None:
@@ -377,9 +397,25 @@ class DiffuseTreeVAE(nn.Module):
         # The stages are shared, so this fills the given model too, unless the file does not fit.
         with io.described_by(path):
             whole = cls(model.tree_vae, model.ddpm, density, features=features)
-        io.fill(whole, tensors, path)
+        io.fill(whole, tensors, path, without=without)
         model.density = density
         return model
+
+
+def _left_out(header: Mapping[str, Any], features: nn.Module | None, path: io.Path) -> tuple[str, ...]:
+    """Return the prefixes of the weights that a file lacks, after a check that the given feature map has them."""
+    digests = header.get("left_out", {})
+    inside = {} if features is None else dict(features.named_modules())
+    if not isinstance(digests, Mapping) or not all(isinstance(digest, str) for digest in digests.values()):
+        raise ValueError(f"the header of {os.fspath(path)!r} is damaged: 'left_out' is {digests!r}")
+    for name, digest in digests.items():
+        if name not in inside or digest_of(inside[name].state_dict()) != digest:
+            found = "none" if name not in inside else f"a {type(inside[name]).__name__} with other weights"
+            raise ValueError(
+                f"{os.fspath(path)!r} was saved without the weights of module {name!r} of the feature map, found "
+                f"{found}; pass features= with the weights that the map had when it was saved"
+            )
+    return tuple(f"features.{name}." for name in digests)
 
 
 def _seeded(seed: int) -> torch.Generator:

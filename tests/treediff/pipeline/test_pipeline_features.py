@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from worlds import seeded
 
 from treediff import DiffuseTreeVAE, LeafConditionedDDPM, LeafDensity, TreeVAE
+from treediff.core import io
 from treediff.core.rows import Rows
 from treediff.pictures import summarize_tree
 from treediff.pipeline.conditions import condition_of
+from treediff.tree.files import header_of
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=seeded(1))
 
@@ -97,6 +99,48 @@ def test_the_pair_is_one_file(tmp_path: Path) -> None:
     assert torch.equal(found.observe(IMAGES), model.observe(IMAGES))
     with pytest.raises(ValueError, match=r"has feature map, a Network; found none as features="):
         DiffuseTreeVAE.load(tmp_path / "pair.safetensors")
+
+
+def test_weights_of_a_network_can_be_left_out_of_the_file(tmp_path: Path) -> None:
+    model, whole, short = pair(), tmp_path / "whole.safetensors", tmp_path / "short.safetensors"
+    model.save(whole)
+    model.save(short, leave_out=["network.1"])
+    names = set(io.read_tensors(whole)) - set(io.read_tensors(short))
+    assert names == {"features.network.1.weight", "features.network.1.bias"}
+    given = network()
+    filled(given.network[2], 8)  # what is in the file is filled in
+    found = DiffuseTreeVAE.load(short, features=given)
+    assert torch.equal(found.observe(IMAGES), model.observe(IMAGES))
+    filled(found.ddpm, 9)
+    DiffuseTreeVAE.load(short, model=found)
+    assert all(torch.equal(found.state_dict()[name], x) for name, x in model.state_dict().items())
+    other = network()
+    filled(other.network[1], 8)
+    for features, message in (
+        (
+            other,
+            r"saved without the weights of module 'network.1' .* found a Linear with other weights; pass features=",
+        ),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(192, 6)),
+            "weights of module 'network.1' of the feature map, found none",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DiffuseTreeVAE.load(short, features=features)
+    with pytest.raises(
+        ValueError, match=r"leave_out names modules of the feature map, \['network', .*found \['', '7'\]"
+    ):
+        model.save(short, leave_out=["", "7"])
+
+
+def test_a_damaged_note_of_what_was_left_out_is_refused(tmp_path: Path) -> None:
+    model, path = pair(), tmp_path / "pair.safetensors"
+    header = {"tree_vae": header_of(model.tree_vae), "ddpm": model.ddpm.header(), "features": "Network"}
+    for damaged in (["network"], {"network": 3}):
+        io.save_model(model, path, {**header, "left_out": damaged})
+        with pytest.raises(ValueError, match="is damaged: 'left_out' is"):
+            DiffuseTreeVAE.load(path, features=network())
 
 
 def test_a_feature_map_that_the_file_lacks_is_refused(tmp_path: Path) -> None:
