@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from treediff import DiffuseTreeVAE
+from treediff import DiffuseTreeVAE, TreeVAE
 from treediff.core.cpu import has_fast
 from treediff.data import load_dataset
 from treediff.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, Sampler
@@ -36,6 +36,7 @@ from treediff.metrics import (
     frechet_distance,
     return_rate,
 )
+from treediff.pipeline.conditions import condition_of
 
 SAMPLERS: dict[str, Sampler] = {
     "dpm-solver": DPMSolverSampler(),
@@ -68,7 +69,7 @@ def in_batches(make: Callable[[Tensor], Any], n: int, size: int, name: str) -> l
 
 
 def draw(model: DiffuseTreeVAE, test_images: Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """Samples and reconstructions of both stages, the leaves of samples, and the coarse images that were refined."""
+    """Samples and reconstructions, the leaves of samples, and the coarse images if the tree is one of images."""
     sampling: dict[str, Any] = {
         "sampler": SAMPLERS[args.sampler],
         "steps": args.steps,
@@ -82,31 +83,43 @@ def draw(model: DiffuseTreeVAE, test_images: Tensor, args: argparse.Namespace) -
         first = int(rows[0])
         return model.generate(len(rows), latents=args.latents, first_index=first, generator=seed, **sampling)
 
-    def of_tree(rows: Tensor) -> Any:  # noqa: ANN401
-        seed = torch.Generator().manual_seed(args.seed)
-        return model.tree_vae.sample(len(rows), first_index=int(rows[0]), generator=seed)
-
     def refined(rows: Tensor) -> Any:  # noqa: ANN401
         seed = torch.Generator().manual_seed(args.seed)
         return model.refine(test_images[rows], first_index=int(rows[0]), generator=seed, **sampling)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16) and not args.float32):
         samples = in_batches(sampled, args.samples, args.batch_size, "generate")
-        alone = [] if model.features is not None else in_batches(of_tree, args.samples, args.batch_size, "tree")
         again = in_batches(refined, min(args.samples, len(test_images)), args.batch_size, "refine")
     found = {
         "samples": torch.cat([r.images for r in samples]).float(),
         "reconstructions": torch.cat([r.images for r in again]).float(),
         "leaf": torch.cat([r.leaf for r in samples]),
     }
-    if model.features is None:  # a tree of features draws no images
-        found |= {
-            "coarse samples": torch.cat([r.coarse for r in samples]).float(),
-            "tree samples": torch.cat([r.images for r in alone]).float(),
-            "tree reconstructions": torch.cat([r.coarse for r in again]).float(),
-            "tree leaf": torch.cat([r.leaf for r in alone]),
-        }
+    if model.features is None:
+        found["coarse samples"] = torch.cat([r.coarse for r in samples]).float()
+        found["tree reconstructions"] = torch.cat([r.coarse for r in again]).float()
     return found
+
+
+def draw_tree(tree: TreeVAE, test_images: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Samples and reconstructions of a tree of images alone, and the leaves of samples."""
+
+    def sampled(rows: Tensor) -> Any:  # noqa: ANN401
+        seed = torch.Generator().manual_seed(args.seed)
+        return tree.sample(len(rows), first_index=int(rows[0]), generator=seed)
+
+    def again(rows: Tensor) -> Any:  # noqa: ANN401
+        seed = torch.Generator().manual_seed(args.seed)
+        return condition_of(tree, test_images[rows], first_index=int(rows[0]), generator=seed).image
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16) and not args.float32):
+        samples = in_batches(sampled, args.samples, args.batch_size, "tree")
+        images = in_batches(again, min(args.samples, len(test_images)), args.batch_size, "tree again")
+    return {
+        "tree reconstructions": torch.cat(images).float(),
+        "tree samples": torch.cat([r.images for r in samples]).float(),
+        "tree leaf": torch.cat([r.leaf for r in samples]),
+    }
 
 
 def main() -> None:
@@ -117,6 +130,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("runs/diffusion/model.safetensors"), help="a saved pair")
     parser.add_argument("--features", choices=["efficientnet", "contrastive"], help="of a pair of train_photographs.py")
     parser.add_argument("--components", type=int, default=64, help="of these features")
+    parser.add_argument("--tree", type=Path, help="a TreeVAE of the images, to compare a pair of features with")
     parser.add_argument("--classifier", type=Path, default=Path("runs/classifier/classifier.safetensors"))
     parser.add_argument("--efficientnet", action="store_true", help="also take features of this network")
     parser.add_argument("--out", type=Path, help="file for the results")
@@ -137,15 +151,17 @@ def main() -> None:
     data = load_dataset(args.data, size=args.size)
     model = load_pair(args.model, args.features, args.components)
     model.ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
+    tree = TreeVAE.load(args.tree).eval() if args.tree else None if model.features is not None else model.tree_vae
     classifier = FeatureClassifier.load(args.classifier).eval()
     real = data.train_images[-args.holdout :] if args.holdout else data.test_images[:]
     other = data.train_images[: len(real)]
     start = time.perf_counter()
     with torch.no_grad():
-        drawn = draw(model, real, args)
+        drawn = ({} if tree is None else draw_tree(tree, real, args)) | draw(model, real, args)
         seconds = time.perf_counter() - start
-        places = {"samples": drawn.pop("leaf")}
-        places |= {"tree samples": drawn.pop("tree leaf")} if "tree leaf" in drawn else {}
+        places: dict[str, Any] = {"samples": (drawn.pop("leaf"), model.cluster, model.tree_vae.topology.leaves)}
+        if tree is not None:
+            places["tree samples"] = (drawn.pop("tree leaf"), tree.cluster, tree.topology.leaves)
         networks: dict[str, Features] = {"classifier": classifier.features_of}
         if args.efficientnet:
             networks["efficientnet"] = efficientnet()
@@ -162,11 +178,10 @@ def main() -> None:
                 if kind == "samples":
                     generator = torch.Generator().manual_seed(args.seed)
                     result[f"{name}: interval"] = frechet_bootstrap(target, found, rounds=50, generator=generator)
-        leaves = list(model.tree_vae.topology.leaves)
-        for kind, leaf in places.items():
+        for kind, (leaf, cluster, leaves) in places.items():
             predicted = torch.cat([classifier.predict(part) for part in drawn[kind].split(500)])
-            specific = cluster_specificity(leaf, predicted, leaves=leaves, classes=classifier.config["classes"])
-            encoded = torch.cat([model.cluster(part) for part in drawn[kind].split(500)])
+            specific = cluster_specificity(leaf, predicted, leaves=list(leaves), classes=classifier.config["classes"])
+            encoded = torch.cat([cluster(part) for part in drawn[kind].split(500)])
             result[f"{kind}: entropy"] = specific.mean_entropy
             result[f"{kind}: purity"] = specific.mean_purity
             result[f"{kind}: mutual information"] = specific.mutual_information
@@ -175,7 +190,9 @@ def main() -> None:
     for name, value in result.items():
         if isinstance(value, float):
             print(f"{name:40s} {value:10.3f}")
-    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "model", "classifier")}
+    settings = {
+        name: value for name, value in vars(args).items() if name not in ("data", "out", "model", "tree", "classifier")
+    }
     line = json.dumps({"data": data.name, "seconds": seconds, **settings, **result})
     if args.out:
         args.out.write_text(line)

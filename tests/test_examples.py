@@ -116,6 +116,14 @@ def test_photographs(folder: Path) -> None:
     for more in ((), ("--node", "1"), ("--refine", "stripes.npz")):
         made = run(folder, "generate.py", *pair, "--count", "2", "--steps", "2", *more)
         assert (folder / str(made["picture"])).exists()
+    quick = ("--data", "stripes.npz", "--quick")
+    run(folder, "train_classifier.py", *quick, "--out", "c")
+    run(folder, "train_treevae.py", *quick, "--leaves", "2", "--network", "mlp", "--batch-size", "16", "--out", "t")
+    files = ("--data", "stripes.npz", *pair, "--classifier", "c/classifier.safetensors")
+    beside = ("--tree", "t/model.safetensors", "--samples", "30", "--steps", "2")
+    found = run(folder, "evaluate_generation.py", *files, *beside)
+    assert {"classifier: tree samples", "classifier: tree reconstructions", "tree samples: purity"} <= set(found)
+    assert "classifier: coarse samples" not in found
 
 
 def test_evaluation(folder: Path) -> None:
