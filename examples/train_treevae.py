@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--keep-cuts", action="store_true", help="clusters stay as they were cut")
     parser.add_argument("--views", type=int, default=8, help="changed copies of each image that a split compares")
     parser.add_argument("--cut-share", type=float, default=0.05, help="least share of the smaller side of a split")
+    parser.add_argument("--cut-neighbours", type=int, default=10, help="that each image is joined to in a split")
     parser.add_argument("--random-start", action="store_true", help="leaves start at random, not as copies")
     parser.add_argument("--network", default="conv", choices=["conv", "mlp", "residual"])
     parser.add_argument("--likelihood", default="bernoulli", choices=["bernoulli", "gaussian", "gaussian_learned"])
@@ -205,6 +206,7 @@ def main() -> None:
         augment=augment if args.views else None,
         views=args.views or 1,
         cut_share=args.cut_share,
+        cut_neighbours=args.cut_neighbours,
         keep_cuts=args.keep_cuts,
         warm_start=not args.random_start,
         seed=args.seed,
