@@ -47,7 +47,7 @@ def work(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     model = TreeVAE.for_images(size=rows.shape[2], channels=3, latent=8, width=64, likelihood="gaussian")
     growth = TreeGrowth(
-        model, max_leaves=args.leaves, epochs=1, cut_rows=args.cut_rows, subtree_epochs=0, keep_cuts=True
+        model, max_leaves=args.leaves, epochs=1, cut_rows=args.cut_rows, subtree_epochs=0, keep_cuts="always"
     )
     training = 0.0
     for stage in growth.stages(rows):

@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--cut-share", type=float, default=0.2)
     parser.add_argument("--cut-neighbours", type=int, default=30)
     parser.add_argument("--max-depth", type=int, default=12)
-    parser.add_argument("--keep-cuts", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--keep-cuts", default="always", choices=["never", "growth", "always"])
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, help="a JSON file")

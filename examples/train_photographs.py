@@ -93,7 +93,7 @@ def growth_of(
     seed: int,
     cut_share: float,
     cut_neighbours: int = 30,
-    keep_cuts: bool = True,
+    keep_cuts: str = "always",
 ) -> TreeGrowth:
     """Growth on features, with more epochs where an epoch has few steps; clusters stay as they were cut."""
     effort *= max(1.0, min(10.0, 15_000 / rows))

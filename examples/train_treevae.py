@@ -30,6 +30,7 @@ from treediff.core.checkpoint import Checkpoint, read_checkpoint, save_checkpoin
 from treediff.core.distributed import World, data_parallel, start
 from treediff.core.noise import combine_seeds
 from treediff.data import ImageDataset, Rows, load_dataset
+from treediff.growth.growth import LEARNING
 from treediff.layers import Deskew, GradientHistograms
 from treediff.metrics import (
     cluster_accuracy,
@@ -163,7 +164,9 @@ def main() -> None:
     parser.add_argument(
         "--cut-on", default="inputs", choices=["inputs", "features", *CUT_ON], help="where leaves are split"
     )
-    parser.add_argument("--keep-cuts", action="store_true", help="clusters stay as they were cut")
+    parser.add_argument(
+        "--keep-cuts", default="never", choices=LEARNING, help="how long clusters stay as they were cut"
+    )
     parser.add_argument("--views", type=int, default=8, help="changed copies of each image that a split compares")
     parser.add_argument("--cut-share", type=float, default=0.05, help="least share of the smaller side of a split")
     parser.add_argument("--cut-neighbours", type=int, default=10, help="that each image is joined to in a split")

@@ -37,6 +37,8 @@ __all__ = ["KINDS", "TreeGrowth", "check_history"]
 
 #: Kinds of stages, in their order.
 KINDS = ("initial", "settle", "subtree", "intermediate", "final")
+#: Kinds of stages in which routers learn, by `TreeGrowth.keep_cuts`.
+LEARNING = {"never": KINDS, "growth": ("initial", "final"), "always": ("initial",)}
 
 
 @dataclass
@@ -69,9 +71,10 @@ class TreeGrowth:
             `treediff.augment`. None for none.
         views: number of changed copies of each row that a cut compares, if there is `augment`.
         cut_share: the smaller side of a cut holds at least this share of the leaf's rows.
-        keep_cuts: whether clusters stay as they were cut. Encoder and posterior routers then learn in the initial stage
-            only, and later stages train the rest of the model for these clusters. Where routers learn on, the leaf that
-            reconstructs best attracts the rows of others.
+        keep_cuts: how long clusters stay as they were cut: 'never', during 'growth', or 'always'. Encoder and posterior
+            routers then learn in the initial stage only, and not before the final stage or never again, and other
+            stages train the rest of the model for these clusters. Where routers learn on, the leaf that reconstructs
+            best attracts the rows of others, above all while there are few leaves.
         cut_neighbours: neighbours that a row is joined to in a cut. More make it smoother, which helps with features of
             photographs.
         cut_rows: greatest number of rows in a cut; the time of a cut grows with the square of this number.
@@ -119,7 +122,7 @@ class TreeGrowth:
     cut_share: float = 0.05
     cut_neighbours: int = 10
     cut_rows: int = 50_000
-    keep_cuts: bool = False
+    keep_cuts: str = "never"
     threshold: float = 0.01
     annealing: KLAnnealing = field(default_factory=lambda: KLAnnealing.constant(0.1))
     initial_annealing: KLAnnealing = field(default_factory=KLAnnealing.constant)
@@ -156,6 +159,8 @@ class TreeGrowth:
         if not 0 <= self.cut_share <= 0.5:
             raise ValueError(f"cut_share must be between 0 and 0.5, found {self.cut_share}")
         check_cut_on("cut_on", self.cut_on)
+        if self.keep_cuts not in LEARNING:
+            raise ValueError(f"keep_cuts must be one of {list(LEARNING)}, found {self.keep_cuts!r}")
         if isinstance(self.policy, str) and self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {list(POLICIES)} or a function, found {self.policy!r}")
         if not isinstance(self.policy, str) and not callable(self.policy):
@@ -261,8 +266,8 @@ class TreeGrowth:
         return Stage(self.model, kind, done, epochs, rows, annealing, *settings)
 
     def _kept(self, kind: str) -> frozenset[str]:
-        """Return the names of the parameters that decide about clusters, if these are kept in a kind of stage."""
-        if not self.keep_cuts or kind == "initial":
+        """Return the names of the parameters that decide about clusters, if these are kept in a stage of that kind."""
+        if kind in LEARNING[self.keep_cuts]:
             return frozenset()
         parts = ("encoder.", "bottom_up.", "banks.posterior_routers.")
         return frozenset(name for name, _ in self.model.named_parameters() if name.startswith(parts))

@@ -236,17 +236,18 @@ def test_the_least_share_follows_from_the_number_of_leaves() -> None:
     assert [TreeGrowth(small(), max_leaves=leaves).min_share for leaves in (2, 20, 100)] == [0.01, 0.01, 0.002]
 
 
-def test_clusters_that_are_kept_stay_while_all_else_trains() -> None:
+@pytest.mark.parametrize(("keep", "learning"), [("growth", ("initial", "final")), ("always", ("initial",))])
+def test_clusters_that_are_kept_stay_while_all_else_trains(keep: str, learning: tuple[str, ...]) -> None:
     x, model = blobs(50, 50, 50, 50), small(TreeTopology.balanced(0))
     clusters: dict[int, Tensor] = {}
-    for stage in growth_of(model, max_leaves=4, intermediate_every=1, keep_cuts=True).stages(x):
+    for stage in growth_of(model, max_leaves=4, intermediate_every=1, keep_cuts=keep).stages(x):
         before = weights(model)
         train(stage, x)
         moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
         deciding = {name for name in moved if name.startswith(("encoder", "bottom_up", "banks.posterior_routers"))}
-        assert bool(deciding) == (stage.kind == "initial") and moved - deciding
+        assert bool(deciding) == (stage.kind in learning) and moved - deciding
         found = {node: reach(model, x, node) for node in model.topology.ids}
-        if stage.kind != "initial":
+        if stage.kind not in learning:
             for node, probs in clusters.items():
                 assert torch.equal(found[node], probs)
             clusters = found

@@ -27,6 +27,7 @@ KINDS = ("initial", "settle", "subtree", "intermediate", "final")
         ({"cut_rows": 0}, ValueError, "cut_rows must be at least 1, found 0"),
         ({"cut_share": 0.6}, ValueError, "cut_share must be between 0 and 0.5, found 0.6"),
         ({"cut_on": "pixels"}, ValueError, "cut_on must be 'inputs', 'features' or a function, found 'pixels'"),
+        ({"keep_cuts": True}, ValueError, "keep_cuts must be one of ['never', 'growth', 'always'], found True"),
         ({"cut_on": 3}, TypeError, "cut_on must be 'inputs', 'features' or a function, found 3"),
         ({"epochs": -1}, ValueError, "epochs must be at least 0, found -1; 0 skips the stage"),
         ({"epochs": 1.5}, TypeError, "epochs must be a whole number, found 1.5"),
