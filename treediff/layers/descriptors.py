@@ -1,4 +1,4 @@
-"""What to compare images by, without learning: upright shapes, and histograms of gradients.
+"""Descriptors of images that need no learning: upright shapes, and histograms of gradients.
 
 Letters: `B` batch, `C H W` image, `h w` cells, `O` orientations.
 """
