@@ -27,7 +27,7 @@ UNLEARNT := fashion
 OTHER_SETS := cifar-class cifar-cluster cifar-one-percent
 ifdef TREEDIFF_DATA
 TREES += mnist-0 mnist-1
-NUMBERS += mnist_diffusion mnist_generation forgetting_fashion_encoder
+NUMBERS += shapes mnist_diffusion mnist_generation forgetting_fashion_encoder
 endif
 ifdef CIFAR
 NUMBERS += forgetting_cifar_own_1 forgetting_cifar_kinds forgetting_cifar_exact forgetting_cifar_own_half \
@@ -95,6 +95,19 @@ $(RUNS)/digits-%/results.json:
 	$(PYTHON) examples/train_treevae.py --holdout 300 --seed $(if $(findstring -1,$*),1,0) \
 		$(if $(findstring random,$*),--random-start) $(if $(findstring plain,$*),--views 0) --out $(@D)
 $(OUT)/digits_starts.json: $(STARTS:%=$(RUNS)/digits-%/results.json)
+	$(AS_LIST) $^ > $@
+
+SHAPES := --data mnist --cut-on upright
+SHAPES_mnist-h := $(SHAPES) --holdout 10000
+SHAPES_mnist-0 := $(SHAPES)
+SHAPES_mnist-h1-growth := $(SHAPES) --holdout 10000 --keep-cuts growth --seed 1
+SHAPES_mnist-h-always := $(SHAPES) --holdout 10000 --keep-cuts always --effort 0.5
+SHAPES_fashion-h-growth := --data fashion-mnist --holdout 10000 --cut-on gradients --keep-cuts growth --cut-share 0.1 \
+	--cut-neighbours 20
+SHAPE_RUNS := mnist-h mnist-0 mnist-h1-growth mnist-h-always fashion-h-growth
+$(RUNS)/shapes-%/results.json:
+	OMP_NUM_THREADS=1 $(PYTHON) examples/train_treevae.py $(SHAPES_$*) --out $(@D)
+$(OUT)/shapes.json: $(SHAPE_RUNS:%=$(RUNS)/shapes-%/results.json)
 	$(AS_LIST) $^ > $@
 
 COLOUR := --network residual --likelihood gaussian --latent 64 --width 32 --cut-on features --views 0 --effort 0.4

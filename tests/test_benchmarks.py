@@ -234,7 +234,7 @@ def test_every_recorded_result_can_be_made_again() -> None:
     command = ["make", "-n", "-f", "benchmarks/results.mk", "OUT=made", "CIFAR=cifar.npz", "TREEDIFF_DATA=data"]
     features = "pneumonia banking ham flowers cifar adult fashion-{seed}".split()
     command += [f"FEATURES={' '.join(f'data/{name}.npz' for name in features)}"]
-    command += ["HAM=ham.npz", "PNEUMONIA=pneumonia.npz"]
+    command += ["HAM=ham.npz", "PNEUMONIA=pneumonia.npz", "FLOWERS=flowers.npz"]
     rules = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True, timeout=60).stdout
     recorded = {path.name for path in (root / "docs" / "results").glob("*.json")}
     left = {"fashion-mnist-two-threads.json", "speed.json"}

@@ -31,7 +31,8 @@ class Deskew(nn.Module):
         most: greatest shear `|s|`.
 
     Shapes:
-        `(B, C, H, W)` to `(B, C, H, W)`; channels are added up for the masses, and moved together.
+        `(B, C, H, W)` to `(B, C, H, W)`; channels are added up for the masses, where less than 0 counts as 0, and are
+        moved together.
 
     Raises:
         ValueError: if `most` is not above 0.
@@ -53,7 +54,7 @@ class Deskew(nn.Module):
         height, width = x.shape[2:]
         down = torch.arange(height, device=x.device, dtype=x.dtype)[:, None] - (height - 1) / 2
         right = torch.arange(width, device=x.device, dtype=x.dtype) - (width - 1) / 2
-        mass = x.sum(1)
+        mass = x.clamp_min(0).sum(1)
         mass = mass / mass.sum((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
         means = [(mass * place).sum((1, 2)) for place in (right, down)]
         away = [place - mean[:, None, None] for place, mean in zip((right, down), means, strict=True)]

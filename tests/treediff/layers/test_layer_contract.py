@@ -94,6 +94,8 @@ LAYERS = {
     "NodeBank": Layer(bank, (6,), (2,), at_one_node),
     "PrincipalComponents": Layer(lambda **f: layers.PrincipalComponents(5, 3, **f), (5,), (3,)),
     "UnitLength": Layer(lambda: layers.UnitLength(), (5,), (5,), takes_factory=False),
+    "Deskew": Layer(lambda: layers.Deskew(), (2, 7, 6), (2, 7, 6), takes_factory=False),
+    "GradientHistograms": Layer(lambda: layers.GradientHistograms(2, 3), (2, 6, 4), (18,), takes_factory=False),
     "ResNetEncoder": Layer(
         lambda **f: layers.ResNetEncoder(2, width=4, stages=2, norm=partial(nn.GroupNorm, 2), **f), (2, 8, 6), (8,)
     ),
