@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 TREES, PAIRS = (sorted((ROOT / "examples" / kind).glob("*.safetensors")) for kind in ("trees", "models"))
 SHORT = {"mnist": "mnist", "fashion-mnist": "fashion"}
-each_tree, each_pair = (pytest.mark.parametrize("path", x, ids=lambda path: path.stem) for x in (TREES, PAIRS))
+each_tree, each_pair = (
+    pytest.mark.parametrize("path", x, ids=lambda path: path.stem)
+    for x in (TREES, [path for path in PAIRS if path.stem in SHORT])  # a pair of features has no tree of images
+)
 
 
 def loaded(path: Path) -> Any:  # noqa: ANN401
@@ -48,7 +51,7 @@ def test_files_are_those_of_the_results_pages() -> None:
     pages = "\n".join((RESULTS / f"{page}.md").read_text(encoding="utf-8") for page in ("treevae", "diffusion"))
     listed = dict(re.findall(r"`(examples/[\w/.-]+)`,\s+SHA-256\s+`([0-9a-f]{64})`", pages))
     there = [*TREES, *PAIRS]
-    assert len(TREES) == len(PAIRS) == 2 and len(re.findall(r"\b[0-9a-f]{64}\b", pages)) == len(there)
+    assert (len(TREES), len(PAIRS)) == (2, 3) and len(re.findall(r"\b[0-9a-f]{64}\b", pages)) == len(there)
     assert listed == {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in there}
 
 
