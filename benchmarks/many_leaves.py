@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from treediff import TreeGrowth, TreeVAE
 from treediff.data import load_dataset
+from treediff.growth.growth import LEARNING
 from treediff.layers import PrincipalComponents
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--cut-rows", type=int, default=10_000)
     parser.add_argument("--intermediate-every", type=int, default=8)
     parser.add_argument("--splits-at-once", type=int, default=1)
-    parser.add_argument("--keep-cuts", default="never", choices=["never", "growth", "always"])
+    parser.add_argument("--keep-cuts", default="never", choices=LEARNING)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -21,24 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from treevae_step import ratio, take_turns
+from treevae_step import ratio, step, take_turns, whole_tree
 
-from treediff import LeafConditionedDDPM, Stage, TreeGrowth, TreeTopology, TreeVAE
+from treediff import LeafConditionedDDPM, TreeTopology, TreeVAE
 from treediff.core.cpu import has_fast
-from treediff.growth import KLAnnealing
 from treediff.pipeline.conditions import condition_of
-
-
-def step(parameters: list[nn.Parameter], loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """Forward, backward and Adam, in bfloat16 where it is fast; the weights stay as they are."""
-    optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True)
-
-    def run() -> None:
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-
-    return run
 
 
 def decided(tree: TreeVAE) -> TreeVAE:
@@ -49,22 +36,16 @@ def decided(tree: TreeVAE) -> TreeVAE:
     return tree
 
 
-def tree_step(tree: TreeVAE, x: Tensor) -> Callable[[], None]:
-    """A step of the stage that trains everything."""
-    stage = Stage(tree, "final", 0, 1, torch.arange(len(x)), KLAnnealing.constant(), threshold=TreeGrowth.threshold)
-    return step(list(tree.parameters()), lambda: stage.loss(x))
-
-
 def ddpm_step(ddpm: LeafConditionedDDPM, tree: TreeVAE, images: Tensor, observed: Tensor) -> Callable[[], None]:
     """A step of the second stage under the posterior of the frozen tree."""
     ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
 
-    def loss() -> Tensor:
+    def loss(x: Tensor) -> Tensor:
         condition = condition_of(tree, observed, decode=observed is images)
         with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16)):
-            return ddpm.loss(images, condition)
+            return ddpm.loss(x, condition)
 
-    return step(list(ddpm.parameters()), loss)
+    return step(ddpm.parameters(), loss, [images])
 
 
 def convolution(batch: int, size: int) -> Callable[[], None]:
@@ -103,8 +84,8 @@ def main() -> None:
     before = LeafConditionedDDPM.for_tree(image_tree)
     now = LeafConditionedDDPM.for_tree(tree, size=size, channels=3, width=32, blocks=1, patch=2)
     tasks = {
-        "tree, before": tree_step(image_tree, images),
-        "tree, now": tree_step(tree, observed),
+        "tree, before": step(image_tree.parameters(), whole_tree(image_tree).loss, [images]),
+        "tree, now": step(tree.parameters(), whole_tree(tree).loss, [observed]),
         "second stage, before": ddpm_step(before, image_tree, images, images),
         "second stage, now": ddpm_step(now, tree, images, observed),
         "convolution": convolution(batch, size // 2),
@@ -112,7 +93,7 @@ def main() -> None:
     operations = {name: gflop(task) for name, task in tasks.items()}
     times = take_turns(tasks, args.rounds, calls=1)
     medians = {name: statistics.median(found) for name, found in times.items()}
-    rate = operations["convolution"] / medians["convolution"]
+    rates = {name: operations[name] / medians[name] for name in tasks}
     sums = {
         when: [a + b for a, b in zip(times[f"tree, {when}"], times[f"second stage, {when}"], strict=True)]
         for when in ("before", "now")
@@ -124,8 +105,8 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "milliseconds": medians,
         "gflop": operations,
-        "gflop per second of a convolution": 1e3 * rate,
-        "share of the roofline": {name: operations[name] / rate / medians[name] for name in tasks},
+        "gflop per second of a convolution": 1e3 * rates["convolution"],
+        "share of the roofline": {name: rate / rates["convolution"] for name, rate in rates.items()},
         "times faster": ratio(sums["before"], sums["now"]),
         "times faster, tree": ratio(times["tree, before"], times["tree, now"]),
         "times faster, second stage": ratio(times["second stage, before"], times["second stage, now"]),

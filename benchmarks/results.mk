@@ -81,7 +81,8 @@ $(OUT)/treevae_vectors.json:
 $(OUT)/memory.json:
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/memory.py --out $@
 $(OUT)/trees_features.json:
-	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/trees.py --data $(filter %cifar.npz,$(FEATURES)) --out $@
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/trees.py --data $(filter %cifar.npz,$(FEATURES)) \
+		--methods ward k-means mixture tree --out $@
 $(RUNS)/contrastive/results.json:
 	OMP_NUM_THREADS=1 $(PYTHON) examples/train_photographs.py --data $(CIFAR) --features contrastive --encoder-epochs 70 \
 		--epochs 0 --out $(@D)

@@ -29,6 +29,7 @@ from treevae_vectors import fit, scores, ward
 from treediff import TreeVAE
 from treediff.data import load_dataset
 from treediff.growth import logits_to_hierarchy
+from treediff.growth.growth import LEARNING
 from treediff.layers import PrincipalComponents, UnitLength
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for what they share
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument("--cut-share", type=float, default=0.2)
     parser.add_argument("--cut-neighbours", type=int, default=30)
     parser.add_argument("--max-depth", type=int, default=12)
-    parser.add_argument("--keep-cuts", default="always", choices=["never", "growth", "always"])
+    parser.add_argument("--keep-cuts", default="always", choices=LEARNING)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, help="a JSON file")

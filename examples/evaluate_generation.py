@@ -101,25 +101,31 @@ def draw(model: DiffuseTreeVAE, test_images: Tensor, args: argparse.Namespace) -
     return found
 
 
-def draw_tree(tree: TreeVAE, test_images: Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """Samples and reconstructions of a tree of images alone, and the leaves of samples."""
+def draw_tree(tree: TreeVAE, args: argparse.Namespace) -> dict[str, Any]:
+    """Samples of a tree of images alone, and their leaves."""
 
     def sampled(rows: Tensor) -> Any:  # noqa: ANN401
         seed = torch.Generator().manual_seed(args.seed)
         return tree.sample(len(rows), first_index=int(rows[0]), generator=seed)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16) and not args.float32):
+        samples = in_batches(sampled, args.samples, args.batch_size, "tree")
+    return {
+        "tree samples": torch.cat([r.images for r in samples]).float(),
+        "tree leaf": torch.cat([r.leaf for r in samples]),
+    }
+
+
+def reconstruct(tree: TreeVAE, test_images: Tensor, args: argparse.Namespace) -> Tensor:
+    """Reconstructions of a tree of images that is no part of the pair."""
 
     def again(rows: Tensor) -> Any:  # noqa: ANN401
         seed = torch.Generator().manual_seed(args.seed)
         return condition_of(tree, test_images[rows], first_index=int(rows[0]), generator=seed).image
 
     with torch.autocast("cpu", torch.bfloat16, enabled=has_fast(torch.bfloat16) and not args.float32):
-        samples = in_batches(sampled, args.samples, args.batch_size, "tree")
         images = in_batches(again, min(args.samples, len(test_images)), args.batch_size, "tree again")
-    return {
-        "tree reconstructions": torch.cat(images).float(),
-        "tree samples": torch.cat([r.images for r in samples]).float(),
-        "tree leaf": torch.cat([r.leaf for r in samples]),
-    }
+    return torch.cat(images).float()
 
 
 def main() -> None:
@@ -151,13 +157,19 @@ def main() -> None:
     data = load_dataset(args.data, size=args.size)
     model = load_pair(args.model, args.features, args.components)
     model.ddpm.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
-    tree = TreeVAE.load(args.tree).eval() if args.tree else None if model.features is not None else model.tree_vae
+    tree: TreeVAE | None = None if model.features is not None else model.tree_vae
+    if args.tree:
+        tree = TreeVAE.load(args.tree).eval()
     classifier = FeatureClassifier.load(args.classifier).eval()
     real = data.train_images[-args.holdout :] if args.holdout else data.test_images[:]
     other = data.train_images[: len(real)]
     start = time.perf_counter()
     with torch.no_grad():
-        drawn = ({} if tree is None else draw_tree(tree, real, args)) | draw(model, real, args)
+        drawn = draw(model, real, args)
+        if tree is not None:
+            drawn |= draw_tree(tree, args)
+            if args.tree:
+                drawn["tree reconstructions"] = reconstruct(tree, real, args)
         seconds = time.perf_counter() - start
         places: dict[str, Any] = {"samples": (drawn.pop("leaf"), model.cluster, model.tree_vae.topology.leaves)}
         if tree is not None:

@@ -79,8 +79,8 @@ def model_bytes(class_name: str, state: Mapping[str, Any], header: Mapping[str, 
     return to_bytes(tensors, metadata={_KEY: text})
 
 
-def save_model(module: nn.Module, path: Path, header: Mapping[str, Any]) -> None:
-    """Write all tensors of a module and a header to one file.
+def save_model(module: nn.Module, path: Path, header: Mapping[str, Any], *, without: tuple[str, ...] = ()) -> None:
+    """Write the tensors of a module and a header to one file.
 
     An interruption leaves the old file whole, see `write_file`.
 
@@ -88,8 +88,10 @@ def save_model(module: nn.Module, path: Path, header: Mapping[str, Any]) -> None
         module: the module; its `state_dict` is stored.
         path: the file to write.
         header: as for `model_bytes`, whose errors are raised, too.
+        without: prefixes of the names of tensors that are not written; `fill` takes the same.
     """
-    write_file(path, model_bytes(type(module).__name__, module.state_dict(), header))
+    state = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(without)}
+    write_file(path, model_bytes(type(module).__name__, state, header))
 
 
 def write_file(path: Path, data: bytes) -> None:

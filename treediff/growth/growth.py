@@ -33,7 +33,7 @@ from treediff.growth.reach import LeafProbabilities
 from treediff.growth.stage import Stage
 from treediff.treevae.model import TreeVAE
 
-__all__ = ["KINDS", "TreeGrowth", "check_history"]
+__all__ = ["KINDS", "LEARNING", "TreeGrowth", "check_history"]
 
 #: Kinds of stages, in their order.
 KINDS = ("initial", "settle", "subtree", "intermediate", "final")
@@ -219,7 +219,7 @@ class TreeGrowth:
         everything = torch.arange(len(data))
         if not self.history:
             for node in self.model.topology.routed:
-                self._cut(node, data, (self._probs.reach(data, node) > 0.5).nonzero().squeeze(1))
+                self._cut(node, data, (self._probs.reach(data, node)[:, 0] > 0.5).nonzero().squeeze(1))
             return self._stage("initial", everything)
         last = self.history[-1]
         if last["kind"] == "settle":
@@ -252,7 +252,7 @@ class TreeGrowth:
 
     def _subtree_stage(self, kind: str, data: Rows, splits: Sequence[int], above: float) -> Stage:
         """Build a stage on the rows that reach one of some nodes with a probability of at least `above`."""
-        reached = torch.stack([self._probs.reach(data, node) >= above for node in splits]).any(0)
+        reached = (self._probs.reach(data, *splits) >= above).any(1)
         return self._stage(kind, reached.nonzero().squeeze(1), splits, above)
 
     def _stage(self, kind: str, rows: Tensor, splits: Sequence[int] = (), above: float = 0.0) -> Stage:

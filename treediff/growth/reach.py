@@ -60,11 +60,12 @@ class LeafProbabilities:
         self._data, self._tree, self._shared, self._routers = data, tree, shared, routers
         return torch.stack([self._columns[leaf] for leaf in tree.leaves], 1)
 
-    def reach(self, data: Rows, node: int) -> Tensor:
-        """Return `P(node | x)` of every row, `(n,)`; raise KeyError if there is no such node."""
+    def reach(self, data: Rows, *nodes: int) -> Tensor:
+        """Return `P(node | x)` of every row and some nodes, `(n, nodes)`; raise KeyError if there is no such node."""
         tree = self.model.topology
-        below = [tree.leaves.index(leaf) for leaf in tree.leaves_under(node)]
-        return self(data)[:, below].sum(1)
+        columns = [[tree.leaves.index(leaf) for leaf in tree.leaves_under(node)] for node in nodes]
+        probs = self(data)
+        return torch.stack([probs[:, below].sum(1) for below in columns], 1)
 
     def _digests(self) -> tuple[str, dict[int, str]]:
         """Return digests of the weights that all rows pass, and of those of each router."""

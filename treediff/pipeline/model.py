@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from treediff.core import io
-from treediff.core.io import digest_of
 from treediff.core.modes import evaluating, lasting
 from treediff.core.noise import seed_from
 from treediff.diffusion.condition import TreeCondition
@@ -340,10 +339,8 @@ class DiffuseTreeVAE(nn.Module):
         if missing:
             raise ValueError(f"leave_out names modules of the feature map, {sorted(inside)[1:]}; found {missing}")
         if leave_out:
-            header["left_out"] = {name: digest_of(inside[name].state_dict()) for name in sorted(leave_out)}
-        without = tuple(f"features.{name}." for name in leave_out)
-        state = {name: value for name, value in self.state_dict().items() if not name.startswith(without)}
-        io.write_file(path, io.model_bytes(type(self).__name__, state, header))
+            header["left_out"] = {name: io.digest_of(inside[name].state_dict()) for name in sorted(leave_out)}
+        io.save_model(self, path, header, without=tuple(f"features.{name}." for name in leave_out))
 
     @classmethod
     @lasting()
@@ -409,7 +406,7 @@ def _left_out(header: Mapping[str, Any], features: nn.Module | None, path: io.Pa
     if not isinstance(digests, Mapping) or not all(isinstance(digest, str) for digest in digests.values()):
         raise ValueError(f"the header of {os.fspath(path)!r} is damaged: 'left_out' is {digests!r}")
     for name, digest in digests.items():
-        if name not in inside or digest_of(inside[name].state_dict()) != digest:
+        if name not in inside or io.digest_of(inside[name].state_dict()) != digest:
             found = "none" if name not in inside else f"a {type(inside[name]).__name__} with other weights"
             raise ValueError(
                 f"{os.fspath(path)!r} was saved without the weights of module {name!r} of the feature map, found "
